@@ -1,0 +1,68 @@
+"""What made a result: a benchmark's JSON says how to make it again."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+PACKAGES = ("vllm-adapmoe", "vllm", "torch", "transformers", "numpy")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this package runs from, with "+" if it was changed since."""
+    here = Path(__file__).parent
+    git = ["git", "-C", str(here)]
+    found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    if found.returncode:
+        return None
+    changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True)
+    return found.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def environment() -> dict[str, Any]:
+    """Command, versions, commit and machine of this run."""
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "versions": {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES},
+        "machine": {
+            "processor": _processor(),
+            "cores": len(os.sched_getaffinity(0)),
+            "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
+            "kernel": platform.release(),
+        },
+    }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, least and greatest of repeated measurements."""
+    return {"median": median(values), "min": min(values), "max": max(values), "runs": len(values)}
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Writes a result with its environment, whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps({"environment": environment()} | result, indent=1) + "\n")
+    temporary.replace(path)

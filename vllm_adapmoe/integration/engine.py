@@ -1,0 +1,72 @@
+"""A vLLM engine to measure: the real one, offline, with or without the expert cache."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from vllm import LLM, SamplingParams
+
+KV_CACHE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one batch of equal requests gave and took."""
+
+    tokens: list[list[int]]
+    prefill_seconds: float
+    """From the first request's arrival until the last one's first token."""
+    decode_seconds: float
+    """From the last request's first token until the last token of all."""
+
+
+class Engine:
+    """`LLM` with greedy sampling on token ids.
+
+    Args:
+        model: folder of a checkpoint.
+        adapmoe: configuration of the expert cache; None for stock vLLM.
+        engine_args: further arguments of `LLM`.
+    """
+
+    def __init__(self, model: Path | str, adapmoe: dict[str, Any] | None, **engine_args: Any) -> None:
+        self.cached = adapmoe is not None
+        method = {} if adapmoe is None else {"moe_method": "adapmoe", "adapmoe_config": adapmoe}
+        defaults = {
+            "skip_tokenizer_init": True,
+            "kv_cache_memory_bytes": KV_CACHE_BYTES,
+            "disable_log_stats": False,
+            "enable_prefix_caching": False,
+        }
+        self.llm = LLM(str(model), **(defaults | method | engine_args))
+
+    def generate(self, prompts: list[list[int]], output_tokens: int, logprobs: int | None = None) -> Generation:
+        """Completes all `prompts` in one batch, each by exactly `output_tokens` tokens."""
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts],
+            SamplingParams(
+                max_tokens=output_tokens, temperature=0, ignore_eos=True, detokenize=False, logprobs=logprobs
+            ),
+            use_tqdm=False,
+        )
+        times = [output.metrics for output in outputs]
+        first = max(time.first_token_ts for time in times)
+        return Generation(
+            tokens=[list(output.outputs[0].token_ids) for output in outputs],
+            prefill_seconds=max(time.first_token_ts - time.queued_ts for time in times),
+            decode_seconds=max(time.last_token_ts for time in times) - first,
+        )
+
+    def cache_stats(self) -> dict[str, float]:
+        """Counters of the first worker's expert cache since the start; empty for stock vLLM."""
+        return self.llm.collective_rpc("expert_cache_stats")[0] if self.cached else {}
+
+    def close(self) -> None:
+        """Ends the engine's processes."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

@@ -1,0 +1,234 @@
+"""Routed experts whose weights live in the expert cache: vLLM's layer, with its parameters replaced by slots."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from vllm.forward_context import ForwardContext, get_forward_context
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from vllm_adapmoe.cache.manager import ExpertCacheManager
+from vllm_adapmoe.cache.slot_table import waves
+
+if TYPE_CHECKING:
+    from vllm_adapmoe.integration.loading import ExpertLoading
+
+
+class CachedExperts(RoutedExperts):
+    """Mixin over `RoutedExperts` or a model's own subclass of it.
+
+    While weights load, the layer hands its experts to `loading` and keeps none. Afterwards its parameters are the
+    tensors of a slot pool, `[slots, ...]`, shared with other layers, and `cache` says which expert is where.
+    Where every expert fits, `cache` stays None and the layer is vLLM's own.
+    """
+
+    loading: "ExpertLoading"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.cache: ExpertCacheManager | None = None
+        self.cache_layer = self.loading.add(self)
+        self._arrived: set[tuple[int, int, str]] = set()
+        self._finished = False
+        super().__init__(*args, **kwargs)
+
+    # Loading
+
+    def _get_quant_method(self, *args: Any, **kwargs: Any) -> FusedMoEMethodBase:
+        # The weight loader dispatches on the name of the method's class, so its instance is wrapped, not its class.
+        method = super()._get_quant_method(*args, **kwargs)
+        create_weights = method.create_weights
+        process_weights = method.process_weights_after_loading
+
+        def create_on_host(layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+            before = set(dict(self.named_parameters()))
+            with torch.device("cpu"):
+                create_weights(layer, *args, **kwargs)
+            self._foreign_parameters = before
+
+        def finish(layer: nn.Module) -> None:
+            self.finish_loading()
+
+        self._process_weights: Callable[[nn.Module], None] = process_weights
+        method.create_weights = create_on_host
+        method.process_weights_after_loading = finish
+        method.requires_device_loading = False
+        return method
+
+    def expert_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters `[local experts, ...]` of the quantisation method: what an expert's record is made of."""
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters(recurse=False)
+            if name not in self._foreign_parameters
+            and parameter.dim() > 0
+            and parameter.shape[0] == self.local_num_experts
+        }
+
+    def weight_loader(  # type: ignore[override]
+        self,
+        param: nn.Parameter,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> bool | None:
+        if self.loading.restored:
+            return True if return_success else None
+        success = super().weight_loader(param, loaded_weight, weight_name, shard_id, expert_id, return_success=True)
+        if success:
+            self._arrived.add((id(param), expert_id, shard_id))
+            if len(self._arrived) == self._expected_arrivals:
+                self.finish_loading()
+        return success if return_success else None
+
+    weight_loader.supports_moe_loading = True  # type: ignore[attr-defined]
+
+    @property
+    def _expected_arrivals(self) -> int:
+        shards_of_w13 = 2 if self.moe_config.is_act_and_mul else 1
+        shards = (shards_of_w13 if name.startswith("w13") else 1 for name in self.expert_parameters())
+        return self.local_num_experts * sum(shards)
+
+    def finish_loading(self) -> None:
+        """Brings the loaded experts into the kernel's format, puts them into the store and frees them.
+
+        Called as soon as the last weight of the layer has arrived, so that a model streams through memory layer by
+        layer; and by vLLM after loading, for layers whose checkpoint does not hold every parameter.
+        """
+        if self._finished:
+            return
+        self._finished = True
+        parameters = self.expert_parameters()
+        if self.loading.restored:
+            # The experts are in the store already; the kernel is built on one blank expert.
+            for parameter in parameters.values():
+                parameter.data = torch.zeros((1, *parameter.shape[1:]), dtype=parameter.dtype)
+            self._process_weights(self)
+            self.loading.check(self.cache_layer, {name: self.get_parameter(name).data for name in parameters})
+        else:
+            self._process_weights(self)
+            if self.loading.all_resident:
+                return
+            parameters = self.expert_parameters()
+            self.loading.put(self.cache_layer, {name: parameter.data for name, parameter in parameters.items()})
+        for name in parameters:
+            parameter = self.get_parameter(name)
+            parameter.data = parameter.data.new_empty(0)
+
+    def use_cache(self, cache: ExpertCacheManager) -> None:
+        """Serves from the slots of `cache`. The parameters stay the same objects, for kernels hold on to them."""
+        self.cache = cache
+        pool = cache.pool(self.cache_layer)
+        self.num_slots = pool.num_slots
+        for name, tensor in pool.tensors.items():
+            self.get_parameter(name).data = tensor
+
+    # Execution
+
+    def forward_modular(
+        self,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: torch.Tensor | None = None,
+    ) -> Any:
+        if self.cache is None:
+            return super().forward_modular(x, topk_weights, topk_ids, shared_experts, shared_experts_input)
+        # Opaque to torch.compile: which experts are missing is known only when the ids are.
+        return torch.ops.vllm.adapmoe_routed_experts(x, topk_weights, topk_ids, self.layer_name)
+
+    def run_cached(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
+        """Experts of one step: acquires slots for those the router chose, and runs vLLM's kernel on the slots.
+
+        Args:
+            x: `[tokens, hidden]`.
+            topk_weights: `[tokens, top_k]`, float32.
+            topk_ids: `[tokens, top_k]`, int32, logical expert ids of this rank.
+
+        Returns:
+            `[tokens, hidden]`, dtype of `x`. With one wave bit-identical to stock vLLM; with several, pairs of
+            token and expert are summed in float32.
+        """
+        assert self.cache is not None
+        context = get_forward_context()
+        if _is_dummy_run(context):
+            return self._run_kernel(x, topk_weights, torch.zeros_like(topk_ids))
+        routed = topk_ids
+        if context.is_padding is not None:
+            real = ~context.is_padding[: topk_ids.shape[0]]
+            routed, topk_ids = topk_ids[real], topk_ids * real.unsqueeze(1)
+        experts = _distinct(routed, self.local_num_experts)
+        if len(experts) <= self.num_slots:
+            slot_map = self.cache.acquire(self.cache_layer, experts)
+            slots = slot_map.index_select(0, topk_ids.view(-1)).view_as(topk_ids)
+            if context.is_padding is not None:
+                slots.clamp_(min=0)
+            return self._run_kernel(x, topk_weights, slots)
+        return self._run_waves(x, topk_weights, topk_ids, waves(experts, self.num_slots))
+
+    def _run_waves(
+        self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, groups: list[Any]
+    ) -> torch.Tensor:
+        assert self.cache is not None
+        total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        wave_of = torch.zeros(self.local_num_experts, dtype=torch.int64)
+        for number, group in enumerate(groups):
+            wave_of[list(group)] = number
+        wave_of_pair = wave_of[topk_ids.long()]
+        for number, group in enumerate(groups):
+            slot_map = self.cache.acquire(self.cache_layer, group)
+            # The CPU kernel takes no map and no absent expert: each kept pair becomes a row with one expert.
+            token, choice = (wave_of_pair == number).nonzero(as_tuple=True)
+            slots = slot_map[topk_ids[token, choice].long()].unsqueeze(1)
+            rows = self._run_kernel(x[token], topk_weights[token, choice].unsqueeze(1), slots)
+            total.index_add_(0, token, rows.float())
+        return total.to(x.dtype)
+
+    def _run_kernel(self, x: torch.Tensor, topk_weights: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        return self.quant_method.apply(
+            layer=self,
+            x=x,
+            topk_weights=topk_weights,
+            topk_ids=slots,
+            shared_experts=None,
+            shared_experts_input=None,
+        )
+
+
+def _distinct(ids: torch.Tensor, num_experts: int) -> list[int]:
+    """The distinct expert ids, ascending."""
+    if ids.numel() <= 64:
+        return sorted(set(ids.view(-1).tolist()))
+    return torch.bincount(ids.view(-1), minlength=num_experts).nonzero().view(-1).tolist()
+
+
+def _is_dummy_run(context: ForwardContext) -> bool:
+    # Profiling and warm-up run without attention metadata: their ids mean nothing and must load nothing.
+    return not context.attn_metadata
+
+
+def _routed_experts(
+    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: str
+) -> torch.Tensor:
+    layer = get_forward_context().no_compile_layers[layer_name].routed_experts
+    return layer.run_cached(x, topk_weights, topk_ids)
+
+
+def _routed_experts_fake(
+    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: str
+) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+direct_register_custom_op(
+    op_name="adapmoe_routed_experts", op_func=_routed_experts, fake_impl=_routed_experts_fake
+)
+
+
+def cached_class(cls: type[RoutedExperts], loading: "ExpertLoading") -> type[RoutedExperts]:
+    """`cls` with its experts in the cache that `loading` fills."""
+    return type(f"Cached{cls.__name__}", (CachedExperts, cls), {"loading": loading})

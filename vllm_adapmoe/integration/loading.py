@@ -1,0 +1,263 @@
+"""Takes a model's experts from the checkpoint into a store while vLLM loads it, then makes the expert cache."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import torch
+from tqdm import tqdm
+from vllm import envs
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.logger import init_logger
+from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.model_loader.utils import get_model_architecture
+from vllm.platforms import current_platform
+
+from vllm_adapmoe.cache.budget import ExpertShape, GiB, count_slots
+from vllm_adapmoe.cache.manager import ExpertCacheManager
+from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
+from vllm_adapmoe.integration.identity import model_identity
+from vllm_adapmoe.integration.layers import CachedExperts, cached_class
+from vllm_adapmoe.store.base import ExpertStore, StoreWriter
+from vllm_adapmoe.store.file import PackInvalid, PackMissing, PackOfAnother, open_pack
+from vllm_adapmoe.store.host import HostStore
+from vllm_adapmoe.store.pack_writer import PackWriter
+from vllm_adapmoe.store.record import RecordLayout
+
+logger = init_logger(__name__)
+
+WORKING_BYTES = 1 * GiB
+"""Left for activations, compilation and the allocator when the budget is automatic."""
+
+
+class ExpertLoading:
+    """One model's way into the cache.
+
+    The layers register themselves as vLLM builds them (`add`). With the first weight it is settled (`begin`) how many
+    slots there are and whether a valid pack spares reading the experts. Each layer then hands over its experts (`put`)
+    or only compares formats (`check`), and `finish` makes the cache.
+    """
+
+    def __init__(self, config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
+        self.config = config
+        self.vllm_config = vllm_config
+        self.layers: list[CachedExperts] = []
+        self._began = False
+        self._restored = False
+        self._slots: list[int] = []
+        self._store: ExpertStore | None = None
+        self._writer: StoreWriter | None = None
+        self._progress: tqdm | None = None
+
+    def add(self, layer: CachedExperts) -> int:
+        """Registers a layer under construction; returns its index among the model's MoE layers."""
+        self.layers.append(layer)
+        return len(self.layers) - 1
+
+    @property
+    def restored(self) -> bool:
+        """Whether the experts are in a valid pack already."""
+        self._begin()
+        return self._restored
+
+    @property
+    def all_resident(self) -> bool:
+        """Whether there is a slot for every expert: then vLLM's own parameters serve, and nothing is stored."""
+        self._begin()
+        return sum(self._slots) == sum(layer.local_num_experts for layer in self.layers)
+
+    @property
+    def store_kind(self) -> str:
+        if self.config.store != "auto":
+            return self.config.store
+        return "file" if current_platform.is_cpu() else "host"
+
+    def _begin(self) -> None:
+        if self._began:
+            return
+        self._began = True
+        shapes = self._shapes()
+        self._slots = count_slots(self.config, shapes, self._free_bytes(shapes))
+        experts = sum(shape.num_experts for shape in shapes)
+        if self.all_resident:
+            logger.info("Expert cache: all %d experts fit, none is offloaded", experts)
+            return
+        expert_bytes = sum(shape.num_experts * shape.bytes_per_expert for shape in shapes)
+        if self.store_kind == "host":
+            _check_host_memory(expert_bytes)
+            self._writer = HostStore()
+            action = "Loading experts"
+        else:
+            path, identity = self.pack_path(), self._identity()
+            try:
+                self._store = open_pack(path, identity)
+                self._restored = True
+                logger.info("Expert cache: using the packed experts in %s", path)
+                return
+            except PackMissing:
+                logger.info("Expert cache: packing %d experts (%.2f GiB) into %s", experts, expert_bytes / GiB, path)
+            except PackOfAnother as error:
+                if self.config.store_dir is not None:
+                    raise AdapMoEError(f"store_dir={self.config.store_dir!r}: {error}") from None
+                logger.info("Expert cache: packing %d experts anew: %s", experts, error)
+            except PackInvalid as error:
+                logger.warning("Expert cache: packing %d experts anew: %s", experts, error)
+            self._writer = PackWriter(path, identity, expected_bytes=expert_bytes)
+            action = "Packing experts"
+        self._progress = tqdm(
+            total=len(self.layers), desc=action, unit="layer", disable=get_tensor_model_parallel_rank() != 0
+        )
+
+    def _layers_by_shape(self) -> list[list[int]]:
+        groups: dict[tuple, list[int]] = {}
+        for index, layer in enumerate(self.layers):
+            shape = tuple(
+                (name, tuple(parameter.shape), parameter.dtype) for name, parameter in layer.expert_parameters().items()
+            )
+            groups.setdefault(shape, []).append(index)
+        return list(groups.values())
+
+    def _shapes(self) -> list[ExpertShape]:
+        self._groups = self._layers_by_shape()
+        shapes = []
+        for group in self._groups:
+            layer = self.layers[group[0]]
+            parameters = layer.expert_parameters().values()
+            shapes.append(
+                ExpertShape(
+                    num_experts=sum(self.layers[index].local_num_experts for index in group),
+                    bytes_per_expert=sum(p.numel() * p.element_size() for p in parameters) // layer.local_num_experts,
+                    top_k=max(self.layers[index].top_k for index in group),
+                )
+            )
+        return shapes
+
+    def _free_bytes(self, shapes: list[ExpertShape]) -> int:
+        """Memory for slots when no budget is set: what vLLM may use, less what else it needs."""
+        config, model = self.vllm_config, self.vllm_config.model_config
+        total = current_platform.get_device_total_memory()
+        kv_cache = config.cache_config.kv_cache_memory_bytes
+        if kv_cache is None:  # at least one request of full length
+            heads = model.get_num_kv_heads(config.parallel_config)
+            layers = model.get_num_layers(config.parallel_config)
+            kv_cache = 2 * layers * heads * model.get_head_size() * model.max_model_len * model.dtype.itemsize
+        return int(
+            total * config.cache_config.gpu_memory_utilization / config.parallel_config.tensor_parallel_size
+            - psutil.Process().memory_info().rss
+            - self._other_weights()
+            - kv_cache
+            - WORKING_BYTES
+        )
+
+    def _other_weights(self) -> int:
+        experts = {id(p) for layer in self.layers for p in layer.expert_parameters().values()}
+        model = self.vllm_config.compilation_config.static_forward_context
+        parameters = {id(p): p for module in model.values() if isinstance(module, torch.nn.Module) for p in module.parameters()}
+        return sum(p.numel() * p.element_size() for key, p in parameters.items() if key not in experts)
+
+    def pack_path(self) -> Path:
+        """The packed file of this rank: in `store_dir`, or in a folder of the model's own in vLLM's cache."""
+        rank, ranks = get_tensor_model_parallel_rank(), self.vllm_config.parallel_config.tensor_parallel_size
+        return pack_folder(self.config, self.vllm_config) / f"experts-{rank}-of-{ranks}.pack"
+
+    def _identity(self) -> dict[str, str]:
+        method = self.layers[0].quant_method
+        kernel = getattr(method, "experts_cls", None)
+        return model_identity(self.vllm_config) | {
+            "tensor_parallel_rank": str(get_tensor_model_parallel_rank()),
+            "method": type(method).__name__,
+            "kernel": kernel.__name__ if kernel is not None else "",
+            "layers": str(len(self.layers)),
+        }
+
+    def put(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Stores the experts of a layer, one tensor `[experts, ...]` in kernel format for each parameter."""
+        assert self._writer is not None
+        self._writer.put_layer(layer, {name: tensor.contiguous() for name, tensor in tensors.items()})
+        if self._progress is not None:
+            self._progress.update()
+
+    def check(self, layer: int, blank: dict[str, torch.Tensor]) -> None:
+        """Compares the kernel format of one expert with that of the pack.
+
+        Raises:
+            AdapMoEError: they differ, which a pack of the same identity should never do.
+        """
+        assert self._store is not None
+        if RecordLayout.of(blank) != self._store.layouts[layer]:
+            raise AdapMoEError(f"{self.pack_path()} holds experts in another kernel format; delete it and start again")
+
+    def finish(self) -> ExpertCacheManager | None:
+        """Seals the store and lets every layer serve from the cache; None where every expert is resident."""
+        self._begin()
+        if self._progress is not None:
+            self._progress.close()
+        if self.all_resident:
+            return None
+        store = self._store if self._writer is None else self._writer.seal()
+        assert store is not None
+        pool_of = [0] * len(self.layers)
+        for pool, group in enumerate(self._groups):
+            for index in group:
+                pool_of[index] = pool
+        cache = ExpertCacheManager(store, pool_of, self._slots)
+        for layer in self.layers:
+            layer.use_cache(cache)
+        return cache
+
+    def abort(self) -> None:
+        """Leaves nothing half-written behind."""
+        if self._writer is not None:
+            self._writer.abort()
+
+
+def pack_folder(config: AdapMoEConfig, vllm_config: VllmConfig) -> Path:
+    """The folder of a model's packed files."""
+    if config.store_dir is not None:
+        return Path(config.store_dir).expanduser()
+    identity = model_identity(vllm_config)
+    name = Path(vllm_config.model_config.model).name
+    return Path(envs.VLLM_CACHE_ROOT) / "adapmoe" / f"{name}-{identity['model'][:12]}"
+
+
+def _check_host_memory(expert_bytes: int) -> None:
+    available = psutil.virtual_memory().available
+    if expert_bytes > available:
+        raise AdapMoEError(
+            f"store=host needs {expert_bytes / GiB:.2f} GiB of host memory for the experts, "
+            f"{available / GiB:.2f} GiB are available; use store=file"
+        )
+
+
+@contextmanager
+def expert_loading(config: AdapMoEConfig, vllm_config: VllmConfig) -> Iterator[ExpertLoading]:
+    """While it lasts, models are built with cached experts.
+
+    The layer classes are registered for this one model and removed again: another engine in the same process, without
+    the method, gets vLLM's own.
+    """
+    get_model_architecture(vllm_config.model_config)  # imports the model, so that its own expert classes are known
+    loading = ExpertLoading(config, vllm_config)
+    names = []
+    for cls in _expert_classes(RoutedExperts):
+        PluggableLayer.register_oot(cached_class(cls, loading), name=cls.__name__)
+        names.append(cls.__name__)
+    try:
+        yield loading
+    except BaseException:
+        loading.abort()
+        raise
+    finally:
+        for name in names:
+            del op_registry_oot[name]
+
+
+def _expert_classes(cls: type[RoutedExperts]) -> list[type[RoutedExperts]]:
+    classes = [cls]
+    for subclass in cls.__subclasses__():
+        if not issubclass(subclass, CachedExperts):
+            classes += _expert_classes(subclass)
+    return classes

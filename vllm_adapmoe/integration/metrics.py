@@ -1,0 +1,90 @@
+"""Counters of the expert cache on vLLM's `/metrics`, and one log line per interval."""
+
+import time
+from typing import Any
+
+from prometheus_client import Counter, Gauge
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+logger = init_logger(__name__)
+
+COUNTERS = {
+    "hits": ("vllm:adapmoe_expert_hits", "Experts that a layer's step asked for and that were resident."),
+    "misses": ("vllm:adapmoe_expert_misses", "Experts that a layer's step asked for and had to wait for."),
+    "fetched_bytes": ("vllm:adapmoe_fetched_bytes", "Bytes of experts fetched from the backing store."),
+    "stall_seconds": ("vllm:adapmoe_fetch_stall_seconds", "Seconds that layers waited for experts."),
+}
+GAUGES = {
+    "slots": ("vllm:adapmoe_slots", "Expert slots of a worker."),
+    "resident": ("vllm:adapmoe_resident_experts", "Slots that hold an expert."),
+}
+LABELS = ["model_name", "engine"]
+
+
+class ExpertCacheStatLogger(StatLoggerBase):
+    """Does nothing for engines without the method."""
+
+    _collectors: dict[str, Any] = {}
+    """One set per process: Prometheus takes a name only once, and every engine has labels of its own."""
+
+    def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
+        self.enabled = "adapmoe" in (vllm_config.additional_config or {})
+        self.labels = [str(vllm_config.model_config.served_model_name), str(engine_index)]
+        self.exported: dict[str, float] = dict.fromkeys(COUNTERS, 0)
+        self.latest: dict[str, float] = {}
+        self.logged: dict[str, float] = dict.fromkeys(COUNTERS, 0)
+        self.logged_at = time.monotonic()
+
+    def log_engine_initialized(self) -> None:
+        # Not in __init__: vLLM unregisters every collector named vllm:* between the two.
+        if not self.enabled:
+            return
+        if not _registered(next(iter(COUNTERS.values()))[0]):
+            for key, (name, text) in COUNTERS.items():
+                self._collectors[key] = Counter(name, text, LABELS)
+            for key, (name, text) in GAUGES.items():
+                self._collectors[key] = Gauge(name, text, LABELS, multiprocess_mode="mostrecent")
+        for collector in self._collectors.values():
+            collector.labels(*self.labels)
+
+    def record(
+        self,
+        scheduler_stats: Any,
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,
+        engine_idx: int = 0,
+    ) -> None:
+        stats = getattr(scheduler_stats, "worker_stats", None)
+        if not self.enabled or not stats:
+            return
+        self.latest = stats
+        for key in COUNTERS:
+            self._collectors[key].labels(*self.labels).inc(stats[key] - self.exported[key])
+            self.exported[key] = stats[key]
+        for key in GAUGES:
+            self._collectors[key].labels(*self.labels).set(stats[key])
+
+    def log(self) -> None:
+        now = time.monotonic()
+        change = {key: self.exported[key] - self.logged[key] for key in COUNTERS}
+        requested = change["hits"] + change["misses"]
+        if requested:
+            seconds = now - self.logged_at
+            logger.info(
+                "Expert cache: hit rate: %.1f%%, fetched: %.1f MiB/s, waiting for experts: %.1f%% of the time, "
+                "resident: %d of %d slots",
+                100 * change["hits"] / requested,
+                change["fetched_bytes"] / seconds / 2**20,
+                100 * change["stall_seconds"] / seconds,
+                self.latest["resident"],
+                self.latest["slots"],
+            )
+        self.logged, self.logged_at = dict(self.exported), now
+
+
+def _registered(name: str) -> bool:
+    from prometheus_client import REGISTRY
+
+    return name in REGISTRY._names_to_collectors

@@ -1,0 +1,116 @@
+"""Refuses, before any weight is read, what cannot work: by name, with the reason and the remedy."""
+
+from pathlib import Path
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+
+from vllm_adapmoe.cache.budget import ExpertShape, count_slots
+from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
+from vllm_adapmoe.integration.identity import model_identity
+from vllm_adapmoe.store.base import StoreError
+from vllm_adapmoe.store.file import PackInvalid, PackMissing, open_pack
+
+LOAD_FORMATS = {"auto", "hf", "safetensors", "fastsafetensors", "pt", "mistral", "npcache", "dummy", "runai_streamer"}
+DRAFTS_WITHOUT_EXPERTS = {"ngram", "ngram_gpu", "suffix"}
+
+
+def check_model(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
+    """Checks the model, the features asked for beside it, the budget and the store.
+
+    Raises:
+        AdapMoEError: the first thing found that cannot work.
+    """
+    model = vllm_config.model_config
+    experts, top_k = model.get_num_experts(), model.get_num_experts_per_tok()
+    if not experts:
+        raise AdapMoEError(f"model={model.model!r} has no routed experts; remove moe_method")
+    for setting, reason in _refused(vllm_config):
+        raise AdapMoEError(f"{setting} does not work with moe_method='adapmoe': {reason}")
+    layers = count_moe_layers(model.hf_text_config)
+    if layers is not None and vllm_config.parallel_config.pipeline_parallel_size == 1:
+        expert_bytes = _expert_bytes(model.hf_text_config, model.dtype.itemsize) if model.quantization is None else None
+        if expert_bytes is not None or config.cache_gb is None:
+            shape = ExpertShape(layers * experts, expert_bytes or 1, top_k or 1)
+            # Without a budget the worker counts, on the memory that it finds.
+            count_slots(config, [shape], free_bytes=shape.num_experts * shape.bytes_per_expert)
+    _check_store(config, vllm_config)
+
+
+def _refused(vllm_config: VllmConfig) -> list[tuple[str, str]]:
+    """(setting, reason and remedy) of everything set that experts in slots cannot do."""
+    parallel, model, load = vllm_config.parallel_config, vllm_config.model_config, vllm_config.load_config
+    offload, speculative = vllm_config.offload_config, vllm_config.speculative_config
+    weights_move = "it moves weights that the expert cache moves already; remove it"
+    checks = [
+        (parallel.enable_eplb, "enable_eplb=True", "replicas of experts have no place in the slot map; remove it"),
+        (parallel.enable_dbo, "enable_dbo=True", "two micro-batches would compete for the slots; remove it"),
+        (parallel.enable_expert_parallel, "enable_expert_parallel=True",
+         "slots are filled by this rank's routing alone; use tensor_parallel_size"),
+        (parallel.data_parallel_size > 1, f"data_parallel_size={parallel.data_parallel_size}",
+         "data-parallel ranks exchange tokens between experts; run one engine per replica"),
+        (vllm_config.lora_config is not None, "enable_lora=True", "adapters of experts are not cached; remove it"),
+        (getattr(model, "enable_sleep_mode", False), "enable_sleep_mode=True",
+         "discarding weights would empty the slots behind the cache's back; remove it"),
+        (offload.uva.cpu_offload_gb > 0, f"cpu_offload_gb={offload.uva.cpu_offload_gb}", weights_move),
+        (offload.prefetch.offload_group_size > 0, f"offload_group_size={offload.prefetch.offload_group_size}",
+         weights_move),
+        (load.load_format not in LOAD_FORMATS, f"load_format={load.load_format!r}",
+         "it does not load expert by expert; use auto"),
+        (speculative is not None and speculative.method not in DRAFTS_WITHOUT_EXPERTS,
+         f"speculative_config method={getattr(speculative, 'method', None)!r}",
+         f"a draft model's experts are not cached; use one of {', '.join(sorted(DRAFTS_WITHOUT_EXPERTS))}"),
+    ]  # fmt: skip
+    return [(setting, reason) for is_set, setting, reason in checks if is_set]
+
+
+def count_moe_layers(hf_config: Any) -> int | None:
+    """MoE layers of a model, from its configuration; None where that does not tell."""
+    layers = getattr(hf_config, "num_hidden_layers", None)
+    other_rules = ("interleave_moe_layer_step", "moe_layer_interval", "layers_block_type", "moe_layers", "layer_types_moe")
+    if layers is None or any(getattr(hf_config, name, None) is not None for name in other_rules):
+        return None
+    dense_first = getattr(hf_config, "first_k_dense_replace", None) or 0
+    every = getattr(hf_config, "moe_layer_freq", None) or 1
+    step = getattr(hf_config, "decoder_sparse_step", None) or 1
+    dense = set(getattr(hf_config, "mlp_only_layers", None) or ())
+    if not isinstance(every, int):
+        return None
+    return sum(
+        layer >= dense_first and layer % every == 0 and (layer + 1) % step == 0 and layer not in dense
+        for layer in range(layers)
+    )
+
+
+def _expert_bytes(hf_config: Any, itemsize: int) -> int | None:
+    hidden = getattr(hf_config, "hidden_size", None)
+    intermediate = getattr(hf_config, "moe_intermediate_size", None) or getattr(hf_config, "intermediate_size", None)
+    return 3 * hidden * intermediate * itemsize if isinstance(hidden, int) and isinstance(intermediate, int) else None
+
+
+def _check_store(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
+    """A folder the user named must be usable, and must not hold another model's experts."""
+    if config.store_dir is None:
+        return
+    if config.store == "host":
+        raise AdapMoEError(f"store_dir={config.store_dir!r} has no meaning with store='host'; remove one")
+    if config.store == "auto" and not current_platform.is_cpu():
+        raise AdapMoEError(f"store_dir={config.store_dir!r} needs a packed file; set store='file'")
+    folder = Path(config.store_dir).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise AdapMoEError(
+            f"store_dir={config.store_dir!r} cannot be written ({error.strerror}); name a writable folder"
+        ) from None
+    for path in folder.glob("experts-*.pack"):
+        try:
+            open_pack(path, model_identity(vllm_config)).close()
+        except (PackMissing, PackInvalid):
+            continue  # the worker packs anew
+        except StoreError as error:
+            raise AdapMoEError(f"store_dir={config.store_dir!r}: {error}") from None

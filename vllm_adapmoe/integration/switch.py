@@ -1,0 +1,76 @@
+"""Switches the method on in an engine's configuration, whichever way it was asked for."""
+
+import sys
+from types import TracebackType
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
+from vllm_adapmoe.integration.model_check import check_model
+
+logger = init_logger(__name__)
+
+METHOD = "adapmoe"
+WORKERS = {"cpu": "vllm_adapmoe.integration.worker.AdapMoECPUWorker", "cuda": "vllm_adapmoe.integration.worker.AdapMoEWorker"}
+SCHEDULERS = {
+    False: "vllm_adapmoe.integration.scheduler.ExpertCacheScheduler",
+    True: "vllm_adapmoe.integration.scheduler.ExpertCacheAsyncScheduler",
+}
+
+
+def switch_on(engine_args: Any, vllm_config: VllmConfig) -> None:
+    """Folds `moe_method` and `adapmoe_config` into `additional_config["adapmoe"]`, and names worker and scheduler.
+
+    Raises:
+        AdapMoEError: contradictory or unknown settings, or a model or feature that cannot work with them.
+    """
+    _print_errors_as_one_line()
+    config = _requested(engine_args, vllm_config)
+    if engine_args.worker_cls != "auto":
+        raise AdapMoEError(f"worker_cls={engine_args.worker_cls!r} leaves no place for moe_method={METHOD!r}; remove one")
+    device = current_platform.device_type
+    if device not in WORKERS:
+        raise AdapMoEError(f"moe_method={METHOD!r} does not run on {device}; it runs on {', '.join(WORKERS)}")
+    check_model(config, vllm_config)
+    vllm_config.additional_config = dict(vllm_config.additional_config) | {METHOD: config.transport()}
+    vllm_config.parallel_config.worker_cls = WORKERS[device]
+    scheduler = vllm_config.scheduler_config
+    if scheduler.scheduler_cls is None:
+        scheduler.scheduler_cls = SCHEDULERS[bool(scheduler.async_scheduling)]
+
+
+def _requested(engine_args: Any, vllm_config: VllmConfig) -> AdapMoEConfig:
+    additional = vllm_config.additional_config
+    if not isinstance(additional, dict):
+        raise AdapMoEError(f"additional_config={additional!r} is not a dict; moe_method={METHOD!r} needs one")
+    method, given = engine_args.moe_method, engine_args.adapmoe_config
+    if method not in (None, METHOD):
+        raise AdapMoEError(f"moe_method={method!r} is not known; use {METHOD!r} or leave it out")
+    if given is not None and method is None:
+        raise AdapMoEError(f"adapmoe_config={given!r} is set but moe_method is not; add moe_method={METHOD!r}")
+    config = AdapMoEConfig.parse(given)
+    if METHOD not in additional:
+        return config
+    plain = AdapMoEConfig.parse(additional[METHOD])
+    if given is not None and config != plain:
+        raise AdapMoEError(f"adapmoe_config={given!r} and additional_config[{METHOD!r}]={additional[METHOD]!r} differ; keep one")
+    return plain
+
+
+def _print_errors_as_one_line() -> None:
+    """A mistake of the user ends the program with one line instead of a traceback through vLLM."""
+    if getattr(sys.excepthook, "adapmoe", False):
+        return
+    previous = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, AdapMoEError):
+            print(f"vllm-adapmoe: error: {error}", file=sys.stderr)
+        else:
+            previous(kind, error, trace)
+
+    hook.adapmoe = True  # type: ignore[attr-defined]
+    sys.excepthook = hook

@@ -1,0 +1,72 @@
+"""vLLM's workers, with an expert cache."""
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_adapmoe.cache.budget import GiB
+from vllm_adapmoe.cache.manager import ExpertCacheManager
+from vllm_adapmoe.config import AdapMoEConfig
+from vllm_adapmoe.integration.loading import expert_loading
+
+if TYPE_CHECKING or current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker
+else:
+    CPUWorker = object
+
+logger = init_logger(__name__)
+
+
+class ExpertCacheWorker(Worker):
+    """Mixin: builds the cache while the model loads, and reports what it did with every step."""
+
+    expert_cache: ExpertCacheManager | None = None
+
+    def load_model(self, **kwargs: Any) -> None:
+        config = AdapMoEConfig.parse(self.vllm_config.additional_config["adapmoe"])
+        with expert_loading(config, self.vllm_config) as loading:
+            super().load_model(**kwargs)
+            self.expert_cache = loading.finish()
+        if self.expert_cache is not None:
+            cache = self.expert_cache
+            slot_bytes = sum(pool.num_slots * pool.layout.nbytes for pool in cache.pools)
+            experts = sum(cache.store.num_experts(layer) for layer in range(cache.store.num_layers))
+            logger.info(
+                "Expert cache: %d slots (%.2f GiB) for %d experts, backed by the %s store",
+                cache.num_slots, slot_bytes / GiB, experts, loading.store_kind,
+            )  # fmt: skip
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        return self._with_stats(super().execute_model(scheduler_output))
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        return self._with_stats(super().sample_tokens(grammar_output))
+
+    def _with_stats(self, output: Any) -> Any:
+        if self.expert_cache is not None and isinstance(output, ModelRunnerOutput):
+            output.worker_stats = self.expert_cache_stats()  # type: ignore[attr-defined]
+        return output
+
+    def expert_cache_stats(self) -> dict[str, float]:
+        """Counters since the start, and how many slots there are and are filled; empty where every expert fits."""
+        cache = self.expert_cache
+        if cache is None:
+            return {}
+        return vars(cache.stats) | {"slots": cache.num_slots, "resident": cache.num_resident}
+
+    def shutdown(self) -> None:
+        if self.expert_cache is not None:
+            self.expert_cache.close()
+            self.expert_cache = None
+        super().shutdown()
+
+
+class AdapMoEWorker(ExpertCacheWorker, Worker):
+    """Worker of a GPU."""
+
+
+class AdapMoECPUWorker(ExpertCacheWorker, CPUWorker):
+    """Worker of the CPU."""

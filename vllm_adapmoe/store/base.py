@@ -1,0 +1,59 @@
+"""What every store offers, and how one is filled."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+
+from vllm_adapmoe.cache.eviction import ExpertKey
+from vllm_adapmoe.store.record import RecordLayout
+
+
+class StoreError(RuntimeError):
+    """Records that cannot be written or read; the message is one line: the file, what is wrong, the remedy."""
+
+
+class ExpertStore(Protocol):
+    """Backing copies of all experts of a worker; read-only, and read by several threads at once."""
+
+    layouts: Sequence[RecordLayout]
+    """Of each MoE layer."""
+
+    @property
+    def num_layers(self) -> int: ...
+
+    def num_experts(self, layer: int) -> int:
+        """Experts of a layer."""
+        ...
+
+    def read(self, key: ExpertKey, into: Sequence[torch.Tensor]) -> None:
+        """Fills `into`, the bytes of each piece (uint8, flat, in layout order) with a record. Blocks; thread-safe.
+
+        Raises:
+            StoreError: the record cannot be read whole, or is not what was written.
+        """
+        ...
+
+    def close(self) -> None:
+        """Lets go of files and memory."""
+        ...
+
+
+class StoreWriter(Protocol):
+    """Fills a store layer by layer, in any order."""
+
+    def put_layer(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Takes all experts of a layer: one contiguous tensor `[experts, ...]` per parameter, free to be reused after.
+
+        Raises:
+            StoreError: no space.
+        """
+        ...
+
+    def seal(self) -> ExpertStore:
+        """Ends writing; every layer from 0 on must have been put."""
+        ...
+
+    def abort(self) -> None:
+        """Gives up and leaves nothing behind."""
+        ...

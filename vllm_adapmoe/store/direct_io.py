@@ -1,0 +1,66 @@
+"""Reads and writes that bypass the page cache where the file system allows it.
+
+A packed file is as big as the model: cached pages of it would crowd out what the memory limit is for.
+"""
+
+import errno
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from vllm_adapmoe.store.record import ALIGNMENT, as_bytes
+
+
+def open_direct(path: Path, flags: int) -> tuple[int, bool]:
+    """Opens `path`, with O_DIRECT if the file system has it; returns the descriptor and whether it does."""
+    try:
+        return os.open(path, flags | os.O_DIRECT, 0o644), True
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.open(path, flags, 0o644), False
+
+
+def is_aligned(buffers: Sequence[torch.Tensor]) -> bool:
+    """Whether each buffer starts at and fills whole blocks, as direct I/O wants."""
+    return all(buffer.data_ptr() % ALIGNMENT == 0 and buffer.numel() % ALIGNMENT == 0 for buffer in buffers)
+
+
+def read_full(fd: int, buffers: Sequence[torch.Tensor], offset: int) -> int:
+    """Reads into uint8 buffers, one after the other, from `offset` on; returns the bytes read, less only at the end.
+
+    Raises:
+        OSError: as the system says.
+    """
+    views = [memoryview(as_bytes(buffer).numpy()) for buffer in buffers]
+    wanted = sum(map(len, views))
+    done = 0
+    while done < wanted:
+        count = os.preadv(fd, views, offset + done)
+        if count == 0:
+            break
+        done += count
+        while views and count >= len(views[0]):
+            count -= len(views.pop(0))
+        if views and count:
+            views[0] = views[0][count:]
+    return done
+
+
+def write_full(fd: int, data: torch.Tensor, offset: int) -> None:
+    """Writes a uint8 buffer at `offset`.
+
+    Raises:
+        OSError: as the system says, among others that the disk is full.
+    """
+    view = memoryview(data.numpy())
+    while view:
+        count = os.pwrite(fd, view, offset)
+        view, offset = view[count:], offset + count
+
+
+def drop_cached(fd: int) -> None:
+    """Gives back pages that buffered I/O left in the page cache. Only written-back pages can be dropped."""
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)

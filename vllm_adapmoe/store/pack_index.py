@@ -1,0 +1,76 @@
+"""The index of a packed file: what it was made from, where each record is, and its checksum.
+
+A pack is one block that points to the index, then the records, then the index. The block is written last, with a
+checksum of its own and of the index, and the file gets its name only then: what is truncated, half-written or
+damaged does not check out.
+"""
+
+import json
+import struct
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from blake3 import blake3
+
+from vllm_adapmoe.store.record import ALIGNMENT, RecordLayout, align
+
+MAGIC = b"adapmoe-experts\x01"
+HEAD = struct.Struct("<16sQQ32s")  # magic, offset and size of the index, its checksum; then a checksum of these
+DIGEST_SIZE = 16
+
+
+def digest(data: Any) -> bytes:
+    """The checksum of a record."""
+    return blake3(data, max_threads=1).digest(DIGEST_SIZE)
+
+
+@dataclass
+class PackIndex:
+    """Layouts, places and checksums of all records of a pack."""
+
+    identity: dict[str, str]
+    layouts: list[RecordLayout] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    """Of each layer's first record; its records follow one another."""
+    digests: list[list[bytes]] = field(default_factory=list)
+    """Per layer, per expert."""
+
+    def encode(self) -> bytes:
+        layers = [
+            {"layout": layout.to_json(), "offset": offset, "digests": [digest.hex() for digest in digests]}
+            for layout, offset, digests in zip(self.layouts, self.offsets, self.digests, strict=True)
+        ]
+        return json.dumps({"identity": self.identity, "layers": layers}).encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        content = json.loads(data)
+        index = cls(content["identity"])
+        for layer in content["layers"]:
+            index.layouts.append(RecordLayout.from_json(layer["layout"]))
+            index.offsets.append(layer["offset"])
+            index.digests.append([bytes.fromhex(digest) for digest in layer["digests"]])
+        return index
+
+
+def encode_head(offset: int, index: bytes) -> bytes:
+    """The first block of a pack whose index stands at `offset`."""
+    head = HEAD.pack(MAGIC, offset, len(index), blake3(index).digest())
+    return (head + blake3(head).digest()).ljust(ALIGNMENT, b"\0")
+
+
+def decode_head(block: bytes, file_size: int) -> tuple[int, int, bytes]:
+    """Offset, size and checksum of the index.
+
+    Raises:
+        ValueError: not the first block of a whole pack of this format.
+    """
+    head, checksum = block[: HEAD.size], block[HEAD.size : HEAD.size + 32]
+    if len(block) < ALIGNMENT or blake3(head).digest() != checksum:
+        raise ValueError("is not a whole pack")
+    magic, offset, size, index_checksum = HEAD.unpack(head)
+    if magic != MAGIC:
+        raise ValueError("has another format version")
+    if file_size != offset + align(size):
+        raise ValueError(f"has {file_size} bytes instead of {offset + align(size)}")
+    return offset, size, index_checksum

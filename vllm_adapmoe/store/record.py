@@ -1,0 +1,89 @@
+"""The layout of one expert's record: every parameter of it, in the kernel's format, one after the other."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+
+ALIGNMENT = 4096
+"""Records and their pieces start at multiples of this, so that direct I/O can read them into place."""
+
+
+def align(nbytes: int) -> int:
+    """`nbytes` rounded up to the alignment."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def aligned_empty(nbytes: int, pin: bool = False) -> torch.Tensor:
+    """Uninitialised host memory, uint8 `[nbytes]`, that starts at a multiple of the alignment.
+
+    Its pages are committed when first written. `pin` page-locks it, for copies to a GPU.
+    """
+    memory = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, device="cpu", pin_memory=pin)
+    start = -memory.data_ptr() % ALIGNMENT
+    return memory[start : start + nbytes]
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of a contiguous tensor, uint8 `[nbytes]`."""
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One parameter of one expert."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    """Bytes from the start of the record."""
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class RecordLayout:
+    """Where the pieces of a record are. Layers of equal layout can share a pool of slots."""
+
+    pieces: tuple[Piece, ...]
+    nbytes: int
+    """Size of a record, a multiple of the alignment."""
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, torch.Tensor]) -> Self:
+        """The layout of experts given as one tensor `[experts, ...]` per parameter."""
+        pieces = []
+        offset = 0
+        for name, tensor in tensors.items():
+            shape = tuple(tensor.shape[1:])
+            nbytes = tensor[0].numel() * tensor.element_size()
+            pieces.append(Piece(name, tensor.dtype, shape, offset, nbytes))
+            offset += align(nbytes)
+        return cls(tuple(pieces), offset)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the pieces, without padding: what a slot holds and a fetch moves."""
+        return sum(piece.nbytes for piece in self.pieces)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [
+            {"name": piece.name, "dtype": str(piece.dtype).removeprefix("torch."), "shape": list(piece.shape)}
+            for piece in self.pieces
+        ]
+
+    @classmethod
+    def from_json(cls, value: list[dict[str, Any]]) -> Self:
+        """The layout that `to_json` described.
+
+        Raises:
+            ValueError: a dtype that torch does not have.
+        """
+        tensors = {}
+        for piece in value:
+            dtype = getattr(torch, piece["dtype"], None)
+            if not isinstance(dtype, torch.dtype):
+                raise ValueError(f"unknown dtype {piece['dtype']!r}")
+            tensors[piece["name"]] = torch.empty((1, *piece["shape"]), dtype=dtype, device="meta")
+        return cls.of(tensors)
