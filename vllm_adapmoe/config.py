@@ -49,7 +49,9 @@ class AdapMoEConfig(BaseModel):
             return value
         given = {} if value is None else _read(value) if isinstance(value, str | Path) else value
         if not isinstance(given, dict):
-            raise AdapMoEError(f"adapmoe_config={given!r} is not a mapping of keys; pass a dict, a JSON object or a file")
+            raise AdapMoEError(
+                f"adapmoe_config={given!r} is not a mapping of keys; pass a dict, a JSON object or a file"
+            )
         try:
             return cls(**given)
         except ValidationError as error:

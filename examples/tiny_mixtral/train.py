@@ -53,9 +53,7 @@ def build(kind: str) -> PreTrainedModel:
     torch.manual_seed(0)
     if kind == "dense":
         return MistralForCausalLM(MistralConfig(**SHAPE, intermediate_size=512))
-    return MixtralForCausalLM(
-        MixtralConfig(**SHAPE, intermediate_size=256, num_local_experts=8, num_experts_per_tok=2)
-    )
+    return MixtralForCausalLM(MixtralConfig(**SHAPE, intermediate_size=256, num_local_experts=8, num_experts_per_tok=2))
 
 
 def encode(cache: Path) -> tuple[Path, np.ndarray]:

@@ -1,0 +1,1 @@
+"""Slots, who leaves them, and the manager that owns them."""

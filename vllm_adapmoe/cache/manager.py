@@ -42,7 +42,9 @@ class ExpertCacheManager:
         self.pools = [SlotPool(layout, count) for layout, count in zip(layouts, slots, strict=True)]
         self.tables = [SlotTable(count, LRU()) for count in slots]
         self.pool_of_layer = list(pool_of)
-        self.slot_maps = [torch.full((store.num_experts(layer),), -1, dtype=torch.int32) for layer in range(len(pool_of))]
+        self.slot_maps = [
+            torch.full((store.num_experts(layer),), -1, dtype=torch.int32) for layer in range(len(pool_of))
+        ]
         """Per layer, int32 `[num_experts]`: the slot of each expert, -1 for one that is not resident."""
         self._maps = [slot_map.numpy() for slot_map in self.slot_maps]
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="expert-reader")

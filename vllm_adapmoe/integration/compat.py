@@ -29,7 +29,13 @@ class StatsFields:
     worker_stats: dict[str, float] | None = None
 
 
-def add_fields(cls: type, fields: type) -> bool:
+def adapmoe_settings(vllm_config: Any) -> Any:
+    """What `additional_config["adapmoe"]` holds; None where the method is off."""
+    additional = vllm_config.additional_config
+    return additional.get("adapmoe") if isinstance(additional, dict) else None
+
+
+def add_fields(cls: Any, fields: type) -> bool:
     """Adds the fields of the dataclass `fields` to the dataclass `cls` as keyword arguments.
 
     Running `dataclass()` over `cls` again would lose its default factories, so the new fields are put beside the old
@@ -80,7 +86,7 @@ def edit_engine_args(module: ModuleType) -> None:
     @functools.wraps(create_engine_config)
     def with_moe_method(self: Any, *args: Any, **kwargs: Any) -> Any:
         config = create_engine_config(self, *args, **kwargs)
-        if self.moe_method or self.adapmoe_config is not None or "adapmoe" in (config.additional_config or ()):
+        if self.moe_method or self.adapmoe_config is not None or adapmoe_settings(config) is not None:
             from vllm_adapmoe.integration.switch import switch_on
 
             switch_on(self, config)

@@ -5,6 +5,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from vllm import LLM, SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.inputs import TokensPrompt
+
+from vllm_adapmoe.integration.model_check import count_moe_layers
 
 KV_CACHE_BYTES = 256 << 20
 
@@ -43,13 +47,13 @@ class Engine:
     def generate(self, prompts: list[list[int]], output_tokens: int, logprobs: int | None = None) -> Generation:
         """Completes all `prompts` in one batch, each by exactly `output_tokens` tokens."""
         outputs = self.llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts],
+            [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
             SamplingParams(
                 max_tokens=output_tokens, temperature=0, ignore_eos=True, detokenize=False, logprobs=logprobs
             ),
             use_tqdm=False,
         )
-        times = [output.metrics for output in outputs]
+        times = [output.metrics for output in outputs if output.metrics is not None]
         first = max(time.first_token_ts for time in times)
         return Generation(
             tokens=[list(output.outputs[0].token_ids) for output in outputs],
@@ -70,3 +74,11 @@ class Engine:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def count_experts(model: Path) -> int:
+    """Routed experts of a model, over all layers."""
+    config = EngineArgs(model=str(model), skip_tokenizer_init=True).create_model_config()
+    layers = count_moe_layers(config.hf_text_config)
+    assert layers is not None, f"{model}: its configuration does not tell which layers have experts"
+    return layers * config.get_num_experts()

@@ -26,7 +26,9 @@ def checkpoint_folder(model: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, local_files_only=True))
     except Exception as error:
-        raise AdapMoEError(f"model={model!r} is not a folder or a downloaded model ({error}); download it first") from None
+        raise AdapMoEError(
+            f"model={model!r} is not a folder or a downloaded model ({error}); download it first"
+        ) from None
 
 
 def checkpoint_hash(folder: Path) -> str:

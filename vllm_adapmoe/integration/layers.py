@@ -41,7 +41,7 @@ class CachedExperts(RoutedExperts):
         create_weights = method.create_weights
         process_weights = method.process_weights_after_loading
 
-        def create_on_host(layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        def create_on_host(layer: RoutedExperts, *args: Any, **kwargs: Any) -> None:
             before = set(dict(self.named_parameters()))
             with torch.device("cpu"):
                 create_weights(layer, *args, **kwargs)
@@ -51,8 +51,9 @@ class CachedExperts(RoutedExperts):
             self.finish_loading()
 
         self._process_weights: Callable[[nn.Module], None] = process_weights
-        method.create_weights = create_on_host
-        method.process_weights_after_loading = finish
+        wrapped: Any = method
+        wrapped.create_weights = create_on_host
+        wrapped.process_weights_after_loading = finish
         method.requires_device_loading = False
         return method
 
@@ -189,7 +190,7 @@ class CachedExperts(RoutedExperts):
         return total.to(x.dtype)
 
     def _run_kernel(self, x: torch.Tensor, topk_weights: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        return self.quant_method.apply(
+        output = self.quant_method.apply(
             layer=self,
             x=x,
             topk_weights=topk_weights,
@@ -197,6 +198,8 @@ class CachedExperts(RoutedExperts):
             shared_experts=None,
             shared_experts_input=None,
         )
+        assert isinstance(output, torch.Tensor)
+        return output
 
 
 def _distinct(ids: torch.Tensor, num_experts: int) -> list[int]:
@@ -224,9 +227,7 @@ def _routed_experts_fake(
     return torch.empty_like(x)
 
 
-direct_register_custom_op(
-    op_name="adapmoe_routed_experts", op_func=_routed_experts, fake_impl=_routed_experts_fake
-)
+direct_register_custom_op(op_name="adapmoe_routed_experts", op_func=_routed_experts, fake_impl=_routed_experts_fake)
 
 
 def cached_class(cls: type[RoutedExperts], loading: "ExpertLoading") -> type[RoutedExperts]:

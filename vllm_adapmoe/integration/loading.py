@@ -27,7 +27,7 @@ from vllm_adapmoe.store.host import HostStore
 from vllm_adapmoe.store.pack_writer import PackWriter
 from vllm_adapmoe.store.record import RecordLayout
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
 
 WORKING_BYTES = 1 * GiB
 """Left for activations, compilation and the allocator when the budget is automatic."""
@@ -143,7 +143,7 @@ class ExpertLoading:
         if kv_cache is None:  # at least one request of full length
             heads = model.get_num_kv_heads(config.parallel_config)
             layers = model.get_num_layers(config.parallel_config)
-            kv_cache = 2 * layers * heads * model.get_head_size() * model.max_model_len * model.dtype.itemsize
+            kv_cache = 2 * layers * heads * model.get_head_size() * model.max_model_len * 2
         return int(
             total * config.cache_config.gpu_memory_utilization / config.parallel_config.tensor_parallel_size
             - psutil.Process().memory_info().rss
@@ -155,7 +155,9 @@ class ExpertLoading:
     def _other_weights(self) -> int:
         experts = {id(p) for layer in self.layers for p in layer.expert_parameters().values()}
         model = self.vllm_config.compilation_config.static_forward_context
-        parameters = {id(p): p for module in model.values() if isinstance(module, torch.nn.Module) for p in module.parameters()}
+        parameters = {
+            id(p): p for module in model.values() if isinstance(module, torch.nn.Module) for p in module.parameters()
+        }
         return sum(p.numel() * p.element_size() for key, p in parameters.items() if key not in experts)
 
     def pack_path(self) -> Path:

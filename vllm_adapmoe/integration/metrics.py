@@ -8,7 +8,9 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-logger = init_logger(__name__)
+from vllm_adapmoe.integration.compat import adapmoe_settings
+
+logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
 
 COUNTERS = {
     "hits": ("vllm:adapmoe_expert_hits", "Experts that a layer's step asked for and that were resident."),
@@ -30,7 +32,7 @@ class ExpertCacheStatLogger(StatLoggerBase):
     """One set per process: Prometheus takes a name only once, and every engine has labels of its own."""
 
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
-        self.enabled = "adapmoe" in (vllm_config.additional_config or {})
+        self.enabled = adapmoe_settings(vllm_config) is not None
         self.labels = [str(vllm_config.model_config.served_model_name), str(engine_index)]
         self.exported: dict[str, float] = dict.fromkeys(COUNTERS, 0)
         self.latest: dict[str, float] = {}

@@ -30,7 +30,9 @@ def check_model(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
         raise AdapMoEError(f"{setting} does not work with moe_method='adapmoe': {reason}")
     layers = count_moe_layers(model.hf_text_config)
     if layers is not None and vllm_config.parallel_config.pipeline_parallel_size == 1:
-        expert_bytes = _expert_bytes(model.hf_text_config, model.dtype.itemsize) if model.quantization is None else None
+        expert_bytes = (
+            _expert_bytes(model.hf_text_config, _itemsize(model.dtype)) if model.quantization is None else None
+        )
         if expert_bytes is not None or config.cache_gb is None:
             shape = ExpertShape(layers * experts, expert_bytes or 1, top_k or 1)
             # Without a budget the worker counts, on the memory that it finds.
@@ -68,7 +70,13 @@ def _refused(vllm_config: VllmConfig) -> list[tuple[str, str]]:
 def count_moe_layers(hf_config: Any) -> int | None:
     """MoE layers of a model, from its configuration; None where that does not tell."""
     layers = getattr(hf_config, "num_hidden_layers", None)
-    other_rules = ("interleave_moe_layer_step", "moe_layer_interval", "layers_block_type", "moe_layers", "layer_types_moe")
+    other_rules = (
+        "interleave_moe_layer_step",
+        "moe_layer_interval",
+        "layers_block_type",
+        "moe_layers",
+        "layer_types_moe",
+    )
     if layers is None or any(getattr(hf_config, name, None) is not None for name in other_rules):
         return None
     dense_first = getattr(hf_config, "first_k_dense_replace", None) or 0
@@ -87,6 +95,10 @@ def _expert_bytes(hf_config: Any, itemsize: int) -> int | None:
     hidden = getattr(hf_config, "hidden_size", None)
     intermediate = getattr(hf_config, "moe_intermediate_size", None) or getattr(hf_config, "intermediate_size", None)
     return 3 * hidden * intermediate * itemsize if isinstance(hidden, int) and isinstance(intermediate, int) else None
+
+
+def _itemsize(dtype: Any) -> int:
+    return int(dtype.itemsize)
 
 
 def _check_store(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:

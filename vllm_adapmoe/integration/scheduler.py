@@ -18,7 +18,7 @@ class ExpertCacheScheduler(Scheduler):
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
-            stats.worker_stats = self.worker_stats
+            stats.worker_stats = self.worker_stats  # type: ignore[attr-defined]
         return stats
 
 

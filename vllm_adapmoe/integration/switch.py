@@ -11,10 +11,13 @@ from vllm.platforms import current_platform
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.integration.model_check import check_model
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
 
 METHOD = "adapmoe"
-WORKERS = {"cpu": "vllm_adapmoe.integration.worker.AdapMoECPUWorker", "cuda": "vllm_adapmoe.integration.worker.AdapMoEWorker"}
+WORKERS = {
+    "cpu": "vllm_adapmoe.integration.worker.AdapMoECPUWorker",
+    "cuda": "vllm_adapmoe.integration.worker.AdapMoEWorker",
+}
 SCHEDULERS = {
     False: "vllm_adapmoe.integration.scheduler.ExpertCacheScheduler",
     True: "vllm_adapmoe.integration.scheduler.ExpertCacheAsyncScheduler",
@@ -30,12 +33,14 @@ def switch_on(engine_args: Any, vllm_config: VllmConfig) -> None:
     _print_errors_as_one_line()
     config = _requested(engine_args, vllm_config)
     if engine_args.worker_cls != "auto":
-        raise AdapMoEError(f"worker_cls={engine_args.worker_cls!r} leaves no place for moe_method={METHOD!r}; remove one")
+        raise AdapMoEError(
+            f"worker_cls={engine_args.worker_cls!r} leaves no place for moe_method={METHOD!r}; remove one"
+        )
     device = current_platform.device_type
     if device not in WORKERS:
         raise AdapMoEError(f"moe_method={METHOD!r} does not run on {device}; it runs on {', '.join(WORKERS)}")
     check_model(config, vllm_config)
-    vllm_config.additional_config = dict(vllm_config.additional_config) | {METHOD: config.transport()}
+    vllm_config.additional_config = {**_additional(vllm_config), METHOD: config.transport()}
     vllm_config.parallel_config.worker_cls = WORKERS[device]
     scheduler = vllm_config.scheduler_config
     if scheduler.scheduler_cls is None:
@@ -43,9 +48,7 @@ def switch_on(engine_args: Any, vllm_config: VllmConfig) -> None:
 
 
 def _requested(engine_args: Any, vllm_config: VllmConfig) -> AdapMoEConfig:
-    additional = vllm_config.additional_config
-    if not isinstance(additional, dict):
-        raise AdapMoEError(f"additional_config={additional!r} is not a dict; moe_method={METHOD!r} needs one")
+    additional = _additional(vllm_config)
     method, given = engine_args.moe_method, engine_args.adapmoe_config
     if method not in (None, METHOD):
         raise AdapMoEError(f"moe_method={method!r} is not known; use {METHOD!r} or leave it out")
@@ -56,8 +59,17 @@ def _requested(engine_args: Any, vllm_config: VllmConfig) -> AdapMoEConfig:
         return config
     plain = AdapMoEConfig.parse(additional[METHOD])
     if given is not None and config != plain:
-        raise AdapMoEError(f"adapmoe_config={given!r} and additional_config[{METHOD!r}]={additional[METHOD]!r} differ; keep one")
+        raise AdapMoEError(
+            f"adapmoe_config={given!r} and additional_config[{METHOD!r}]={additional[METHOD]!r} differ; keep one"
+        )
     return plain
+
+
+def _additional(vllm_config: VllmConfig) -> dict[str, Any]:
+    additional = vllm_config.additional_config
+    if not isinstance(additional, dict):
+        raise AdapMoEError(f"additional_config={additional!r} is not a dict; moe_method={METHOD!r} needs one")
+    return additional
 
 
 def _print_errors_as_one_line() -> None:

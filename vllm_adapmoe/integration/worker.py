@@ -10,6 +10,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_adapmoe.cache.budget import GiB
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.config import AdapMoEConfig
+from vllm_adapmoe.integration.compat import adapmoe_settings
 from vllm_adapmoe.integration.loading import expert_loading
 
 if TYPE_CHECKING or current_platform.is_cpu():
@@ -17,7 +18,7 @@ if TYPE_CHECKING or current_platform.is_cpu():
 else:
     CPUWorker = object
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
 
 
 class ExpertCacheWorker(Worker):
@@ -26,7 +27,7 @@ class ExpertCacheWorker(Worker):
     expert_cache: ExpertCacheManager | None = None
 
     def load_model(self, **kwargs: Any) -> None:
-        config = AdapMoEConfig.parse(self.vllm_config.additional_config["adapmoe"])
+        config = AdapMoEConfig.parse(adapmoe_settings(self.vllm_config))
         with expert_loading(config, self.vllm_config) as loading:
             super().load_model(**kwargs)
             self.expert_cache = loading.finish()

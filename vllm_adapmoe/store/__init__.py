@@ -1,0 +1,1 @@
+"""Backing copies of experts: in host memory, or in a packed file. One expert is one contiguous record."""

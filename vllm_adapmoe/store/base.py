@@ -16,11 +16,15 @@ class StoreError(RuntimeError):
 class ExpertStore(Protocol):
     """Backing copies of all experts of a worker; read-only, and read by several threads at once."""
 
-    layouts: Sequence[RecordLayout]
-    """Of each MoE layer."""
+    @property
+    def layouts(self) -> Sequence[RecordLayout]:
+        """Of each MoE layer."""
+        ...
 
     @property
-    def num_layers(self) -> int: ...
+    def num_layers(self) -> int:
+        """MoE layers."""
+        ...
 
     def num_experts(self, layer: int) -> int:
         """Experts of a layer."""

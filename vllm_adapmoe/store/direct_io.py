@@ -34,7 +34,7 @@ def read_full(fd: int, buffers: Sequence[torch.Tensor], offset: int) -> int:
     Raises:
         OSError: as the system says.
     """
-    views = [memoryview(as_bytes(buffer).numpy()) for buffer in buffers]
+    views = [as_bytes(buffer).numpy().data for buffer in buffers]
     wanted = sum(map(len, views))
     done = 0
     while done < wanted:
@@ -55,7 +55,7 @@ def write_full(fd: int, data: torch.Tensor, offset: int) -> None:
     Raises:
         OSError: as the system says, among others that the disk is full.
     """
-    view = memoryview(data.numpy())
+    view = data.numpy().data
     while view:
         count = os.pwrite(fd, view, offset)
         view, offset = view[count:], offset + count

@@ -120,7 +120,7 @@ class FileStore:
     def _check(self, key: ExpertKey, buffers: list[torch.Tensor]) -> None:
         found = blake3(max_threads=1)
         for buffer in buffers:
-            found.update(buffer.numpy())
+            found.update(buffer.numpy().data)
         if found.digest(len(digest(b""))) == self._index.digests[key[0]][key[1]]:
             self._unchecked.discard(key)
             return

@@ -62,7 +62,7 @@ class PackWriter:
         for expert in range(experts):
             for piece, source in pieces:
                 record[piece.offset : piece.offset + piece.nbytes] = source[expert]
-            digests.append(digest(record.numpy()))
+            digests.append(digest(record.numpy().data))
             self._write(record, self._end)
             self._end += layout.nbytes
         if not self._direct:

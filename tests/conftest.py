@@ -1,0 +1,42 @@
+"""Fixtures shared by all tests. Tests marked `engine` start vLLM; `pytest -m "not engine"` takes seconds."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+ROOT = Path(__file__).parent.parent
+TINY_MIXTRAL = ROOT / "examples" / "tiny_mixtral" / "model"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def vllm_folders(tmp_path_factory: pytest.TempPathFactory):
+    """VLLM's caches, and so the default place of packed files, are the test run's own."""
+    settings = {
+        "VLLM_CACHE_ROOT": str(tmp_path_factory.mktemp("vllm-cache")),
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # tests send functions to the worker, to look at its tensors
+        "HF_HUB_OFFLINE": "1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, os.environ.get(name, value) if name == "VLLM_CACHE_ROOT" else value)
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory):
+    """Makes (once) and returns the folder of a tiny random model of an architecture."""
+    from tiny_models import save_tiny_model
+
+    made: dict[str, Path] = {}
+
+    def make(architecture: str) -> Path:
+        if architecture not in made:
+            made[architecture] = save_tiny_model(architecture, tmp_path_factory.mktemp(architecture))
+        return made[architecture]
+
+    return make

@@ -1,0 +1,237 @@
+"""Experts come back as they were put in, from host memory and from a packed file; damage is always noticed."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_adapmoe.store.base import ExpertStore, StoreError
+from vllm_adapmoe.store.file import PackInvalid, PackMissing, PackOfAnother, open_pack, read_index
+from vllm_adapmoe.store.host import HostStore
+from vllm_adapmoe.store.pack_writer import PackWriter
+from vllm_adapmoe.store.record import ALIGNMENT, RecordLayout, aligned_empty, as_bytes
+
+IDENTITY = {"model": "a", "vllm": "1"}
+DTYPES = (torch.bfloat16, torch.float32, torch.int8, torch.uint8, torch.float8_e4m3fn, torch.int32)
+
+
+def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    count = torch.empty(shape, dtype=dtype).nbytes
+    return torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator).view(dtype).view(shape)
+
+
+def layer(seed: int, experts: int = 4, odd: bool = False) -> dict[str, torch.Tensor]:
+    """Experts of a layer; `odd` ones have pieces that fill no whole blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"w13": (experts, 96, 33 if odd else 64), "w2": (experts, 32, 64), "scale": (experts,)}
+    if not odd:
+        del shapes["scale"]
+    return {name: random_tensor(shape, torch.bfloat16, generator) for name, shape in shapes.items()}
+
+
+def pack(path: Path, layers: list[dict[str, torch.Tensor]]) -> ExpertStore:
+    writer = PackWriter(path, IDENTITY, expected_bytes=1 << 20)
+    for index in reversed(range(len(layers))):
+        writer.put_layer(index, layers[index])
+    return writer.seal()
+
+
+def read_all(store: ExpertStore, aligned: bool = True) -> list[dict[str, torch.Tensor]]:
+    result = []
+    for index in range(store.num_layers):
+        layout, experts = store.layouts[index], store.num_experts(index)
+        tensors = {piece.name: torch.empty((experts, *piece.shape), dtype=piece.dtype) for piece in layout.pieces}
+        for expert in range(experts):
+            if aligned:
+                into = [aligned_empty(piece.nbytes) for piece in layout.pieces]
+            else:
+                into = [torch.empty(piece.nbytes + 1, dtype=torch.uint8)[1:] for piece in layout.pieces]
+            store.read((index, expert), into)
+            for piece, data in zip(layout.pieces, into, strict=True):
+                as_bytes(tensors[piece.name][expert]).copy_(data)
+        result.append(tensors)
+    return result
+
+
+def assert_same(ours: list[dict[str, torch.Tensor]], theirs: list[dict[str, torch.Tensor]]) -> None:
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.keys() == other.keys()
+        for name in mine:
+            assert mine[name].dtype == other[name].dtype
+            assert torch.equal(as_bytes(mine[name]), as_bytes(other[name])), name
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(1, 40), max_size=3)), min_size=1, max_size=5),
+    st.integers(1, 5),
+)
+@settings(max_examples=60, deadline=None)
+def test_layouts_are_aligned_and_stores_round_trip(tmp_path_factory, pieces, experts):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"p{number}": random_tensor((experts, *shape), dtype, generator) for number, (dtype, shape) in enumerate(pieces)
+    }
+    layout = RecordLayout.of(tensors)
+    assert RecordLayout.from_json(layout.to_json()) == layout
+    assert layout.nbytes % ALIGNMENT == 0
+    ends = [0] + [piece.offset + piece.nbytes for piece in layout.pieces]
+    for piece, end in zip(layout.pieces, ends, strict=False):
+        assert piece.offset % ALIGNMENT == 0 and piece.offset >= end
+    host = HostStore()
+    host.put_layer(0, tensors)
+    path = tmp_path_factory.mktemp("pack") / "experts.pack"
+    for store in (host.seal(), pack(path, [tensors])):
+        for aligned in (True, False):
+            assert_same(read_all(store, aligned), [tensors])
+        store.close()
+
+
+@pytest.fixture(params=["disk", "memory"])
+def folder(request, tmp_path):
+    """A folder on a file system with direct I/O, and one without."""
+    if request.param == "disk":
+        yield tmp_path
+        return
+    path = Path(f"/dev/shm/adapmoe-test-{os.getpid()}")
+    path.mkdir()
+    yield path
+    shutil.rmtree(path)
+
+
+def test_a_pack_outlives_its_writer(folder):
+    layers = [layer(0), layer(1, odd=True), layer(2, experts=7)]
+    pack(folder / "experts.pack", layers).close()
+    assert [path.name for path in folder.iterdir()] == ["experts.pack"]
+    store = open_pack(folder / "experts.pack", IDENTITY)
+    assert_same(read_all(store), layers)
+    with ThreadPoolExecutor(8) as threads:
+        for ours in threads.map(lambda _: read_all(store, aligned=False), range(16)):
+            assert_same(ours, layers)
+    store.close()
+
+
+def test_what_a_pack_was_made_from_is_compared(tmp_path):
+    path = tmp_path / "experts.pack"
+    with pytest.raises(PackMissing):
+        open_pack(path, IDENTITY)
+    pack(path, [layer(0)]).close()
+    with pytest.raises(PackOfAnother, match=r"another vllm \(1, here 2\)"):
+        open_pack(path, IDENTITY | {"vllm": "2"})
+
+
+@pytest.mark.parametrize("keep", [0, 1, ALIGNMENT - 1, ALIGNMENT, 0.5, -ALIGNMENT, -1])
+def test_a_truncated_pack_is_not_opened(tmp_path, keep):
+    path = tmp_path / "experts.pack"
+    pack(path, [layer(0), layer(1)]).close()
+    size = path.stat().st_size
+    os.truncate(path, int(size * keep) if isinstance(keep, float) else keep % size)
+    with pytest.raises(PackInvalid):
+        open_pack(path, IDENTITY)
+
+
+@given(st.floats(0, 1, exclude_max=True), st.integers(0, 7))
+@settings(max_examples=80, deadline=None)
+def test_any_flipped_bit_that_matters_is_noticed(tmp_path_factory, where, bit):
+    path = tmp_path_factory.mktemp("pack") / "experts.pack"
+    layers = [layer(0, experts=2)]
+    pack(path, layers).close()
+    data = bytearray(path.read_bytes())
+    data[int(where * len(data))] ^= 1 << bit
+    path.write_bytes(data)
+    try:
+        store = open_pack(path, IDENTITY)
+    except PackInvalid:
+        return
+    try:
+        assert_same(read_all(store), layers)  # the bit was in the padding of a block
+    except StoreError as error:
+        assert "damaged" in str(error) and "\n" not in str(error)
+        assert not path.exists() and path.with_name("experts.pack.corrupt").exists()
+    store.close()
+
+
+PACK_FOREVER = """
+import sys, torch
+from pathlib import Path
+from vllm_adapmoe.store.pack_writer import PackWriter
+writer = PackWriter(Path(sys.argv[1]), {"model": "a", "vllm": "1"}, expected_bytes=1)
+tensors = {"w": torch.ones(8, 512, 512)}
+print("started", flush=True)
+for layer in range(10**6):
+    writer.put_layer(layer, tensors)
+"""
+
+
+def test_a_killed_pack_leaves_nothing_that_looks_whole(tmp_path):
+    path = tmp_path / "experts.pack"
+    packer = subprocess.Popen([sys.executable, "-c", PACK_FOREVER, str(path)], stdout=subprocess.PIPE)
+    assert packer.stdout is not None
+    packer.stdout.readline()
+    deadline = time.monotonic() + 30
+    while sum(file.stat().st_size for file in tmp_path.iterdir()) < 20 << 20:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    (partial,) = tmp_path.iterdir()
+    with pytest.raises(PackMissing):
+        open_pack(path, IDENTITY)
+    with pytest.raises(PackInvalid):
+        read_index(partial)
+    packer_again = PackWriter(path, IDENTITY, expected_bytes=1)  # beside a living writer: its file stays
+    assert partial.exists()
+    packer_again.abort()
+    packer.send_signal(signal.SIGKILL)
+    packer.wait()
+    pack(path, [layer(0)]).close()
+    assert [file.name for file in tmp_path.iterdir()] == ["experts.pack"]
+
+
+def test_writers_of_one_pack_do_not_disturb_each_other(tmp_path):
+    path = tmp_path / "experts.pack"
+    script = PACK_FOREVER.replace("10**6", "12") + "writer.seal()"
+    packers = [subprocess.Popen([sys.executable, "-c", script, str(path)]) for _ in range(2)]
+    assert [packer.wait(timeout=60) for packer in packers] == [0, 0]
+    assert [file.name for file in tmp_path.iterdir()] == ["experts.pack"]
+    (experts,) = {store.num_experts(0) for store in [open_pack(path, IDENTITY)]}
+    assert experts == 8
+
+
+def test_no_space_is_said_before_and_while_packing(tmp_path):
+    with pytest.raises(StoreError, match="free some space"):
+        PackWriter(tmp_path / "experts.pack", IDENTITY, expected_bytes=1 << 60)
+    script = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (16 << 20, 16 << 20))
+import signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+""" + PACK_FOREVER
+    packer = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "experts.pack")], capture_output=True, text=True
+    )
+    assert "StoreError" in packer.stderr and "cannot be written (File too large)" in packer.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_packing_streams(tmp_path):
+    """A pack much larger than the memory used to write it."""
+    script = PACK_FOREVER.replace("10**6", "60").replace('print("started", flush=True)', "") + (
+        "writer.seal()\nimport resource\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    size = 60 * 8 * 512 * 512 * 4
+    peaks = []
+    for layers in ("60", "6"):
+        run = subprocess.run(
+            [sys.executable, "-c", script.replace("range(60)", f"range({layers})"), str(tmp_path / f"{layers}.pack")],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        peaks.append(int(run.stdout) * 1024)
+    assert (tmp_path / "60.pack").stat().st_size > size
+    assert peaks[0] - peaks[1] < 0.05 * size

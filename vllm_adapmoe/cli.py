@@ -1,0 +1,83 @@
+"""The `adapmoe` command."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from vllm_adapmoe.bench.record import write
+from vllm_adapmoe.config import AdapMoEError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Expert offloading for vLLM.")
+bench = typer.Typer(no_args_is_help=True, help="Side-by-side measurements; each writes a JSON result.")
+app.add_typer(bench, name="bench")
+
+Model = Annotated[Path, typer.Argument(help="Folder of a checkpoint.", exists=True, file_okay=False)]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the result.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Measurements of each engine, in turn.")]
+Batch = Annotated[int, typer.Option(min=1, help="Requests in a batch.")]
+PromptTokens = Annotated[int, typer.Option(min=1)]
+OutputTokens = Annotated[int, typer.Option(min=2)]
+
+
+@app.command()
+def pack(
+    model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or the name of a downloaded model.")],
+    store_dir: Annotated[str | None, typer.Option(help="Folder for the packed file; default: vLLM's cache.")] = None,
+    dtype: Annotated[str, typer.Option(help="As in `vllm serve`.")] = "auto",
+    quantization: Annotated[str | None, typer.Option(help="As in `vllm serve`.")] = None,
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="As in `vllm serve`.")] = 1,
+) -> None:
+    """Packs a model's experts into the file that `vllm serve --moe-method adapmoe` reads them from."""
+    from vllm_adapmoe.integration.packing import pack_experts
+
+    folder = pack_experts(
+        model, store_dir, dtype=dtype, quantization=quantization, tensor_parallel_size=tensor_parallel_size
+    )
+    Console().print(f"packed into {folder}")
+
+
+@bench.command()
+def overhead(
+    model: Model,
+    output: Output = None,
+    rounds: Rounds = 7,
+    batch: Batch = 1,
+    prompt_tokens: PromptTokens = 512,
+    output_tokens: OutputTokens = 64,
+) -> None:
+    """Stock vLLM against the plugin when nothing has to be fetched."""
+    from vllm_adapmoe.bench.overhead import print_overhead, run_overhead
+
+    result = run_overhead(model, rounds, prompt_tokens, output_tokens, batch)
+    print_overhead(result, Console())
+    if output is not None:
+        write(output, result)
+
+
+@bench.command()
+def residency(
+    model: Model,
+    output: Output = None,
+    rounds: Rounds = 5,
+    batch: Batch = 1,
+    prompt_tokens: PromptTokens = 64,
+    output_tokens: OutputTokens = 64,
+) -> None:
+    """25, 50, 75 and 100 % of the experts resident, with the file store and the host store."""
+    from vllm_adapmoe.bench.residency import print_residency, run_residency
+
+    result = run_residency(model, rounds, prompt_tokens, output_tokens, batch)
+    print_residency(result, Console())
+    if output is not None:
+        write(output, result)
+
+
+def main() -> None:
+    """Entry point; a mistake of the user is one line and exit code 1."""
+    try:
+        app()
+    except AdapMoEError as error:
+        typer.echo(f"adapmoe: error: {error}", err=True)
+        raise SystemExit(1) from None

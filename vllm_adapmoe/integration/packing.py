@@ -1,0 +1,27 @@
+"""Packs a model without serving it: loads it as vLLM would, as far as the packed file."""
+
+from pathlib import Path
+from typing import Any
+
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.executor import Executor
+
+from vllm_adapmoe.config import AdapMoEConfig
+from vllm_adapmoe.integration.loading import pack_folder
+
+
+def pack_experts(model: str, store_dir: str | None, **engine_args: Any) -> Path:
+    """Makes the packed files of all ranks, unless valid ones are there; returns their folder.
+
+    Raises:
+        AdapMoEError: as when serving.
+    """
+    # One slot short of everything would do as well: any cache that is not complete has a store behind it.
+    config = {"cache_fraction": 0.5, "store": "file"} | ({} if store_dir is None else {"store_dir": store_dir})
+    engine_args |= {"moe_method": "adapmoe", "adapmoe_config": config, "enforce_eager": True}
+    engine_args["kv_cache_memory_bytes"] = 1 << 20  # never allocated; without it vLLM wants most of the memory free
+    arguments = EngineArgs(model=model, **engine_args)
+    vllm_config = arguments.create_engine_config()
+    executor = Executor.get_class(vllm_config)(vllm_config)
+    executor.shutdown()
+    return pack_folder(AdapMoEConfig.parse(config), vllm_config)
