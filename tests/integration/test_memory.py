@@ -1,0 +1,78 @@
+"""A model larger than memory runs, and packing streams: real files, a real memory limit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, TINY_MIXTRAL
+
+from tests.integration import memory_cgroup
+
+pytestmark = pytest.mark.engine
+
+FACTOR = 128
+EXPERT_BYTES = 3 * 128 * 256 * FACTOR * 2
+LAYERS, EXPERTS = 12, 8
+ALL_EXPERTS = LAYERS * EXPERTS * EXPERT_BYTES
+LIMIT = 3 << 29
+SLOTS = 16
+
+
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory):
+    """The bundled model with experts 128 times as big, 2.25 GiB of them; computes the same."""
+    folder = tmp_path_factory.mktemp("wide")
+    script = ROOT / "examples" / "widen_experts.py"
+    subprocess.run([sys.executable, script, TINY_MIXTRAL, folder, "--factor", str(FACTOR)], check=True)
+    return folder
+
+
+def offline(model: Path, config: dict[str, Any] | None, procs: Path | None = None) -> subprocess.CompletedProcess[str]:
+    def enter() -> None:
+        if procs is not None:
+            procs.write_text(str(os.getpid()))
+
+    script = Path(__file__).parent / "run_offline.py"
+    return subprocess.run(
+        [sys.executable, script, model, json.dumps(config)], capture_output=True, text=True, preexec_fn=enter
+    )
+
+
+def answer(run: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(memory_cgroup.why_not() is not None, reason=str(memory_cgroup.why_not()))
+def test_a_model_larger_than_memory_serves_the_right_tokens(wide_model, tmp_path):
+    assert ALL_EXPERTS >= 1.5 * LIMIT
+    small = answer(offline(TINY_MIXTRAL, None))
+    config = {"cache_experts": SLOTS, "store": "file", "store_dir": str(tmp_path)}
+    with memory_cgroup.memory_limit(LIMIT) as procs:
+        packed = offline(wide_model, config, procs)  # packs under the limit, too
+        inode = (tmp_path / "experts-0-of-1.pack").stat().st_ino
+        again = offline(wide_model, config, procs)
+        stock = offline(wide_model, None, procs)
+    wide = answer(packed)
+    assert wide["tokens"] == small["tokens"]
+    assert wide["stats"]["misses"] > 0
+    assert answer(again)["tokens"] == small["tokens"]
+    assert (tmp_path / "experts-0-of-1.pack").stat().st_ino == inode, "a valid pack was packed again"
+    assert stock.returncode == -9, f"stock vLLM was not killed: {stock.stderr[-2000:]}"
+
+
+def test_packing_and_serving_need_two_layers_beside_the_slots(wide_model, tmp_path):
+    """Peak anonymous memory, against that of stock vLLM with the small model."""
+    small = answer(offline(TINY_MIXTRAL, None))
+    config = {"cache_experts": SLOTS, "store": "file", "store_dir": str(tmp_path)}
+    packed = answer(offline(wide_model, config))
+    restored = answer(offline(wide_model, config))
+    layer = EXPERTS * EXPERT_BYTES
+    other_weights = TINY_MIXTRAL.joinpath("model.safetensors").stat().st_size
+    assert packed["peak"] < small["peak"] + other_weights + SLOTS * EXPERT_BYTES + 2 * layer
+    assert restored["peak"] < small["peak"] + other_weights + SLOTS * EXPERT_BYTES + 2 * layer
+    assert packed["tokens"] == restored["tokens"] == small["tokens"]
