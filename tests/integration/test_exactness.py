@@ -54,7 +54,8 @@ def test_one_wave_is_bit_identical(stock, config, eager):
     if config.get("cache_experts") == EXPERTS:
         assert stats == {}
     else:
-        assert stats["misses"] > 0 and stats["hits"] > 0
+        assert stats["misses"] > 0
+        assert stats["hits"] > 0 or stats["slots"] == 8  # one layer's worth is gone before the layer's next turn
         assert stats["fetched_bytes"] == stats["misses"] * 3 * 128 * 256 * 2
 
 

@@ -106,7 +106,8 @@ print(json.dumps([
     assert with_plugin == without_plugin == unpatched["stock"]
     assert registered == []
     assert nothing == []
-    assert set(imported) <= {f"vllm_adapmoe{name}" for name in ("", ".integration", ".integration.plugin", ".integration.compat")}  # fmt: skip
+    needed = ("", ".integration", ".integration.plugin", ".integration.compat")
+    assert set(imported) <= {f"vllm_adapmoe{name}" for name in needed}
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,8 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 stats = SchedulerStats(num_running_reqs=3, worker_stats={{"hits": 2.0}})
 back = MsgpackDecoder(SchedulerStats).decode(MsgpackEncoder().encode(stats))
-print(json.dumps([EngineArgs(model={str(TINY_MIXTRAL)!r}, moe_method="adapmoe").moe_method, back.worker_stats, back.num_running_reqs]))
+args = EngineArgs(model={str(TINY_MIXTRAL)!r}, moe_method="adapmoe")
+print(json.dumps([args.moe_method, back.worker_stats, back.num_running_reqs]))
 """
     assert last_json(python(code)) == ["adapmoe", {"hits": 2.0}, 3]
 
@@ -139,7 +141,8 @@ def test_patched_vllm_uses_its_own_fields(tmp_path, unpatched):
 
     (package,) = importlib.util.find_spec("vllm").submodule_search_locations
     subprocess.run(["cp", "-rs", package, tmp_path / "vllm"], check=True)  # a tree of links
-    touched = {line.split()[1][2:] for patch in PATCHES for line in patch.read_text().splitlines() if line[:6] == "+++ b/"}  # fmt: skip
+    lines = [line for patch in PATCHES for line in patch.read_text().splitlines()]
+    touched = {line.split()[1][2:] for line in lines if line.startswith("+++ b/")}
     for name in touched:
         real = (tmp_path / name).resolve()
         (tmp_path / name).unlink()

@@ -1,0 +1,90 @@
+"""The real server and the official client: streamed tokens, metrics, aborted requests."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY_MIXTRAL
+
+pytestmark = pytest.mark.engine
+
+sys.path.insert(0, str(ROOT / "examples"))
+
+
+def metrics(port: int) -> dict[str, float]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    return {
+        line.split("{")[0]: float(line.split()[-1])
+        for line in lines
+        if line.startswith("vllm:adapmoe_") and "{" in line
+    }
+
+
+def test_serve_stream_abort_and_metrics(tmp_path):
+    from demo import Server
+    from openai import OpenAI
+
+    config = json.dumps({"cache_experts": 24, "store_dir": str(tmp_path / "store")})
+    with Server("server", tmp_path, "--enforce-eager", "--moe-method", "adapmoe", "--adapmoe-config", config) as server:
+        server.wait()
+        client = OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none")
+        first, _ = server.complete(show=False)
+        assert len(first) == 96
+        counted = metrics(server.port)
+        assert counted["vllm:adapmoe_slots"] == 24 == counted["vllm:adapmoe_resident_experts"]
+        assert counted["vllm:adapmoe_expert_misses_total"] > 0
+        record = 3 * 128 * 256 * 2
+        assert counted["vllm:adapmoe_fetched_bytes_total"] == counted["vllm:adapmoe_expert_misses_total"] * record
+        assert counted["vllm:adapmoe_fetch_stall_seconds_total"] > 0
+        # A client that hangs up mid-stream takes nothing from the next one.
+        stream = client.completions.create(model="tiny-mixtral", prompt="def ", max_tokens=900, stream=True)
+        for number, _ in enumerate(stream):
+            if number == 3:
+                stream.close()
+                break
+        chat = client.chat.completions.create(
+            model="tiny-mixtral", messages=[{"role": "user", "content": "import os"}], max_tokens=8
+        )
+        assert chat.usage.completion_tokens > 0
+        again, _ = server.complete(show=False)
+        assert again == first
+        assert metrics(server.port)["vllm:adapmoe_expert_hits_total"] > counted["vllm:adapmoe_expert_hits_total"]
+    log = (tmp_path / "server.log").read_text()
+    assert "Expert cache: 24 slots" in log
+    assert "Packing experts" in log
+
+
+def test_the_demo_cleans_up_when_interrupted(tmp_path):
+    demo = subprocess.Popen(
+        [sys.executable, ROOT / "examples" / "demo.py"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"TMPDIR": str(tmp_path)}, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 180
+    while not list(tmp_path.glob("*/stock-vllm.log")):
+        assert demo.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    time.sleep(5)
+    os.kill(demo.pid, signal.SIGINT)
+    assert demo.wait(timeout=90) == 130
+    assert list(tmp_path.glob("adapmoe-demo-*")) == []
+    left = [path for path in Path("/proc").glob("[0-9]*/environ") if str(tmp_path).encode() in _read(path)]
+    assert left == []
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def test_the_model_is_bundled():
+    assert (TINY_MIXTRAL / "model.safetensors").is_file()
