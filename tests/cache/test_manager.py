@@ -40,7 +40,7 @@ def assert_served(cache: ExpertCacheManager, index: int, experts: list[int]) -> 
 )
 @settings(max_examples=50, deadline=None)
 def test_every_acquired_expert_is_in_its_slot(requests, slots):
-    cache = ExpertCacheManager(host_store(), POOL_OF, slots)
+    cache = ExpertCacheManager(host_store(), POOL_OF, slots, torch.device("cpu"))
     for index, experts in requests:
         assert_served(cache, index, sorted(experts))
     stats = cache.stats
@@ -61,7 +61,7 @@ def test_a_damaged_record_is_never_served(tmp_path: Path):
     data = bytearray(path.read_bytes())
     data[offset] ^= 1
     path.write_bytes(data)
-    cache = ExpertCacheManager(store, POOL_OF, [18, 4])
+    cache = ExpertCacheManager(store, POOL_OF, [18, 4], torch.device("cpu"))
     assert_served(cache, 1, [0, 1])
     with pytest.raises(StoreError, match="expert 2 of MoE layer 1 is damaged"):
         cache.acquire(1, [1, 2, 3])

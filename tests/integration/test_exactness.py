@@ -13,6 +13,8 @@ pytestmark = pytest.mark.engine
 
 VOCABULARY = 2048
 EXPERTS = 96
+TIE = 0.25
+"""Two steps of bf16 logits between 16 and 32, where those of this model are."""
 PROMPT = prompts(6, VOCABULARY, seed=9)[-1] + list(range(100, 140))
 
 
@@ -67,16 +69,17 @@ def test_several_waves_are_equal_within_rounding(stock, eager):
         running.llm.reset_prefix_cache()
         again = everything(running, VOCABULARY)  # from another cache content
         tensors = hidden_states(running, PROMPT) if eager else []
-    for ours, theirs in zip(tensors[:1], stock["tensors"][:1], strict=True):
+    if eager:
         # The first layer sees the same input: what differs is one rounding to bf16 of each expert's output.
-        assert torch.allclose(ours.float(), theirs.float(), rtol=2**-7, atol=2**-7 * theirs.float().abs().max().item())
-        assert not torch.equal(ours, torch.zeros_like(ours))
+        ours, theirs = tensors[0].float(), stock["tensors"][0].float()
+        assert torch.allclose(ours, theirs, rtol=2**-7, atol=2**-7 * theirs.abs().max().item())
     for size in (1, 8, 16):
         ours, theirs = answers[f"batch of {size}"], stock[eager][0][f"batch of {size}"]
         for (tokens, _), (expected, logprobs) in zip(ours, theirs, strict=True):
             for position, (token, wanted) in enumerate(zip(tokens, expected, strict=True)):
                 if token != wanted:  # only where stock's own choice was a tie within rounding
-                    best, second = sorted(logprobs[position].values(), reverse=True)[:2]
-                    assert best - second < 0.1, (size, position)
+                    chances = logprobs[position]
+                    assert token in chances, (size, position)
+                    assert chances[wanted] - chances[token] <= TIE, (size, position)
                     break
         assert again[f"batch of {size}"] == ours

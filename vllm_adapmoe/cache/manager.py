@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -33,19 +34,20 @@ class ExpertCacheManager:
         store: backing copies; read-only from here on.
         pool_of: for each MoE layer, the index of its pool.
         slots: slots of each pool.
+        device: where the slots are.
     """
 
-    def __init__(self, store: ExpertStore, pool_of: Sequence[int], slots: Sequence[int]) -> None:
+    def __init__(self, store: ExpertStore, pool_of: Sequence[int], slots: Sequence[int], device: torch.device) -> None:
         self.store = store
         self.stats = CacheStats()
         layouts = [store.layouts[pool_of.index(pool)] for pool in range(len(slots))]
-        self.pools = [SlotPool(layout, count) for layout, count in zip(layouts, slots, strict=True)]
+        self.pools = [SlotPool(layout, count, device) for layout, count in zip(layouts, slots, strict=True)]
         self.tables = [SlotTable(count, LRU()) for count in slots]
         self.pool_of_layer = list(pool_of)
         self.slot_maps = [
             torch.full((store.num_experts(layer),), -1, dtype=torch.int32) for layer in range(len(pool_of))
         ]
-        """Per layer, int32 `[num_experts]`: the slot of each expert, -1 for one that is not resident."""
+        """Per layer, on the host, int32 `[num_experts]`: the slot of each expert, -1 for one that is not resident."""
         self._maps = [slot_map.numpy() for slot_map in self.slot_maps]
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="expert-reader")
 
@@ -101,7 +103,7 @@ class ExpertCacheManager:
 
     def _read(self, pool: SlotPool, load: Load) -> Exception | None:
         try:
-            self.store.read(load.key, pool.destination(load.slot))
+            pool.fill(load.slot, partial(self.store.read, load.key))
         except Exception as error:  # raised again by _fetch, once every other read has ended
             return error
         return None

@@ -124,6 +124,7 @@ class CachedExperts(RoutedExperts):
         self.cache = cache
         pool = cache.pool(self.cache_layer)
         self.num_slots = pool.num_slots
+        self.global_num_experts = pool.num_slots  # kernels count the rows of the weights, which are slots now
         for name, tensor in pool.tensors.items():
             self.get_parameter(name).data = tensor
 
@@ -148,7 +149,7 @@ class CachedExperts(RoutedExperts):
         Args:
             x: `[tokens, hidden]`.
             topk_weights: `[tokens, top_k]`, float32.
-            topk_ids: `[tokens, top_k]`, int32, logical expert ids of this rank.
+            topk_ids: `[tokens, top_k]`, int32, logical expert ids.
 
         Returns:
             `[tokens, hidden]`, dtype of `x`. With one wave bit-identical to stock vLLM; with several, pairs of
@@ -158,9 +159,9 @@ class CachedExperts(RoutedExperts):
         context = get_forward_context()
         if _is_dummy_run(context):
             return self._run_kernel(x, topk_weights, torch.zeros_like(topk_ids))
-        routed = topk_ids
+        topk_ids = routed = topk_ids.cpu()  # the one read of a step's routing; on a device it waits for the router
         if context.is_padding is not None:
-            real = ~context.is_padding[: topk_ids.shape[0]]
+            real = ~context.is_padding[: topk_ids.shape[0]].cpu()
             routed, topk_ids = topk_ids[real], topk_ids * real.unsqueeze(1)
         experts = _distinct(routed, self.local_num_experts)
         if len(experts) <= self.num_slots:
@@ -168,7 +169,7 @@ class CachedExperts(RoutedExperts):
             slots = slot_map.index_select(0, topk_ids.view(-1)).view_as(topk_ids)
             if context.is_padding is not None:
                 slots.clamp_(min=0)
-            return self._run_kernel(x, topk_weights, slots)
+            return self._run_kernel(x, topk_weights, slots.to(x.device))
         return self._run_waves(x, topk_weights, topk_ids, waves(experts, self.num_slots))
 
     def _run_waves(
@@ -184,7 +185,8 @@ class CachedExperts(RoutedExperts):
             slot_map = self.cache.acquire(self.cache_layer, group)
             # The CPU kernel takes no map and no absent expert: each kept pair becomes a row with one expert.
             token, choice = (wave_of_pair == number).nonzero(as_tuple=True)
-            slots = slot_map[topk_ids[token, choice].long()].unsqueeze(1)
+            slots = slot_map[topk_ids[token, choice].long()].unsqueeze(1).to(x.device)
+            token, choice = token.to(x.device), choice.to(x.device)
             rows = self._run_kernel(x[token], topk_weights[token, choice].unsqueeze(1), slots)
             total.index_add_(0, token, rows.float())
         return total.to(x.dtype)

@@ -82,6 +82,9 @@ class ExpertLoading:
         shapes = self._shapes()
         self._slots = count_slots(self.config, shapes, self._free_bytes(shapes))
         experts = sum(shape.num_experts for shape in shapes)
+        if not self.all_resident and any(layer.quant_method.is_monolithic for layer in self.layers):
+            method = type(self.layers[0].quant_method).__name__
+            raise AdapMoEError(f"{method} routes inside its kernel, out of the cache's sight; use another quantization")
         if self.all_resident:
             logger.info("Expert cache: all %d experts fit, none is offloaded", experts)
             return
@@ -205,7 +208,7 @@ class ExpertLoading:
         for pool, group in enumerate(self._groups):
             for index in group:
                 pool_of[index] = pool
-        cache = ExpertCacheManager(store, pool_of, self._slots)
+        cache = ExpertCacheManager(store, pool_of, self._slots, torch.device(current_platform.device_type))
         for layer in self.layers:
             layer.use_cache(cache)
         return cache

@@ -4,7 +4,7 @@ import sys
 from types import TracebackType
 from typing import Any
 
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
@@ -42,6 +42,9 @@ def switch_on(engine_args: Any, vllm_config: VllmConfig) -> None:
     check_model(config, vllm_config)
     vllm_config.additional_config = {**_additional(vllm_config), METHOD: config.transport()}
     vllm_config.parallel_config.worker_cls = WORKERS[device]
+    if device == "cuda":
+        # A fetch reads the routing on the host, which a captured graph cannot.
+        vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
     scheduler = vllm_config.scheduler_config
     if scheduler.scheduler_cls is None:
         scheduler.scheduler_cls = SCHEDULERS[bool(scheduler.async_scheduling)]
