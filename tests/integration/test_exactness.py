@@ -13,8 +13,6 @@ pytestmark = pytest.mark.engine
 
 VOCABULARY = 2048
 EXPERTS = 96
-TIE = 0.25
-"""Two steps of bf16 logits between 16 and 32, where those of this model are."""
 PROMPT = prompts(6, VOCABULARY, seed=9)[-1] + list(range(100, 140))
 
 
@@ -61,6 +59,20 @@ def test_one_wave_is_bit_identical(stock, config, eager):
         assert stats["fetched_bytes"] == stats["misses"] * 3 * 128 * 256 * 2
 
 
+def rounding_noise(stock) -> float:
+    """How far stock vLLM's own log probabilities move between eager and compiled, which round at different places."""
+    noise = 0.0
+    for size in (1, 8, 16):
+        pairs = zip(stock[True][0][f"batch of {size}"], stock[False][0][f"batch of {size}"], strict=True)
+        for (eager, eager_chances), (compiled, compiled_chances) in pairs:
+            for position, (token, other) in enumerate(zip(eager, compiled, strict=True)):
+                one, two = eager_chances[position], compiled_chances[position]
+                noise = max([noise, *(abs(one[key] - two[key]) for key in one.keys() & two.keys())])
+                if token != other:
+                    break
+    return noise
+
+
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 def test_several_waves_are_equal_within_rounding(stock, eager):
     """With top-k slots for all layers together nearly every step needs several waves."""
@@ -73,6 +85,7 @@ def test_several_waves_are_equal_within_rounding(stock, eager):
         # The first layer sees the same input: what differs is one rounding to bf16 of each expert's output.
         ours, theirs = tensors[0].float(), stock["tensors"][0].float()
         assert torch.allclose(ours, theirs, rtol=2**-7, atol=2**-7 * theirs.abs().max().item())
+    noise = rounding_noise(stock)
     for size in (1, 8, 16):
         ours, theirs = answers[f"batch of {size}"], stock[eager][0][f"batch of {size}"]
         for (tokens, _), (expected, logprobs) in zip(ours, theirs, strict=True):
@@ -80,6 +93,6 @@ def test_several_waves_are_equal_within_rounding(stock, eager):
                 if token != wanted:  # only where stock's own choice was a tie within rounding
                     chances = logprobs[position]
                     assert token in chances, (size, position)
-                    assert chances[wanted] - chances[token] <= TIE, (size, position)
+                    assert chances[wanted] - chances[token] <= 2 * noise, (size, position, noise)
                     break
         assert again[f"batch of {size}"] == ours

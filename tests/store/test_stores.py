@@ -74,7 +74,7 @@ def assert_same(ours: list[dict[str, torch.Tensor]], theirs: list[dict[str, torc
     st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(1, 40), max_size=3)), min_size=1, max_size=5),
     st.integers(1, 5),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_layouts_are_aligned_and_stores_round_trip(tmp_path_factory, pieces, experts):
     generator = torch.Generator().manual_seed(0)
     tensors = {
@@ -139,7 +139,7 @@ def test_a_truncated_pack_is_not_opened(tmp_path, keep):
 
 
 @given(st.floats(0, 1, exclude_max=True), st.integers(0, 7))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_any_flipped_bit_that_matters_is_noticed(tmp_path_factory, where, bit):
     path = tmp_path_factory.mktemp("pack") / "experts.pack"
     layers = [layer(0, experts=2)]
