@@ -17,6 +17,9 @@ Model = Annotated[Path, typer.Argument(help="Folder of a checkpoint.", exists=Tr
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the result.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Measurements of each engine, in turn.")]
 Batch = Annotated[int, typer.Option(min=1, help="Requests in a batch.")]
+Text = Annotated[
+    Path | None, typer.Option(help="Folder of *.txt to take prompts from; default: random tokens.", exists=True)
+]
 PromptTokens = Annotated[int, typer.Option(min=1)]
 OutputTokens = Annotated[int, typer.Option(min=2)]
 
@@ -42,6 +45,7 @@ def pack(
 def overhead(
     model: Model,
     output: Output = None,
+    text: Text = None,
     rounds: Rounds = 7,
     batch: Batch = 1,
     prompt_tokens: PromptTokens = 512,
@@ -50,7 +54,7 @@ def overhead(
     """Stock vLLM against the plugin when nothing has to be fetched."""
     from vllm_adapmoe.bench.overhead import print_overhead, run_overhead
 
-    result = run_overhead(model, rounds, prompt_tokens, output_tokens, batch)
+    result = run_overhead(model, text, rounds, prompt_tokens, output_tokens, batch)
     print_overhead(result, Console())
     if output is not None:
         write(output, result)
@@ -60,6 +64,7 @@ def overhead(
 def residency(
     model: Model,
     output: Output = None,
+    text: Text = None,
     rounds: Rounds = 5,
     batch: Batch = 1,
     prompt_tokens: PromptTokens = 64,
@@ -68,7 +73,7 @@ def residency(
     """25, 50, 75 and 100 % of the experts resident, with the file store and the host store."""
     from vllm_adapmoe.bench.residency import print_residency, run_residency
 
-    result = run_residency(model, rounds, prompt_tokens, output_tokens, batch)
+    result = run_residency(model, text, rounds, prompt_tokens, output_tokens, batch)
     print_residency(result, Console())
     if output is not None:
         write(output, result)

@@ -11,7 +11,9 @@ from vllm_adapmoe.bench.workload import measure, prompts_of, ratios
 FIGURES = ("prefill_tokens_per_second", "decode_tokens_per_second")
 
 
-def run_overhead(model: Path, rounds: int, prompt_tokens: int, output_tokens: int, batch: int) -> dict[str, Any]:
+def run_overhead(
+    model: Path, text: Path | None, rounds: int, prompt_tokens: int, output_tokens: int, batch: int
+) -> dict[str, Any]:
     """Starts the engines side by side and measures them in turn.
 
     `all_resident` has a slot for every expert. `one_short` has one slot less, so every step goes through the slot map
@@ -25,7 +27,7 @@ def run_overhead(model: Path, rounds: int, prompt_tokens: int, output_tokens: in
         "all_resident": {"cache_experts": experts},
         "one_short": {"cache_experts": experts - 1, "store": "host"},
     }
-    prompts = prompts_of(model, batch, prompt_tokens)
+    prompts = prompts_of(model, text, batch, prompt_tokens)
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in configurations}
     engines = {
         name: Engine(model, config, max_model_len=prompt_tokens + output_tokens)

@@ -13,11 +13,13 @@ FRACTIONS = (0.25, 0.5, 0.75)
 STORES = ("file", "host")
 
 
-def run_residency(model: Path, rounds: int, prompt_tokens: int, output_tokens: int, batch: int) -> dict[str, Any]:
+def run_residency(
+    model: Path, text: Path | None, rounds: int, prompt_tokens: int, output_tokens: int, batch: int
+) -> dict[str, Any]:
     """For each store and share of resident experts, an engine measured in turn with one that has them all."""
     from vllm_adapmoe.integration.engine import Engine
 
-    prompts = prompts_of(model, batch, prompt_tokens)
+    prompts = prompts_of(model, text, batch, prompt_tokens)
     length = prompt_tokens + output_tokens
     points = []
     with Engine(model, {"cache_fraction": 1.0}, max_model_len=length) as full:

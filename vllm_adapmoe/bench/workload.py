@@ -1,5 +1,6 @@
 """What the benchmarks ask of an engine: the same prompts, round after round."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -7,15 +8,14 @@ from typing import Any
 from vllm_adapmoe.bench.record import spread
 
 
-def prompts_of(model: Path, count: int, length: int, seed: int = 0) -> list[list[int]]:
-    """`count` prompts of `length` token ids: held-out text where the model brings it, else random ids.
+def prompts_of(model: Path, text: Path | None, count: int, length: int) -> list[list[int]]:
+    """`count` prompts of `length` token ids: excerpts of the files `*.txt` in the folder `text`, or random ids.
 
-    Routing has structure only on text like that which the model was trained on, so `heldout/*.txt` beside the model
-    is used with its tokenizer if both are there.
+    Routing has structure only on text like that which the model was trained on.
     """
-    texts = sorted((model.parent / "heldout").glob("*.txt"))
-    generator = random.Random(seed)
-    if texts and (model / "tokenizer.json").is_file():
+    generator = random.Random(0)
+    if text is not None:
+        texts = sorted(text.glob("*.txt"))
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
@@ -26,8 +26,6 @@ def prompts_of(model: Path, count: int, length: int, seed: int = 0) -> list[list
             start = generator.randrange(max(1, len(pool) - length))
             prompts.append(pool[start : start + length])
         return prompts
-    import json
-
     vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
     return [[generator.randrange(2, vocabulary) for _ in range(length)] for _ in range(count)]
 

@@ -1,6 +1,5 @@
 """A vLLM engine to measure: the real one, offline, with or without the expert cache."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -12,10 +11,6 @@ from vllm.inputs import TokensPrompt
 from vllm_adapmoe.integration.model_check import count_moe_layers
 
 KV_CACHE_BYTES = 256 << 20
-
-# With the engine core in this process all requests of a batch are there before the first step. Otherwise it is a race
-# which of them the first steps hold, and stock vLLM does not repeat its own tokens where kernels depend on the batch.
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 
 @dataclass(frozen=True)

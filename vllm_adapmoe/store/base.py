@@ -30,11 +30,16 @@ class ExpertStore(Protocol):
         """Experts of a layer."""
         ...
 
+    def bytes_of(self, layer: int) -> int:
+        """Bytes of all records of a layer, padding included."""
+        ...
+
     def read(self, key: ExpertKey, into: Sequence[torch.Tensor]) -> None:
-        """Fills `into`, the bytes of each piece (uint8, flat, in layout order) with a record. Blocks; thread-safe.
+        """Fills `into`, one contiguous tensor of any dtype per piece in layout order. Blocks; thread-safe.
 
         Raises:
             StoreError: the record cannot be read whole, or is not what was written.
+            ValueError: `into` does not have the sizes of the pieces.
         """
         ...
 

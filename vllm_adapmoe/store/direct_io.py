@@ -4,13 +4,17 @@ A packed file is as big as the model: cached pages of it would crowd out what th
 """
 
 import errno
+import logging
 import os
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
 
-from vllm_adapmoe.store.record import ALIGNMENT, as_bytes
+from vllm_adapmoe.store.record import ALIGNMENT
+
+logger = logging.getLogger(__name__)
 
 
 def open_direct(path: Path, flags: int) -> tuple[int, bool]:
@@ -20,21 +24,28 @@ def open_direct(path: Path, flags: int) -> tuple[int, bool]:
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
+        _log_buffered(path.parent)
         return os.open(path, flags, 0o644), False
 
 
+@cache
+def _log_buffered(folder: Path) -> None:
+    """Once for a folder."""
+    logger.warning("%s has no direct I/O; experts there pass through the page cache", folder)
+
+
 def is_aligned(buffers: Sequence[torch.Tensor]) -> bool:
-    """Whether each buffer starts at and fills whole blocks, as direct I/O wants."""
+    """Whether each uint8 buffer starts at and fills whole blocks, as direct I/O wants."""
     return all(buffer.data_ptr() % ALIGNMENT == 0 and buffer.numel() % ALIGNMENT == 0 for buffer in buffers)
 
 
 def read_full(fd: int, buffers: Sequence[torch.Tensor], offset: int) -> int:
-    """Reads into uint8 buffers, one after the other, from `offset` on; returns the bytes read, less only at the end.
+    """Reads into flat uint8 buffers, one after the other, from `offset` on; the bytes read are fewer only at the end.
 
     Raises:
         OSError: as the system says.
     """
-    views = [as_bytes(buffer).numpy().data for buffer in buffers]
+    views = [buffer.numpy().data for buffer in buffers]
     wanted = sum(map(len, views))
     done = 0
     while done < wanted:
@@ -61,6 +72,9 @@ def write_full(fd: int, data: torch.Tensor, offset: int) -> None:
         view, offset = view[count:], offset + count
 
 
-def drop_cached(fd: int) -> None:
-    """Gives back pages that buffered I/O left in the page cache. Only written-back pages can be dropped."""
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+def drop_cached(fd: int, offset: int = 0, nbytes: int = 0) -> None:
+    """Gives back pages that buffered I/O left in the page cache; `nbytes` 0: up to the end.
+
+    Only written-back pages can be dropped.
+    """
+    os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)

@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Sequence
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from vllm_adapmoe.cache.eviction import ExpertKey
 from vllm_adapmoe.store.base import StoreError
 from vllm_adapmoe.store.direct_io import drop_cached, is_aligned, open_direct, read_full
 from vllm_adapmoe.store.pack_index import PackIndex, decode_head, digest
-from vllm_adapmoe.store.record import ALIGNMENT, aligned_empty, as_bytes
+from vllm_adapmoe.store.record import ALIGNMENT, align, aligned_empty
 
 
 class PackMissing(StoreError):
@@ -27,53 +28,58 @@ class PackOfAnother(StoreError):
     """A sound pack, but of another model or vLLM version."""
 
 
-def read_index(path: Path) -> PackIndex:
-    """The index of the pack at `path`, checked; no record is read.
+def open_pack(path: Path, identity: dict[str, str]) -> "FileStore":
+    """Opens the pack at `path` if it was made from `identity`, which may be a part of what the pack's own has.
 
     Raises:
         PackMissing: no such file.
-        PackInvalid: not a whole pack.
+        PackInvalid: not a whole pack. No record is read to find out.
+        PackOfAnother: its identity differs; the message names the first difference.
     """
     try:
-        with path.open("rb") as file:
-            offset, size, checksum = decode_head(file.read(ALIGNMENT), path.stat().st_size)
-            file.seek(offset)
-            data = file.read(size)
-        if blake3(data).digest() != checksum:
-            raise ValueError("has a damaged index")
-        return PackIndex.decode(data)
+        fd, direct = open_direct(path, os.O_RDONLY)
+        file = FileIO(fd)  # closes itself when nobody holds it
+        index = _read_index(fd)
     except FileNotFoundError:
         raise PackMissing(f"{path} does not exist") from None
     except (ValueError, KeyError, OSError) as error:
         raise PackInvalid(f"{path} {error}") from None
-
-
-def open_pack(path: Path, identity: dict[str, str]) -> "FileStore":
-    """Opens the pack at `path` if it was made from `identity`.
-
-    Raises:
-        PackMissing: no such file.
-        PackInvalid: not a whole pack.
-        PackOfAnother: its identity differs; the message names the first difference.
-    """
-    index = read_index(path)
     for key, value in identity.items():
         found = index.identity.get(key)
         if found != value:
             raise PackOfAnother(
                 f"{path} holds the experts of another {key} ({found}, here {value}); delete it or set another store_dir"
             )
-    return FileStore(path, index)
+    return FileStore(path, file, direct, index)
+
+
+def _read_index(fd: int) -> PackIndex:
+    size = os.fstat(fd).st_size
+    if size == 0 or size % ALIGNMENT:
+        raise ValueError("is not a whole pack")
+    block = aligned_empty(ALIGNMENT)
+    read_full(fd, [block], 0)
+    offset, length, checksum = decode_head(block.numpy().tobytes(), size)
+    blocks = aligned_empty(align(length))
+    read_full(fd, [blocks], offset)
+    data = blocks[:length].numpy().tobytes()
+    if blake3(data).digest() != checksum:
+        raise ValueError("has a damaged index")
+    return PackIndex.decode(data)
 
 
 class FileStore:
-    """An open pack. Checks each record's checksum the first time it is read."""
+    """An open pack. Checks each record's checksum the first time it is read.
 
-    def __init__(self, path: Path, index: PackIndex) -> None:
+    The file stays the one that was opened, whatever takes its name later.
+    """
+
+    def __init__(self, path: Path, file: FileIO, direct: bool, index: PackIndex) -> None:
         self.path = path
         self.layouts = index.layouts
         self._index = index
-        self._fd, self._direct = open_direct(path, os.O_RDONLY)
+        self._file = file
+        self._direct = direct
         self._unchecked = {
             (layer, expert) for layer, digests in enumerate(index.digests) for expert in range(len(digests))
         }
@@ -86,32 +92,37 @@ class FileStore:
     def num_experts(self, layer: int) -> int:
         return len(self._index.digests[layer])
 
+    def bytes_of(self, layer: int) -> int:
+        return self.num_experts(layer) * self.layouts[layer].nbytes
+
     def read(self, key: ExpertKey, into: Sequence[torch.Tensor]) -> None:
         layer, expert = key
         layout = self.layouts[layer]
         offset = self._index.offsets[layer] + expert * layout.nbytes
-        in_place = is_aligned(into)
+        destinations = layout.destinations(into)
+        in_place = is_aligned(destinations)
         if in_place:
-            buffers = list(into)
+            buffers = destinations
         else:  # direct I/O needs whole blocks: read the record aside and copy its pieces
             buffers = [self._bounce_buffer(layout.nbytes)]
         self._read_record(key, buffers, offset, layout.nbytes)
         if not in_place:
-            for piece, destination in zip(layout.pieces, into, strict=True):
-                as_bytes(destination).copy_(buffers[0][piece.offset : piece.offset + piece.nbytes])
+            for piece, destination in zip(layout.pieces, destinations, strict=True):
+                destination.copy_(buffers[0][piece.offset : piece.offset + piece.nbytes])
         if key in self._unchecked:
             self._check(key, buffers)
 
     def _read_record(self, key: ExpertKey, buffers: list[torch.Tensor], offset: int, nbytes: int) -> None:
         reason = ""
+        fd = self._file.fileno()
         for _ in range(2):  # a failed read is tried once more
             try:
-                count = read_full(self._fd, buffers, offset)
+                count = read_full(fd, buffers, offset)
             except OSError as error:
                 reason = str(error.strerror)
                 continue
             if not self._direct:
-                drop_cached(self._fd)
+                drop_cached(fd, offset, nbytes)
             if count == nbytes:
                 return
             reason = f"{count} of {nbytes} bytes"
@@ -124,12 +135,20 @@ class FileStore:
         if found.digest(len(digest(b""))) == self._index.digests[key[0]][key[1]]:
             self._unchecked.discard(key)
             return
+        raise StoreError(f"{self.path}: expert {key[1]} of MoE layer {key[0]} is damaged; {self._set_aside()}")
+
+    def _set_aside(self) -> str:
+        """Takes the damaged pack out of the way of the next start; returns what is left to do."""
         aside = self.path.with_name(self.path.name + ".corrupt")
-        self.path.rename(aside)
-        raise StoreError(
-            f"{self.path}: expert {key[1]} of MoE layer {key[0]} is damaged; the pack was moved to {aside.name}, "
-            "start again to pack anew"
-        )
+        try:
+            if os.path.samestat(self.path.stat(), os.fstat(self._file.fileno())):
+                self.path.rename(aside)
+                return f"the pack was moved to {aside.name}, start again to pack anew"
+        except FileNotFoundError:
+            pass  # another reader of it was first
+        except OSError as error:
+            return f"delete the pack ({error.strerror} when moving it aside) and start again to pack anew"
+        return "the pack was moved aside or replaced already, start again"
 
     def _bounce_buffer(self, nbytes: int) -> torch.Tensor:
         buffer = getattr(self._bounce, "buffer", None)
@@ -138,4 +157,4 @@ class FileStore:
         return buffer[:nbytes]
 
     def close(self) -> None:
-        os.close(self._fd)
+        self._file.close()

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from vllm_adapmoe.cache.eviction import ExpertKey
-from vllm_adapmoe.store.record import RecordLayout, aligned_empty, as_bytes
+from vllm_adapmoe.store.record import RecordLayout, aligned_empty
 
 
 class HostStore:
@@ -38,11 +38,14 @@ class HostStore:
     def num_experts(self, layer: int) -> int:
         return self._layers[layer][1].shape[0]
 
+    def bytes_of(self, layer: int) -> int:
+        return self._layers[layer][1].numel()
+
     def read(self, key: ExpertKey, into: Sequence[torch.Tensor]) -> None:
         layout, records = self._layers[key[0]]
         record = records[key[1]]
-        for piece, destination in zip(layout.pieces, into, strict=True):
-            as_bytes(destination).copy_(record[piece.offset : piece.offset + piece.nbytes])
+        for piece, destination in zip(layout.pieces, layout.destinations(into), strict=True):
+            destination.copy_(record[piece.offset : piece.offset + piece.nbytes])
 
     def close(self) -> None:
         self._layers.clear()

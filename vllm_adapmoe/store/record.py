@@ -1,6 +1,6 @@
 """The layout of one expert's record: every parameter of it, in the kernel's format, one after the other."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -26,8 +26,14 @@ def aligned_empty(nbytes: int, pin: bool = False) -> torch.Tensor:
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The memory of a contiguous tensor, uint8 `[nbytes]`."""
-    return tensor.reshape(-1).view(torch.uint8)
+    """The memory of a contiguous tensor, uint8 `[nbytes]`: a view, never a copy.
+
+    Raises:
+        ValueError: the tensor is not contiguous.
+    """
+    if not tensor.is_contiguous():
+        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not contiguous")
+    return tensor.view(-1).view(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,25 @@ class RecordLayout:
     def weight_bytes(self) -> int:
         """Bytes of the pieces, without padding: what a slot holds and a fetch moves."""
         return sum(piece.nbytes for piece in self.pieces)
+
+    def views(self, record: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The pieces of a record, uint8 `[nbytes]`, as tensors of their dtypes and shapes on the same memory."""
+        return {
+            piece.name: record[piece.offset : piece.offset + piece.nbytes].view(piece.dtype).view(piece.shape)
+            for piece in self.pieces
+        }
+
+    def destinations(self, into: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The bytes of `into`, where the pieces of a record are to go.
+
+        Raises:
+            ValueError: not one contiguous tensor of the piece's size for each piece.
+        """
+        destinations = [as_bytes(tensor) for tensor in into]
+        sizes = [destination.numel() for destination in destinations]
+        if sizes != [piece.nbytes for piece in self.pieces]:
+            raise ValueError(f"{sizes} bytes for pieces of {[piece.nbytes for piece in self.pieces]} bytes")
+        return destinations
 
     def to_json(self) -> list[dict[str, Any]]:
         return [
