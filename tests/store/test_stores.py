@@ -87,7 +87,6 @@ def test_layouts_are_aligned_and_stores_round_trip(tmp_path_factory, pieces, exp
     host.put_layer(0, tensors)
     path = tmp_path_factory.mktemp("pack") / "experts.pack"
     for store in (host.seal(), pack(path, [tensors])):
-        assert store.bytes_of(0) == experts * layout.nbytes
         for aligned in (True, False):
             assert_same(read_all(store, aligned), [tensors])
         store.close()
@@ -101,7 +100,7 @@ def test_a_record_is_read_into_tensors_of_its_own_dtypes(tmp_path, dtype):
     host.put_layer(0, tensors)
     for store in (host.seal(), pack(tmp_path / "experts.pack", [tensors])):
         (layout,) = store.layouts
-        views = layout.views(aligned_empty(layout.nbytes))
+        views = {piece.name: torch.empty(piece.shape, dtype=piece.dtype) for piece in layout.pieces}
         store.read((0, 2), list(views.values()))
         assert_same([views], [{name: tensor[2] for name, tensor in tensors.items()}])
         with pytest.raises(ValueError, match="bytes for pieces of"):

@@ -30,10 +30,6 @@ class ExpertStore(Protocol):
         """Experts of a layer."""
         ...
 
-    def bytes_of(self, layer: int) -> int:
-        """Bytes of all records of a layer, padding included."""
-        ...
-
     def read(self, key: ExpertKey, into: Sequence[torch.Tensor]) -> None:
         """Fills `into`, one contiguous tensor of any dtype per piece in layout order. Blocks; thread-safe.
 

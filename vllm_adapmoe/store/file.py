@@ -92,9 +92,6 @@ class FileStore:
     def num_experts(self, layer: int) -> int:
         return len(self._index.digests[layer])
 
-    def bytes_of(self, layer: int) -> int:
-        return self.num_experts(layer) * self.layouts[layer].nbytes
-
     def read(self, key: ExpertKey, into: Sequence[torch.Tensor]) -> None:
         layer, expert = key
         layout = self.layouts[layer]

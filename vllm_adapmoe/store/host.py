@@ -38,9 +38,6 @@ class HostStore:
     def num_experts(self, layer: int) -> int:
         return self._layers[layer][1].shape[0]
 
-    def bytes_of(self, layer: int) -> int:
-        return self._layers[layer][1].numel()
-
     def read(self, key: ExpertKey, into: Sequence[torch.Tensor]) -> None:
         layout, records = self._layers[key[0]]
         record = records[key[1]]

@@ -73,13 +73,6 @@ class RecordLayout:
         """Bytes of the pieces, without padding: what a slot holds and a fetch moves."""
         return sum(piece.nbytes for piece in self.pieces)
 
-    def views(self, record: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The pieces of a record, uint8 `[nbytes]`, as tensors of their dtypes and shapes on the same memory."""
-        return {
-            piece.name: record[piece.offset : piece.offset + piece.nbytes].view(piece.dtype).view(piece.shape)
-            for piece in self.pieces
-        }
-
     def destinations(self, into: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The bytes of `into`, where the pieces of a record are to go.
 

@@ -1,0 +1,49 @@
+"""The `adapmoe` command, as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY_MIXTRAL
+
+pytestmark = pytest.mark.engine
+
+ADAPMOE = Path(sys.executable).parent / "adapmoe"
+
+
+def adapmoe(*arguments: object) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "COLUMNS": "100"}
+    return subprocess.run([ADAPMOE, *map(str, arguments)], capture_output=True, text=True, env=env)
+
+
+def test_pack_makes_one_file_once(tmp_path):
+    for _ in range(2):
+        run = adapmoe("pack", TINY_MIXTRAL, "--store-dir", tmp_path)
+        assert run.returncode == 0, run.stderr[-2000:]
+        (pack,) = tmp_path.iterdir()
+        made = pack.stat().st_mtime_ns
+    assert pack.name == "experts-0-of-1.pack"
+    assert pack.stat().st_mtime_ns == made
+    assert "using the packed experts" in run.stdout + run.stderr
+    pack.write_bytes(pack.read_bytes()[:-4096])
+    again = adapmoe("pack", TINY_MIXTRAL, "--store-dir", tmp_path)
+    assert "packing 96 experts anew" in again.stdout + again.stderr
+    refused = adapmoe("pack", "/no/such/model")
+    assert refused.returncode != 0
+
+
+def test_bench_overhead_writes_what_made_it(tmp_path):
+    result = tmp_path / "overhead.json"
+    run = adapmoe(
+        "bench", "overhead", TINY_MIXTRAL, "--rounds", 1, "--prompt-tokens", 16, "--output-tokens", 8, "-o", result
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "all resident" in run.stdout and "one short" in run.stdout
+    content = json.loads(result.read_text())
+    assert content["same_tokens"] is True
+    assert content["environment"]["command"].startswith("adapmoe bench overhead")
+    assert content["environment"]["versions"]["vllm"].startswith("0.32")
+    assert content["ratio_to_stock"]["all_resident"]["decode_tokens_per_second"]["median"] > 0
