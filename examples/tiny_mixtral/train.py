@@ -126,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("moe", "dense"))
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1300)
+    parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--save-every", type=int, default=200)
     parser.add_argument("--cache", type=Path, default=Path("/tmp/tiny_mixtral"), help="tokens and tokenizer")
     args = parser.parse_args()
