@@ -36,9 +36,11 @@ def run_overhead(
     try:
         for engine in engines.values():
             measure(engine, prompts, output_tokens)
-        for _ in range(rounds):
-            for name, engine in engines.items():
-                results[name].append(measure(engine, prompts, output_tokens))
+        names = list(engines)
+        for number in range(rounds):
+            first = number % len(names)  # whoever goes first finds another machine than the next: take turns at it
+            for name in names[first:] + names[:first]:
+                results[name].append(measure(engines[name], prompts, output_tokens))
     finally:
         for engine in engines.values():
             engine.close()
