@@ -44,13 +44,11 @@ class Engine:
         }
         self.llm = LLM(str(model), **(defaults | method | engine_args))
 
-    def generate(self, prompts: list[list[int]], output_tokens: int, logprobs: int | None = None) -> Generation:
+    def generate(self, prompts: list[list[int]], output_tokens: int) -> Generation:
         """Completes all `prompts` in one batch, each by exactly `output_tokens` tokens."""
         outputs = self.llm.generate(
             [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
-            SamplingParams(
-                max_tokens=output_tokens, temperature=0, ignore_eos=True, detokenize=False, logprobs=logprobs
-            ),
+            SamplingParams(max_tokens=output_tokens, temperature=0, ignore_eos=True, detokenize=False),
             use_tqdm=False,
         )
         times = [output.metrics for output in outputs if output.metrics is not None]

@@ -1,6 +1,7 @@
 """Routed experts whose weights live in the expert cache: vLLM's layer, with its parameters replaced by slots."""
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,7 +88,7 @@ class CachedExperts(RoutedExperts):
 
     weight_loader.supports_moe_loading = True  # type: ignore[attr-defined]
 
-    @property
+    @cached_property  # asked for with every tensor of the checkpoint
     def _expected_arrivals(self) -> int:
         shards_of_w13 = 2 if self.moe_config.is_act_and_mul else 1
         shards = (shards_of_w13 if name.startswith("w13") else 1 for name in self.expert_parameters())

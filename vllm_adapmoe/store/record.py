@@ -68,11 +68,6 @@ class RecordLayout:
             offset += align(nbytes)
         return cls(tuple(pieces), offset)
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the pieces, without padding: what a slot holds and a fetch moves."""
-        return sum(piece.nbytes for piece in self.pieces)
-
     def destinations(self, into: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The bytes of `into`, where the pieces of a record are to go.
 
