@@ -7,14 +7,41 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 BUDGETS = ("cache_gb", "cache_fraction", "cache_experts")
+LIMITS = ("threshold", "target_experts", "max_loss_increase")
 
 
 class AdapMoEError(ValueError):
     """A mistake the user can mend; the message is one line naming the key, the value and the remedy."""
 
 
+class GatingConfig(BaseModel):
+    """Adaptive top-k. With a mode other than `off`, exactly one of the three limits says how far it goes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    mode: Literal["off", "token", "batch"] = "off"
+    """`token`: each token drops experts by itself, the same way in every batch. `batch`: experts that are not resident
+    are dropped where that costs the whole batch little; outputs then depend on the batch and on the cache."""
+    threshold: float | None = Field(None, ge=0, strict=True)
+    """Loss that a token (`batch`: a fetch saved) may cost in one layer, nats, in the profile's scale."""
+    target_experts: float | None = Field(None, ge=1, strict=True)
+    """Mean experts per token and layer."""
+    max_loss_increase: float | None = Field(None, gt=0, strict=True)
+    """Share of the model's mean token loss, as the profile foretells it: 0.005 is half a percent."""
+
+    @model_validator(mode="after")
+    def one_limit(self) -> Self:
+        given = [key for key in LIMITS if getattr(self, key) is not None]
+        if self.mode == "off" and given:
+            raise ValueError(f"{given[0]}={getattr(self, given[0])} has no meaning with mode=off; set mode=token")
+        if self.mode != "off" and len(given) != 1:
+            values = ", ".join(f"{key}={getattr(self, key)}" for key in given) or "none"
+            raise ValueError(f"mode={self.mode} takes exactly one of {', '.join(LIMITS)}; given: {values}")
+        return self
+
+
 class AdapMoEConfig(BaseModel):
-    """Expert cache of one worker. At most one budget may be set; none means: as many experts as memory allows."""
+    """Expert cache and gating. At most one budget may be set; none means: as many experts as memory allows."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -29,13 +56,20 @@ class AdapMoEConfig(BaseModel):
     GPU, the file on the CPU."""
     store_dir: str | None = None
     """Folder of packed files; default `adapmoe` in vLLM's cache folder."""
+    profile: str | None = None
+    """What `adapmoe calibrate` wrote of this model; gating needs it."""
+    gating: GatingConfig = GatingConfig()
 
     @model_validator(mode="after")
-    def one_budget(self) -> Self:
+    def consistent(self) -> Self:
         given = [key for key in BUDGETS if getattr(self, key) is not None]
         if len(given) > 1:
             values = ", ".join(f"{key}={getattr(self, key)}" for key in given)
             raise ValueError(f"{values} are {len(given)} budgets for one cache; keep one of them")
+        if self.gating.mode != "off" and self.profile is None:
+            raise ValueError(f"gating.mode={self.gating.mode} needs a profile; set profile, see adapmoe calibrate")
+        if self.gating.mode == "off" and self.profile is not None:
+            raise ValueError(f"profile={self.profile!r} is of no use while gating.mode=off; set gating or remove it")
         return self
 
     @classmethod
@@ -82,7 +116,10 @@ def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"adapmoe_config key {key!r} is not known; known keys: {', '.join(model.model_fields)}"
+        owner = GatingConfig if first["loc"][0] == "gating" else model
+        return f"adapmoe_config key {key!r} is not known; known keys: {', '.join(owner.model_fields)}"
+    if first["type"] == "value_error" and key == "gating":
+        return "adapmoe_config gating: " + first["msg"].removeprefix("Value error, ")
     if not key:
         return "adapmoe_config: " + first["msg"].removeprefix("Value error, ")
     return f"adapmoe_config {key}={first['input']!r} is not usable: {first['msg'][0].lower()}{first['msg'][1:]}"

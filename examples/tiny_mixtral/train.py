@@ -1,7 +1,8 @@
-"""Trains the bundled tiny mixture-of-experts model, or its dense baseline, on text that the machine has.
+"""Trains the bundled tiny mixture-of-experts models, or the dense baseline, on text that the machine has.
 
-    python examples/tiny_mixtral/train.py moe --output examples/tiny_mixtral/model
+    python examples/tiny_mixtral/train.py mixtral --output examples/tiny_mixtral/model
     python examples/tiny_mixtral/train.py dense --output /tmp/dense
+    python examples/tiny_mixtral/train.py qwen3moe --output examples/tiny_qwen3moe/model
 
 Fixed seeds; about an hour each on one core. `measure.py` then measures both and writes results.json.
 """
@@ -24,6 +25,8 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 VOCABULARY = 2048
@@ -49,10 +52,17 @@ SHAPE = {
 
 
 def build(kind: str) -> PreTrainedModel:
-    """The mixture of experts, or the dense model that spends the same compute on a token."""
+    """A mixture of experts, or the dense model that spends the same compute on a token as `mixtral`.
+
+    `qwen3moe` has narrower experts and fewer layers, to stay under 16 MB in bf16.
+    """
     torch.manual_seed(0)
     if kind == "dense":
         return MistralForCausalLM(MistralConfig(**SHAPE, intermediate_size=512))
+    if kind == "qwen3moe":
+        shape = SHAPE | {"num_hidden_layers": 10}
+        experts = {"moe_intermediate_size": 96, "num_experts": 16, "num_experts_per_tok": 4, "norm_topk_prob": True}
+        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **experts, intermediate_size=512))
     return MixtralForCausalLM(MixtralConfig(**SHAPE, intermediate_size=256, num_local_experts=8, num_experts_per_tok=2))
 
 
@@ -107,9 +117,11 @@ def train(kind: str, tokens: np.ndarray, steps: int, save_every: int, save) -> P
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps)
         with torch.autocast("cpu", torch.bfloat16):
-            output = model(batch, output_router_logits=True) if kind == "moe" else model(batch)
+            output = model(batch) if kind == "dense" else model(batch, output_router_logits=True)
         loss = F.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
-        total = loss + router_losses(output.router_logits, 2) if kind == "moe" else loss
+        total = loss
+        if kind != "dense":
+            total = loss + router_losses(output.router_logits, model.config.num_experts_per_tok)
         total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -124,7 +136,7 @@ def train(kind: str, tokens: np.ndarray, steps: int, save_every: int, save) -> P
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("moe", "dense"))
+    parser.add_argument("kind", choices=("mixtral", "qwen3moe", "dense"))
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--save-every", type=int, default=200)

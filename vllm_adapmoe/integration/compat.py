@@ -35,6 +35,12 @@ def adapmoe_settings(vllm_config: Any) -> Any:
     return additional.get("adapmoe") if isinstance(additional, dict) else None
 
 
+def gating_settings(vllm_config: Any) -> Any:
+    """What `additional_config["adapmoe_gating"]` holds: the front end's `GatingPlan`; None where nothing is gated."""
+    additional = vllm_config.additional_config
+    return additional.get("adapmoe_gating") if isinstance(additional, dict) else None
+
+
 def add_fields(cls: Any, fields: type) -> bool:
     """Adds the fields of the dataclass `fields` to the dataclass `cls` as keyword arguments.
 

@@ -8,7 +8,7 @@ from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.inputs import TokensPrompt
 
-from vllm_adapmoe.integration.model_check import count_moe_layers
+from vllm_adapmoe.integration.model_info import count_moe_layers
 
 KV_CACHE_BYTES = 256 << 20
 

@@ -1,6 +1,6 @@
 """Routed experts whose weights live in the expert cache: vLLM's layer, with its parameters replaced by slots."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,11 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.cache.slot_table import waves
+from vllm_adapmoe.integration.gates import LayerGate
 
 if TYPE_CHECKING:
     from vllm_adapmoe.integration.loading import ExpertLoading
+    from vllm_adapmoe.integration.probe import LayerProbe
 
 
 class CachedExperts(RoutedExperts):
@@ -22,13 +24,15 @@ class CachedExperts(RoutedExperts):
 
     While weights load, the layer hands its experts to `loading` and keeps none. Afterwards its parameters are the
     tensors of a slot pool, `[slots, ...]`, shared with other layers, and `cache` says which expert is where.
-    Where every expert fits, `cache` stays None and the layer is vLLM's own.
+    Where every expert fits, `cache` stays None; without a gate, the layer is then vLLM's own.
     """
 
     loading: "ExpertLoading"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.cache: ExpertCacheManager | None = None
+        self.gate: LayerGate | None = None
+        self.probe: LayerProbe | None = None
         self.cache_layer = self.loading.add(self)
         self._arrived: set[tuple[int, int, str]] = set()
         self._finished = False
@@ -139,13 +143,13 @@ class CachedExperts(RoutedExperts):
         shared_experts: Any = None,
         shared_experts_input: torch.Tensor | None = None,
     ) -> Any:
-        if self.cache is None:
+        if self.cache is None and self.gate is None and self.probe is None:
             return super().forward_modular(x, topk_weights, topk_ids, shared_experts, shared_experts_input)
-        # Opaque to torch.compile: which experts are missing is known only when the ids are.
+        # Opaque to torch.compile: what is missing or dropped is known only when the ids and weights are.
         return torch.ops.vllm.adapmoe_routed_experts(x, topk_weights, topk_ids, self.layer_name)
 
-    def run_cached(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
-        """Experts of one step: acquires slots for those the router chose, and runs vLLM's kernel on the slots.
+    def run_experts(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
+        """Experts of one step: gates, acquires slots for what is kept, and runs vLLM's kernel on the slots.
 
         Args:
             x: `[tokens, hidden]`.
@@ -153,43 +157,68 @@ class CachedExperts(RoutedExperts):
             topk_ids: `[tokens, top_k]`, int32, logical expert ids.
 
         Returns:
-            `[tokens, hidden]`, dtype of `x`. With one wave bit-identical to stock vLLM; with several, pairs of
-            token and expert are summed in float32.
+            `[tokens, hidden]`, dtype of `x`. Without a gate and with one wave bit-identical to stock vLLM; otherwise
+            pairs of token and expert are summed in float32, so that a token's output does not depend on its batch.
         """
-        assert self.cache is not None
         context = get_forward_context()
         if _is_dummy_run(context):
             return self._run_kernel(x, topk_weights, torch.zeros_like(topk_ids))
-        topk_ids = routed = topk_ids.cpu()  # the one read of a step's routing; on a device it waits for the router
-        if context.is_padding is not None:
-            real = ~context.is_padding[: topk_ids.shape[0]].cpu()
-            routed, topk_ids = topk_ids[real], topk_ids * real.unsqueeze(1)
-        experts = _distinct(routed, self.local_num_experts)
-        if len(experts) <= self.num_slots:
-            slot_map = self.cache.acquire(self.cache_layer, experts)
-            slots = slot_map.index_select(0, topk_ids.view(-1)).view_as(topk_ids)
-            if context.is_padding is not None:
-                slots.clamp_(min=0)
-            return self._run_kernel(x, topk_weights, slots.to(x.device))
-        return self._run_waves(x, topk_weights, topk_ids, waves(experts, self.num_slots))
+        topk_ids = topk_ids.cpu()  # the one read of a step's routing; on a device it waits for the router
+        padding = context.is_padding
+        real = None if padding is None else ~padding[: topk_ids.shape[0]].cpu()
+        if self.probe is not None:
+            topk_weights = self.probe.observe(x, topk_weights, topk_ids, real)
+        if self.gate is not None:
+            topk_weights, keep = self.gate.apply(topk_weights, topk_ids, real, self.slot_map)
+            return self._run_pairs(x, topk_weights, topk_ids, keep)
+        experts = _distinct(topk_ids if real is None else topk_ids[real], self.local_num_experts)
+        if len(experts) > self.slots:
+            keep = torch.ones_like(topk_ids, dtype=torch.bool)
+            return self._run_pairs(x, topk_weights, topk_ids, keep if real is None else keep & real.unsqueeze(1))
+        if real is not None:
+            topk_ids = topk_ids * real.unsqueeze(1)
+        slots = self._acquire(experts).index_select(0, topk_ids.view(-1)).view_as(topk_ids)
+        if real is not None:
+            slots.clamp_(min=0)
+        return self._run_kernel(x, topk_weights, slots.to(x.device))
 
-    def _run_waves(
-        self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, groups: list[Any]
+    @property
+    def slots(self) -> int:
+        """Experts that this layer can have resident at once."""
+        return self.local_num_experts if self.cache is None else self.num_slots
+
+    @property
+    def slot_map(self) -> torch.Tensor:
+        """int32 `[local experts]`, on the host: row of each expert in the parameters, -1 for one that is absent."""
+        if self.cache is None:
+            return torch.arange(self.local_num_experts, dtype=torch.int32)
+        return self.cache.slot_maps[self.cache_layer]
+
+    def _acquire(self, experts: Sequence[int]) -> torch.Tensor:
+        return self.slot_map if self.cache is None else self.cache.acquire(self.cache_layer, experts)
+
+    def _run_pairs(
+        self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, keep: torch.Tensor
     ) -> torch.Tensor:
-        assert self.cache is not None
+        """The kept pairs of token and expert (`keep`: bool `[tokens, top_k]`, on the host), each expert loaded once.
+
+        Kernels take neither a map nor an absent expert on the CPU: each pair becomes a row with one expert, and what
+        is dropped costs no work.
+        """
+        token, choice = keep.nonzero(as_tuple=True)
+        ids = topk_ids[token, choice].long()
+        weights = topk_weights[token.to(x.device), choice.to(x.device)].unsqueeze(1)
         total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        groups = waves(_distinct(ids, self.local_num_experts), self.slots)
         wave_of = torch.zeros(self.local_num_experts, dtype=torch.int64)
         for number, group in enumerate(groups):
             wave_of[list(group)] = number
-        wave_of_pair = wave_of[topk_ids.long()]
         for number, group in enumerate(groups):
-            slot_map = self.cache.acquire(self.cache_layer, group)
-            # The CPU kernel takes no map and no absent expert: each kept pair becomes a row with one expert.
-            token, choice = (wave_of_pair == number).nonzero(as_tuple=True)
-            slots = slot_map[topk_ids[token, choice].long()].unsqueeze(1).to(x.device)
-            token, choice = token.to(x.device), choice.to(x.device)
-            rows = self._run_kernel(x[token], topk_weights[token, choice].unsqueeze(1), slots)
-            total.index_add_(0, token, rows.float())
+            slot_map = self._acquire(group)
+            pairs = (wave_of[ids] == number).nonzero().view(-1) if len(groups) > 1 else slice(None)
+            slots = slot_map[ids[pairs]].unsqueeze(1).to(x.device)
+            rows = token[pairs].to(x.device)
+            total.index_add_(0, rows, self._run_kernel(x[rows], weights[pairs], slots).float())
         return total.to(x.dtype)
 
     def _run_kernel(self, x: torch.Tensor, topk_weights: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
@@ -221,7 +250,7 @@ def _routed_experts(
     x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: str
 ) -> torch.Tensor:
     layer = get_forward_context().no_compile_layers[layer_name].routed_experts
-    return layer.run_cached(x, topk_weights, topk_ids)
+    return layer.run_experts(x, topk_weights, topk_ids)
 
 
 def _routed_experts_fake(

@@ -17,6 +17,8 @@ COUNTERS = {
     "misses": ("vllm:adapmoe_expert_misses", "Experts that a layer's step asked for and had to wait for."),
     "fetched_bytes": ("vllm:adapmoe_fetched_bytes", "Bytes of experts fetched from the backing store."),
     "stall_seconds": ("vllm:adapmoe_fetch_stall_seconds", "Seconds that layers waited for experts."),
+    "gated_tokens": ("vllm:adapmoe_gated_tokens", "Tokens, counted once for each layer that gated them."),
+    "kept_experts": ("vllm:adapmoe_kept_experts", "Experts that gated tokens kept."),
 }
 GAUGES = {
     "slots": ("vllm:adapmoe_slots", "Expert slots of a worker."),
@@ -72,17 +74,19 @@ class ExpertCacheStatLogger(StatLoggerBase):
         now = time.monotonic()
         change = {key: self.exported[key] - self.logged[key] for key in COUNTERS}
         requested = change["hits"] + change["misses"]
+        parts = []
         if requested:
             seconds = now - self.logged_at
-            logger.info(
-                "Expert cache: hit rate: %.1f%%, fetched: %.1f MiB/s, waiting for experts: %.1f%% of the time, "
-                "resident: %d of %d slots",
-                100 * change["hits"] / requested,
-                change["fetched_bytes"] / seconds / 2**20,
-                100 * change["stall_seconds"] / seconds,
-                self.latest["resident"],
-                self.latest["slots"],
-            )
+            parts += [
+                f"hit rate: {change['hits'] / requested:.1%}",
+                f"fetched: {change['fetched_bytes'] / seconds / 2**20:.1f} MiB/s",
+                f"waiting for experts: {change['stall_seconds'] / seconds:.1%} of the time",
+                f"resident: {self.latest['resident']} of {self.latest['slots']} slots",
+            ]
+        if change["gated_tokens"]:
+            parts.append(f"experts per token: {change['kept_experts'] / change['gated_tokens']:.2f}")
+        if parts:
+            logger.info("Expert cache: %s", ", ".join(parts))
         self.logged, self.logged_at = dict(self.exported), now
 
 

@@ -9,6 +9,7 @@ from vllm.platforms import current_platform
 from vllm_adapmoe.cache.budget import ExpertShape, count_slots
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.integration.identity import model_identity
+from vllm_adapmoe.integration.model_info import count_moe_layers
 from vllm_adapmoe.store.base import StoreError
 from vllm_adapmoe.store.file import PackInvalid, PackMissing, open_pack
 
@@ -65,30 +66,6 @@ def _refused(vllm_config: VllmConfig) -> list[tuple[str, str]]:
          f"a draft model's experts are not cached; use one of {', '.join(sorted(DRAFTS_WITHOUT_EXPERTS))}"),
     ]  # fmt: skip
     return [(setting, reason) for is_set, setting, reason in checks if is_set]
-
-
-def count_moe_layers(hf_config: Any) -> int | None:
-    """MoE layers of a model, from its configuration; None where that does not tell."""
-    layers = getattr(hf_config, "num_hidden_layers", None)
-    other_rules = (
-        "interleave_moe_layer_step",
-        "moe_layer_interval",
-        "layers_block_type",
-        "moe_layers",
-        "layer_types_moe",
-    )
-    if layers is None or any(getattr(hf_config, name, None) is not None for name in other_rules):
-        return None
-    dense_first = getattr(hf_config, "first_k_dense_replace", None) or 0
-    every = getattr(hf_config, "moe_layer_freq", None) or 1
-    step = getattr(hf_config, "decoder_sparse_step", None) or 1
-    dense = set(getattr(hf_config, "mlp_only_layers", None) or ())
-    if not isinstance(every, int):
-        return None
-    return sum(
-        layer >= dense_first and layer % every == 0 and (layer + 1) % step == 0 and layer not in dense
-        for layer in range(layers)
-    )
 
 
 def _expert_bytes(hf_config: Any, itemsize: int) -> int | None:

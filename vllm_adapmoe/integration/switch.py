@@ -9,11 +9,15 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
+from vllm_adapmoe.gating_plan import GatingPlan, describe, plan_gating
 from vllm_adapmoe.integration.model_check import check_model
+from vllm_adapmoe.integration.model_info import model_info
+from vllm_adapmoe.profile import ModelProfile
 
 logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
 
 METHOD = "adapmoe"
+GATING = "adapmoe_gating"
 WORKERS = {
     "cpu": "vllm_adapmoe.integration.worker.AdapMoECPUWorker",
     "cuda": "vllm_adapmoe.integration.worker.AdapMoEWorker",
@@ -41,6 +45,9 @@ def switch_on(engine_args: Any, vllm_config: VllmConfig) -> None:
         raise AdapMoEError(f"moe_method={METHOD!r} does not run on {device}; it runs on {', '.join(WORKERS)}")
     check_model(config, vllm_config)
     vllm_config.additional_config = {**_additional(vllm_config), METHOD: config.transport()}
+    plan = _gating_plan(config, vllm_config)
+    if plan is not None:
+        vllm_config.additional_config[GATING] = plan.model_dump()
     vllm_config.parallel_config.worker_cls = WORKERS[device]
     if device == "cuda":
         # A fetch reads the routing on the host, which a captured graph cannot.
@@ -48,6 +55,18 @@ def switch_on(engine_args: Any, vllm_config: VllmConfig) -> None:
     scheduler = vllm_config.scheduler_config
     if scheduler.scheduler_cls is None:
         scheduler.scheduler_cls = SCHEDULERS[bool(scheduler.async_scheduling)]
+
+
+def _gating_plan(config: AdapMoEConfig, vllm_config: VllmConfig) -> GatingPlan | None:
+    """Reads the profile, here where its file is, and chooses the threshold."""
+    if config.profile is None:
+        return None
+    profile = ModelProfile.load(config.profile)
+    profile.check(model_info(vllm_config), config.profile)
+    plan = plan_gating(config.gating, profile)
+    if plan is not None:
+        logger.info("%s", describe(plan, profile))
+    return plan
 
 
 def _requested(engine_args: Any, vllm_config: VllmConfig) -> AdapMoEConfig:

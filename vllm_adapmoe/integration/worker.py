@@ -8,9 +8,12 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_adapmoe.cache.budget import GiB
-from vllm_adapmoe.cache.manager import ExpertCacheManager
-from vllm_adapmoe.config import AdapMoEConfig
-from vllm_adapmoe.integration.compat import adapmoe_settings
+from vllm_adapmoe.cache.manager import CacheStats, ExpertCacheManager
+from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
+from vllm_adapmoe.gating_plan import GatingPlan
+from vllm_adapmoe.integration import gates
+from vllm_adapmoe.integration.compat import adapmoe_settings, gating_settings
+from vllm_adapmoe.integration.layers import CachedExperts
 from vllm_adapmoe.integration.loading import expert_loading
 
 if TYPE_CHECKING or current_platform.is_cpu():
@@ -25,12 +28,15 @@ class ExpertCacheWorker(Worker):
     """Mixin: builds the cache while the model loads, and reports what it did with every step."""
 
     expert_cache: ExpertCacheManager | None = None
+    moe_layers: list[CachedExperts]
 
     def load_model(self, **kwargs: Any) -> None:
         config = AdapMoEConfig.parse(adapmoe_settings(self.vllm_config))
         with expert_loading(config, self.vllm_config) as loading:
             super().load_model(**kwargs)
             self.expert_cache = loading.finish()
+        self.moe_layers = loading.layers
+        self.set_gating(gating_settings(self.vllm_config))
         if self.expert_cache is not None:
             cache = self.expert_cache
             slot_bytes = sum(pool.num_slots * pool.layout.nbytes for pool in cache.pools)
@@ -40,6 +46,19 @@ class ExpertCacheWorker(Worker):
                 cache.num_slots, slot_bytes / GiB, experts, loading.store_kind,
             )  # fmt: skip
 
+    def set_gating(self, plan: dict[str, Any] | None) -> None:
+        """Gates every layer by the plan (`GatingPlan`, as a dict) from the next step on; None: as vLLM's router says.
+
+        With every expert resident and `torch.compile`, only an engine that started with gating can change it.
+        """
+        parsed = None if plan is None else GatingPlan(**plan)
+        if parsed is not None and len(parsed.sensitivity) != len(self.moe_layers):
+            raise AdapMoEError(
+                f"the gating plan is for {len(parsed.sensitivity)} MoE layers, this worker has {len(self.moe_layers)}"
+            )
+        for index, layer in enumerate(self.moe_layers):
+            layer.gate = None if parsed is None else gates.LayerGate(parsed, index)
+
     def execute_model(self, scheduler_output: Any) -> Any:
         return self._with_stats(super().execute_model(scheduler_output))
 
@@ -47,16 +66,29 @@ class ExpertCacheWorker(Worker):
         return self._with_stats(super().sample_tokens(grammar_output))
 
     def _with_stats(self, output: Any) -> Any:
-        if self.expert_cache is not None and isinstance(output, ModelRunnerOutput):
+        if isinstance(output, ModelRunnerOutput):
             output.worker_stats = self.expert_cache_stats()  # type: ignore[attr-defined]
         return output
 
     def expert_cache_stats(self) -> dict[str, float]:
-        """Counters since the start, and how many slots there are and are filled; empty where every expert fits."""
+        """Counters since the start, and how many slots there are and are filled.
+
+        Empty where every expert fits and nothing is gated.
+        """
         cache = self.expert_cache
-        if cache is None:
+        gated = [layer.gate.stats for layer in self.moe_layers if layer.gate is not None]
+        if cache is None and not gated:
             return {}
-        return vars(cache.stats) | {"slots": cache.num_slots, "resident": cache.num_resident}
+        experts = sum(layer.local_num_experts for layer in self.moe_layers)
+        slots = {"slots": experts, "resident": experts}
+        if cache is not None:
+            slots = {"slots": cache.num_slots, "resident": cache.num_resident}
+        return vars(CacheStats() if cache is None else cache.stats) | slots | gates.total(gated)
+
+    def kept_by_layer(self) -> list[float]:
+        """Mean experts kept per token in each layer since gating was set."""
+        stats = [layer.gate.stats for layer in self.moe_layers if layer.gate is not None]
+        return [one.kept_experts / max(one.gated_tokens, 1) for one in stats]
 
     def shutdown(self) -> None:
         if self.expert_cache is not None:

@@ -1,0 +1,136 @@
+"""Adaptive top-k: which of the experts that the router chose a token keeps, and with which weights.
+
+Pure functions on `weights` and `ids`, `[tokens, top_k]`, in any order along top_k. Weights may sum to one (renormalised
+routers), to less (plain softmax) or to a scaling factor; what is kept always sums to what the router gave, which
+renormalises where the router does and leaves the token's share of the block's output alone where it does not.
+
+**The price of dropping experts.** Let the kept weights be w_i, the dropped ones v_j, K and W their sums. Rescaling what is
+kept moves the block's output by `W * (mean of kept experts - mean of dropped experts)`, each mean weighted within its
+group. For experts whose outputs differ equally (AdapMoE eq. 7) its expected square is
+
+    c = 1/2 * ((W / K)^2 * sum w_i^2 + sum v_j^2)
+
+in units of the expected square of the difference of two experts, and the expected increase of the loss is `c * S`, S being
+the layer's sensitivity. With top-2 and one expert dropped c = W^2, the paper's rule (eq. 8). c falls as more is kept.
+"""
+
+import torch
+
+
+def drop_costs(sorted_weights: torch.Tensor) -> torch.Tensor:
+    """c of keeping the first 1, 2, .. top_k - 1 experts.
+
+    Args:
+        sorted_weights: `[tokens, top_k]`, descending.
+
+    Returns:
+        `[tokens, top_k - 1]`, not increasing along the last dimension.
+    """
+    squares = sorted_weights.square()
+    kept, kept_squares = sorted_weights.cumsum(-1)[:, :-1], squares.cumsum(-1)[:, :-1]
+    dropped = sorted_weights.flip(-1).cumsum(-1).flip(-1)[:, 1:]
+    dropped_squares = squares.flip(-1).cumsum(-1).flip(-1)[:, 1:]
+    return 0.5 * ((dropped / kept).square() * kept_squares + dropped_squares)
+
+
+def keep_most(weights: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Mask `[tokens, top_k]` of the `counts` (`[tokens]`) largest weights; of equal ones the first."""
+    order = weights.argsort(dim=-1, descending=True, stable=True)
+    ranks = torch.arange(weights.shape[-1], device=weights.device)
+    return torch.zeros_like(weights, dtype=torch.bool).scatter_(-1, order, ranks < counts.unsqueeze(-1))
+
+
+def rescale(weights: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """The weights with zeros where not kept, the rest scaled to the same sum; rows that keep all are untouched."""
+    kept = torch.where(keep, weights, 0)
+    scaled = kept * (weights.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True))
+    return torch.where(keep.all(-1, keepdim=True), weights, scaled)
+
+
+def gate_tokens(weights: torch.Tensor, sensitivity: float, threshold: float) -> torch.Tensor:
+    """Mask of what each token keeps: as few experts as cost less than the threshold, at least one.
+
+    `c * S < T`, as in the authors' code, where the paper writes <=: so a threshold of zero drops nothing. Weights that
+    are not numbers drop nothing either, and go on to the kernel as in stock vLLM.
+
+    Args:
+        weights: `[tokens, top_k]`.
+        sensitivity: of the layer, nats per token.
+        threshold: loss that one token may lose in one layer, nats.
+    """
+    costs = drop_costs(weights.sort(dim=-1, descending=True).values)
+    return keep_most(weights, 1 + (~(costs * sensitivity < threshold)).sum(-1))
+
+
+def gate_by_weight(weights: torch.Tensor, threshold: float) -> torch.Tensor:
+    """The naive rule: drops the smallest experts while their share of the weight is below `threshold`, in any layer."""
+    ordered = weights.sort(dim=-1, descending=True).values
+    dropped = ordered.flip(-1).cumsum(-1).flip(-1)[:, 1:] / ordered.sum(-1, keepdim=True)
+    return keep_most(weights, 1 + (~(dropped < threshold)).sum(-1))
+
+
+def gate_to_count(weights: torch.Tensor, experts: float, generator: torch.Generator) -> torch.Tensor:
+    """A fixed smaller top-k; a fraction is the share of tokens, drawn at random, that keep one more."""
+    whole = int(experts)
+    more = torch.rand(weights.shape[0], generator=generator) < experts - whole
+    return keep_most(weights, whole + more.to(weights.device).long())
+
+
+def gate_batch(
+    weights: torch.Tensor, ids: torch.Tensor, sensitivity: float, threshold: float, resident: torch.Tensor
+) -> torch.Tensor:
+    """Mask of what a batch keeps: an expert that is not resident is dropped, by every token, while that costs less than
+    the threshold in all.
+
+    A fetch is saved only if no token of the batch keeps the expert, so its price is the loss summed over the batch.
+    Experts leave cheapest first, and prices follow: a token that lost one expert pays more for the next, and its last
+    expert has no price. Resident experts cost no fetch and stay. At batch 1 this drops what `gate_tokens` drops, where
+    it is not resident.
+
+    Args:
+        weights: `[tokens, top_k]`, float32, on the host.
+        ids: `[tokens, top_k]`, expert ids, on the host.
+        sensitivity: of the layer, nats per token.
+        threshold: loss that saving one fetch may cost, nats.
+        resident: `[experts]`, bool.
+    """
+    ids = ids.long()
+    keep = torch.ones_like(ids, dtype=torch.bool)
+    absent = ~resident[ids]
+    squares = weights.square()
+    total, total_squares = weights.sum(-1, keepdim=True), squares.sum(-1, keepdim=True)
+    while True:
+        candidates = keep & absent
+        if not candidates.any():
+            return keep
+        kept = (weights * keep).sum(-1, keepdim=True)
+        kept_squares = (squares * keep).sum(-1, keepdim=True)
+        before = _cost(kept, kept_squares, total, total_squares)
+        after = _cost(kept - weights, kept_squares - squares, total, total_squares)
+        last = keep.sum(-1, keepdim=True) == 1
+        prices = torch.where(last, torch.inf, (after - before) * sensitivity)
+        price = torch.zeros(resident.shape[0], dtype=weights.dtype)
+        price.index_add_(0, ids[candidates], prices[candidates])
+        price[_untouched(ids, candidates, resident.shape[0])] = torch.inf
+        # All experts that are the cheapest of every token they share leave at once: the same as one by one, since
+        # none of them changes another's price.
+        rank = torch.empty_like(price, dtype=torch.int64)
+        rank[price.argsort(stable=True)] = torch.arange(len(price))
+        ranks = torch.where(candidates, rank[ids], len(price))
+        beaten = candidates & (ranks > ranks.min(-1, keepdim=True).values)
+        leaving = price < threshold
+        leaving[ids[beaten]] = False
+        if not leaving.any():
+            return keep
+        keep &= ~(leaving[ids] & candidates)
+
+
+def _cost(
+    kept: torch.Tensor, kept_squares: torch.Tensor, total: torch.Tensor, total_squares: torch.Tensor
+) -> torch.Tensor:
+    return 0.5 * (((total - kept) / kept).square() * kept_squares + total_squares - kept_squares)
+
+
+def _untouched(ids: torch.Tensor, candidates: torch.Tensor, experts: int) -> torch.Tensor:
+    """Mask `[experts]` of those that no candidate pair names."""
+    return torch.bincount(ids[candidates], minlength=experts) == 0

@@ -1,0 +1,59 @@
+"""GatingPlan: what the front end made of `gating` and `profile`, in plain numbers for every worker."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from vllm_adapmoe.config import AdapMoEError, GatingConfig
+from vllm_adapmoe.profile import ModelProfile
+
+
+class GatingPlan(BaseModel):
+    """A rule and its numbers. `weight` and `count` are what `adapmoe evaluate` compares with; no user sets them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rule: Literal["token", "batch", "weight", "count"]
+    sensitivity: list[Annotated[float, Field(ge=0)]]
+    """Per MoE layer, nats per token."""
+    threshold: Annotated[float, Field(ge=0)] = 0.0
+    """`token` and `batch`: nats; `weight`: share of a token's weight."""
+    experts: Annotated[float, Field(ge=1)] | None = None
+    """`count`: experts that a token keeps, on average over tokens."""
+
+
+def plan_gating(gating: GatingConfig, profile: ModelProfile) -> GatingPlan | None:
+    """Chooses the threshold; None where gating is off.
+
+    Raises:
+        AdapMoEError: the profile cannot answer, or no threshold does what is asked.
+    """
+    if gating.mode == "off":
+        return None
+    if gating.threshold is not None:
+        threshold = gating.threshold
+    elif gating.target_experts is not None:
+        threshold = profile.threshold_for_experts(gating.target_experts)
+    else:
+        assert gating.max_loss_increase is not None
+        threshold = profile.threshold_for_loss(gating.max_loss_increase)
+    return GatingPlan(
+        rule=gating.mode, threshold=threshold, sensitivity=[layer.sensitivity for layer in profile.layers]
+    )
+
+
+def describe(plan: GatingPlan, profile: ModelProfile) -> str:
+    """One line for the log: the threshold, and what the profile foretells of it."""
+    text = f"Adaptive gating ({plan.rule}): threshold {plan.threshold:.4g} nats"
+    if plan.rule == "batch":
+        text += " for each fetch saved; outputs depend on the batch and on the cache"
+    try:
+        experts = profile.layer_experts(plan.threshold)
+    except AdapMoEError:
+        return text + "; the profile foretells neither experts nor loss"
+    figures = ", ".join(f"{value:.2f}" for value in experts)
+    text += "; foretold" + (" at batch 1 with no expert resident" if plan.rule == "batch" else "")
+    text += f": {sum(experts) / len(experts):.2f} of {profile.model.top_k} experts per token (by layer {figures})"
+    if profile.base_loss:
+        text += f", loss {profile.loss_increase(plan.threshold) / profile.base_loss:+.2%}"
+    return text

@@ -1,0 +1,77 @@
+"""Adaptive gating in a layer: the rules of `gating`, applied to what vLLM's router chose."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vllm_adapmoe.gating import gate_batch, gate_by_weight, gate_to_count, gate_tokens, rescale
+from vllm_adapmoe.gating_plan import GatingPlan
+
+
+@dataclass
+class GateStats:
+    """Counted since the gate was set, for one layer."""
+
+    gated_tokens: int = 0
+    kept_experts: int = 0
+
+
+class LayerGate:
+    """Gate of one layer.
+
+    Args:
+        plan: the rule and its numbers.
+        layer: index among the model's MoE layers.
+    """
+
+    def __init__(self, plan: GatingPlan, layer: int) -> None:
+        self.plan = plan
+        self.sensitivity = plan.sensitivity[layer]
+        self.stats = GateStats()
+        self._generator = torch.Generator().manual_seed(layer)
+
+    def apply(
+        self, weights: torch.Tensor, ids: torch.Tensor, real: torch.Tensor | None, slot_map: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights after gating, and the mask of what is kept.
+
+        Args:
+            weights: `[tokens, top_k]`, float32.
+            ids: `[tokens, top_k]`, on the host.
+            real: bool `[tokens]`, on the host; False for padding, which keeps nothing. None: all are real.
+            slot_map: int32 `[experts]`, -1 where an expert is not resident.
+
+        Returns:
+            Rescaled weights, on their device, and bool `[tokens, top_k]`, on the host.
+        """
+        keep = self._keep(weights, ids, slot_map)
+        weights = rescale(weights, keep)
+        keep = keep.cpu()
+        tokens = keep.shape[0]
+        if real is not None:
+            keep &= real.unsqueeze(1)
+            tokens = int(real.sum())
+        self.stats.gated_tokens += tokens
+        self.stats.kept_experts += int(keep.sum())
+        return weights, keep
+
+    def _keep(self, weights: torch.Tensor, ids: torch.Tensor, slot_map: torch.Tensor) -> torch.Tensor:
+        plan = self.plan
+        if plan.rule == "token":
+            return gate_tokens(weights, self.sensitivity, plan.threshold)
+        if plan.rule == "batch":
+            keep = gate_batch(weights.cpu(), ids, self.sensitivity, plan.threshold, slot_map >= 0)
+            return keep.to(weights.device)
+        if plan.rule == "weight":
+            return gate_by_weight(weights, plan.threshold)
+        assert plan.experts is not None
+        return gate_to_count(weights, plan.experts, self._generator)
+
+
+def total(stats: Sequence[GateStats]) -> dict[str, int]:
+    """Sums over layers: tokens times layers, and experts that they kept."""
+    return {
+        "gated_tokens": sum(one.gated_tokens for one in stats),
+        "kept_experts": sum(one.kept_experts for one in stats),
+    }

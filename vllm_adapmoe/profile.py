@@ -1,0 +1,271 @@
+"""ModelProfile: what calibration learnt about one model. A versioned JSON; see `adapmoe calibrate`."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vllm_adapmoe.config import AdapMoEError
+
+BINS_PER_DECADE = 16
+EDGES = np.logspace(-8, 2, 10 * BINS_PER_DECADE + 1)
+"""Edges of the histograms of dropping costs: the first bin is below the first edge, the last above the last."""
+
+Share = Annotated[float, Field(ge=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+class Strict(BaseModel):
+    """No unknown keys, no NaN, no later changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DropHistogram(Strict):
+    """How the cost c of keeping the first m experts is distributed over tokens (`gating.drop_costs`)."""
+
+    tokens: list[Share]
+    """Share of tokens in each bin of `EDGES`; trailing empty bins are left out."""
+    costs: list[NotNegative]
+    """Mean over all tokens of what c falls by when one more expert is kept, from the tokens in each bin."""
+
+    @classmethod
+    def of(cls, costs: np.ndarray, falls: np.ndarray, tokens: int) -> Self:
+        """Histogram from summed bins `[len(EDGES) + 1]` over `tokens` tokens."""
+        end = int(np.flatnonzero(costs)[-1]) + 1 if costs.any() else 0
+        return cls(tokens=_rounded(costs[:end] / tokens), costs=_rounded(falls[:end] / tokens))
+
+    def below(self, limit: float) -> tuple[float, float]:
+        """Share of tokens with c < limit, and the mean over all tokens of c's fall from those; linear within a bin."""
+        if limit <= 0:
+            return 0.0, 0.0
+        place = float(np.interp(np.log(limit), np.log(EDGES), np.arange(1, len(EDGES) + 1)))
+        if limit > EDGES[-1]:
+            place = len(EDGES) + 1
+        whole = int(place)
+        part = place - whole
+        return tuple(  # type: ignore[return-value]
+            sum(values[:whole]) + (part * values[whole] if whole < len(values) else 0.0)
+            for values in (self.tokens, self.costs)
+        )
+
+
+class Prediction(Strict):
+    """How well a later layer's own gate, applied to this layer's input, foretells that layer's experts."""
+
+    lookahead: Annotated[int, Field(ge=1)]
+    recall: Share
+    """Share of the later layer's experts among the top_k foretold."""
+    precision: list[Share]
+    """By rank: how often the best, second best, .. foretold expert is among those that the later layer uses."""
+
+
+class LayerProfile(Strict):
+    """One MoE layer. Lists over experts are in the order of their ids."""
+
+    sensitivity: NotNegative
+    """S_l, nats per token per unit of dropping cost; `gating` says what that is."""
+    sensitivity_stderr: NotNegative | None = None
+    loss_change: float | None = None
+    """Mean change of the loss per unit of dropping cost, with the first-order part that S_l leaves out."""
+    loss_change_stderr: NotNegative | None = None
+    dropped: list[DropHistogram] | None = None
+    """For keeping the first 1, 2, .. top_k - 1 experts."""
+    popularity: list[Share] | None = None
+    """Share of tokens that use the expert; sums to top_k."""
+    co_use: list[tuple[int, int, Share]] | None = None
+    """(expert, expert, share of tokens that use both), the most frequent pairs first, at most 4 for each expert."""
+    output_norm: list[NotNegative] | None = None
+    """Root mean square norm of the expert's output, before its weight."""
+    reuse: Share | None = None
+    """Share of a token's experts that the previous token of the sequence used too."""
+    predictions: list[Prediction] | None = None
+
+
+class ModelInfo(Strict):
+    """Which model the profile is of. `hash` is that of the checkpoint; None where only the shape is known."""
+
+    name: str
+    hash: str | None
+    architecture: str
+    hidden_size: int
+    num_layers: int
+    """MoE layers; 0 where a model's configuration does not tell."""
+    num_experts: int
+    top_k: int
+
+
+class DataInfo(Strict):
+    """What it was calibrated on."""
+
+    hash: str
+    sequences: int
+    sequence_length: int
+    tokens: int
+    """Tokens with a loss."""
+    seed: int
+
+
+class Confirmation(Strict):
+    """One threshold, run on the calibration data with every layer gated."""
+
+    threshold: float
+    mean_experts: float
+    predicted_loss_increase: float
+    """Nats per token, before `loss_scale`."""
+    measured_loss_increase: float
+    measured_stderr: NotNegative
+
+
+class ModelProfile(Strict):
+    """Calibration of one model. Losses are in nats per token."""
+
+    format: Literal[1] = 1
+    method: Literal["fisher", "forward", "published"]
+    source: str
+    """In words: where the figures come from."""
+    model: ModelInfo
+    data: DataInfo | None = None
+    versions: dict[str, str] = {}
+    base_loss: NotNegative | None = None
+    """Mean loss of the ungated model on the calibration data."""
+    loss_scale: Annotated[float, Field(gt=0)] = 1.0
+    """Measured over predicted loss increase of `confirmed`; predictions are multiplied by it."""
+    confirmed: list[Confirmation] = []
+    layers: list[LayerProfile]
+
+    @model_validator(mode="after")
+    def consistent(self) -> Self:
+        model = self.model
+        if len(self.layers) != model.num_layers:
+            raise ValueError(f"{len(self.layers)} layers, but model.num_layers={model.num_layers}")
+        for index, layer in enumerate(self.layers):
+            if layer.dropped is not None and len(layer.dropped) != model.top_k - 1:
+                raise ValueError(f"layer {index} has {len(layer.dropped)} histograms for top-{model.top_k}")
+            for key in ("popularity", "output_norm"):
+                values = getattr(layer, key)
+                if values is not None and len(values) != model.num_experts:
+                    raise ValueError(f"layer {index} has {key} of {len(values)} of {model.num_experts} experts")
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Reads and validates a profile.
+
+        Raises:
+            AdapMoEError: unreadable, of another format, or inconsistent.
+        """
+        try:
+            text = Path(path).expanduser().read_text()
+        except OSError as error:
+            raise AdapMoEError(
+                f"profile={str(path)!r} cannot be read ({error.strerror}); make one with adapmoe calibrate"
+            ) from None
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"]) or "file"
+            raise AdapMoEError(
+                f"profile={str(path)!r} is not a profile of format 1: {place}: {first['msg'].lower()}; "
+                "make one with adapmoe calibrate"
+            ) from None
+
+    def save(self, path: Path) -> None:
+        """Writes the JSON, whole or not at all. Equal profiles give equal files."""
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(self.model_dump_json(indent=1, exclude_none=True) + "\n")
+        temporary.replace(path)
+
+    def check(self, model: ModelInfo, path: str) -> None:
+        """Refuses a profile of another model.
+
+        Raises:
+            AdapMoEError: names what differs.
+        """
+        mine = self.model
+        keys = ("architecture", "num_layers", "num_experts", "top_k", "hidden_size")
+        if mine.hash is not None:
+            keys = (*keys, "hash")
+        for key in keys:
+            own, other = getattr(mine, key), getattr(model, key)
+            if own != other and (key, other) != ("num_layers", 0):
+                raise AdapMoEError(
+                    f"profile={path!r} is of another model ({mine.name}): {key} is {own}, this model's is {other}; "
+                    "make one with adapmoe calibrate"
+                )
+
+    # Predictions
+
+    def layer_experts(self, threshold: float) -> list[float]:
+        """Mean experts that a token keeps in each layer."""
+        return [
+            1 + sum(1 - histogram.below(_limit(threshold, layer))[0] for histogram in self._dropped(layer))
+            for layer in self.layers
+        ]
+
+    def mean_experts(self, threshold: float) -> float:
+        """Mean over layers and tokens of the experts kept."""
+        return float(np.mean(self.layer_experts(threshold)))
+
+    def loss_increase(self, threshold: float) -> float:
+        """Predicted increase of the mean token loss, nats: the sum over layers, times `loss_scale`."""
+        return self.loss_scale * self.unscaled_loss_increase(threshold)
+
+    def unscaled_loss_increase(self, threshold: float) -> float:
+        """Sum over layers of S_l times the mean cost of what tokens drop.
+
+        A token that keeps m experts pays c_m, the sum of what c falls by from m to top_k; c_j is below the limit for
+        every j >= m and for no other, so the mean is a sum over the histograms.
+        """
+        return sum(
+            layer.sensitivity * sum(histogram.below(_limit(threshold, layer))[1] for histogram in self._dropped(layer))
+            for layer in self.layers
+        )
+
+    def threshold_for_experts(self, target: float) -> float:
+        """Least threshold at which no more than `target` experts are kept on average.
+
+        Raises:
+            AdapMoEError: fewer than one or more than top_k, or no histograms in the profile.
+        """
+        if not 1 <= target <= self.model.top_k:
+            raise AdapMoEError(
+                f"gating target_experts={target} is out of reach; choose from 1 to top_k={self.model.top_k}"
+            )
+        return self._bisect(lambda threshold: self.mean_experts(threshold) > target)[1]
+
+    def threshold_for_loss(self, share: float) -> float:
+        """Greatest threshold with a predicted loss increase of at most `share` of the base loss."""
+        if self.base_loss is None:
+            raise AdapMoEError(
+                f"gating max_loss_increase={share} needs a calibrated profile, this one is {self.method}; set threshold"
+            )
+        budget = share * self.base_loss
+        return self._bisect(lambda threshold: self.loss_increase(threshold) <= budget)[0]
+
+    def _bisect(self, low_enough: Callable[[float], bool]) -> tuple[float, float]:
+        low, high = -30.0, 10.0  # exponents of ten
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if low_enough(10**middle) else (low, middle)
+        return 10**low, 10**high
+
+    def _dropped(self, layer: LayerProfile) -> Sequence[DropHistogram]:
+        if layer.dropped is None:
+            raise AdapMoEError(
+                f"this profile ({self.source}) has no distribution of weights to choose a threshold by; "
+                "set gating threshold, or make a profile with adapmoe calibrate"
+            )
+        return layer.dropped
+
+
+def _limit(threshold: float, layer: LayerProfile) -> float:
+    return threshold / layer.sensitivity if layer.sensitivity else float("inf") if threshold else 0.0
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    """Seven digits: more is noise, and would make files large."""
+    return [float(f"{value:.7g}") for value in values.tolist()]
