@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from vllm_adapmoe.bench.record import write
-from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Expert offloading for vLLM.")
 bench = typer.Typer(no_args_is_help=True, help="Side-by-side measurements; each writes a JSON result.")
@@ -39,6 +39,31 @@ def pack(
         model, store_dir, dtype=dtype, quantization=quantization, tensor_parallel_size=tensor_parallel_size
     )
     Console().print(f"packed into {folder}")
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    data: Annotated[Path, typer.Option(help="Text file, or folder of *.txt.", exists=True)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The profile, JSON.")],
+    method: Annotated[
+        str, typer.Option(help="fisher: back-propagation. forward: vLLM, experts offloaded. auto: fisher if it fits.")
+    ] = "auto",
+    tokens: Annotated[int, typer.Option(min=512, help="Tokens of the data to use.")] = 65_536,
+    sequence_length: Annotated[int, typer.Option(min=16, help="Tokens of one sequence.")] = 256,
+    seed: Annotated[int, typer.Option(help="Of the choice of sequences.")] = 0,
+    adapmoe_config: Annotated[
+        str | None, typer.Option(help="Expert cache of the engine: JSON or file. Default: as memory demands.")
+    ] = None,
+) -> None:
+    """Measures a model: what its layers lose when experts are dropped, and how it routes."""
+    from vllm_adapmoe.calibrate.run import calibrate, print_profile
+
+    if method not in ("fisher", "forward", "auto"):
+        raise AdapMoEError(f"--method {method} is not known; use fisher, forward or auto")
+    cache = AdapMoEConfig.parse(adapmoe_config).transport()
+    profile = calibrate(model, data, output, method, tokens, sequence_length, seed, cache)  # type: ignore[arg-type]
+    print_profile(profile, Console().print)
 
 
 @bench.command()

@@ -8,7 +8,8 @@ from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.inputs import TokensPrompt
 
-from vllm_adapmoe.integration.model_info import count_moe_layers
+from vllm_adapmoe.integration.model_info import count_moe_layers, model_info
+from vllm_adapmoe.profile import ModelInfo
 
 KV_CACHE_BYTES = 256 << 20
 
@@ -61,7 +62,11 @@ class Engine:
 
     def cache_stats(self) -> dict[str, float]:
         """Counters of the first worker's expert cache since the start; empty for stock vLLM."""
-        return self.llm.collective_rpc("expert_cache_stats")[0] if self.cached else {}
+        return self.call("expert_cache_stats") if self.cached else {}
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Calls a method of every worker, and returns what the first one answers."""
+        return self.llm.collective_rpc(method, args=args)[0]
 
     def close(self) -> None:
         """Ends the engine's processes."""
@@ -80,3 +85,9 @@ def count_experts(model: Path) -> int:
     layers = count_moe_layers(config.hf_text_config)
     assert layers is not None, f"{model}: its configuration does not tell which layers have experts"
     return layers * config.get_num_experts()
+
+
+def describe_model(model: Path) -> ModelInfo:
+    """The checkpoint in a folder, as a profile names it."""
+    config = EngineArgs(model=str(model), skip_tokenizer_init=True).create_model_config()
+    return model_info(config)

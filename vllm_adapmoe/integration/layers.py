@@ -1,6 +1,6 @@
 """Routed experts whose weights live in the expert cache: vLLM's layer, with its parameters replaced by slots."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -200,26 +200,40 @@ class CachedExperts(RoutedExperts):
     def _run_pairs(
         self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, keep: torch.Tensor
     ) -> torch.Tensor:
-        """The kept pairs of token and expert (`keep`: bool `[tokens, top_k]`, on the host), each expert loaded once.
+        """The kept pairs of token and expert (`keep`: bool `[tokens, top_k]`, on the host).
 
         Kernels take neither a map nor an absent expert on the CPU: each pair becomes a row with one expert, and what
         is dropped costs no work.
         """
         token, choice = keep.nonzero(as_tuple=True)
-        ids = topk_ids[token, choice].long()
         weights = topk_weights[token.to(x.device), choice.to(x.device)].unsqueeze(1)
         total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for rows, outputs in self._run_rows(x, weights, token, topk_ids[token, choice].long()):
+            total.index_add_(0, token[rows].to(x.device), outputs.float())
+        return total.to(x.dtype)
+
+    def expert_outputs(self, x: torch.Tensor, topk_ids: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Ids `[pairs]` and outputs `[pairs, hidden]` before their weights, of all chosen experts, wave by wave."""
+        top_k = topk_ids.shape[1]
+        token, ids = torch.arange(len(topk_ids)).repeat_interleave(top_k), topk_ids.reshape(-1).long()
+        ones = torch.ones(len(ids), 1, dtype=torch.float32, device=x.device)
+        for rows, outputs in self._run_rows(x, ones, token, ids):
+            yield ids[rows], outputs
+
+    def _run_rows(
+        self, x: torch.Tensor, weights: torch.Tensor, token: torch.Tensor, ids: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Runs pairs of token and expert, each expert loaded once; yields which pairs (`[rows]`) and their outputs."""
         groups = waves(_distinct(ids, self.local_num_experts), self.slots)
         wave_of = torch.zeros(self.local_num_experts, dtype=torch.int64)
         for number, group in enumerate(groups):
             wave_of[list(group)] = number
         for number, group in enumerate(groups):
             slot_map = self._acquire(group)
-            pairs = (wave_of[ids] == number).nonzero().view(-1) if len(groups) > 1 else slice(None)
-            slots = slot_map[ids[pairs]].unsqueeze(1).to(x.device)
-            rows = token[pairs].to(x.device)
-            total.index_add_(0, rows, self._run_kernel(x[rows], weights[pairs], slots).float())
-        return total.to(x.dtype)
+            rows = (wave_of[ids] == number).nonzero().view(-1)
+            slots = slot_map[ids[rows]].unsqueeze(1).to(x.device)
+            on_device = rows.to(x.device)
+            yield rows, self._run_kernel(x[token[rows].to(x.device)], weights[on_device], slots)
 
     def _run_kernel(self, x: torch.Tensor, topk_weights: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         output = self.quant_method.apply(

@@ -3,15 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig
 
 from vllm_adapmoe.integration.identity import checkpoint_folder, checkpoint_hash
 from vllm_adapmoe.profile import ModelInfo
 
 
-def model_info(vllm_config: VllmConfig) -> ModelInfo:
+def model_info(model: ModelConfig) -> ModelInfo:
     """The model, as a profile names it; `num_layers` is 0 where only the built model tells."""
-    model = vllm_config.model_config
     return ModelInfo(
         name=Path(model.model).name,
         hash=checkpoint_hash(checkpoint_folder(model.model, model.revision)),

@@ -62,7 +62,7 @@ def _gating_plan(config: AdapMoEConfig, vllm_config: VllmConfig) -> GatingPlan |
     if config.profile is None:
         return None
     profile = ModelProfile.load(config.profile)
-    profile.check(model_info(vllm_config), config.profile)
+    profile.check(model_info(vllm_config.model_config), config.profile)
     plan = plan_gating(config.gating, profile)
     if plan is not None:
         logger.info("%s", describe(plan, profile))

@@ -15,6 +15,7 @@ from vllm_adapmoe.integration import gates
 from vllm_adapmoe.integration.compat import adapmoe_settings, gating_settings
 from vllm_adapmoe.integration.layers import CachedExperts
 from vllm_adapmoe.integration.loading import expert_loading
+from vllm_adapmoe.integration.probe import RoutingProbe, plain
 
 if TYPE_CHECKING or current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker
@@ -58,6 +59,19 @@ class ExpertCacheWorker(Worker):
             )
         for index, layer in enumerate(self.moe_layers):
             layer.gate = None if parsed is None else gates.LayerGate(parsed, index)
+
+    def start_probe(self) -> None:
+        """Records the routing from here on (`RoutingProbe`). Eager engines only."""
+        runners = self.vllm_config.compilation_config.static_forward_context
+        self.probe = RoutingProbe(self.moe_layers, self.model_runner.get_model(), runners)
+
+    def probe_layer(self, recording: bool, disturbed: int | None) -> None:
+        """What the probe does from here on: record every layer, disturb one."""
+        self.probe.recording, self.probe.disturbed = recording, disturbed
+
+    def read_probe(self) -> list[dict[str, list]]:
+        """Sums of each layer since the last reading."""
+        return plain(self.probe.read())
 
     def execute_model(self, scheduler_output: Any) -> Any:
         return self._with_stats(super().execute_model(scheduler_output))

@@ -1,6 +1,6 @@
-"""Writes heldout/: excerpts of held-out files of permissively licensed packages, one text a domain, and their sources.
+"""Writes heldout/ and calibration/: excerpts of permissively licensed packages, one text a domain, and their sources.
 
-python examples/tiny_mixtral/heldout.py
+python examples/tiny_mixtral/excerpts.py
 """
 
 import re
@@ -32,22 +32,29 @@ def license_of(name: str, text: str) -> str | None:
     return next((text for known, text in LICENSES.items() if package.startswith(known)), None)
 
 
+FOLDERS = {
+    "heldout": (True, "Held-out excerpts, for evaluation. Never trained on, never calibrated on."),
+    "calibration": (False, "Excerpts to calibrate on, from files on the training side of the split."),
+}
+
+
 def main() -> None:
-    folder = Path(__file__).parent / "heldout"
-    folder.mkdir(exist_ok=True)
-    sources = ["# Sources of the held-out excerpts", "", "Never trained on. Each file is cut at 8,000 characters.", ""]
-    for domain in DOMAINS:
-        parts: list[str] = []
-        sources += [f"## {domain}.txt", ""]
-        for name, text in documents(domain, held_out=True):
-            text_license = license_of(name, text)
-            if text_license is None or sum(map(len, parts)) >= CHARACTERS:
-                continue
-            parts.append(text[:FILE_CHARACTERS])
-            sources.append(f"- `{name}` ({text_license})")
-        sources.append("")
-        (folder / f"{domain}.txt").write_text("\n\n".join(parts))
-    (folder / "SOURCES.md").write_text("\n".join(sources))
+    for name, (held_out, purpose) in FOLDERS.items():
+        folder = Path(__file__).parent / name
+        folder.mkdir(exist_ok=True)
+        sources = ["# Sources", "", f"{purpose} Each file is cut at {FILE_CHARACTERS:,} characters.", ""]
+        for domain in DOMAINS:
+            parts: list[str] = []
+            sources += [f"## {domain}.txt", ""]
+            for path, text in documents(domain, held_out):
+                text_license = license_of(path, text)
+                if text_license is None or sum(map(len, parts)) >= CHARACTERS:
+                    continue
+                parts.append(text[:FILE_CHARACTERS])
+                sources.append(f"- `{path}` ({text_license})")
+            sources.append("")
+            (folder / f"{domain}.txt").write_text("\n\n".join(parts))
+        (folder / "SOURCES.md").write_text("\n".join(sources))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,96 @@
+"""Sensitivities by back-propagation, with transformers."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from vllm_adapmoe.calibrate.statistics import Sums, half
+from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.gating import drop_costs, keep_most, rescale
+
+EXPERT_ARGUMENTS = ("top_k_index", "top_k_weights")
+BATCH = 4
+"""Sequences in one backward pass."""
+
+
+class Fisher:
+    """A transformers model whose MoE layers are watched while its loss is differentiated.
+
+    Where every token keeps only its `half(top_k)` best experts, a layer's output moves by d. With g the gradient of the
+    loss at that output, the loss changes by `g.d + 1/2 d.H.d`, and the Hessian H is taken for the Fisher matrix, the
+    mean of g g^T:  S_l = sum 1/2 (g.d)^2 / sum c  over tokens, c being the cost of that dropping (`gating`). With
+    top-2 that is half the mean squared derivative along E1 - E2, tokens weighted by W^2 as in eq. 8 of AdapMoE.
+
+    Args:
+        model: folder of a checkpoint.
+
+    Raises:
+        AdapMoEError: a model whose experts transformers does not call with `top_k_index` and `top_k_weights`.
+    """
+
+    def __init__(self, model: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        self.model.eval().requires_grad_(False)
+        layers = [module for module in self.model.modules() if _is_experts(module)]
+        if not layers:
+            raise AdapMoEError(
+                f"model={str(model)!r}: transformers does not show which experts a token uses; use --method forward"
+            )
+        self.gradients: dict[int, torch.Tensor] = {}
+        self.moves: dict[int, torch.Tensor] = {}
+        self.costs: dict[int, torch.Tensor] = {}
+        for index, layer in enumerate(layers):
+            layer.forward = self._watch(index, layer.forward)
+        self.num_layers = len(layers)
+
+    def _watch(self, index: int, forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def watched(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Any:
+            output = forward(hidden_states, top_k_index, top_k_weights)
+            if not output.requires_grad:  # nothing before the first MoE layer has a gradient
+                output.requires_grad_(True)
+            with torch.no_grad():
+                weights = top_k_weights.float()
+                keep = keep_most(weights, torch.full((len(weights),), half(weights.shape[1])))
+                fewer = rescale(weights, keep).to(top_k_weights.dtype)
+                self.moves[index] = forward(hidden_states.detach(), top_k_index, fewer) - output.detach()
+                costs = drop_costs(weights.sort(dim=-1, descending=True).values)
+                self.costs[index] = costs[:, half(weights.shape[1]) - 1]
+            output.register_hook(lambda gradient: self.gradients.__setitem__(index, gradient))
+            return output
+
+        return watched
+
+    def sums(self, sequences: list[list[int]]) -> Sums:
+        """Sums over the tokens of `sequences`, each `[layers]`: `second` of 1/2 (g.d)^2, `first` of g.d, `cost` of c."""
+        result = {key: np.zeros(self.num_layers) for key in ("first", "second", "cost")}
+        for start in range(0, len(sequences), BATCH):
+            ids = torch.tensor(sequences[start : start + BATCH])
+            with torch.enable_grad():
+                logits = self.model(ids, use_cache=False).logits[:, :-1].float()
+                F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
+            for layer in range(self.num_layers):
+                along = (self.gradients[layer].double() * self.moves[layer].double()).flatten(0, -2).sum(-1)
+                result["first"][layer] += along.sum().item()
+                result["second"][layer] += 0.5 * along.square().sum().item()
+                result["cost"][layer] += self.costs[layer].double().sum().item()
+        return result
+
+
+def fits_in_memory(model: Path) -> bool:
+    """Whether the checkpoint can be held in float32 with room for gradients of activations."""
+    import psutil
+
+    weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    return 3 * weights < psutil.virtual_memory().available
+
+
+def _is_experts(module: torch.nn.Module) -> bool:
+    parameters = inspect.signature(type(module).forward).parameters
+    return all(name in parameters for name in EXPERT_ARGUMENTS)

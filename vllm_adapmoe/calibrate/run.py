@@ -1,0 +1,292 @@
+"""`adapmoe calibrate`: from a model and text to a ModelProfile."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from vllm_adapmoe.calibrate import statistics
+from vllm_adapmoe.calibrate.fisher import Fisher, fits_in_memory
+from vllm_adapmoe.calibrate.progress import Progress
+from vllm_adapmoe.calibrate.statistics import Sums
+from vllm_adapmoe.calibrate.text import data_hash, read_sequences
+from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.profile import Confirmation, DataInfo, LayerProfile, ModelInfo, ModelProfile
+
+Method = Literal["fisher", "forward", "auto"]
+GROUP_TOKENS = 4096
+"""Tokens in one piece of work: what is lost when a calibration is killed, and the unit of standard errors."""
+CONFIRMED_DROPS = (0.1, 0.25, 0.4, 0.55)
+"""Where predictions are confirmed: shares of the experts that may be dropped, top_k - 1 of each token."""
+
+
+def calibrate(
+    model: Path,
+    data: Path,
+    output: Path,
+    method: Method = "auto",
+    tokens: int = 65_536,
+    sequence_length: int = 256,
+    seed: int = 0,
+    cache: dict[str, Any] | None = None,
+) -> ModelProfile:
+    """Measures `model` on `data` and writes the profile to `output`.
+
+    Killed half-way, the same call goes on where it stood; the same arguments give the same file.
+
+    Args:
+        model: folder of a checkpoint.
+        data: a text file, or a folder of `*.txt`.
+        output: the profile.
+        method: `fisher` differentiates the loss with transformers; `forward` drops experts in one layer at a time in
+            vLLM and needs no more memory than serving. `auto` is `fisher` where the model fits in memory.
+        tokens: to take from the data.
+        sequence_length: tokens of one sequence.
+        seed: of the choice of sequences.
+        cache: `adapmoe_config` of the engine; default: experts offloaded as memory demands.
+
+    Raises:
+        AdapMoEError: no text, no routed experts, a model that the method cannot watch.
+    """
+    # In one process the engine sees all requests of a group at once, and the same steps in every run.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm_adapmoe.integration.engine import describe_model
+
+    info = describe_model(model)
+    if info.top_k < 2:
+        raise AdapMoEError(f"model={str(model)!r} uses {info.top_k} expert per token; there is nothing to gate")
+    if method == "auto":
+        method = "fisher" if fits_in_memory(model) else "forward"
+    sequences = read_sequences(model, data, sequence_length, max(2, tokens // sequence_length), seed)
+    size = max(1, min(GROUP_TOKENS // sequence_length, len(sequences) // 2))
+    groups = [sequences[start : start + size] for start in range(0, len(sequences), size)]
+    versions = _versions(method)
+    described = DataInfo(
+        hash=data_hash(sequences),
+        sequences=len(sequences),
+        sequence_length=sequence_length,
+        tokens=sum(len(ids) - 1 for ids in sequences),
+        seed=seed,
+    )
+    settings = {"model": info.model_dump(), "data": described.model_dump(), "method": method, "versions": versions}
+    progress = Progress(output.with_name(output.name + ".partial"), settings)
+    if progress.resumed:
+        tqdm.write(f"going on with {progress.path}: {len(progress.done)} pieces are done")
+    if method == "fisher":
+        _differentiate(model, groups, progress)
+    layers = _serve(model, groups, progress, method, cache or {}, sequence_length, info)
+    profile = _confirmed(
+        ModelProfile(
+            method=method,
+            source=f"adapmoe calibrate --method {method}",
+            model=info.model_copy(update={"num_layers": len(layers)}),
+            data=described,
+            versions=versions,
+            base_loss=_base_loss(groups, progress),
+            layers=layers,
+        ),
+        groups,
+        progress,
+    )
+    profile.save(output)
+    progress.finish()
+    return profile
+
+
+def _pieces(name: str, groups: list, progress: Progress, action: str) -> Iterator[tuple[str, Any]]:
+    """The groups whose piece `name` is not done yet, under a progress bar."""
+    with tqdm(total=len(groups), desc=action, unit="group") as bar:
+        for number, group in enumerate(groups):
+            piece = f"{name}/{number}"
+            if piece not in progress.done:
+                yield piece, group
+            bar.update()
+
+
+def _differentiate(model: Path, groups: list, progress: Progress) -> None:
+    if all(f"fisher/{number}" in progress.done for number in range(len(groups))):
+        return
+    fisher = Fisher(model)
+    for piece, group in _pieces("fisher", groups, progress, "Sensitivities"):
+        progress.add(piece, fisher.sums(group))
+
+
+def _serve(
+    model: Path,
+    groups: list,
+    progress: Progress,
+    method: str,
+    cache: dict[str, Any],
+    sequence_length: int,
+    info: ModelInfo,
+) -> list[LayerProfile]:
+    """Everything that the engine measures; the layers of the profile."""
+    from vllm_adapmoe.integration.engine import Engine
+    from vllm_adapmoe.integration.losses import prefill_losses
+
+    engine = Engine(
+        model,
+        cache,
+        enforce_eager=True,
+        max_model_len=sequence_length + 1,
+        max_num_batched_tokens=max(GROUP_TOKENS, sequence_length + 1),
+    )
+    with engine:
+        engine.call("start_probe")
+        for piece, group in _pieces("routing", groups, progress, "Routing"):
+            engine.call("probe_layer", True, None)
+            loss = prefill_losses(engine, group).nats.sum()
+            layers = engine.call("read_probe")
+            sums = {f"{index}.{key}": np.array(value) for index, layer in enumerate(layers) for key, value in layer.items()}
+            progress.add(piece, {"loss": np.array(loss)} | sums)
+        count = 1 + max(int(key.split(".")[0]) for key in progress.done["routing/0"] if "." in key)
+        if method == "forward":
+            for piece, group in _pieces("forward", groups, progress, f"Sensitivities, {count} layers"):
+                losses = []
+                for layer in range(count):
+                    engine.call("probe_layer", False, layer)
+                    losses.append(prefill_losses(engine, group).nats.sum())
+                progress.add(piece, {"loss": np.array(losses)})
+        engine.call("probe_layer", False, None)
+        layers = _layers(groups, progress, method, count)
+        draft = ModelProfile(
+            method="forward" if method == "forward" else "fisher",
+            source="",
+            model=info.model_copy(update={"num_layers": count}),
+            layers=layers,
+        )
+        for place, threshold in enumerate(_thresholds(draft)):
+            plan = {"rule": "token", "threshold": threshold, "sensitivity": [layer.sensitivity for layer in layers]}
+            engine.call("set_gating", plan)
+            for piece, group in _pieces(f"confirm{place}", groups, progress, f"Confirming {place + 1}"):
+                progress.add(piece, {"loss": np.array(prefill_losses(engine, group).nats.sum())})
+    return layers
+
+
+def _thresholds(profile: ModelProfile) -> list[float]:
+    top_k = profile.model.top_k
+    return [profile.threshold_for_experts(top_k - share * (top_k - 1)) for share in CONFIRMED_DROPS]
+
+
+def _column(groups: list, progress: Progress, name: str, key: str) -> np.ndarray:
+    """Sums `key` of the pieces `name`, `[groups, ...]`."""
+    return np.stack([progress.done[f"{name}/{number}"][key] for number in range(len(groups))])
+
+
+def _layers(groups: list, progress: Progress, method: str, count: int) -> list[LayerProfile]:
+    base = _column(groups, progress, "routing", "loss")
+    layers = []
+    for index in range(count):
+        routing: Sums = {}
+        for number in range(len(groups)):
+            part = progress.done[f"routing/{number}"]
+            prefix = f"{index}."
+            statistics.add(routing, {k.removeprefix(prefix): v for k, v in part.items() if k.startswith(prefix)})
+        if method == "fisher":
+            cost = _column(groups, progress, "fisher", "cost")[:, index]
+            second = _column(groups, progress, "fisher", "second")[:, index]
+            change = second + _column(groups, progress, "fisher", "first")[:, index]
+            sensitivity, error = ratio(second, cost)
+        else:
+            cost = _column(groups, progress, "routing", f"{index}.half_cost")
+            change = _column(groups, progress, "forward", "loss")[:, index] - base
+            sensitivity, error = ratio(change, cost)
+            # A layer too insensitive for so little data may come out negative: what is known is that it is small.
+            sensitivity = max(sensitivity, error)
+        loss_change, loss_change_error = ratio(change, cost)
+        layers.append(
+            LayerProfile(
+                sensitivity=_digits(sensitivity),
+                sensitivity_stderr=_digits(error),
+                loss_change=_digits(loss_change),
+                loss_change_stderr=_digits(loss_change_error),
+                **statistics.routing_profile(routing),  # type: ignore[arg-type]
+            )
+        )
+    return layers
+
+
+def ratio(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, float]:
+    """Ratio of two sums over groups, and its standard error (delta method; groups are independent).
+
+    Args:
+        numerator: `[groups]`.
+        denominator: `[groups]`, positive.
+    """
+    value = numerator.sum() / denominator.sum()
+    if len(numerator) < 2:
+        return float(value), float("inf")
+    residuals = numerator - value * denominator
+    return float(value), float(residuals.std(ddof=1) / denominator.mean() / len(numerator) ** 0.5)
+
+
+def _base_loss(groups: list, progress: Progress) -> float:
+    tokens = sum(len(ids) - 1 for group in groups for ids in group)
+    return _digits(_column(groups, progress, "routing", "loss").sum() / tokens)
+
+
+def _confirmed(profile: ModelProfile, groups: list, progress: Progress) -> ModelProfile:
+    """The profile with what its predictions were worth when they were run."""
+    base = _column(groups, progress, "routing", "loss")
+    tokens = np.array([sum(len(ids) - 1 for ids in group) for group in groups], dtype=float)
+    confirmed = []
+    for place, threshold in enumerate(_thresholds(profile)):
+        measured, error = ratio(_column(groups, progress, f"confirm{place}", "loss") - base, tokens)
+        confirmed.append(
+            Confirmation(
+                threshold=_digits(threshold),
+                mean_experts=_digits(profile.mean_experts(threshold)),
+                predicted_loss_increase=_digits(profile.unscaled_loss_increase(threshold)),
+                measured_loss_increase=_digits(measured),
+                measured_stderr=_digits(error),
+            )
+        )
+    measured_sum = sum(one.measured_loss_increase for one in confirmed)
+    scale = measured_sum / sum(one.predicted_loss_increase for one in confirmed)
+    if scale <= 0:
+        raise AdapMoEError(
+            f"dropping experts lowered the loss by {-measured_sum:.4f} nats on {profile.data.tokens if profile.data else 0} "
+            "tokens; that is noise, calibrate with more --tokens"
+        )
+    return profile.model_copy(update={"loss_scale": _digits(scale), "confirmed": confirmed})
+
+
+def _versions(method: str) -> dict[str, str]:
+    from importlib.metadata import version
+
+    packages = ("vllm-adapmoe", "vllm", "torch", *(("transformers",) if method == "fisher" else ()))
+    return {package: version(package) for package in packages}
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def print_profile(profile: ModelProfile, show: Callable[..., None]) -> None:
+    """A table of the layers and of the confirmations."""
+    from rich.table import Table
+
+    table = Table(title=f"{profile.model.name}: sensitivity by {profile.method}")
+    for column in ("layer", "S_l", "±", "loss change", "±", "re-use", "next gate"):
+        table.add_column(column, justify="right")
+    for index, layer in enumerate(profile.layers):
+        nearest = layer.predictions[0].recall if layer.predictions else None
+        table.add_row(
+            str(index), f"{layer.sensitivity:.4f}", f"{layer.sensitivity_stderr:.4f}", f"{layer.loss_change:.4f}",
+            f"{layer.loss_change_stderr:.4f}", f"{layer.reuse:.1%}", "" if nearest is None else f"{nearest:.1%}",
+        )  # fmt: skip
+    show(table)
+    table = Table(title=f"Loss increase of {profile.base_loss:.4f} nats; predictions are scaled by {profile.loss_scale:.3f}")
+    for column in ("threshold", "experts", "predicted", "measured", "±"):
+        table.add_column(column, justify="right")
+    for one in profile.confirmed:
+        base = profile.base_loss or 1
+        table.add_row(
+            f"{one.threshold:.3g}", f"{one.mean_experts:.2f}",
+            f"{one.predicted_loss_increase * profile.loss_scale / base:+.3%}",
+            f"{one.measured_loss_increase / base:+.3%}", f"{one.measured_stderr / base:.3%}",
+        )  # fmt: skip
+    show(table)

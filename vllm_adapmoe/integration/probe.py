@@ -1,0 +1,124 @@
+"""Looks at the layers of a serving engine while calibration data runs through it."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.forward_context import get_forward_context
+
+from vllm_adapmoe.calibrate import statistics
+from vllm_adapmoe.calibrate.statistics import LOOKAHEAD, Sums, half
+from vllm_adapmoe.gating import keep_most, rescale
+
+if TYPE_CHECKING:
+    from vllm_adapmoe.integration.layers import CachedExperts
+
+
+class RoutingProbe:
+    """Records the routing of every layer of a worker, or disturbs one layer.
+
+    Args:
+        layers: the model's MoE layers, in order.
+        model: to find their gates in.
+        runners: by layer name, vLLM's MoE runner of each.
+    """
+
+    def __init__(self, layers: "list[CachedExperts]", model: torch.nn.Module, runners: dict[str, Any]) -> None:
+        self.layers = layers
+        self.recording = True
+        self.disturbed: int | None = None
+        self.sums: list[Sums] = [{} for _ in layers]
+        self.foretold: dict[tuple[int, int], torch.Tensor] = {}
+        """(layer, lookahead) -> ids `[tokens, top_k]`, of the step under way."""
+        self.runners = [runners[layer.layer_name] for layer in layers]
+        self.gates = [_gate(model, layer.layer_name) for layer in layers]
+        for index, layer in enumerate(layers):
+            layer.probe = LayerProbe(self, index)
+
+    def read(self) -> list[Sums]:
+        """Sums of each layer since the last reading."""
+        sums, self.sums = self.sums, [{} for _ in self.layers]
+        return sums
+
+    def close(self) -> None:
+        for layer in self.layers:
+            layer.probe = None
+
+    def foretell(self, layer: int, x: torch.Tensor) -> torch.Tensor | None:
+        """Ids `[tokens, top_k]`, best first, that `layer` would choose for `x`; None where its gate is not found."""
+        gate, router = self.gates[layer], self.runners[layer].router
+        if gate is None:
+            return None
+        logits = gate(x)
+        weights, ids = router.select_experts(hidden_states=x, router_logits=logits[0])
+        return ids.gather(1, weights.argsort(dim=-1, descending=True, stable=True)).cpu()
+
+
+class LayerProbe:
+    """The probe of one layer."""
+
+    def __init__(self, probe: RoutingProbe, index: int) -> None:
+        self.probe = probe
+        self.index = index
+
+    def observe(
+        self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, real: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Records one step of the layer, as far as that is wanted; returns the weights to go on with.
+
+        Args:
+            x: `[tokens, hidden]`.
+            weights: `[tokens, top_k]`, float32.
+            ids: `[tokens, top_k]`, on the host.
+            real: bool `[tokens]`, False for padding; None: all are real.
+        """
+        probe, layer = self.probe, self.probe.layers[self.index]
+        if probe.recording:
+            rows = slice(None) if real is None else real
+            self._record(layer, x[rows], weights[rows], ids[rows], _sequence_starts(len(ids))[rows])
+        if probe.disturbed != self.index:
+            return weights
+        counts = torch.full((len(ids),), half(ids.shape[1]), device=weights.device)
+        return rescale(weights, keep_most(weights, counts))
+
+    def _record(
+        self, layer: "CachedExperts", x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, starts: torch.Tensor
+    ) -> None:
+        probe, experts = self.probe, layer.local_num_experts
+        sums = probe.sums[self.index]
+        statistics.add(sums, statistics.routing_sums(weights.cpu(), ids, starts, experts))
+        for pair_ids, outputs in layer.expert_outputs(x, ids):
+            statistics.add(sums, statistics.norm_sums(outputs, pair_ids, experts))
+        for distance in range(1, LOOKAHEAD + 1):
+            foretold = probe.foretold.pop((self.index - distance, distance), None)
+            if foretold is not None:
+                statistics.add(
+                    probe.sums[self.index - distance], statistics.prediction_sums(foretold, ids, distance)
+                )
+            if self.index + distance < len(probe.layers):
+                foretold = probe.foretell(self.index + distance, x)
+                if foretold is not None:
+                    probe.foretold[self.index, distance] = foretold
+
+
+def _gate(model: torch.nn.Module, layer_name: str) -> torch.nn.Module | None:
+    """The module that gives a layer's router logits: beside the experts, under the name that the model chose."""
+    try:
+        block = model.get_submodule(layer_name.rpartition(".")[0])
+    except AttributeError:
+        return None
+    return getattr(block, "gate", None) or getattr(block, "router", None)
+
+
+def _sequence_starts(tokens: int) -> torch.Tensor:
+    """Bool `[tokens]`, True where a request's rows begin in the step under way."""
+    metadata: Any = get_forward_context().attn_metadata
+    metadata = next(iter(metadata.values())) if isinstance(metadata, dict) else metadata
+    starts = torch.zeros(tokens + 1, dtype=torch.bool)
+    starts[metadata.query_start_loc.cpu().long()] = True
+    return starts[:tokens]
+
+
+def plain(sums: list[Sums]) -> list[dict[str, list]]:
+    """For the way between processes."""
+    return [{key: np.asarray(value).tolist() for key, value in layer.items()} for layer in sums]
