@@ -66,6 +66,42 @@ def calibrate(
     print_profile(profile, Console().print)
 
 
+@app.command()
+def evaluate(
+    model: Model,
+    profile: Annotated[Path, typer.Option(help="What `adapmoe calibrate` wrote.", exists=True)],
+    data: Annotated[Path, typer.Option(help="Held-out text: a file, or a folder of *.txt.", exists=True)],
+    thresholds: Annotated[
+        str | None, typer.Option(help="Of sensitivity gating, comma-separated; default: twelve.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=512, help="Tokens of the data to use.")] = 65_536,
+    sequence_length: Annotated[int, typer.Option(min=16, help="Tokens of one sequence.")] = 256,
+    adapmoe_config: Annotated[
+        str | None, typer.Option(help="Expert cache of the engine: JSON or file. Default: as memory demands.")
+    ] = None,
+    output: Output = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file for the plot.")] = None,
+) -> None:
+    """Loss, perplexity and agreement on held-out text, by gating rule and threshold."""
+    from vllm_adapmoe.bench.evaluate import plot_evaluate, print_evaluate, run_evaluate
+
+    chosen = None if thresholds is None else _numbers("--thresholds", thresholds)
+    cache = AdapMoEConfig.parse(adapmoe_config).transport()
+    result = run_evaluate(model, profile, chosen, data, tokens, sequence_length, cache)
+    print_evaluate(result, Console())
+    if output is not None:
+        write(output, result)
+    if plot is not None:
+        plot_evaluate(result, plot)
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise AdapMoEError(f"{option} {text!r} is not a list of numbers; separate them with commas") from None
+
+
 @bench.command()
 def overhead(
     model: Model,
@@ -102,6 +138,47 @@ def residency(
     print_residency(result, Console())
     if output is not None:
         write(output, result)
+
+
+@bench.command()
+def gating(
+    model: Model,
+    profile: Annotated[Path, typer.Option(help="What `adapmoe calibrate` wrote.", exists=True)],
+    output: Output = None,
+    text: Text = None,
+    rounds: Rounds = 5,
+    batch: Batch = 1,
+    prompt_tokens: PromptTokens = 32,
+    output_tokens: OutputTokens = 64,
+    store: Annotated[str, typer.Option(help="host or file.")] = "file",
+) -> None:
+    """Decode speed, kernel time and bytes per token, gating off against on, 25 to 100 % of the experts resident."""
+    from vllm_adapmoe.bench.gating import print_gating, run_gating
+
+    result = run_gating(model, profile, text, rounds, prompt_tokens, output_tokens, batch, store)
+    print_gating(result, Console())
+    if output is not None:
+        write(output, result)
+
+
+@bench.command()
+def frontier(
+    model: Model,
+    profile: Annotated[Path, typer.Option(help="What `adapmoe calibrate` wrote.", exists=True)],
+    data: Annotated[Path, typer.Option(help="Held-out text: a file, or a folder of *.txt.", exists=True)],
+    sequence_length: Annotated[int, typer.Option(min=16, help="Tokens of one sequence.")] = 128,
+    output: Output = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file for the plot.")] = None,
+) -> None:
+    """Loss against bytes fetched: gating off, by token, by batch, by weight alone, and a fixed smaller top-k."""
+    from vllm_adapmoe.bench.frontier import plot_frontier, print_frontier, run_frontier
+
+    result = run_frontier(model, profile, data, sequence_length)
+    print_frontier(result, Console())
+    if output is not None:
+        write(output, result)
+    if plot is not None:
+        plot_frontier(result, plot)
 
 
 def main() -> None:

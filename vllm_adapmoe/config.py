@@ -58,7 +58,7 @@ class AdapMoEConfig(BaseModel):
     """Folder of packed files; default `adapmoe` in vLLM's cache folder."""
     profile: str | None = None
     """What `adapmoe calibrate` wrote of this model; gating needs it."""
-    gating: GatingConfig = GatingConfig()
+    gating: GatingConfig = Field(default_factory=lambda: GatingConfig(**{}))
 
     @model_validator(mode="after")
     def consistent(self) -> Self:

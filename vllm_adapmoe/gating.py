@@ -4,21 +4,22 @@ Pure functions on `weights` and `ids`, `[tokens, top_k]`, in any order along top
 routers), to less (plain softmax) or to a scaling factor; what is kept always sums to what the router gave, which
 renormalises where the router does and leaves the token's share of the block's output alone where it does not.
 
-**The price of dropping experts.** Let the kept weights be w_i, the dropped ones v_j, K and W their sums. Rescaling what is
-kept moves the block's output by `W * (mean of kept experts - mean of dropped experts)`, each mean weighted within its
-group. For experts whose outputs differ equally (AdapMoE eq. 7) its expected square is
+**The price of dropping experts.** Let the kept weights be w_i, the dropped ones v_j, K and W their sums. Rescaling what
+is kept moves the block's output by `W * (mean of kept experts - mean of dropped experts)`, each mean weighted within
+its group. For experts whose outputs differ equally (AdapMoE eq. 7) its expected square is
 
     c = 1/2 * ((W / K)^2 * sum w_i^2 + sum v_j^2)
 
-in units of the expected square of the difference of two experts, and the expected increase of the loss is `c * S`, S being
-the layer's sensitivity. With top-2 and one expert dropped c = W^2, the paper's rule (eq. 8). c falls as more is kept.
+in units of the expected square of the difference of two experts, and the expected increase of the loss is `c * S`, S
+being the layer's sensitivity. With top-2 and one expert dropped c = W^2, the paper's rule (eq. 8). c falls as more is
+kept.
 """
 
 import torch
 
 
 def drop_costs(sorted_weights: torch.Tensor) -> torch.Tensor:
-    """c of keeping the first 1, 2, .. top_k - 1 experts.
+    """The cost c of keeping the first 1, 2, .. top_k - 1 experts.
 
     Args:
         sorted_weights: `[tokens, top_k]`, descending.
@@ -45,6 +46,13 @@ def rescale(weights: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     kept = torch.where(keep, weights, 0)
     scaled = kept * (weights.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True))
     return torch.where(keep.all(-1, keepdim=True), weights, scaled)
+
+
+def spent_cost(weights: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """The cost c of what each token keeps, `[tokens]`, in the weights' dtype; zero for one that keeps all."""
+    kept, dropped = torch.where(keep, weights, 0), torch.where(keep, 0, weights)
+    moved = dropped.sum(-1) / kept.sum(-1)
+    return 0.5 * (moved.square() * kept.square().sum(-1) + dropped.square().sum(-1))
 
 
 def gate_tokens(weights: torch.Tensor, sensitivity: float, threshold: float) -> torch.Tensor:

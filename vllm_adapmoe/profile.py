@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from vllm_adapmoe.config import AdapMoEError
 
-BINS_PER_DECADE = 16
-EDGES = np.logspace(-8, 2, 10 * BINS_PER_DECADE + 1)
+BINS_PER_DECADE = 32
+EDGES = np.logspace(-6, 2, 8 * BINS_PER_DECADE + 1)
 """Edges of the histograms of dropping costs: the first bin is below the first edge, the last above the last."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -88,7 +88,7 @@ class ModelInfo(Strict):
     """Which model the profile is of. `hash` is that of the checkpoint; None where only the shape is known."""
 
     name: str
-    hash: str | None
+    hash: str | None = None
     architecture: str
     hidden_size: int
     num_layers: int
@@ -113,8 +113,8 @@ class Confirmation(Strict):
 
     threshold: float
     mean_experts: float
-    predicted_loss_increase: float
-    """Nats per token, before `loss_scale`."""
+    predicted_loss_increase: Annotated[float, Field(gt=0)]
+    """Nats per token, the sum over layers of S_l times the mean cost of what was dropped."""
     measured_loss_increase: float
     measured_stderr: NotNegative
 
@@ -132,7 +132,9 @@ class ModelProfile(Strict):
     base_loss: NotNegative | None = None
     """Mean loss of the ungated model on the calibration data."""
     loss_scale: Annotated[float, Field(gt=0)] = 1.0
-    """Measured over predicted loss increase of `confirmed`; predictions are multiplied by it."""
+    loss_exponent: Annotated[float, Field(gt=0)] = 1.0
+    """What `confirmed` showed predictions to be worth: with p the prediction and r the largest one confirmed, the loss
+    increase is `loss_scale * r * (p / r) ** loss_exponent`."""
     confirmed: list[Confirmation] = []
     layers: list[LayerProfile]
 
@@ -186,7 +188,7 @@ class ModelProfile(Strict):
             AdapMoEError: names what differs.
         """
         mine = self.model
-        keys = ("architecture", "num_layers", "num_experts", "top_k", "hidden_size")
+        keys: tuple[str, ...] = ("architecture", "num_layers", "num_experts", "top_k", "hidden_size")
         if mine.hash is not None:
             keys = (*keys, "hash")
         for key in keys:
@@ -211,8 +213,15 @@ class ModelProfile(Strict):
         return float(np.mean(self.layer_experts(threshold)))
 
     def loss_increase(self, threshold: float) -> float:
-        """Predicted increase of the mean token loss, nats: the sum over layers, times `loss_scale`."""
-        return self.loss_scale * self.unscaled_loss_increase(threshold)
+        """Predicted increase of the mean token loss, nats."""
+        return self.corrected(self.unscaled_loss_increase(threshold))
+
+    def corrected(self, prediction: float) -> float:
+        """A sum of S_l times costs, as the confirmation runs showed such sums to be worth; nats per token."""
+        if not self.confirmed:
+            return prediction
+        reference = max(one.predicted_loss_increase for one in self.confirmed)
+        return self.loss_scale * reference * (prediction / reference) ** self.loss_exponent
 
     def unscaled_loss_increase(self, threshold: float) -> float:
         """Sum over layers of S_l times the mean cost of what tokens drop.

@@ -68,7 +68,7 @@ class Fisher:
         return watched
 
     def sums(self, sequences: list[list[int]]) -> Sums:
-        """Sums over the tokens of `sequences`, each `[layers]`: `second` of 1/2 (g.d)^2, `first` of g.d, `cost` of c."""
+        """Sums over tokens, `[layers]` each: `second` of 1/2 (g.d)^2, `first` of g.d, `cost` of c."""
         result = {key: np.zeros(self.num_layers) for key in ("first", "second", "cost")}
         for start in range(0, len(sequences), BATCH):
             ids = torch.tensor(sequences[start : start + BATCH])

@@ -19,7 +19,7 @@ from vllm_adapmoe.profile import Confirmation, DataInfo, LayerProfile, ModelInfo
 Method = Literal["fisher", "forward", "auto"]
 GROUP_TOKENS = 4096
 """Tokens in one piece of work: what is lost when a calibration is killed, and the unit of standard errors."""
-CONFIRMED_DROPS = (0.1, 0.25, 0.4, 0.55)
+CONFIRMED_DROPS = (0.1, 0.2, 0.3, 0.4, 0.55, 0.7)
 """Where predictions are confirmed: shares of the experts that may be dropped, top_k - 1 of each token."""
 
 
@@ -41,8 +41,9 @@ def calibrate(
         model: folder of a checkpoint.
         data: a text file, or a folder of `*.txt`.
         output: the profile.
-        method: `fisher` differentiates the loss with transformers; `forward` drops experts in one layer at a time in
-            vLLM and needs no more memory than serving. `auto` is `fisher` where the model fits in memory.
+        method: `fisher` differentiates the loss with transformers. `forward` moves the weights of one layer at a time
+            in vLLM, and needs no more memory than serving; it also sees that later layers then route differently,
+            which a gradient does not. `auto` is `fisher` where the model fits in memory.
         tokens: to take from the data.
         sequence_length: tokens of one sequence.
         seed: of the choice of sequences.
@@ -137,20 +138,23 @@ def _serve(
     with engine:
         engine.call("start_probe")
         for piece, group in _pieces("routing", groups, progress, "Routing"):
-            engine.call("probe_layer", True, None)
+            engine.call("probe_layer", True)
             loss = prefill_losses(engine, group).nats.sum()
             layers = engine.call("read_probe")
-            sums = {f"{index}.{key}": np.array(value) for index, layer in enumerate(layers) for key, value in layer.items()}
+            sums = {
+                f"{index}.{key}": np.array(value) for index, layer in enumerate(layers) for key, value in layer.items()
+            }
             progress.add(piece, {"loss": np.array(loss)} | sums)
         count = 1 + max(int(key.split(".")[0]) for key in progress.done["routing/0"] if "." in key)
         if method == "forward":
             for piece, group in _pieces("forward", groups, progress, f"Sensitivities, {count} layers"):
-                losses = []
+                losses = np.zeros((2, count))
                 for layer in range(count):
-                    engine.call("probe_layer", False, layer)
-                    losses.append(prefill_losses(engine, group).nats.sum())
-                progress.add(piece, {"loss": np.array(losses)})
-        engine.call("probe_layer", False, None)
+                    for row, step in enumerate((1.0, -1.0)):
+                        engine.call("probe_layer", False, layer, step)
+                        losses[row, layer] = prefill_losses(engine, group).nats.sum()
+                progress.add(piece, {"there": losses[0], "back": losses[1]})
+        engine.call("probe_layer", False)
         layers = _layers(groups, progress, method, count)
         draft = ModelProfile(
             method="forward" if method == "forward" else "fisher",
@@ -191,9 +195,12 @@ def _layers(groups: list, progress: Progress, method: str, count: int) -> list[L
             change = second + _column(groups, progress, "fisher", "first")[:, index]
             sensitivity, error = ratio(second, cost)
         else:
+            # Dropping moves the layer's output by d. The same weights moved the other way move it by -d, and the mean
+            # of the two changes of the loss is the second-order part, without the noise of the first-order one.
             cost = _column(groups, progress, "routing", f"{index}.half_cost")
-            change = _column(groups, progress, "forward", "loss")[:, index] - base
-            sensitivity, error = ratio(change, cost)
+            change = _column(groups, progress, "forward", "there")[:, index] - base
+            back = _column(groups, progress, "forward", "back")[:, index] - base
+            sensitivity, error = ratio((change + back) / 2, cost)
             # A layer too insensitive for so little data may come out negative: what is known is that it is small.
             sensitivity = max(sensitivity, error)
         loss_change, loss_change_error = ratio(change, cost)
@@ -244,14 +251,37 @@ def _confirmed(profile: ModelProfile, groups: list, progress: Progress) -> Model
                 measured_stderr=_digits(error),
             )
         )
-    measured_sum = sum(one.measured_loss_increase for one in confirmed)
-    scale = measured_sum / sum(one.predicted_loss_increase for one in confirmed)
-    if scale <= 0:
+    scale, exponent = fit_correction(
+        [one.predicted_loss_increase for one in confirmed],
+        [one.measured_loss_increase for one in confirmed],
+        [one.measured_stderr for one in confirmed],
+    )
+    return profile.model_copy(
+        update={"loss_scale": _digits(scale), "loss_exponent": _digits(exponent), "confirmed": confirmed}
+    )
+
+
+def fit_correction(predicted: list[float], measured: list[float], errors: list[float]) -> tuple[float, float]:
+    """Scale and exponent of `measured = scale * r * (predicted / r) ** exponent`, r the largest prediction.
+
+    Weighted least squares. The exponent is above one where small drops do less harm than their squares say: a model
+    that is not trained to the end loses nothing at first, for the first-order change of its loss is negative.
+
+    Raises:
+        AdapMoEError: the loss did not rise at all.
+    """
+    x, y, weights = np.array(predicted) / max(predicted), np.array(measured) / max(predicted), 1 / np.array(errors) ** 2
+    best = (np.inf, 0.0, 1.0)
+    for exponent in np.linspace(0.5, 3, 251):
+        shape = x**exponent
+        scale = float((weights * shape * y).sum() / (weights * shape * shape).sum())
+        best = min(best, (float((weights * (y - scale * shape) ** 2).sum()), scale, float(exponent)))
+    if best[1] <= 0:
         raise AdapMoEError(
-            f"dropping experts lowered the loss by {-measured_sum:.4f} nats on {profile.data.tokens if profile.data else 0} "
-            "tokens; that is noise, calibrate with more --tokens"
+            f"dropping experts changed the loss by {measured[-1]:+.4f} nats ({errors[-1]:.4f} standard error): too "
+            "little text to calibrate on; give more --data and --tokens"
         )
-    return profile.model_copy(update={"loss_scale": _digits(scale), "confirmed": confirmed})
+    return best[1], best[2]
 
 
 def _versions(method: str) -> dict[str, str]:
@@ -279,14 +309,14 @@ def print_profile(profile: ModelProfile, show: Callable[..., None]) -> None:
             f"{layer.loss_change_stderr:.4f}", f"{layer.reuse:.1%}", "" if nearest is None else f"{nearest:.1%}",
         )  # fmt: skip
     show(table)
-    table = Table(title=f"Loss increase of {profile.base_loss:.4f} nats; predictions are scaled by {profile.loss_scale:.3f}")
+    table = Table(title=f"Increase of the loss, {profile.base_loss:.4f} nats")
     for column in ("threshold", "experts", "predicted", "measured", "±"):
         table.add_column(column, justify="right")
     for one in profile.confirmed:
         base = profile.base_loss or 1
         table.add_row(
             f"{one.threshold:.3g}", f"{one.mean_experts:.2f}",
-            f"{one.predicted_loss_increase * profile.loss_scale / base:+.3%}",
+            f"{profile.corrected(one.predicted_loss_increase) / base:+.3%}",
             f"{one.measured_loss_increase / base:+.3%}", f"{one.measured_stderr / base:.3%}",
         )  # fmt: skip
     show(table)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_adapmoe.gating import gate_batch, gate_by_weight, gate_to_count, gate_tokens, rescale
+from vllm_adapmoe.gating import gate_batch, gate_by_weight, gate_to_count, gate_tokens, rescale, spent_cost
 from vllm_adapmoe.gating_plan import GatingPlan
 
 
@@ -15,6 +15,8 @@ class GateStats:
 
     gated_tokens: int = 0
     kept_experts: int = 0
+    loss_spent: float = 0.0
+    """Nats that all dropping together is foretold to have cost, before the profile's scale."""
 
 
 class LayerGate:
@@ -46,12 +48,15 @@ class LayerGate:
             Rescaled weights, on their device, and bool `[tokens, top_k]`, on the host.
         """
         keep = self._keep(weights, ids, slot_map)
+        spent = spent_cost(weights, keep)
         weights = rescale(weights, keep)
-        keep = keep.cpu()
+        keep, spent = keep.cpu(), spent.cpu()
         tokens = keep.shape[0]
         if real is not None:
             keep &= real.unsqueeze(1)
-            tokens = int(real.sum())
+            spent = spent[real]
+            tokens = len(spent)
+        self.stats.loss_spent += self.sensitivity * float(spent.sum())
         self.stats.gated_tokens += tokens
         self.stats.kept_experts += int(keep.sum())
         return weights, keep
@@ -69,9 +74,6 @@ class LayerGate:
         return gate_to_count(weights, plan.experts, self._generator)
 
 
-def total(stats: Sequence[GateStats]) -> dict[str, int]:
-    """Sums over layers: tokens times layers, and experts that they kept."""
-    return {
-        "gated_tokens": sum(one.gated_tokens for one in stats),
-        "kept_experts": sum(one.kept_experts for one in stats),
-    }
+def total(stats: Sequence[GateStats]) -> dict[str, float]:
+    """Sums over layers: tokens times layers, experts that they kept, and the loss that was foretold of it."""
+    return {key: sum(getattr(one, key) for one in stats) for key in ("gated_tokens", "kept_experts", "loss_spent")}

@@ -19,6 +19,7 @@ COUNTERS = {
     "stall_seconds": ("vllm:adapmoe_fetch_stall_seconds", "Seconds that layers waited for experts."),
     "gated_tokens": ("vllm:adapmoe_gated_tokens", "Tokens, counted once for each layer that gated them."),
     "kept_experts": ("vllm:adapmoe_kept_experts", "Experts that gated tokens kept."),
+    "loss_spent": ("vllm:adapmoe_gating_loss_nats", "Loss that gating is foretold to have cost, nats over all tokens."),
 }
 GAUGES = {
     "slots": ("vllm:adapmoe_slots", "Expert slots of a worker."),

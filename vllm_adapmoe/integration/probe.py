@@ -27,6 +27,7 @@ class RoutingProbe:
         self.layers = layers
         self.recording = True
         self.disturbed: int | None = None
+        self.step = 0.0
         self.sums: list[Sums] = [{} for _ in layers]
         self.foretold: dict[tuple[int, int], torch.Tensor] = {}
         """(layer, lookahead) -> ids `[tokens, top_k]`, of the step under way."""
@@ -79,7 +80,7 @@ class LayerProbe:
         if probe.disturbed != self.index:
             return weights
         counts = torch.full((len(ids),), half(ids.shape[1]), device=weights.device)
-        return rescale(weights, keep_most(weights, counts))
+        return weights + probe.step * (rescale(weights, keep_most(weights, counts)) - weights)
 
     def _record(
         self, layer: "CachedExperts", x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, starts: torch.Tensor
@@ -92,9 +93,7 @@ class LayerProbe:
         for distance in range(1, LOOKAHEAD + 1):
             foretold = probe.foretold.pop((self.index - distance, distance), None)
             if foretold is not None:
-                statistics.add(
-                    probe.sums[self.index - distance], statistics.prediction_sums(foretold, ids, distance)
-                )
+                statistics.add(probe.sums[self.index - distance], statistics.prediction_sums(foretold, ids, distance))
             if self.index + distance < len(probe.layers):
                 foretold = probe.foretell(self.index + distance, x)
                 if foretold is not None:

@@ -1,7 +1,10 @@
 """vLLM's workers, with an expert cache."""
 
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.outputs import ModelRunnerOutput
@@ -65,13 +68,33 @@ class ExpertCacheWorker(Worker):
         runners = self.vllm_config.compilation_config.static_forward_context
         self.probe = RoutingProbe(self.moe_layers, self.model_runner.get_model(), runners)
 
-    def probe_layer(self, recording: bool, disturbed: int | None) -> None:
-        """What the probe does from here on: record every layer, disturb one."""
-        self.probe.recording, self.probe.disturbed = recording, disturbed
+    def probe_layer(self, recording: bool, disturbed: int | None = None, step: float = 0.0) -> None:
+        """What the probe does from here on: record every layer; in one, go `step` of the way to half its experts."""
+        self.probe.recording, self.probe.disturbed, self.probe.step = recording, disturbed, step
 
     def read_probe(self) -> list[dict[str, list]]:
         """Sums of each layer since the last reading."""
         return plain(self.probe.read())
+
+    def time_kernels(self) -> None:
+        """Adds up what the expert kernels take, from here on."""
+        self.seconds = 0.0
+
+        def timed(kernel: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+            def run(*args: Any) -> torch.Tensor:
+                start = time.perf_counter()
+                output = kernel(*args)
+                self.seconds += time.perf_counter() - start
+                return output
+
+            return run
+
+        for layer in self.moe_layers:
+            layer._run_kernel = timed(layer._run_kernel)  # type: ignore[method-assign]
+
+    def kernel_seconds(self) -> float:
+        """What `time_kernels` has added up."""
+        return self.seconds
 
     def execute_model(self, scheduler_output: Any) -> Any:
         return self._with_stats(super().execute_model(scheduler_output))

@@ -1,0 +1,241 @@
+"""Gating inside vLLM: what it costs in loss, what it saves, and what it must not depend on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY_MIXTRAL
+
+from tests.integration.scenarios import ENGINE_ARGS, greedy, prompts
+from vllm_adapmoe.calibrate.text import read_sequences
+from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.gating import gate_tokens, rescale
+from vllm_adapmoe.integration.engine import Engine, describe_model
+from vllm_adapmoe.integration.losses import ForcedTokens, decode_losses, prefill_losses
+from vllm_adapmoe.profile import ModelProfile
+
+EXAMPLES = ROOT / "examples"
+TINY_QWEN = EXAMPLES / "tiny_qwen3moe" / "model"
+HELDOUT = EXAMPLES / "tiny_mixtral" / "heldout"
+PROFILES = {TINY_MIXTRAL: ROOT / "configs" / "tiny_mixtral.json", TINY_QWEN: ROOT / "configs" / "tiny_qwen3moe.json"}
+LENGTH = 128
+
+
+def plan_of(model: Path, share: float, rule: str = "token") -> dict[str, Any]:
+    """Gating by which a token loses `share` of the experts that it can lose."""
+    profile = ModelProfile.load(PROFILES[model])
+    top_k = profile.model.top_k
+    threshold = profile.threshold_for_experts(top_k - share * (top_k - 1)) if share else 0.0
+    return {"rule": rule, "threshold": threshold, "sensitivity": [layer.sensitivity for layer in profile.layers]}
+
+
+def engine(model: Path, fraction: float) -> Engine:
+    config = {"cache_fraction": fraction, "store": "host"}
+    return Engine(model, config, enforce_eager=True, **ENGINE_ARGS, logits_processors=[ForcedTokens])
+
+
+def reference_losses(model: Path, sequences: list[list[int]], plan: dict[str, Any]) -> np.ndarray:
+    """The same gating in transformers, float32: what the router chose is gated before its experts run."""
+    from transformers import AutoModelForCausalLM
+
+    reference: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    for layer, sensitivity in zip(reference.model.layers, plan["sensitivity"], strict=True):
+        experts, forward = layer.mlp.experts, layer.mlp.experts.forward
+
+        def gated(x, ids, weights, forward=forward, sensitivity=sensitivity):
+            return forward(x, ids, rescale(weights, gate_tokens(weights, sensitivity, plan["threshold"])))
+
+        experts.forward = gated
+    ids = torch.tensor(sequences)
+    with torch.inference_mode():
+        logits = reference(ids).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").numpy()
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("model", PROFILES, ids=["mixtral", "qwen3moe"])
+def test_token_mode(model):
+    """Loss as in transformers, the same in prefill and decode, tokens whatever is resident, and less to fetch."""
+    sequences = read_sequences(model, HELDOUT, LENGTH, 12, seed=3)
+    asked = prompts(8, 2048, seed=8)
+    plan = plan_of(model, 0.4)
+
+    def run(running: Engine) -> tuple[Any, ...]:
+        outputs = running.llm.generate([{"prompt_token_ids": ids} for ids in asked], greedy(logprobs=2), use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs], running.cache_stats()
+
+    with engine(model, 0.5) as half:
+        stock_tokens, before = run(half)
+        off = prefill_losses(half, sequences)
+        half.call("set_gating", plan_of(model, 0.0))
+        # Pairs of token and expert are summed one by one here, in the kernel there: equal but for rounding.
+        assert prefill_losses(half, sequences).nats == pytest.approx(off.nats, abs=0.15)
+        assert prefill_losses(half, sequences).nats.mean() == pytest.approx(off.nats.mean(), rel=1e-3)
+        half.call("set_gating", plan)
+        start = half.cache_stats()
+        gated_tokens, after = run(half)
+        assert after["misses"] - start["misses"] < before["misses"]
+        assert after["kept_experts"] < 0.9 * after["gated_tokens"] * len(stock_tokens[0])
+        half.call("set_gating", plan)
+        prompt_losses = prefill_losses(half, sequences)
+        kept = half.cache_stats()
+        decoded = decode_losses(half, sequences, 4)
+    experts = kept["kept_experts"] / kept["gated_tokens"]
+    top_k = describe_model(model).top_k
+    assert experts == pytest.approx(top_k - 0.4 * (top_k - 1), rel=0.03), "as the profile foretold"
+
+    per_token = prompt_losses.nats.reshape(len(sequences), LENGTH - 1)[:, 3:].reshape(-1)
+    assert decoded.nats == pytest.approx(per_token, abs=0.15)
+    assert decoded.nats.mean() == pytest.approx(per_token.mean(), rel=1e-3)
+    reference = reference_losses(model, sequences, plan)
+    assert prompt_losses.nats.mean() == pytest.approx(reference.mean(), rel=3e-3)
+    assert abs(prompt_losses.nats - off.nats).mean() > 3 * abs(prompt_losses.nats - reference).mean(), "it is gating"
+
+    for fraction in (0.25, 1.0):
+        with engine(model, fraction) as other:
+            other.call("set_gating", plan)
+            assert run(other)[0] == gated_tokens, f"{fraction} resident"
+
+
+@pytest.mark.engine
+def test_dropped_experts_cost_nothing():
+    """As many rows in the kernel as pairs are kept, no fetch of what no token kept, and nothing when all is dropped."""
+    with engine(TINY_MIXTRAL, 0.5) as running:
+        running.call("set_gating", plan_of(TINY_MIXTRAL, 0.5))
+        running.llm.collective_rpc(_watch_rows)
+        run = [{"prompt_token_ids": ids} for ids in prompts(4, 2048, seed=1)]
+        before = running.cache_stats()
+        running.llm.generate(run, greedy(), use_tqdm=False)
+        after = running.cache_stats()
+        watched = running.llm.collective_rpc(_watched_rows)[0]
+        assert watched["rows"] == after["kept_experts"] - before["kept_experts"]
+        assert watched["experts"] == sum(after[key] - before[key] for key in ("hits", "misses"))
+        assert watched["rows"] < 1.7 * (after["gated_tokens"] - before["gated_tokens"])
+
+        # In batch mode an expert that is resident is never dropped, and a free fetch is never made.
+        start = running.cache_stats()
+        running.call("set_gating", plan_of(TINY_MIXTRAL, 0.5, "token"))
+        running.llm.generate(run, greedy(), use_tqdm=False)
+        token = running.cache_stats()
+        running.call("set_gating", plan_of(TINY_MIXTRAL, 0.5, "batch") | {"threshold": 1e9})
+        running.llm.generate(run, greedy(), use_tqdm=False)
+        batch = running.cache_stats()
+        assert batch["misses"] - token["misses"] < 0.7 * (token["misses"] - start["misses"])
+        assert batch["kept_experts"] > batch["gated_tokens"], "what is resident is kept"
+
+
+def _watch_rows(worker: Any) -> None:
+    worker.watched = {"rows": 0, "experts": 0}
+    for layer in worker.moe_layers:
+        kernel, acquire = layer._run_kernel, layer._acquire
+
+        def counted(x, weights, slots, kernel=kernel):
+            if layer_is_live():
+                worker.watched["rows"] += slots.numel()
+            return kernel(x, weights, slots)
+
+        def asked(experts, acquire=acquire):
+            worker.watched["experts"] += len(experts)
+            return acquire(experts)
+
+        layer._run_kernel, layer._acquire = counted, asked
+
+
+def layer_is_live() -> bool:
+    from vllm.forward_context import get_forward_context
+
+    return bool(get_forward_context().attn_metadata)
+
+
+def _watched_rows(worker: Any) -> dict[str, int]:
+    return worker.watched
+
+
+@pytest.mark.engine
+def test_configured_gating_compiled(caplog):
+    """`LLM(...)` with a loss budget and every expert resident: compiled, gated, and said in the log."""
+    config = {
+        "cache_fraction": 1.0,
+        "profile": str(PROFILES[TINY_MIXTRAL]),
+        "gating": {"mode": "token", "max_loss_increase": 0.005},
+    }
+    with caplog.at_level("INFO", logger="vllm"):
+        running = Engine(TINY_MIXTRAL, config, **ENGINE_ARGS)
+    with running:
+        assert running.generate(prompts(3, 2048, seed=4), 8).tokens
+        stats = running.cache_stats()
+    profile = ModelProfile.load(PROFILES[TINY_MIXTRAL])
+    foretold = profile.mean_experts(profile.threshold_for_loss(0.005))
+    assert stats["misses"] == 0
+    assert stats["kept_experts"] / stats["gated_tokens"] < 2
+    line = next(record.getMessage() for record in caplog.records if "Adaptive gating (token)" in record.getMessage())
+    assert f"{foretold:.2f} of 2 experts per token (by layer " in line
+    assert line.endswith("loss +0.50%")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"gating": {"mode": "token"}, "profile": "p"}, "mode=token takes exactly one of threshold, target_experts"),
+        ({"gating": {"mode": "token", "threshold": 0.1}}, "gating.mode=token needs a profile"),
+        ({"gating": {"mode": "token", "threshold": 0.1}, "profile": "none.json"}, "profile='none.json' cannot be read"),
+        ({"gating": {"mode": "token", "target_experts": 3}, "profile": "own"}, "target_experts=3.0 is out of reach"),
+        ({"gating": {"mode": "token", "threshold": 0.1}, "profile": "qwen"}, "is of another model"),
+        ({"gating": {"mode": "token", "threshold": 0.1}, "profile": "8x7b"}, "is of another model (Mixtral-8x7B)"),
+    ],
+)
+def test_refusals_come_before_the_weights(config, message):
+    from vllm.engine.arg_utils import EngineArgs
+
+    paths = {"own": PROFILES[TINY_MIXTRAL], "qwen": PROFILES[TINY_QWEN], "8x7b": ROOT / "configs" / "mixtral_8x7b.json"}
+    config = {key: str(paths.get(value, value)) if key == "profile" else value for key, value in config.items()}
+    arguments = EngineArgs(model=str(TINY_MIXTRAL), moe_method="adapmoe", adapmoe_config=config)
+    with pytest.raises(AdapMoEError) as caught:
+        arguments.create_engine_config()
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("method", ["forward", "fisher"])
+def test_calibration_goes_on_where_it_was_killed(tmp_path, method):
+    """And gives the same file as one that was not killed."""
+
+    def command(output: Path) -> list[str]:
+        binary = str(Path(sys.executable).parent / "adapmoe")
+        data = str(EXAMPLES / "tiny_mixtral" / "calibration")
+        arguments = ["--data", data, "--method", method, "--tokens", "8192", "--sequence-length", "64"]
+        return [binary, "calibrate", str(TINY_MIXTRAL), *arguments, "-o", str(output)]
+
+    whole, killed = tmp_path / "whole.json", tmp_path / "killed.json"
+    environment = os.environ | {"COLUMNS": "120"}
+    subprocess.run(command(whole), check=True, capture_output=True, env=environment, timeout=400)
+    partial = killed.with_name("killed.json.partial")
+    process = subprocess.Popen(
+        command(killed), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    while not partial.exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not killed.exists()
+    again = subprocess.run(command(killed), check=True, capture_output=True, text=True, env=environment, timeout=400)
+    assert "going on with" in again.stderr + again.stdout
+    assert killed.read_bytes() == whole.read_bytes()
+    assert not partial.exists()
+    profile = ModelProfile.load(whole)
+    assert profile.model == describe_model(TINY_MIXTRAL)
+    assert profile.data.tokens == 128 * 63
+    sensitivities = [layer.sensitivity for layer in profile.layers]
+    assert sensitivities[0] == max(sensitivities)
+    assert sensitivities[0] > 5 * max(sensitivities[1:])
+    assert json.loads(whole.read_text())["layers"][0]["predictions"][0]["lookahead"] == 1
