@@ -39,7 +39,17 @@ def plan_of(model: Path, share: float, rule: str = "token") -> dict[str, Any]:
 
 def engine(model: Path, fraction: float) -> Engine:
     config = {"cache_fraction": fraction, "store": "host"}
-    return Engine(model, config, enforce_eager=True, **ENGINE_ARGS, logits_processors=[ForcedTokens])
+    # No prefix cache: it would hand a gated run what was computed before gating was set.
+    arguments = ENGINE_ARGS | {"enable_prefix_caching": False, "logits_processors": [ForcedTokens]}
+    return Engine(model, config, enforce_eager=True, **arguments)
+
+
+def assert_equal_but_for_rounding(ours: np.ndarray, theirs: np.ndarray) -> None:
+    """Rounding to bf16 moves a loss by a hundredth, and now and then a router's choice with it."""
+    difference = abs(ours - theirs)
+    assert np.median(difference) < 0.015
+    assert np.quantile(difference, 0.98) < 0.15
+    assert ours.mean() == pytest.approx(theirs.mean(), rel=2e-3)
 
 
 def reference_losses(model: Path, sequences: list[list[int]], plan: dict[str, Any]) -> np.ndarray:
@@ -77,8 +87,7 @@ def test_token_mode(model):
         off = prefill_losses(half, sequences)
         half.call("set_gating", plan_of(model, 0.0))
         # Pairs of token and expert are summed one by one here, in the kernel there: equal but for rounding.
-        assert prefill_losses(half, sequences).nats == pytest.approx(off.nats, abs=0.15)
-        assert prefill_losses(half, sequences).nats.mean() == pytest.approx(off.nats.mean(), rel=1e-3)
+        assert_equal_but_for_rounding(prefill_losses(half, sequences).nats, off.nats)
         half.call("set_gating", plan)
         start = half.cache_stats()
         gated_tokens, after = run(half)
@@ -93,10 +102,9 @@ def test_token_mode(model):
     assert experts == pytest.approx(top_k - 0.4 * (top_k - 1), rel=0.03), "as the profile foretold"
 
     per_token = prompt_losses.nats.reshape(len(sequences), LENGTH - 1)[:, 3:].reshape(-1)
-    assert decoded.nats == pytest.approx(per_token, abs=0.15)
-    assert decoded.nats.mean() == pytest.approx(per_token.mean(), rel=1e-3)
+    assert_equal_but_for_rounding(decoded.nats, per_token)
     reference = reference_losses(model, sequences, plan)
-    assert prompt_losses.nats.mean() == pytest.approx(reference.mean(), rel=3e-3)
+    assert_equal_but_for_rounding(prompt_losses.nats, reference)
     assert abs(prompt_losses.nats - off.nats).mean() > 3 * abs(prompt_losses.nats - reference).mean(), "it is gating"
 
     for fraction in (0.25, 1.0):
@@ -212,7 +220,7 @@ def test_calibration_goes_on_where_it_was_killed(tmp_path, method):
     def command(output: Path) -> list[str]:
         binary = str(Path(sys.executable).parent / "adapmoe")
         data = str(EXAMPLES / "tiny_mixtral" / "calibration")
-        arguments = ["--data", data, "--method", method, "--tokens", "8192", "--sequence-length", "64"]
+        arguments = ["--data", data, "--method", method, "--tokens", "4096", "--sequence-length", "64"]
         return [binary, "calibrate", str(TINY_MIXTRAL), *arguments, "-o", str(output)]
 
     whole, killed = tmp_path / "whole.json", tmp_path / "killed.json"
@@ -234,7 +242,7 @@ def test_calibration_goes_on_where_it_was_killed(tmp_path, method):
     assert not partial.exists()
     profile = ModelProfile.load(whole)
     assert profile.model == describe_model(TINY_MIXTRAL)
-    assert profile.data.tokens == 128 * 63
+    assert profile.data.tokens == 64 * 63
     sensitivities = [layer.sensitivity for layer in profile.layers]
     assert sensitivities[0] == max(sensitivities)
     assert sensitivities[0] > 5 * max(sensitivities[1:])

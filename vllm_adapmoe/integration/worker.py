@@ -53,7 +53,8 @@ class ExpertCacheWorker(Worker):
     def set_gating(self, plan: dict[str, Any] | None) -> None:
         """Gates every layer by the plan (`GatingPlan`, as a dict) from the next step on; None: as vLLM's router says.
 
-        With every expert resident and `torch.compile`, only an engine that started with gating can change it.
+        With every expert resident and `torch.compile`, only an engine that started with gating can change it. What
+        the prefix cache holds stays as it was computed.
         """
         parsed = None if plan is None else GatingPlan(**plan)
         if parsed is not None and len(parsed.sensitivity) != len(self.moe_layers):
