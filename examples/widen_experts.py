@@ -19,6 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from vllm_adapmoe.integration.identity import checkpoint_hash
+from vllm_adapmoe.profile import ModelProfile
+
 EXPERT = re.compile(r"\.experts\.\d+\.(\w+)\.weight$")
 INTO_INTERMEDIATE = {"w1", "w3", "gate_proj", "up_proj"}
 OUT_OF_INTERMEDIATE = {"w2", "down_proj"}
@@ -51,6 +54,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="folder of the small model")
     parser.add_argument("output", type=Path, help="folder to write the big model to")
     parser.add_argument("--factor", type=int, required=True, help="a power of two")
+    parser.add_argument("--profile", type=Path, help="profile of the small model; written to OUTPUT/profile.json")
     args = parser.parse_args()
     if args.factor < 1 or args.factor & (args.factor - 1):
         raise SystemExit(f"--factor {args.factor} is not a power of two; others would round the weights")
@@ -88,6 +92,10 @@ def main() -> None:
         flush()
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (args.output / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    if args.profile is not None:  # the same function routes and loses the same; only the checkpoint is another
+        profile = ModelProfile.load(args.profile)
+        info = profile.model.model_copy(update={"name": args.output.name, "hash": checkpoint_hash(args.output)})
+        profile.model_copy(update={"model": info}).save(args.output / "profile.json")
     print(f"{args.output}: {total / 2**30:.2f} GiB, {key}={config[key]}")
 
 

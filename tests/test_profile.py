@@ -9,11 +9,11 @@ import torch
 from conftest import ROOT
 
 from vllm_adapmoe.calibrate import statistics
-from vllm_adapmoe.calibrate.run import fit_correction, ratio
+from vllm_adapmoe.calibrate.run import loss_scale, ratio
 from vllm_adapmoe.config import AdapMoEError, GatingConfig
-from vllm_adapmoe.gating import gate_tokens, rescale, spent_cost
+from vllm_adapmoe.gating import gate_tokens
 from vllm_adapmoe.gating_plan import describe, plan_gating
-from vllm_adapmoe.profile import LayerProfile, ModelInfo, ModelProfile
+from vllm_adapmoe.profile import Confirmation, LayerProfile, ModelInfo, ModelProfile
 
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "adapmoe_published.json").read_text())
 SENSITIVITIES = (3.0, 0.05, 0.4)
@@ -51,9 +51,9 @@ def test_foretells_what_gating_the_tokens_gives(top_k, threshold):
     counts, losses = [], []
     for index, sensitivity in enumerate(SENSITIVITIES):
         weights, _ = weights_of(index, top_k)
-        keep = gate_tokens(weights, sensitivity, threshold)
-        counts.append(keep.sum(-1).float().mean().item())
-        losses.append(sensitivity * spent_cost(weights, keep).mean().item())
+        gated = gate_tokens(weights, sensitivity, threshold)
+        counts.append(gated.keep.sum(-1).float().mean().item())
+        losses.append(sensitivity * gated.cost.mean().item())
     assert profile.layer_experts(threshold) == pytest.approx(counts, abs=0.02)
     assert profile.loss_increase(threshold) == pytest.approx(sum(losses), rel=0.05, abs=1e-6)
 
@@ -91,12 +91,23 @@ def test_predictions_are_counted_by_rank():
     assert sums["foretold_1"] == 2
 
 
-def test_correction_is_found_again():
-    predicted = [0.001, 0.004, 0.01, 0.03]
-    measured = [0.6 * 0.03 * (p / 0.03) ** 1.4 for p in predicted]
-    assert fit_correction(predicted, measured, [1e-4] * 4) == pytest.approx((0.6, 1.4), rel=1e-3)
+def test_scale_is_measured_over_predicted():
+    def confirmed(measured: float) -> list[Confirmation]:
+        return [
+            Confirmation(
+                threshold=predicted,
+                mean_experts=1.5,
+                predicted_loss_increase=predicted,
+                measured_loss_increase=measured * predicted,
+                measured_stderr=1e-3,
+            )
+            for predicted in (0.001, 0.004, 0.03)
+        ]
+
+    assert loss_scale(confirmed(0.6)) == pytest.approx(0.6)
+    assert profile_of(2, loss_scale=0.6).loss_increase(0.1) == pytest.approx(0.6 * profile_of(2).loss_increase(0.1))
     with pytest.raises(AdapMoEError, match="too little text"):
-        fit_correction(predicted, [-0.01] * 4, [0.01] * 4)
+        loss_scale(confirmed(-0.6))
 
 
 def test_standard_error_of_a_ratio():
@@ -181,7 +192,7 @@ def test_published_thresholds_on_alpha():
             if alpha + offset < 0.5:
                 continue
             weights = torch.tensor([[alpha + offset, 1 - alpha - offset]])
-            assert gate_tokens(weights, sensitivity, threshold).sum() == experts
+            assert gate_tokens(weights, sensitivity, threshold).keep.sum() == experts
 
 
 @pytest.mark.parametrize("shape", ["uniform", "edges", "square"])
@@ -198,10 +209,10 @@ def test_published_ratio_of_single_experts(shape):
         above = limit + 1e-6 + within * (0.5 - limit - 1e-6)
         dropped = torch.where(place < single, below, above).clamp(max=0.5).unsqueeze(1)
         weights = torch.cat([1 - dropped, dropped], dim=1).double()
-        keep = gate_tokens(weights, sensitivity, threshold)
+        keep, kept, _ = gate_tokens(weights, sensitivity, threshold)
         ratio_here = (keep.sum(-1) == 1).double().mean().item()
         assert ratio_here == pytest.approx(single, abs=1e-4)
-        assert torch.allclose(rescale(weights, keep).sum(-1), torch.ones(len(weights), dtype=torch.double))
+        assert torch.allclose(kept.sum(-1), torch.ones(len(weights), dtype=torch.double))
         found.append(ratio_here)
     mean = float(np.mean(found))
     assert mean == pytest.approx(np.mean(published["single_expert_ratio"]), abs=1e-4)

@@ -1,5 +1,6 @@
 """The `adapmoe` command."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -57,6 +58,7 @@ def calibrate(
     ] = None,
 ) -> None:
     """Measures a model: what its layers lose when experts are dropped, and how it routes."""
+    _quieten_vllm()
     from vllm_adapmoe.calibrate.run import calibrate, print_profile
 
     if method not in ("fisher", "forward", "auto"):
@@ -83,6 +85,7 @@ def evaluate(
     plot: Annotated[Path | None, typer.Option(help="PNG file for the plot.")] = None,
 ) -> None:
     """Loss, perplexity and agreement on held-out text, by gating rule and threshold."""
+    _quieten_vllm()
     from vllm_adapmoe.bench.evaluate import plot_evaluate, print_evaluate, run_evaluate
 
     chosen = None if thresholds is None else _numbers("--thresholds", thresholds)
@@ -93,6 +96,11 @@ def evaluate(
         write(output, result)
     if plot is not None:
         plot_evaluate(result, plot)
+
+
+def _quieten_vllm() -> None:
+    """Leaves vLLM's warnings, unless the user asks for more: its periodic lines would cut through progress bars."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 
 def _numbers(option: str, text: str) -> list[float]:
@@ -153,6 +161,7 @@ def gating(
     store: Annotated[str, typer.Option(help="host or file.")] = "file",
 ) -> None:
     """Decode speed, kernel time and bytes per token, gating off against on, 25 to 100 % of the experts resident."""
+    _quieten_vllm()
     from vllm_adapmoe.bench.gating import print_gating, run_gating
 
     result = run_gating(model, profile, text, rounds, prompt_tokens, output_tokens, batch, store)
@@ -171,6 +180,7 @@ def frontier(
     plot: Annotated[Path | None, typer.Option(help="PNG file for the plot.")] = None,
 ) -> None:
     """Loss against bytes fetched: gating off, by token, by batch, by weight alone, and a fixed smaller top-k."""
+    _quieten_vllm()
     from vllm_adapmoe.bench.frontier import plot_frontier, print_frontier, run_frontier
 
     result = run_frontier(model, profile, data, sequence_length)

@@ -15,23 +15,69 @@ being the layer's sensitivity. With top-2 and one expert dropped c = W^2, the pa
 kept.
 """
 
+from typing import NamedTuple
+
 import torch
 
 
+class Gated(NamedTuple):
+    """What a rule leaves of a step's routing."""
+
+    keep: torch.Tensor
+    """Bool `[tokens, top_k]`, at least one in each row."""
+    weights: torch.Tensor
+    """`[tokens, top_k]`: zero where not kept, the rest scaled to the sum that the router gave."""
+    cost: torch.Tensor
+    """`[tokens]`: c of what each token dropped."""
+
+
 def drop_costs(sorted_weights: torch.Tensor) -> torch.Tensor:
-    """The cost c of keeping the first 1, 2, .. top_k - 1 experts.
+    """The cost c of keeping the first 1, 2, .. top_k experts; the last is zero.
 
     Args:
         sorted_weights: `[tokens, top_k]`, descending.
 
     Returns:
-        `[tokens, top_k - 1]`, not increasing along the last dimension.
+        `[tokens, top_k]`, not increasing along the last dimension but for rounding.
     """
-    squares = sorted_weights.square()
-    kept, kept_squares = sorted_weights.cumsum(-1)[:, :-1], squares.cumsum(-1)[:, :-1]
-    dropped = sorted_weights.flip(-1).cumsum(-1).flip(-1)[:, 1:]
-    dropped_squares = squares.flip(-1).cumsum(-1).flip(-1)[:, 1:]
-    return 0.5 * ((dropped / kept).square() * kept_squares + dropped_squares)
+    return _costs(sorted_weights.cumsum(-1), sorted_weights.square().cumsum(-1))
+
+
+def _costs(kept: torch.Tensor, kept_squares: torch.Tensor) -> torch.Tensor:
+    moved = kept[:, -1:] / kept - 1  # W / K
+    return 0.5 * (moved.square() * kept_squares + (kept_squares[:, -1:] - kept_squares))
+
+
+def gate_tokens(weights: torch.Tensor, sensitivity: float, threshold: float) -> Gated:
+    """Each token keeps as few experts as cost less than the threshold, at least one.
+
+    `c * S < T`, as in the authors' code, where the paper writes <=: so a threshold of zero drops nothing. Weights that
+    are not numbers drop nothing either, and go on to the kernel as in stock vLLM.
+
+    A decode step runs this once in every layer, so it is written for few operations, not for beauty.
+
+    Args:
+        weights: `[tokens, top_k]`.
+        sensitivity: of the layer, nats per token.
+        threshold: loss that one token may lose in one layer, nats.
+    """
+    ordered, order = weights.sort(dim=-1, descending=True, stable=True)
+    kept = ordered.cumsum(-1)
+    costs = _costs(kept, ordered.square().cumsum(-1))
+    last = (~(costs[:, :-1] * sensitivity < threshold)).sum(-1, keepdim=True)  # rank of the last one kept
+    stays = torch.arange(costs.shape[1], device=costs.device) <= last
+    keep = torch.empty_like(stays).scatter_(-1, order, stays)
+    scale = kept[:, -1:] / kept.gather(-1, last)  # exactly one where all are kept
+    return Gated(keep, weights * keep * scale, costs.gather(-1, last).squeeze(-1))
+
+
+def settle(weights: torch.Tensor, keep: torch.Tensor) -> Gated:
+    """The kept weights scaled to the sum that the router gave, and what the rest cost; rows that keep all unchanged."""
+    kept = weights * keep
+    kept_sum, squares, kept_squares = kept.sum(-1, keepdim=True), weights.square().sum(-1), kept.square().sum(-1)
+    scale = weights.sum(-1, keepdim=True) / kept_sum
+    cost = 0.5 * ((scale.squeeze(-1) - 1).square() * kept_squares + (squares - kept_squares))
+    return Gated(keep, kept * scale, cost)
 
 
 def keep_most(weights: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -41,54 +87,25 @@ def keep_most(weights: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(weights, dtype=torch.bool).scatter_(-1, order, ranks < counts.unsqueeze(-1))
 
 
-def rescale(weights: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """The weights with zeros where not kept, the rest scaled to the same sum; rows that keep all are untouched."""
-    kept = torch.where(keep, weights, 0)
-    scaled = kept * (weights.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True))
-    return torch.where(keep.all(-1, keepdim=True), weights, scaled)
-
-
-def spent_cost(weights: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """The cost c of what each token keeps, `[tokens]`, in the weights' dtype; zero for one that keeps all."""
-    kept, dropped = torch.where(keep, weights, 0), torch.where(keep, 0, weights)
-    moved = dropped.sum(-1) / kept.sum(-1)
-    return 0.5 * (moved.square() * kept.square().sum(-1) + dropped.square().sum(-1))
-
-
-def gate_tokens(weights: torch.Tensor, sensitivity: float, threshold: float) -> torch.Tensor:
-    """Mask of what each token keeps: as few experts as cost less than the threshold, at least one.
-
-    `c * S < T`, as in the authors' code, where the paper writes <=: so a threshold of zero drops nothing. Weights that
-    are not numbers drop nothing either, and go on to the kernel as in stock vLLM.
-
-    Args:
-        weights: `[tokens, top_k]`.
-        sensitivity: of the layer, nats per token.
-        threshold: loss that one token may lose in one layer, nats.
-    """
-    costs = drop_costs(weights.sort(dim=-1, descending=True).values)
-    return keep_most(weights, 1 + (~(costs * sensitivity < threshold)).sum(-1))
-
-
-def gate_by_weight(weights: torch.Tensor, threshold: float) -> torch.Tensor:
+def gate_by_weight(weights: torch.Tensor, threshold: float) -> Gated:
     """The naive rule: drops the smallest experts while their share of the weight is below `threshold`, in any layer."""
-    ordered = weights.sort(dim=-1, descending=True).values
-    dropped = ordered.flip(-1).cumsum(-1).flip(-1)[:, 1:] / ordered.sum(-1, keepdim=True)
-    return keep_most(weights, 1 + (~(dropped < threshold)).sum(-1))
+    kept = weights.sort(dim=-1, descending=True).values.cumsum(-1)
+    dropped = 1 - kept[:, :-1] / kept[:, -1:]
+    return settle(weights, keep_most(weights, 1 + (~(dropped < threshold)).sum(-1)))
 
 
-def gate_to_count(weights: torch.Tensor, experts: float, generator: torch.Generator) -> torch.Tensor:
+def gate_to_count(weights: torch.Tensor, experts: float, generator: torch.Generator) -> Gated:
     """A fixed smaller top-k; a fraction is the share of tokens, drawn at random, that keep one more."""
     whole = int(experts)
     more = torch.rand(weights.shape[0], generator=generator) < experts - whole
-    return keep_most(weights, whole + more.to(weights.device).long())
+    return settle(weights, keep_most(weights, whole + more.to(weights.device).long()))
 
 
 def gate_batch(
     weights: torch.Tensor, ids: torch.Tensor, sensitivity: float, threshold: float, resident: torch.Tensor
-) -> torch.Tensor:
-    """Mask of what a batch keeps: an expert that is not resident is dropped, by every token, while that costs less than
-    the threshold in all.
+) -> Gated:
+    """What a batch keeps: an expert that is not resident is dropped, by every token, while that costs less than the
+    threshold in all.
 
     A fetch is saved only if no token of the batch keeps the expert, so its price is the loss summed over the batch.
     Experts leave cheapest first, and prices follow: a token that lost one expert pays more for the next, and its last
@@ -110,7 +127,7 @@ def gate_batch(
     while True:
         candidates = keep & absent
         if not candidates.any():
-            return keep
+            return settle(weights, keep)
         kept = (weights * keep).sum(-1, keepdim=True)
         kept_squares = (squares * keep).sum(-1, keepdim=True)
         before = _cost(kept, kept_squares, total, total_squares)
@@ -129,7 +146,7 @@ def gate_batch(
         leaving = price < threshold
         leaving[ids[beaten]] = False
         if not leaving.any():
-            return keep
+            return settle(weights, keep)
         keep &= ~(leaving[ids] & candidates)
 
 

@@ -132,9 +132,7 @@ class ModelProfile(Strict):
     base_loss: NotNegative | None = None
     """Mean loss of the ungated model on the calibration data."""
     loss_scale: Annotated[float, Field(gt=0)] = 1.0
-    loss_exponent: Annotated[float, Field(gt=0)] = 1.0
-    """What `confirmed` showed predictions to be worth: with p the prediction and r the largest one confirmed, the loss
-    increase is `loss_scale * r * (p / r) ** loss_exponent`."""
+    """Measured over predicted loss increase of `confirmed`; predictions are multiplied by it."""
     confirmed: list[Confirmation] = []
     layers: list[LayerProfile]
 
@@ -213,15 +211,8 @@ class ModelProfile(Strict):
         return float(np.mean(self.layer_experts(threshold)))
 
     def loss_increase(self, threshold: float) -> float:
-        """Predicted increase of the mean token loss, nats."""
-        return self.corrected(self.unscaled_loss_increase(threshold))
-
-    def corrected(self, prediction: float) -> float:
-        """A sum of S_l times costs, as the confirmation runs showed such sums to be worth; nats per token."""
-        if not self.confirmed:
-            return prediction
-        reference = max(one.predicted_loss_increase for one in self.confirmed)
-        return self.loss_scale * reference * (prediction / reference) ** self.loss_exponent
+        """Predicted increase of the mean token loss, nats: the sum over layers, times `loss_scale`."""
+        return self.loss_scale * self.unscaled_loss_increase(threshold)
 
     def unscaled_loss_increase(self, threshold: float) -> float:
         """Sum over layers of S_l times the mean cost of what tokens drop.

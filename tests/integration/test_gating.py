@@ -17,7 +17,7 @@ from conftest import ROOT, TINY_MIXTRAL
 from tests.integration.scenarios import ENGINE_ARGS, greedy, prompts
 from vllm_adapmoe.calibrate.text import read_sequences
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.gating import gate_tokens, rescale
+from vllm_adapmoe.gating import gate_tokens
 from vllm_adapmoe.integration.engine import Engine, describe_model
 from vllm_adapmoe.integration.losses import ForcedTokens, decode_losses, prefill_losses
 from vllm_adapmoe.profile import ModelProfile
@@ -61,7 +61,7 @@ def reference_losses(model: Path, sequences: list[list[int]], plan: dict[str, An
         experts, forward = layer.mlp.experts, layer.mlp.experts.forward
 
         def gated(x, ids, weights, forward=forward, sensitivity=sensitivity):
-            return forward(x, ids, rescale(weights, gate_tokens(weights, sensitivity, plan["threshold"])))
+            return forward(x, ids, gate_tokens(weights, sensitivity, plan["threshold"]).weights)
 
         experts.forward = gated
     ids = torch.tensor(sequences)

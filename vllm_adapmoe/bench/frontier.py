@@ -100,7 +100,7 @@ def _point(
     tokens: int,
 ) -> dict[str, Any]:
     changes = (nats - base).mean(axis=1)
-    foretold = profile.corrected(after["loss_spent"] / tokens) if plan is not None else 0.0
+    foretold = profile.loss_scale * after["loss_spent"] / tokens if plan is not None else 0.0
     return {
         "rule": "off" if plan is None else plan["rule"],
         "threshold": None if plan is None else plan.get("threshold"),

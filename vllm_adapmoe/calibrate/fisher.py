@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from vllm_adapmoe.calibrate.statistics import Sums, half
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.gating import drop_costs, keep_most, rescale
+from vllm_adapmoe.gating import keep_most, settle
 
 EXPERT_ARGUMENTS = ("top_k_index", "top_k_weights")
 BATCH = 4
@@ -58,10 +58,9 @@ class Fisher:
             with torch.no_grad():
                 weights = top_k_weights.float()
                 keep = keep_most(weights, torch.full((len(weights),), half(weights.shape[1])))
-                fewer = rescale(weights, keep).to(top_k_weights.dtype)
-                self.moves[index] = forward(hidden_states.detach(), top_k_index, fewer) - output.detach()
-                costs = drop_costs(weights.sort(dim=-1, descending=True).values)
-                self.costs[index] = costs[:, half(weights.shape[1]) - 1]
+                fewer = settle(weights, keep)
+                moved = forward(hidden_states.detach(), top_k_index, fewer.weights.to(top_k_weights.dtype))
+                self.moves[index], self.costs[index] = moved - output.detach(), fewer.cost
             output.register_hook(lambda gradient: self.gradients.__setitem__(index, gradient))
             return output
 

@@ -36,7 +36,7 @@ def routing_sums(weights: torch.Tensor, ids: torch.Tensor, starts: torch.Tensor,
     """
     tokens, top_k = ids.shape
     costs = drop_costs(weights.sort(dim=-1, descending=True).values).double()
-    falls = costs - torch.cat([costs[:, 1:], torch.zeros(tokens, 1, dtype=costs.dtype)], dim=1)
+    falls = costs[:, :-1] - costs[:, 1:]
     bins = torch.bucketize(costs, torch.from_numpy(EDGES), right=True)
     histogram, fall_histogram = torch.zeros(2, top_k - 1, len(EDGES) + 1, dtype=torch.float64)
     for kept in range(top_k - 1):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_adapmoe.gating import gate_batch, gate_by_weight, gate_to_count, gate_tokens, rescale, spent_cost
+from vllm_adapmoe.gating import Gated, gate_batch, gate_by_weight, gate_to_count, gate_tokens
 from vllm_adapmoe.gating_plan import GatingPlan
 
 
@@ -47,27 +47,22 @@ class LayerGate:
         Returns:
             Rescaled weights, on their device, and bool `[tokens, top_k]`, on the host.
         """
-        keep = self._keep(weights, ids, slot_map)
-        spent = spent_cost(weights, keep)
-        weights = rescale(weights, keep)
-        keep, spent = keep.cpu(), spent.cpu()
-        tokens = keep.shape[0]
+        gated = self._gate(weights, ids, slot_map)
+        keep, cost = gated.keep.cpu(), gated.cost.cpu()
         if real is not None:
-            keep &= real.unsqueeze(1)
-            spent = spent[real]
-            tokens = len(spent)
-        self.stats.loss_spent += self.sensitivity * float(spent.sum())
-        self.stats.gated_tokens += tokens
-        self.stats.kept_experts += int(keep.sum())
-        return weights, keep
+            keep, cost = keep & real.unsqueeze(1), cost[real]
+        self.stats.gated_tokens += len(cost)
+        self.stats.kept_experts += int(keep.count_nonzero())
+        self.stats.loss_spent += self.sensitivity * float(cost.sum())
+        return gated.weights, keep
 
-    def _keep(self, weights: torch.Tensor, ids: torch.Tensor, slot_map: torch.Tensor) -> torch.Tensor:
+    def _gate(self, weights: torch.Tensor, ids: torch.Tensor, slot_map: torch.Tensor) -> Gated:
         plan = self.plan
         if plan.rule == "token":
             return gate_tokens(weights, self.sensitivity, plan.threshold)
         if plan.rule == "batch":
-            keep = gate_batch(weights.cpu(), ids, self.sensitivity, plan.threshold, slot_map >= 0)
-            return keep.to(weights.device)
+            gated = gate_batch(weights.cpu(), ids, self.sensitivity, plan.threshold, slot_map >= 0)
+            return Gated(*(tensor.to(weights.device) for tensor in gated))
         if plan.rule == "weight":
             return gate_by_weight(weights, plan.threshold)
         assert plan.experts is not None

@@ -222,9 +222,13 @@ class CachedExperts(RoutedExperts):
 
     def _run_rows(
         self, x: torch.Tensor, weights: torch.Tensor, token: torch.Tensor, ids: torch.Tensor
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Runs pairs of token and expert, each expert loaded once; yields which pairs (`[rows]`) and their outputs."""
+    ) -> Iterator[tuple[torch.Tensor | slice, torch.Tensor]]:
+        """Runs pairs of token and expert, each expert loaded once; yields which of the pairs, and their outputs."""
         groups = waves(_distinct(ids, self.local_num_experts), self.slots)
+        if len(groups) == 1:
+            slots = self._acquire(groups[0])[ids].unsqueeze(1).to(x.device)
+            yield slice(None), self._run_kernel(x[token.to(x.device)], weights, slots)
+            return
         wave_of = torch.zeros(self.local_num_experts, dtype=torch.int64)
         for number, group in enumerate(groups):
             wave_of[list(group)] = number

@@ -8,7 +8,7 @@ from vllm.forward_context import get_forward_context
 
 from vllm_adapmoe.calibrate import statistics
 from vllm_adapmoe.calibrate.statistics import LOOKAHEAD, Sums, half
-from vllm_adapmoe.gating import keep_most, rescale
+from vllm_adapmoe.gating import keep_most, settle
 
 if TYPE_CHECKING:
     from vllm_adapmoe.integration.layers import CachedExperts
@@ -80,7 +80,7 @@ class LayerProbe:
         if probe.disturbed != self.index:
             return weights
         counts = torch.full((len(ids),), half(ids.shape[1]), device=weights.device)
-        return weights + probe.step * (rescale(weights, keep_most(weights, counts)) - weights)
+        return weights + probe.step * (settle(weights, keep_most(weights, counts)).weights - weights)
 
     def _record(
         self, layer: "CachedExperts", x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, starts: torch.Tensor
