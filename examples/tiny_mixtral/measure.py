@@ -1,14 +1,16 @@
-"""Measures the trained model and writes results.json: losses, load, re-use, and how well the next gate is foreseen.
+"""Measures a trained model and writes results.json: losses, load, re-use, and how well the next gate is foreseen.
 
     python examples/tiny_mixtral/measure.py --dense /tmp/dense
+    python examples/tiny_mixtral/measure.py --model examples/tiny_qwen3moe/model --corpus
 
-Without --dense only the loss on the bundled held-out excerpts is printed; that needs no corpus.
+With neither --dense nor --corpus only the loss on the bundled held-out excerpts is printed; that needs no corpus.
 """
 
 import argparse
 import json
 import os
 import platform
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -43,10 +45,11 @@ def unigram_loss(train: np.ndarray, ids: np.ndarray) -> float:
 def routing(model: PreTrainedModel, ids: np.ndarray) -> list[dict[str, float | list[float]]]:
     """Per layer: load of each expert, re-use of the previous token's experts, recall of the next layer's own gate.
 
-    Re-use is the share of a token's two experts that the token before it used as well; chance is what independent
-    draws with this layer's load would give. Recall is the share of the next layer's experts among the two best of its
+    Re-use is the share of a token's top-k experts that the token before it used as well; chance is what independent
+    draws with this layer's load would give. Recall is the share of the next layer's experts among the top-k of its
     gate applied to this layer's input.
     """
+    top_k = model.config.num_experts_per_tok
     gates = [layer.mlp.gate for layer in model.model.layers]
     inputs: list[torch.Tensor] = []
     hooks = [gate.register_forward_pre_hook(lambda gate, args: inputs.append(args[0].view(-1, 128))) for gate in gates]
@@ -61,18 +64,18 @@ def routing(model: PreTrainedModel, ids: np.ndarray) -> list[dict[str, float | l
     for hook in hooks:
         hook.remove()
     states = [torch.cat(tensors) for tensors in collected]
-    chosen = [F.linear(state, gate.weight).topk(2).indices for state, gate in zip(states, gates, strict=True)]
+    chosen = [F.linear(state, gate.weight).topk(top_k).indices for state, gate in zip(states, gates, strict=True)]
     result: list[dict[str, float | list[float]]] = []
     for index, experts in enumerate(chosen):
-        used = F.one_hot(experts, 8).sum(1).view(-1, SEQUENCE, 8).float()
-        load = used.mean((0, 1)) / 2
+        used = F.one_hot(experts, gates[0].weight.shape[0]).sum(1).view(-1, SEQUENCE, gates[0].weight.shape[0]).float()
+        load = used.mean((0, 1)) / top_k
         row: dict[str, float | list[float]] = {
             "load": [round(share, 4) for share in load.tolist()],
-            "reuse": (used[:, 1:] * used[:, :-1]).sum(-1).mean().item() / 2,
-            "reuse_by_chance": (2 * load.square().sum()).item(),
+            "reuse": (used[:, 1:] * used[:, :-1]).sum(-1).mean().item() / top_k,
+            "reuse_by_chance": (top_k * load.square().sum()).item(),
         }
         if index + 1 < len(gates):
-            foreseen = F.linear(states[index], gates[index + 1].weight).topk(2).indices
+            foreseen = F.linear(states[index], gates[index + 1].weight).topk(top_k).indices
             right = (foreseen.unsqueeze(2) == chosen[index + 1].unsqueeze(1)).any(1).float()
             row["next_gate_recall"] = right.mean().item()
         result.append(row)
@@ -88,6 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=HERE / "model")
     parser.add_argument("--dense", type=Path, help="the dense baseline; with it results.json is written")
+    parser.add_argument("--corpus", action="store_true", help="write results.json without a dense baseline")
     parser.add_argument("--cache", type=Path, default=Path("/tmp/tiny_mixtral"))
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -98,32 +102,33 @@ def main() -> None:
     }
     for domain, value in bundled.items():
         print(f"bundled held-out {domain}: {value:.3f} nats/token")
-    if args.dense is None:
+    if args.dense is None and not args.corpus:
         return
-    dense = AutoModelForCausalLM.from_pretrained(args.dense, dtype=torch.float32)
+    models = {"moe": model}
+    if args.dense is not None:
+        models["dense"] = AutoModelForCausalLM.from_pretrained(args.dense, dtype=torch.float32)
     _, train = encode(args.cache)
     held_out = {
         domain: tokens_of(tokenizer, [text for _, text in documents(domain, held_out=True)]) for domain in DOMAINS
     }
     losses = {
-        domain: {"moe": loss(model, ids), "dense": loss(dense, ids), "unigram": unigram_loss(train, ids)}
+        domain: {name: loss(one, ids) for name, one in models.items()} | {"unigram": unigram_loss(train, ids)}
         for domain, ids in held_out.items()
     }
-    mean = {kind: float(np.mean([row[kind] for row in losses.values()])) for kind in ("moe", "dense", "unigram")}
-    active = sum(p.numel() for p in dense.parameters())
+    mean = {kind: float(np.mean([row[kind] for row in losses.values()])) for kind in (*models, "unigram")}
     result = {
-        "command": "train.py moe; train.py dense; measure.py --dense",
+        "command": f"train.py {args.model.parent.name.removeprefix('tiny_')}; measure.py {' '.join(sys.argv[1:])}",
         "steps": 1400,
         "tokens": 1400 * BATCH * SEQUENCE,
         "seed": 0,
         "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "transformers")},
         "machine": {"processor": _processor(), "cores_used": 1, "cores": os.cpu_count()},
-        "parameters": {"moe": sum(p.numel() for p in model.parameters()), "active": active, "dense": active},
+        "parameters": {name: sum(p.numel() for p in one.parameters()) for name, one in models.items()},
         "held_out_loss_nats_per_token": losses | {"mean": mean},
         "bundled_held_out_loss": bundled,
         "layers": routing(model, np.concatenate([ids[:16_384] for ids in held_out.values()])),
     }
-    (HERE / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    (args.model.parent / "results.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(mean))
     for index, row in enumerate(result["layers"]):
         print(index, {key: value if isinstance(value, list) else round(value, 3) for key, value in row.items()})

@@ -14,7 +14,7 @@ from vllm_adapmoe.calibrate.text import data_hash, read_sequences
 from vllm_adapmoe.profile import ModelProfile
 
 FRACTIONS = (0.25, 0.5, 0.75)
-BATCHES = {1: 16, 8: 48, 32: 96}
+BATCHES = {1: 8, 8: 32, 32: 64}
 """Requests in the engine at once, and how many are decoded in all."""
 PROMPT_TOKENS = 8
 TOKEN_DROPS = (0.1, 0.25, 0.4, 0.6)
