@@ -1,6 +1,5 @@
 """The real server and the official client: streamed tokens, metrics, aborted requests."""
 
-import json
 import os
 import signal
 import subprocess
@@ -31,8 +30,15 @@ def test_serve_stream_abort_and_metrics(tmp_path):
     from demo import Server
     from openai import OpenAI
 
-    config = json.dumps({"cache_experts": 24, "store_dir": str(tmp_path / "store")})
-    with Server("server", tmp_path, "--enforce-eager", "--moe-method", "adapmoe", "--adapmoe-config", config) as server:
+    config = {
+        "cache_experts": 24,
+        "store_dir": tmp_path / "store",
+        "profile": ROOT / "configs" / "tiny_mixtral.json",
+        "gating.mode": "token",
+        "gating.target_experts": 1.6,
+    }
+    flags = [part for key, value in config.items() for part in (f"--adapmoe-config.{key}", str(value))]
+    with Server("server", tmp_path, "--enforce-eager", "--moe-method", "adapmoe", *flags) as server:
         server.wait()
         client = OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none")
         first, _ = server.complete(show=False)
@@ -43,6 +49,9 @@ def test_serve_stream_abort_and_metrics(tmp_path):
         record = 3 * 128 * 256 * 2
         assert counted["vllm:adapmoe_fetched_bytes_total"] == counted["vllm:adapmoe_expert_misses_total"] * record
         assert counted["vllm:adapmoe_fetch_stall_seconds_total"] > 0
+        kept = counted["vllm:adapmoe_kept_experts_total"] / counted["vllm:adapmoe_gated_tokens_total"]
+        assert kept == pytest.approx(1.6, abs=0.15)
+        assert counted["vllm:adapmoe_gating_loss_nats_total"] > 0
         # A client that hangs up mid-stream takes nothing from the next one.
         stream = client.completions.create(model="tiny-mixtral", prompt="def ", max_tokens=900, stream=True)
         for number, _ in enumerate(stream):
@@ -59,6 +68,7 @@ def test_serve_stream_abort_and_metrics(tmp_path):
     log = (tmp_path / "server.log").read_text()
     assert "Expert cache: 24 slots" in log
     assert "Packing experts" in log
+    assert "Adaptive gating (token): threshold " in log
 
 
 def test_the_demo_cleans_up_when_interrupted(tmp_path):

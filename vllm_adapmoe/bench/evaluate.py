@@ -82,7 +82,7 @@ def run_evaluate(
             plans[0],
         )
         decode = _decode(engine, middle, sequences[:DECODE_SEQUENCES], decode_losses, prefill_losses)
-    _compare(rows)
+    _compare(rows, profile.model.top_k)
     return {
         "benchmark": "evaluate",
         "model": str(model),
@@ -142,20 +142,16 @@ def _decode(
     }
 
 
-def _compare(rows: list[dict[str, Any]]) -> None:
+def _compare(rows: list[dict[str, Any]], top_k: int) -> None:
     """Adds to each `token` point what the other rules lose at the same mean count, between their nearest points."""
-    curves = {}
     for rule in ("weight", "count"):
-        found = sorted((row["mean_experts"], row["loss_increase"]) for row in rows if row["rule"] == rule)
-        curves[rule] = [*zip(*found, strict=True)]
-    top = max(row["mean_experts"] for row in rows)
-    for row in rows:
-        if row["rule"] != "token":
-            continue
-        for rule, (experts, increases) in curves.items():
-            inside = experts[0] <= row["mean_experts"] <= max(experts[-1], top)
-            value = float(np.interp(row["mean_experts"], experts, increases)) if inside else None
-            row[f"{rule}_loss_increase"] = value
+        found = [(row["mean_experts"], row["loss_increase"]) for row in rows if row["rule"] == rule]
+        experts, increases = zip(*sorted([*found, (float(top_k), 0.0)]), strict=True)
+        for row in rows:
+            if row["rule"] == "token":
+                inside = row["mean_experts"] >= experts[0]
+                value = float(np.interp(row["mean_experts"], experts, increases)) if inside else None
+                row[f"{rule}_loss_increase"] = value
 
 
 RULES = {"token": "sensitivity", "weight": "weight", "count": "fixed k"}
