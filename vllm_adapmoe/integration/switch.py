@@ -61,6 +61,8 @@ def _gating_plan(config: AdapMoEConfig, vllm_config: VllmConfig) -> GatingPlan |
     """Reads the profile, here where its file is, and chooses the threshold."""
     if config.profile is None:
         return None
+    if (vllm_config.model_config.get_num_experts_per_tok() or 2) < 2:
+        raise AdapMoEError("gating has nothing to drop: this model uses one expert per token; remove gating")
     profile = ModelProfile.load(config.profile)
     profile.check(model_info(vllm_config.model_config), config.profile)
     plan = plan_gating(config.gating, profile)
