@@ -1,8 +1,8 @@
 """Compares the sensitivities of two profiles of one model, layer by layer.
 
-    adapmoe calibrate MODEL --data TEXT --method fisher -o fisher.json
-    adapmoe calibrate MODEL --data TEXT --method forward -o forward.json
-    python examples/compare_sensitivities.py fisher.json forward.json -o comparison.json
+adapmoe calibrate MODEL --data TEXT --method fisher -o fisher.json
+adapmoe calibrate MODEL --data TEXT --method forward -o forward.json
+python examples/compare_sensitivities.py fisher.json forward.json -o comparison.json
 """
 
 import argparse

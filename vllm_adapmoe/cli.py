@@ -99,8 +99,8 @@ def evaluate(
 
 
 def _quieten_vllm() -> None:
-    """Leaves vLLM's warnings, unless the user asks for more: its periodic lines would cut through progress bars."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    """Leaves vLLM's errors, unless the user asks for more: its lines would cut through progress bars."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 
 def _numbers(option: str, text: str) -> list[float]:

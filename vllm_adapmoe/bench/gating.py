@@ -96,7 +96,7 @@ def print_gating(result: dict[str, Any], console: Console) -> None:
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    for column in ("resident", "dropping", "kept", "decode", "min .. max", "kernel", "min .. max", "MiB/token"):
+    for column in ("resident", "dropping", "kept", "decode", "min .. max", "kernel", "min .. max", "MiB"):
         table.add_column(column, justify="right", no_wrap=True)
     for point in result["points"]:
         decode, kernel = point["decode_ratio"], point["kernel_ratio"]
