@@ -98,6 +98,45 @@ def evaluate(
         plot_evaluate(result, plot)
 
 
+@app.command()
+def simulate(
+    trace: Annotated[Path, typer.Argument(help="File that `trace_out` wrote.", exists=True, dir_okay=False)],
+    slots: Annotated[
+        str, typer.Option(help="Expert slots, comma-separated; at most 1: a share of all experts.")
+    ] = "0.25,0.5,0.75",
+    policies: Annotated[
+        str, typer.Option(help="EVICTION[/ALLOCATION][+prefetch], comma-separated.")
+    ] = "lru,lru/uniform,lfru,mrs,next_use,lru+prefetch,next_use+prefetch",
+    bandwidth: Annotated[
+        float | None, typer.Option(help="Of the link, 1e9 bytes per second. Without it, loads are counted, not timed.")
+    ] = None,
+    compute: Annotated[float, typer.Option(help="Milliseconds of a layer in a step, fetches apart.")] = 0.5,
+    step: Annotated[float, typer.Option(help="Milliseconds of a step outside its layers.")] = 1.0,
+    lookahead: Annotated[int, typer.Option(min=1, max=4, help="Layers that prefetch looks ahead.")] = 3,
+    max_experts: Annotated[int, typer.Option(min=1, help="Most experts that prefetch has under way.")] = 1,
+    profile: Annotated[
+        Path | None, typer.Option(help="What `adapmoe calibrate` wrote; for /profile.", exists=True)
+    ] = None,
+    output: Output = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file for the plot.")] = None,
+) -> None:
+    """Replays recorded routing against cache policies, beside the best that a cache could do."""
+    from vllm_adapmoe.simulate.compare import plot_simulate, print_simulate, run_simulate
+    from vllm_adapmoe.simulate.replay import Machine
+
+    machine = Machine()
+    if bandwidth is not None:
+        machine = Machine(bandwidth * 1e9, compute / 1e3, step / 1e3)
+    result = run_simulate(
+        trace, _numbers("--slots", slots), policies.split(","), machine, lookahead, max_experts, profile
+    )
+    print_simulate(result, Console())
+    if output is not None:
+        write(output, result)
+    if plot is not None:
+        plot_simulate(result, plot)
+
+
 def _quieten_vllm() -> None:
     """Leaves vLLM's errors, unless the user asks for more: its lines would cut through progress bars."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -166,6 +205,35 @@ def gating(
 
     result = run_gating(model, profile, text, rounds, prompt_tokens, output_tokens, batch, store)
     print_gating(result, Console())
+    if output is not None:
+        write(output, result)
+
+
+@bench.command()
+def ablation(
+    model: Model,
+    profile: Annotated[Path, typer.Option(help="What `adapmoe calibrate` wrote.", exists=True)],
+    output: Output = None,
+    text: Text = None,
+    rounds: Rounds = 5,
+    batch: Batch = 1,
+    batches: Annotated[int, typer.Option(min=1, help="Batches of requests, one after the other.")] = 6,
+    prompt_tokens: PromptTokens = 16,
+    output_tokens: OutputTokens = 40,
+    resident: Annotated[float, typer.Option(min=0.01, max=0.99, help="Share of the experts with a slot.")] = 0.5,
+    ratio: Annotated[
+        float, typer.Option(min=0.1, help="Time to move an expert over the link, in layers of the resident model.")
+    ] = 6.3,
+    max_loss_increase: Annotated[float, typer.Option(help="Of gating, as a share of the loss.")] = 0.005,
+) -> None:
+    """Gating, prefetch and the cache's policy, alone and together: the paper's and ours, over a limited link."""
+    _quieten_vllm()
+    from vllm_adapmoe.bench.ablation import print_ablation, run_ablation
+
+    result = run_ablation(
+        model, profile, text, rounds, prompt_tokens, output_tokens, batch, batches, resident, ratio, max_loss_increase
+    )
+    print_ablation(result, Console())
     if output is not None:
         write(output, result)
 

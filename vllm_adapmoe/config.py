@@ -40,6 +40,17 @@ class GatingConfig(BaseModel):
         return self
 
 
+class PrefetchConfig(BaseModel):
+    """Fetching experts before they are asked for, foretold by the next layers' own gates."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    lookahead: int = Field(3, ge=0, le=8, strict=True)
+    """Layers to look ahead at most: further only while what the nearer ones need is there. 0: no prefetch."""
+    max_experts: int = Field(1, ge=1, strict=True)
+    """Most experts under way before anyone asked for them."""
+
+
 class AdapMoEConfig(BaseModel):
     """Expert cache and gating. At most one budget may be set; none means: as many experts as memory allows."""
 
@@ -56,6 +67,18 @@ class AdapMoEConfig(BaseModel):
     GPU, the file on the CPU."""
     store_dir: str | None = None
     """Folder of packed files; default `adapmoe` in vLLM's cache folder."""
+    eviction: Literal["lru", "lfru", "mrs", "next_use"] = "next_use"
+    """Who leaves when a slot is wanted."""
+    allocation: Literal["pool", "uniform", "profile", "trace"] = "pool"
+    """Slots that a layer is left with while others have more than theirs: none, the same for each, by the profile, or
+    by the traffic as it goes."""
+    prefetch: PrefetchConfig = Field(default_factory=lambda: PrefetchConfig(**{}))
+    link_gbps: float | None = Field(None, gt=0, strict=True)
+    """Fetches no faster than a link of so many 1e9 bytes per second: to study one that this machine does not have."""
+    trace_out: str | None = None
+    """File that the routing of live traffic is recorded in, for `adapmoe simulate`."""
+    trace_mib: int = Field(256, ge=1, strict=True)
+    """Size at which the trace moves to `trace_out.1` and begins anew."""
     profile: str | None = None
     """What `adapmoe calibrate` wrote of this model; gating needs it."""
     gating: GatingConfig = Field(default_factory=lambda: GatingConfig(**{}))
@@ -68,8 +91,13 @@ class AdapMoEConfig(BaseModel):
             raise ValueError(f"{values} are {len(given)} budgets for one cache; keep one of them")
         if self.gating.mode != "off" and self.profile is None:
             raise ValueError(f"gating.mode={self.gating.mode} needs a profile; set profile, see adapmoe calibrate")
-        if self.gating.mode == "off" and self.profile is not None:
-            raise ValueError(f"profile={self.profile!r} is of no use while gating.mode=off; set gating or remove it")
+        if self.allocation == "profile" and self.profile is None:
+            raise ValueError("allocation=profile needs a profile; set profile, see adapmoe calibrate")
+        if self.profile is not None and self.gating.mode == "off" and self.allocation != "profile":
+            raise ValueError(
+                f"profile={self.profile!r} is of no use while gating.mode=off and allocation={self.allocation}; "
+                "set gating or remove it"
+            )
         return self
 
     @classmethod
@@ -116,10 +144,11 @@ def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        owner = GatingConfig if first["loc"][0] == "gating" else model
+        owners: dict[str, type[BaseModel]] = {"gating": GatingConfig, "prefetch": PrefetchConfig}
+        owner = owners.get(str(first["loc"][0]), model) if len(first["loc"]) > 1 else model
         return f"adapmoe_config key {key!r} is not known; known keys: {', '.join(owner.model_fields)}"
-    if first["type"] == "value_error" and key == "gating":
-        return "adapmoe_config gating: " + first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error" and key in ("gating", "prefetch"):
+        return f"adapmoe_config {key}: " + first["msg"].removeprefix("Value error, ")
     if not key:
         return "adapmoe_config: " + first["msg"].removeprefix("Value error, ")
     return f"adapmoe_config {key}={first['input']!r} is not usable: {first['msg'][0].lower()}{first['msg'][1:]}"

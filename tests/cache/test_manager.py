@@ -1,14 +1,25 @@
 """The manager keeps slots, maps and weights in step, on real stores."""
 
+import random
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.store.test_stores import layer, pack
+from vllm_adapmoe.cache.controller import CacheController, CacheSetup, CacheShape
+from vllm_adapmoe.cache.eviction import LRU, NextUse
 from vllm_adapmoe.cache.manager import ExpertCacheManager
+from vllm_adapmoe.cache.residency import Residency
+from vllm_adapmoe.cache.transfer import READERS, LinkLimit
+from vllm_adapmoe.prefetch.foresight import Foretold
 from vllm_adapmoe.store.base import StoreError
 from vllm_adapmoe.store.host import HostStore
 from vllm_adapmoe.store.record import as_bytes
@@ -24,6 +35,13 @@ def host_store() -> HostStore:
     return store.seal()
 
 
+def manager(store: Any, slots: list[int], readers: int = READERS, **options: Any) -> ExpertCacheManager:
+    experts = [store.num_experts(layer) for layer in range(store.num_layers)]
+    shape = CacheShape(experts, 2, POOL_OF, [layout.nbytes for layout in store.layouts])
+    controller = CacheController(shape, CacheSetup(slots, **options))
+    return ExpertCacheManager(store, controller, torch.device("cpu"), readers)
+
+
 def assert_served(cache: ExpertCacheManager, index: int, experts: list[int]) -> None:
     slot_map = cache.acquire(index, experts)
     assert slot_map.dtype == torch.int32
@@ -32,6 +50,7 @@ def assert_served(cache: ExpertCacheManager, index: int, experts: list[int]) -> 
     for name, tensor in cache.pool(index).tensors.items():
         assert tensor.shape == (cache.pool(index).num_slots, *LAYERS[index][name].shape[1:])
         assert torch.equal(as_bytes(tensor[slots]), as_bytes(LAYERS[index][name][experts]))
+    cache.release(index, experts)
 
 
 @given(
@@ -40,7 +59,7 @@ def assert_served(cache: ExpertCacheManager, index: int, experts: list[int]) -> 
 )
 @settings(max_examples=50, deadline=None)
 def test_every_acquired_expert_is_in_its_slot(requests, slots):
-    cache = ExpertCacheManager(host_store(), POOL_OF, slots, torch.device("cpu"))
+    cache = manager(host_store(), slots)
     for index, experts in requests:
         assert_served(cache, index, sorted(experts))
     stats = cache.stats
@@ -50,7 +69,7 @@ def test_every_acquired_expert_is_in_its_slot(requests, slots):
     for pool in (0, 1):
         mapped = [slot for index in range(4) if POOL_OF[index] == pool for slot in cache.slot_maps[index].tolist()]
         resident = [slot for slot in mapped if slot >= 0]
-        assert len(set(resident)) == len(resident) == len(cache.tables[pool].slot_of)
+        assert len(set(resident)) == len(resident) == len(cache.controller.pools[pool].entries)
     cache.close()
 
 
@@ -61,11 +80,116 @@ def test_a_damaged_record_is_never_served(tmp_path: Path):
     data = bytearray(path.read_bytes())
     data[offset] ^= 1
     path.write_bytes(data)
-    cache = ExpertCacheManager(store, POOL_OF, [18, 4], torch.device("cpu"))
+    cache = manager(store, [18, 4])
     assert_served(cache, 1, [0, 1])
     with pytest.raises(StoreError, match="expert 2 of MoE layer 1 is damaged"):
         cache.acquire(1, [1, 2, 3])
     assert cache.slot_maps[1].tolist()[2] == -1
     assert_served(cache, 1, [1, 3])
     assert_served(cache, 0, [0, 1, 2, 3, 4, 5])
+    cache.close()
+
+
+class Flaky:
+    """A store whose disk fails now and then, and takes its time."""
+
+    def __init__(self, store: Any, fails: Callable[[], bool]) -> None:
+        self.store, self.fails = store, fails
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+    def read_tiles(self, key: Any, into: Any, tile_bytes: int) -> Iterator[int]:
+        for nbytes in self.store.read_tiles(key, into, 4096):
+            time.sleep(0.0002)
+            if self.fails():
+                raise StoreError(f"expert {key} cannot be read")
+            yield nbytes
+
+
+@pytest.mark.parametrize("failures", [0.0, 0.05])
+def test_threads(tmp_path, failures):
+    """Demand and speculation at once, with wrong predictions and read errors: right weights, and every byte counted."""
+    store = Flaky(pack(tmp_path / "experts.pack", LAYERS), lambda: generator.random() < failures)
+    generator = random.Random(5)
+    cache = manager(store, [9, 4], eviction="next_use", lookahead=2, max_experts=2)
+    cache.controller.pools[0] = Residency(9, 2, NextUse(4, 6))
+    failed = 0
+    for number in range(400):
+        index = number % 3
+        experts = sorted(generator.sample(range(6), generator.randint(1, 4)))
+        ids = np.array([experts[:2] if len(experts) > 1 else [experts[0], (experts[0] + 1) % 6]])
+        foretold = {
+            distance: Foretold(np.array([generator.sample(range(6), 2)]), np.ones((1, 2), dtype=bool))
+            for distance in (1, 2)
+            if index + distance < 3
+        }
+        look = partial(cache.look_ahead, index, (ids, np.ones(ids.shape, dtype=bool)), foretold)
+        try:
+            slot_map = cache.acquire(index, experts, (), look)
+        except StoreError:
+            failed += 1
+            continue
+        slots = slot_map[experts]
+        for name, tensor in cache.pool(index).tensors.items():
+            assert torch.equal(as_bytes(tensor[slots]), as_bytes(LAYERS[index][name][experts]))
+        if number % 5 == 0:
+            time.sleep(0.002)
+        cache.release(index, experts)
+    assert (failed > 0) == (failures > 0)
+    stats = cache.stats
+    assert stats.prefetches > 5 and stats.prefetch_hits + stats.late > 0
+    cache.close()
+    assert not any(thread.is_alive() for thread in cache.transfers.threads)
+    record = store.layouts[0].nbytes
+    assert stats.wasted_bytes < stats.fetched_bytes
+    if not failures:
+        assert stats.fetched_bytes >= (stats.misses - stats.late) * record
+
+
+def test_closing_while_loading(tmp_path):
+    store = Flaky(pack(tmp_path / "experts.pack", LAYERS), lambda: False)
+    cache = manager(store, [9, 4], lookahead=2, max_experts=2)
+    cache.controller.pools[0] = Residency(9, 2, LRU(4, 6))
+    cache.look_ahead(0, None, {1: Foretold(np.array([[0, 1]]), np.ones((1, 2), dtype=bool))})
+    cache.close()
+    cache.close()
+    assert not any(thread.is_alive() for thread in cache.transfers.threads)
+
+
+def test_speculation_yields_to_demand(tmp_path):
+    """One reader, at work on a prefetch of many tiles: demand is served after one of them."""
+    order: list[Any] = []
+
+    class Slow(Flaky):
+        def read_tiles(self, key: Any, into: Any, tile_bytes: int) -> Iterator[int]:
+            for nbytes in self.store.read_tiles(key, into, 4096):
+                time.sleep(0.01)
+                order.append(key)
+                yield nbytes
+
+    cache = manager(Slow(host_store(), lambda: False), [9, 4], readers=1, lookahead=1, max_experts=1)
+    cache.controller.pools[0] = Residency(9, 1, LRU(4, 6))
+    cache.look_ahead(0, None, {1: Foretold(np.array([[0, 1]]), np.ones((1, 2), dtype=bool))})
+    while not order:
+        time.sleep(0.001)
+    cache.acquire(0, [3])
+    assert (1, 0) in order and order.count((1, 0)) < order.count((0, 3))
+    cache.release(0, [3])
+    assert_served(cache, 1, [0])
+    assert cache.stats.late + cache.stats.prefetch_hits == 1
+    cache.close()
+
+
+def test_link_limit(tmp_path):
+    """Two thirds of a second at the rate asked for, to within what a loaded machine may be late."""
+    store = host_store()
+    record = store.layouts[0].nbytes
+    cache = manager(store, [18, 4])
+    cache.transfers.link = LinkLimit(18 * record / 0.6)
+    start = time.perf_counter()
+    for index in range(3):
+        assert_served(cache, index, [0, 1, 2, 3, 4, 5])
+    assert 0.6 <= time.perf_counter() - start < 1.2
+    assert cache.stats.fetched_bytes == pytest.approx(18 * record, rel=0.01)
     cache.close()

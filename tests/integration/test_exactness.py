@@ -56,7 +56,10 @@ def test_one_wave_is_bit_identical(stock, config, eager):
     else:
         assert stats["misses"] > 0
         assert stats["hits"] > 0 or stats["slots"] == 8  # one layer's worth is gone before the layer's next turn
-        assert stats["fetched_bytes"] == stats["misses"] * 3 * 128 * 256 * 2
+        demanded = stats["misses"] - stats["late"]
+        record = 3 * 128 * 256 * 2
+        assert demanded * record <= stats["fetched_bytes"] <= (demanded + stats["prefetches"]) * record
+        assert (stats["prefetches"] > 0) == (stats["slots"] > 8)  # one layer's worth leaves no slot for staging
 
 
 def rounding_noise(stock) -> float:

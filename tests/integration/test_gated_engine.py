@@ -21,7 +21,8 @@ from vllm_adapmoe.calibrate.text import read_sequences
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.gating import gate_tokens
 from vllm_adapmoe.integration.engine import Engine, describe_model
-from vllm_adapmoe.integration.losses import ForcedTokens, decode_losses, prefill_losses
+from vllm_adapmoe.integration.forced_tokens import ForcedTokens
+from vllm_adapmoe.integration.losses import decode_losses, prefill_losses
 from vllm_adapmoe.profile import ModelProfile
 
 EXAMPLES = ROOT / "examples"
@@ -154,9 +155,9 @@ def _watch_rows(worker: Any) -> None:
                 worker.watched["rows"] += slots.numel()
             return kernel(x, weights, slots)
 
-        def asked(experts, acquire=acquire):
+        def asked(experts, *others, acquire=acquire):
             worker.watched["experts"] += len(experts)
-            return acquire(experts)
+            return acquire(experts, *others)
 
         layer._run_kernel, layer._acquire = counted, asked
 

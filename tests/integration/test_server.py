@@ -44,10 +44,11 @@ def test_serve_stream_abort_and_metrics(tmp_path):
         first, _ = server.complete(show=False)
         assert len(first) == 96
         counted = metrics(server.port)
-        assert counted["vllm:adapmoe_slots"] == 24 == counted["vllm:adapmoe_resident_experts"]
+        assert counted["vllm:adapmoe_slots"] == 24
+        assert counted["vllm:adapmoe_resident_experts"] >= 23  # a slot for staging may be empty
         assert counted["vllm:adapmoe_expert_misses_total"] > 0
         record = 3 * 128 * 256 * 2
-        assert counted["vllm:adapmoe_fetched_bytes_total"] == counted["vllm:adapmoe_expert_misses_total"] * record
+        assert counted["vllm:adapmoe_fetched_bytes_total"] >= counted["vllm:adapmoe_demand_loads_total"] * record
         assert counted["vllm:adapmoe_fetch_stall_seconds_total"] > 0
         kept = counted["vllm:adapmoe_kept_experts_total"] / counted["vllm:adapmoe_gated_tokens_total"]
         assert kept == pytest.approx(1.6, abs=0.15)

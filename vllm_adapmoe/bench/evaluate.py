@@ -49,7 +49,8 @@ def run_evaluate(
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the same steps, and so the same sums, in every run
     from vllm_adapmoe.integration.engine import Engine, describe_model
-    from vllm_adapmoe.integration.losses import ForcedTokens, decode_losses, prefill_losses
+    from vllm_adapmoe.integration.forced_tokens import ForcedTokens
+    from vllm_adapmoe.integration.losses import decode_losses, prefill_losses
 
     profile = ModelProfile.load(profile_path)
     profile.check(describe_model(model), str(profile_path))
@@ -191,7 +192,7 @@ def print_evaluate(result: dict[str, Any], console: Console) -> None:
 
 def plot_evaluate(result: dict[str, Any], path: Path) -> None:
     """Loss increase against mean experts per token, one line a rule."""
-    from vllm_adapmoe.bench.plot import figure
+    from vllm_adapmoe.plot import figure
 
     with figure(path, "experts per token", "increase of the mean token loss, %") as axes:
         for rule, label in RULES.items():

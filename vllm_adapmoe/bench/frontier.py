@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from vllm_adapmoe.bench.residency import FRACTIONS, ON_DEMAND
 from vllm_adapmoe.calibrate.text import data_hash, read_sequences
 from vllm_adapmoe.profile import ModelProfile
 
-FRACTIONS = (0.25, 0.5, 0.75)
 BATCHES = {1: 8, 8: 32, 32: 64}
 """Requests in the engine at once, and how many are decoded in all."""
 PROMPT_TOKENS = 8
@@ -43,7 +43,8 @@ def run_frontier(model: Path, profile_path: Path, data: Path, sequence_length: i
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm_adapmoe.integration.engine import Engine, describe_model
-    from vllm_adapmoe.integration.losses import ForcedTokens, decode_losses
+    from vllm_adapmoe.integration.forced_tokens import ForcedTokens
+    from vllm_adapmoe.integration.losses import decode_losses
 
     profile = ModelProfile.load(profile_path)
     profile.check(describe_model(model), str(profile_path))
@@ -54,7 +55,7 @@ def run_frontier(model: Path, profile_path: Path, data: Path, sequence_length: i
         for fraction in FRACTIONS:
             with Engine(
                 model,
-                {"cache_fraction": fraction, "store": "host"},
+                ON_DEMAND | {"cache_fraction": fraction, "store": "host"},
                 enforce_eager=True,
                 max_model_len=sequence_length + 1,
                 max_num_seqs=max(BATCHES),
@@ -137,7 +138,7 @@ def print_frontier(result: dict[str, Any], console: Console) -> None:
 
 def plot_frontier(result: dict[str, Any], path: Path) -> None:
     """One panel for each residency and batch: measured loss increase against bytes fetched."""
-    from vllm_adapmoe.bench.plot import figure
+    from vllm_adapmoe.plot import figure
 
     name = "fetched, of what is fetched without gating"
     with figure(path, name, "loss increase, %", columns=len(BATCHES), rows=len(FRACTIONS)) as axes:

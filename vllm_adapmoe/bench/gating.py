@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_adapmoe.bench.record import spread
-from vllm_adapmoe.bench.residency import FRACTIONS
+from vllm_adapmoe.bench.residency import FRACTIONS, ON_DEMAND
 from vllm_adapmoe.bench.workload import measure, prompts_of, ratios
 from vllm_adapmoe.profile import ModelProfile
 
@@ -44,20 +44,20 @@ def run_gating(
     prompts = prompts_of(model, text, batch, prompt_tokens)
     points = []
     for fraction in (*FRACTIONS, 1.0):
-        config = {"cache_fraction": fraction, "store": store}
+        config = ON_DEMAND | {"cache_fraction": fraction, "store": store}
         if fraction == 1.0:  # gated from the start, or the layers would be vLLM's own
             config |= {"profile": str(profile_path), "gating": {"mode": "token", "threshold": 0.0}}
         measured: dict[str, list[dict[str, Any]]] = {name: [] for name in settings}
         with Engine(model, config, max_model_len=prompt_tokens + output_tokens) as engine:
-            engine.call("time_kernels")
+            engine.call("time_parts")
             names = list(settings)
             for number in range(-1, rounds):  # the first round warms up
                 first = number % len(names)
                 for name in names[first:] + names[:first]:
                     engine.call("set_gating", settings[name])
-                    before = engine.call("kernel_seconds")
+                    before = engine.call("part_seconds")["kernels"]
                     result = measure(engine, prompts, output_tokens)
-                    result["kernel_seconds"] = engine.call("kernel_seconds") - before
+                    result["kernel_seconds"] = engine.call("part_seconds")["kernels"] - before
                     kept = engine.call("kept_by_layer")
                     result["mean_experts"] = sum(kept) / len(kept) if kept else float(top_k)
                     if number >= 0:

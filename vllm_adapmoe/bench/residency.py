@@ -1,4 +1,4 @@
-"""What a smaller cache costs: 25, 50 and 75 % of the experts resident, against all of them."""
+"""What a smaller cache costs without any foresight: 25, 50 and 75 % of the experts resident, against all of them."""
 
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from vllm_adapmoe.bench.workload import measure, prompts_of, ratios
 
 FRACTIONS = (0.25, 0.5, 0.75)
 STORES = ("file", "host")
+ON_DEMAND = {"eviction": "lru", "prefetch": {"lookahead": 0}}
+"""The baseline: nothing is fetched before it is asked for, and the least recently used leaves."""
 
 
 def run_residency(
@@ -26,7 +28,7 @@ def run_residency(
         measure(full, prompts, output_tokens)
         for store in STORES:
             for fraction in FRACTIONS:
-                config = {"cache_fraction": fraction, "store": store}
+                config = ON_DEMAND | {"cache_fraction": fraction, "store": store}
                 measured, base = [], []
                 with Engine(model, config, max_model_len=length) as engine:
                     measure(engine, prompts, output_tokens)

@@ -7,6 +7,8 @@ from typing import Any
 
 from vllm_adapmoe.bench.record import spread
 
+COUNTERS = ("hits", "misses", "demand_loads", "prefetches", "fetched_bytes", "wasted_bytes", "stall_seconds")
+
 
 def prompts_of(model: Path, text: Path | None, count: int, length: int) -> list[list[int]]:
     """`count` prompts of `length` token ids: excerpts of the files `*.txt` in the folder `text`, or random ids.
@@ -30,18 +32,47 @@ def prompts_of(model: Path, text: Path | None, count: int, length: int) -> list[
     return [[generator.randrange(2, vocabulary) for _ in range(length)] for _ in range(count)]
 
 
-def measure(engine: Any, prompts: list[list[int]], output_tokens: int) -> dict[str, Any]:
-    """Throughput of one round, tokens/s, and what the cache did in it."""
+def measure(engine: Any, prompts: list[list[int]], output_tokens: int, forced: bool = False) -> dict[str, Any]:
+    """Throughput of one round, tokens/s, and what the cache did in it.
+
+    Args:
+        engine: that answers.
+        prompts: token ids.
+        output_tokens: of each answer.
+        forced: the last `output_tokens` of each prompt are not given but decoded, one by one, instead of what the
+            engine would say.
+    """
     before = engine.cache_stats()
-    run = engine.generate(prompts, output_tokens)
+    answers = [prompt[-output_tokens:] for prompt in prompts] if forced else None
+    if forced:
+        prompts = [prompt[:-output_tokens] for prompt in prompts]
+    run = engine.generate(prompts, output_tokens, answers)
     after = engine.cache_stats()
-    counts = {key: after[key] - before[key] for key in ("hits", "misses", "fetched_bytes", "stall_seconds") if after}
+    counts = {key: after[key] - before[key] for key in COUNTERS if after}
     decoded = len(prompts) * (output_tokens - 1)
     return {
         "tokens": run.tokens,
         "prefill_tokens_per_second": sum(map(len, prompts)) / run.prefill_seconds,
         "decode_tokens_per_second": decoded / run.decode_seconds,
+        "prefill_seconds": run.prefill_seconds,
+        "decode_seconds": run.decode_seconds,
         "cache": counts,
+    }
+
+
+def measure_batches(
+    engine: Any, groups: list[list[list[int]]], output_tokens: int, forced: bool = False
+) -> dict[str, Any]:
+    """`measure` of several batches, one after the other, as one."""
+    parts = [measure(engine, group, output_tokens, forced) for group in groups]
+    decoded = sum(len(group) * (output_tokens - 1) for group in groups)
+    prompt_tokens = sum(len(prompt) for group in groups for prompt in group)
+    return {
+        "tokens": [tokens for part in parts for tokens in part["tokens"]],
+        "prefill_tokens_per_second": prompt_tokens / sum(part["prefill_seconds"] for part in parts),
+        "decode_tokens_per_second": decoded / sum(part["decode_seconds"] for part in parts),
+        "seconds": sum(part["prefill_seconds"] + part["decode_seconds"] for part in parts),
+        "cache": {key: sum(part["cache"][key] for part in parts) for key in parts[0]["cache"]},
     }
 
 

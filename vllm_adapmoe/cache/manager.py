@@ -1,59 +1,83 @@
 """The one object of a worker that changes slots."""
 
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 
-from vllm_adapmoe.cache.eviction import LRU
-from vllm_adapmoe.cache.slot_table import Load, SlotTable
+from vllm_adapmoe.cache.controller import CacheController, CacheStats
+from vllm_adapmoe.cache.residency import Request
 from vllm_adapmoe.cache.slots import SlotPool
-from vllm_adapmoe.store.base import ExpertStore
-
-READERS = 4
-"""Threads that read records. A disk wants a few requests in flight; more only contend for the cores."""
-
-
-@dataclass
-class CacheStats:
-    """Counted per step and layer over distinct experts, since the engine started."""
-
-    hits: int = 0
-    misses: int = 0
-    fetched_bytes: int = 0
-    stall_seconds: float = 0.0
+from vllm_adapmoe.cache.transfer import READERS, TransferEngine
+from vllm_adapmoe.prefetch.foresight import Foretold
+from vllm_adapmoe.store.base import ExpertStore, ExpertsUnavailable
 
 
 class ExpertCacheManager:
     """Experts of one worker: a backing store, pools of slots, and for each layer the map expert -> slot.
 
+    One thread asks; the readers of the transfer engine answer.
+
     Args:
         store: backing copies; read-only from here on.
-        pool_of: for each MoE layer, the index of its pool.
-        slots: slots of each pool.
+        controller: decides; its pools are in the order of the store's layouts.
         device: where the slots are.
+        readers: threads of the transfer engine.
+        link_gbps: limit of the link, 1e9 bytes per second; None: as fast as it goes.
     """
 
-    def __init__(self, store: ExpertStore, pool_of: Sequence[int], slots: Sequence[int], device: torch.device) -> None:
+    controller: CacheController
+    transfers: TransferEngine
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        controller: CacheController,
+        device: torch.device,
+        readers: int = READERS,
+        link_gbps: float | None = None,
+    ) -> None:
         self.store = store
-        self.stats = CacheStats()
-        layouts = [store.layouts[pool_of.index(pool)] for pool in range(len(slots))]
-        self.pools = [SlotPool(layout, count, device) for layout, count in zip(layouts, slots, strict=True)]
-        self.tables = [SlotTable(count, LRU()) for count in slots]
-        self.pool_of_layer = list(pool_of)
+        self.readers = readers
+        self.pool_of_layer = controller.pool_of
+        layouts = [store.layouts[self.pool_of_layer.index(pool)] for pool in range(len(controller.pools))]
+        self.pools = [
+            SlotPool(layout, residency.num_slots, device)
+            for layout, residency in zip(layouts, controller.pools, strict=True)
+        ]
         self.slot_maps = [
-            torch.full((store.num_experts(layer),), -1, dtype=torch.int32) for layer in range(len(pool_of))
+            torch.full((store.num_experts(layer),), -1, dtype=torch.int32) for layer in range(store.num_layers)
         ]
         """Per layer, on the host, int32 `[num_experts]`: the slot of each expert, -1 for one that is not resident."""
         self._maps = [slot_map.numpy() for slot_map in self.slot_maps]
-        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="expert-reader")
+        self.closed = False
+        self._follow(controller, link_gbps)
+
+    def _follow(self, controller: CacheController, link_gbps: float | None) -> None:
+        self.controller = controller
+        link = None if link_gbps is None else link_gbps * 1e9
+        self.transfers = controller.transfers = TransferEngine(controller, self.pools, self.store, self.readers, link)
+
+    def restart(self, controller: CacheController, link_gbps: float | None) -> None:
+        """Starts over between two steps: empty slots, the decisions of another controller, counters at zero."""
+        self.transfers.close()
+        for slot_map in self.slot_maps:
+            slot_map.fill_(-1)
+        self._follow(controller, link_gbps)
+
+    @property
+    def stats(self) -> CacheStats:
+        """Counters since the start."""
+        return self.controller.stats
 
     def pool(self, layer: int) -> SlotPool:
         """The pool that holds the experts of `layer`."""
         return self.pools[self.pool_of_layer[layer]]
+
+    def capacity(self, layer: int) -> int:
+        """Experts of `layer` that can be acquired together."""
+        return self.controller.residency(layer).capacity
 
     @property
     def num_slots(self) -> int:
@@ -61,54 +85,101 @@ class ExpertCacheManager:
 
     @property
     def num_resident(self) -> int:
-        return sum(len(table.slot_of) for table in self.tables)
+        return sum(pool.num_slots - len(pool.free) for pool in self.controller.pools)
 
-    def acquire(self, layer: int, experts: Sequence[int]) -> torch.Tensor:
+    def acquire(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        present: Sequence[int] = (),
+        meanwhile: Callable[[], None] | None = None,
+    ) -> torch.Tensor:
         """Makes the distinct `experts` of `layer` resident together, and returns the layer's slot map.
 
-        Blocks until what was missing has arrived. At most as many experts as the pool has slots.
+        Blocks until what was missing has arrived. They stay until `release`.
+
+        Args:
+            layer: MoE layer index.
+            experts: at most `capacity(layer)`.
+            present: experts of all waves of the event, if there are several.
+            meanwhile: called while they are on their way.
 
         Raises:
-            StoreError: a record could not be read; its slot is free again.
+            ExpertsUnavailable: records could not be read; their slots are free again, and nothing is pinned.
         """
-        pool = self.pool_of_layer[layer]
-        loads = self.tables[pool].request([(layer, expert) for expert in experts])
-        self.stats.hits += len(experts) - len(loads)
-        if loads:
-            self._fetch(self.pools[pool], self.tables[pool], loads)
-        return self.slot_maps[layer]
-
-    def _fetch(self, pool: SlotPool, table: SlotTable, loads: list[Load]) -> None:
-        start = time.perf_counter()
-        for load in loads:
+        slot_map = self._maps[layer]
+        with self.transfers.lock:
+            request = self.controller.begin(layer, experts, present)
+        for load in (*request.loads, *request.promoted, *request.awaited):
             if load.evicted is not None:
                 self._maps[load.evicted[0]][load.evicted[1]] = -1
-        if len(loads) == 1:
-            failures = [self._read(pool, loads[0])]
-        else:
-            reads = [self._readers.submit(self._read, pool, load) for load in loads]
-            wait(reads)
-            failures = [read.result() for read in reads]
-        for load, failure in zip(loads, failures, strict=True):
-            if failure is None:
-                self._maps[load.key[0]][load.key[1]] = load.slot
-            else:
-                table.forget(load.key)
-        self.stats.misses += len(loads)
-        self.stats.fetched_bytes += len(loads) * pool.layout.nbytes
-        self.stats.stall_seconds += time.perf_counter() - start
-        for failure in failures:
-            if failure is not None:
-                raise failure
+        for load in request.promoted:
+            slot_map[load.key[1]] = load.slot
+        if meanwhile is not None:
+            meanwhile()
+        if request.loads or request.awaited:
+            self._wait(layer, experts, request)
+        return self.slot_maps[layer]
 
-    def _read(self, pool: SlotPool, load: Load) -> Exception | None:
-        try:
-            pool.fill(load.slot, partial(self.store.read, load.key))
-        except Exception as error:  # raised again by _fetch, once every other read has ended
-            return error
-        return None
+    def _wait(self, layer: int, experts: Sequence[int], request: Request) -> None:
+        start = time.perf_counter()
+        transfers = self.transfers
+        waiting = [*request.loads, *request.awaited]
+        while True:
+            with transfers.changed:
+                while (job := transfers.next_urgent()) is None:
+                    if not any(load.key in transfers.jobs for load in waiting):
+                        break
+                    transfers.changed.wait()
+                if job is None:
+                    failures = [transfers.errors.pop(load.key, None) for load in waiting]
+                    break
+            transfers.run(job)
+        for load, failure in zip(waiting, failures, strict=True):
+            if failure is None:
+                self._maps[layer][load.key[1]] = load.slot
+        self.stats.stall_seconds += time.perf_counter() - start
+        failed = {load.key[1]: failure for load, failure in zip(waiting, failures, strict=True) if failure is not None}
+        if failed:
+            self.release(layer, experts)
+            first = next(iter(failed.values()))
+            raise ExpertsUnavailable(str(first), list(failed)) from first
+
+    def release(self, layer: int, experts: Sequence[int]) -> None:
+        """The kernel that read these experts has run: they may leave."""
+        self.pool(layer).mark_used()
+        with self.transfers.lock:
+            self.controller.release(layer, experts)
+
+    def look_ahead(
+        self, layer: int, routing: tuple[np.ndarray, np.ndarray] | None, foretold: Mapping[int, Foretold]
+    ) -> None:
+        """`CacheController.look_ahead`."""
+        with self.transfers.lock:
+            self.controller.look_ahead(layer, routing, foretold)
+        if not self.transfers.threads:
+            self._speculate_here()
+
+    def _speculate_here(self) -> None:
+        while True:
+            with self.transfers.lock:
+                job = self.transfers.next_idle(beside_demand=True)
+            if job is None:
+                return
+            self.transfers.run(job)
+
+    def present(self, layer: int) -> torch.Tensor:
+        """Bool `[num_experts]`, on the host: experts that need no fetch, resident or staged."""
+        with self.transfers.lock:
+            staged = [key[1] for key, entry in self.controller.residency(layer).speculative.items()
+                      if key[0] == layer and entry.slot >= 0 and not entry.cancelled]  # fmt: skip
+        present = self.slot_maps[layer] >= 0
+        present[staged] = True
+        return present
 
     def close(self) -> None:
         """Ends the readers and lets go of the store."""
-        self._readers.shutdown(wait=True)
-        self.store.close()
+        if not self.closed:
+            self.closed = True
+            self.transfers.close()
+            self.store.close()

@@ -1,7 +1,7 @@
 """The memory of a pool: one tensor `[slots, ...]` for each piece of an expert."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -31,25 +31,42 @@ class SlotPool:
             for slot in range(num_slots):
                 bytes_of_slot[slot].append(memory[slot * size : (slot + 1) * size])
         self._bytes_of_slot = bytes_of_slot
-        self._staging = threading.local()
+        self._staging: list[torch.Tensor] = []
+        """Page-locked records that no transfer uses."""
+        self._streams = threading.local()
+        self._used: torch.cuda.Event | None = None
 
-    def fill(self, slot: int, read: Callable[[Sequence[torch.Tensor]], None]) -> None:
-        """Puts a record into a slot. `read` fills host memory: uint8, flat, one tensor a piece in layout order.
+    def fill(self, slot: int, read: Callable[[Sequence[torch.Tensor]], Iterator[int]]) -> Iterator[int]:
+        """Puts a record into a slot, tile by tile; yields the bytes of each.
 
-        On the CPU that is the slot itself; for a device it is page-locked memory of this thread, copied from there.
-        Blocks until the slot is filled.
+        `read` fills host memory: uint8, flat, one tensor a piece in layout order. On the CPU that is the slot itself;
+        for a device it is page-locked memory, copied from there on a stream of its own. The slot is filled when the
+        iterator has ended.
         """
         slot_bytes = self._bytes_of_slot[slot]
         if self.device.type == "cpu":
-            read(slot_bytes)
+            yield from read(slot_bytes)
             return
-        staging = self._staging_of_thread()
-        read(staging)
-        for destination, source in zip(slot_bytes, staging, strict=True):
-            destination.copy_(source)
+        staging = self._staging.pop() if self._staging else aligned_empty(self.layout.nbytes, pin=True)
+        try:
+            pieces = [staging[p.offset : p.offset + p.nbytes] for p in self.layout.pieces]
+            yield from read(pieces)
+            with torch.cuda.stream(self._copy_stream()):
+                if self._used is not None:  # a kernel may still read what was in the slot
+                    self._copy_stream().wait_event(self._used)
+                for destination, source in zip(slot_bytes, pieces, strict=True):
+                    destination.copy_(source, non_blocking=True)
+            self._copy_stream().synchronize()
+        finally:
+            self._staging.append(staging)
 
-    def _staging_of_thread(self) -> list[torch.Tensor]:
-        if not hasattr(self._staging, "pieces"):
-            memory = aligned_empty(self.layout.nbytes, pin=True)
-            self._staging.pieces = [memory[p.offset : p.offset + p.nbytes] for p in self.layout.pieces]
-        return self._staging.pieces
+    def mark_used(self) -> None:
+        """Every kernel that reads slots has been launched; nothing is copied over them before it has run."""
+        if self.device.type == "cuda":
+            self._used = torch.cuda.Event()
+            self._used.record()
+
+    def _copy_stream(self) -> torch.cuda.Stream:
+        if not hasattr(self._streams, "stream"):
+            self._streams.stream = torch.cuda.Stream(self.device)
+        return self._streams.stream

@@ -41,6 +41,13 @@ def gating_settings(vllm_config: Any) -> Any:
     return additional.get("adapmoe_gating") if isinstance(additional, dict) else None
 
 
+def expected_loads_settings(vllm_config: Any) -> Any:
+    """What `additional_config["adapmoe_expected_loads"]` holds: of each layer, loads by slots; None without a profile's
+    allocation."""
+    additional = vllm_config.additional_config
+    return additional.get("adapmoe_expected_loads") if isinstance(additional, dict) else None
+
+
 def add_fields(cls: Any, fields: type) -> bool:
     """Adds the fields of the dataclass `fields` to the dataclass `cls` as keyword arguments.
 

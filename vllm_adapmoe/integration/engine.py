@@ -8,6 +8,7 @@ from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.inputs import TokensPrompt
 
+from vllm_adapmoe.integration.forced_tokens import FORCED
 from vllm_adapmoe.integration.model_info import count_moe_layers, model_info
 from vllm_adapmoe.profile import ModelInfo
 
@@ -45,13 +46,24 @@ class Engine:
         }
         self.llm = LLM(str(model), **(defaults | method | engine_args))
 
-    def generate(self, prompts: list[list[int]], output_tokens: int) -> Generation:
-        """Completes all `prompts` in one batch, each by exactly `output_tokens` tokens."""
+    def generate(
+        self, prompts: list[list[int]], output_tokens: int, forced: list[list[int]] | None = None
+    ) -> Generation:
+        """Completes all `prompts` in one batch, each by exactly `output_tokens` tokens.
+
+        `forced` are tokens to give as the answers; for engines with `logits_processors=[ForcedTokens]`.
+        """
         outputs = self.llm.generate(
             [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
-            SamplingParams(max_tokens=output_tokens, temperature=0, ignore_eos=True, detokenize=False),
+            [
+                SamplingParams(
+                    max_tokens=output_tokens, temperature=0, ignore_eos=True, detokenize=False,
+                    extra_args=None if forced is None else {FORCED: forced[number]},
+                )
+                for number in range(len(prompts))
+            ],
             use_tqdm=False,
-        )
+        )  # fmt: skip
         times = [output.metrics for output in outputs if output.metrics is not None]
         first = max(time.first_token_ts for time in times)
         return Generation(

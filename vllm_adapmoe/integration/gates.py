@@ -1,6 +1,6 @@
 """Adaptive gating in a layer: the rules of `gating`, applied to what vLLM's router chose."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +34,11 @@ class LayerGate:
         self._generator = torch.Generator().manual_seed(layer)
 
     def apply(
-        self, weights: torch.Tensor, ids: torch.Tensor, real: torch.Tensor | None, slot_map: torch.Tensor
+        self,
+        weights: torch.Tensor,
+        ids: torch.Tensor,
+        real: torch.Tensor | None,
+        present: Callable[[], torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights after gating, and the mask of what is kept.
 
@@ -42,12 +46,12 @@ class LayerGate:
             weights: `[tokens, top_k]`, float32.
             ids: `[tokens, top_k]`, on the host.
             real: bool `[tokens]`, on the host; False for padding, which keeps nothing. None: all are real.
-            slot_map: int32 `[experts]`, -1 where an expert is not resident.
+            present: gives bool `[experts]`, on the host: those that need no fetch.
 
         Returns:
             Rescaled weights, on their device, and bool `[tokens, top_k]`, on the host.
         """
-        gated = self._gate(weights, ids, slot_map)
+        gated = self._gate(weights, ids, present)
         keep, cost = gated.keep.cpu(), gated.cost.cpu()
         if real is not None:
             keep, cost = keep & real.unsqueeze(1), cost[real]
@@ -56,12 +60,12 @@ class LayerGate:
         self.stats.loss_spent += self.sensitivity * float(cost.sum())
         return gated.weights, keep
 
-    def _gate(self, weights: torch.Tensor, ids: torch.Tensor, slot_map: torch.Tensor) -> Gated:
+    def _gate(self, weights: torch.Tensor, ids: torch.Tensor, present: Callable[[], torch.Tensor]) -> Gated:
         plan = self.plan
         if plan.rule == "token":
             return gate_tokens(weights, self.sensitivity, plan.threshold)
         if plan.rule == "batch":
-            gated = gate_batch(weights.cpu(), ids, self.sensitivity, plan.threshold, slot_map >= 0)
+            gated = gate_batch(weights.cpu(), ids, self.sensitivity, plan.threshold, present())
             return Gated(*(tensor.to(weights.device) for tensor in gated))
         if plan.rule == "weight":
             return gate_by_weight(weights, plan.threshold)

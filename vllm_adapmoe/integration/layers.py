@@ -1,7 +1,7 @@
 """Routed experts whose weights live in the expert cache: vLLM's layer, with its parameters replaced by slots."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,12 +11,18 @@ from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExper
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from vllm_adapmoe.cache.manager import ExpertCacheManager
-from vllm_adapmoe.cache.slot_table import waves
+from vllm_adapmoe.cache.residency import waves
 from vllm_adapmoe.integration.gates import LayerGate
+from vllm_adapmoe.store.base import ExpertsUnavailable
 
 if TYPE_CHECKING:
     from vllm_adapmoe.integration.loading import ExpertLoading
+    from vllm_adapmoe.integration.lookahead import Lookahead
     from vllm_adapmoe.integration.probe import LayerProbe
+
+
+Observer = Callable[[], None]
+"""Called once in an event, while its experts are on their way."""
 
 
 class CachedExperts(RoutedExperts):
@@ -33,6 +39,8 @@ class CachedExperts(RoutedExperts):
         self.cache: ExpertCacheManager | None = None
         self.gate: LayerGate | None = None
         self.probe: LayerProbe | None = None
+        self.lookahead: Lookahead | None = None
+        self.on_failure: Callable[[torch.Tensor, ExpertsUnavailable], None] | None = None
         self.cache_layer = self.loading.add(self)
         self._arrived: set[tuple[int, int, str]] = set()
         self._finished = False
@@ -128,7 +136,6 @@ class CachedExperts(RoutedExperts):
         """Serves from the slots of `cache`. The parameters stay the same objects, for kernels hold on to them."""
         self.cache = cache
         pool = cache.pool(self.cache_layer)
-        self.num_slots = pool.num_slots
         self.global_num_experts = pool.num_slots  # kernels count the rows of the weights, which are slots now
         for name, tensor in pool.tensors.items():
             self.get_parameter(name).data = tensor
@@ -143,7 +150,7 @@ class CachedExperts(RoutedExperts):
         shared_experts: Any = None,
         shared_experts_input: torch.Tensor | None = None,
     ) -> Any:
-        if self.cache is None and self.gate is None and self.probe is None:
+        if self.cache is None and self.gate is None and self.probe is None and self.lookahead is None:
             return super().forward_modular(x, topk_weights, topk_ids, shared_experts, shared_experts_input)
         # Opaque to torch.compile: what is missing or dropped is known only when the ids and weights are.
         return torch.ops.vllm.adapmoe_routed_experts(x, topk_weights, topk_ids, self.layer_name)
@@ -166,39 +173,92 @@ class CachedExperts(RoutedExperts):
         topk_ids = topk_ids.cpu()  # the one read of a step's routing; on a device it waits for the router
         padding = context.is_padding
         real = None if padding is None else ~padding[: topk_ids.shape[0]].cpu()
+        while True:
+            try:
+                return self._run_step(x, topk_weights, topk_ids, real)
+            except ExpertsUnavailable as error:
+                if self.on_failure is None:
+                    raise
+                spoilt = torch.isin(topk_ids, torch.tensor(error.experts, dtype=topk_ids.dtype)).any(1)
+                self.on_failure(spoilt, error)
+                if spoilt.all():
+                    return torch.zeros_like(x)
+                # Their requests fail. The others go on, and must not need those experts.
+                healthy = int((~spoilt).nonzero()[0])
+                topk_ids = torch.where(spoilt.unsqueeze(1), topk_ids[healthy], topk_ids)
+
+    def _run_step(
+        self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, real: torch.Tensor | None
+    ) -> torch.Tensor:
         if self.probe is not None:
             topk_weights = self.probe.observe(x, topk_weights, topk_ids, real)
         if self.gate is not None:
-            topk_weights, keep = self.gate.apply(topk_weights, topk_ids, real, self.slot_map)
-            return self._run_pairs(x, topk_weights, topk_ids, keep)
+            topk_weights, keep = self.gate.apply(topk_weights, topk_ids, real, self._present)
+            observe = self._observer(x, topk_weights, topk_ids, keep, real)
+            return self._run_pairs(x, topk_weights, topk_ids, keep, observe)
+        observe = self._observer(x, topk_weights, topk_ids, None, real)
         experts = _distinct(topk_ids if real is None else topk_ids[real], self.local_num_experts)
         if len(experts) > self.slots:
             keep = torch.ones_like(topk_ids, dtype=torch.bool)
-            return self._run_pairs(x, topk_weights, topk_ids, keep if real is None else keep & real.unsqueeze(1))
+            keep = keep if real is None else keep & real.unsqueeze(1)
+            return self._run_pairs(x, topk_weights, topk_ids, keep, observe)
         if real is not None:
             topk_ids = topk_ids * real.unsqueeze(1)
-        slots = self._acquire(experts).index_select(0, topk_ids.view(-1)).view_as(topk_ids)
+        slots = self._acquire(experts, observe).index_select(0, topk_ids.view(-1)).view_as(topk_ids)
         if real is not None:
             slots.clamp_(min=0)
-        return self._run_kernel(x, topk_weights, slots.to(x.device))
+        output = self._run_kernel(x, topk_weights, slots.to(x.device))
+        self._release(experts)
+        return output
+
+    def _observer(
+        self,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        keep: torch.Tensor | None,
+        real: torch.Tensor | None,
+    ) -> Observer | None:
+        """What is to be done while the experts are on their way: see which ones the next layers will want."""
+        if self.lookahead is None:
+            return None
+        if keep is None:
+            keep = torch.ones_like(topk_ids, dtype=torch.bool)
+        if real is not None:
+            x, topk_weights = x[real.to(x.device)], topk_weights[real.to(x.device)]
+            topk_ids, keep = topk_ids[real], keep[real]
+        return partial(self.lookahead.observe, self.cache_layer, x, topk_weights, topk_ids, keep)
 
     @property
     def slots(self) -> int:
         """Experts that this layer can have resident at once."""
-        return self.local_num_experts if self.cache is None else self.num_slots
+        return self.local_num_experts if self.cache is None else self.cache.capacity(self.cache_layer)
 
-    @property
-    def slot_map(self) -> torch.Tensor:
-        """int32 `[local experts]`, on the host: row of each expert in the parameters, -1 for one that is absent."""
+    def _present(self) -> torch.Tensor:
+        """Bool `[local experts]`, on the host: what needs no fetch."""
         if self.cache is None:
-            return torch.arange(self.local_num_experts, dtype=torch.int32)
-        return self.cache.slot_maps[self.cache_layer]
+            return torch.ones(self.local_num_experts, dtype=torch.bool)
+        return self.cache.present(self.cache_layer)
 
-    def _acquire(self, experts: Sequence[int]) -> torch.Tensor:
-        return self.slot_map if self.cache is None else self.cache.acquire(self.cache_layer, experts)
+    def _acquire(self, experts: Sequence[int], observe: Observer | None, others: Sequence[int] = ()) -> torch.Tensor:
+        """int32 `[local experts]`, on the host: row of each expert in the parameters, -1 for one that is absent."""
+        if self.cache is not None:
+            return self.cache.acquire(self.cache_layer, experts, others, observe)
+        if observe is not None:
+            observe()
+        return torch.arange(self.local_num_experts, dtype=torch.int32)
+
+    def _release(self, experts: Sequence[int]) -> None:
+        if self.cache is not None:
+            self.cache.release(self.cache_layer, experts)
 
     def _run_pairs(
-        self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, keep: torch.Tensor
+        self,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        keep: torch.Tensor,
+        observe: Observer | None,
     ) -> torch.Tensor:
         """The kept pairs of token and expert (`keep`: bool `[tokens, top_k]`, on the host).
 
@@ -208,7 +268,7 @@ class CachedExperts(RoutedExperts):
         token, choice = keep.nonzero(as_tuple=True)
         weights = topk_weights[token.to(x.device), choice.to(x.device)].unsqueeze(1)
         total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        for rows, outputs in self._run_rows(x, weights, token, topk_ids[token, choice].long()):
+        for rows, outputs in self._run_rows(x, weights, token, topk_ids[token, choice].long(), observe):
             total.index_add_(0, token[rows].to(x.device), outputs.float())
         return total.to(x.dtype)
 
@@ -217,27 +277,37 @@ class CachedExperts(RoutedExperts):
         top_k = topk_ids.shape[1]
         token, ids = torch.arange(len(topk_ids)).repeat_interleave(top_k), topk_ids.reshape(-1).long()
         ones = torch.ones(len(ids), 1, dtype=torch.float32, device=x.device)
-        for rows, outputs in self._run_rows(x, ones, token, ids):
+        for rows, outputs in self._run_rows(x, ones, token, ids, None):
             yield ids[rows], outputs
 
     def _run_rows(
-        self, x: torch.Tensor, weights: torch.Tensor, token: torch.Tensor, ids: torch.Tensor
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        token: torch.Tensor,
+        ids: torch.Tensor,
+        observe: Observer | None,
     ) -> Iterator[tuple[torch.Tensor | slice, torch.Tensor]]:
         """Runs pairs of token and expert, each expert loaded once; yields which of the pairs, and their outputs."""
-        groups = waves(_distinct(ids, self.local_num_experts), self.slots)
+        experts = _distinct(ids, self.local_num_experts)
+        groups = waves(experts, self.slots)
         if len(groups) == 1:
-            slots = self._acquire(groups[0])[ids].unsqueeze(1).to(x.device)
-            yield slice(None), self._run_kernel(x[token.to(x.device)], weights, slots)
+            slots = self._acquire(experts, observe)[ids].unsqueeze(1).to(x.device)
+            outputs = self._run_kernel(x[token.to(x.device)], weights, slots)
+            self._release(experts)
+            yield slice(None), outputs
             return
         wave_of = torch.zeros(self.local_num_experts, dtype=torch.int64)
         for number, group in enumerate(groups):
             wave_of[list(group)] = number
         for number, group in enumerate(groups):
-            slot_map = self._acquire(group)
+            slot_map = self._acquire(group, observe if number == 0 else None, experts)
             rows = (wave_of[ids] == number).nonzero().view(-1)
             slots = slot_map[ids[rows]].unsqueeze(1).to(x.device)
             on_device = rows.to(x.device)
-            yield rows, self._run_kernel(x[token[rows].to(x.device)], weights[on_device], slots)
+            outputs = self._run_kernel(x[token[rows].to(x.device)], weights[on_device], slots)
+            self._release(group)
+            yield rows, outputs
 
     def _run_kernel(self, x: torch.Tensor, topk_weights: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         output = self.quant_method.apply(

@@ -17,8 +17,10 @@ from vllm.model_executor.model_loader.utils import get_model_architecture
 from vllm.platforms import current_platform
 
 from vllm_adapmoe.cache.budget import ExpertShape, GiB, count_slots
+from vllm_adapmoe.cache.controller import CacheController, CacheSetup, CacheShape
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
+from vllm_adapmoe.integration.compat import expected_loads_settings
 from vllm_adapmoe.integration.identity import model_identity
 from vllm_adapmoe.integration.layers import CachedExperts, cached_class
 from vllm_adapmoe.store.base import ExpertStore, StoreWriter
@@ -208,7 +210,15 @@ class ExpertLoading:
         for pool, group in enumerate(self._groups):
             for index in group:
                 pool_of[index] = pool
-        cache = ExpertCacheManager(store, pool_of, self._slots, torch.device(current_platform.device_type))
+        shape = CacheShape(
+            num_experts=[store.num_experts(layer) for layer in range(store.num_layers)],
+            top_k=max(layer.top_k for layer in self.layers),
+            pool_of=pool_of,
+            expert_bytes=[layout.nbytes for layout in store.layouts],
+        )
+        setup = cache_setup(self.config, self._slots, expected_loads_settings(self.vllm_config))
+        device = torch.device(current_platform.device_type)
+        cache = ExpertCacheManager(store, CacheController(shape, setup), device, link_gbps=self.config.link_gbps)
         for layer in self.layers:
             layer.use_cache(cache)
         return cache
@@ -217,6 +227,18 @@ class ExpertLoading:
         """Leaves nothing half-written behind."""
         if self._writer is not None:
             self._writer.abort()
+
+
+def cache_setup(config: AdapMoEConfig, slots: list[int], curves: list[list[float]] | None) -> CacheSetup:
+    """What a configuration asks of the cache."""
+    return CacheSetup(
+        slots=slots,
+        eviction=config.eviction,
+        allocation=config.allocation,
+        curves=curves,
+        lookahead=config.prefetch.lookahead,
+        max_experts=config.prefetch.max_experts,
+    )
 
 
 def pack_folder(config: AdapMoEConfig, vllm_config: VllmConfig) -> Path:

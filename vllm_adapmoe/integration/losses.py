@@ -5,14 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from vllm import SamplingParams
 from vllm.inputs import TokensPrompt
-from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 from vllm_adapmoe.integration.engine import Engine
-
-FORCED = "adapmoe_forced_tokens"
+from vllm_adapmoe.integration.forced_tokens import FORCED
 
 
 @dataclass(frozen=True)
@@ -64,24 +61,3 @@ def _losses(logprobs: list[Any], first: int) -> Losses:
         nats += [-flat.logprobs[start] for start in starts]
         best += [flat.token_ids[start + 1] for start in starts]
     return Losses(np.array(nats), np.array(best))
-
-
-class ForcedTokens(AdapterLogitsProcessor):
-    """Makes a request sample given tokens; log probabilities are taken before it, so they are the model's own."""
-
-    def is_argmax_invariant(self) -> bool:
-        return False
-
-    def new_req_logits_processor(self, params: SamplingParams) -> Any:
-        forced = (params.extra_args or {}).get(FORCED)
-        if forced is None:
-            return None
-
-        def force(output_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
-            token = forced[min(len(output_ids), len(forced) - 1)]
-            value = logits[token].clone()
-            logits.fill_(float("-inf"))
-            logits[token] = value
-            return logits
-
-        return force

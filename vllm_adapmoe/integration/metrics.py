@@ -15,7 +15,12 @@ logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its le
 COUNTERS = {
     "hits": ("vllm:adapmoe_expert_hits", "Experts that a layer's step asked for and that were resident."),
     "misses": ("vllm:adapmoe_expert_misses", "Experts that a layer's step asked for and had to wait for."),
+    "demand_loads": ("vllm:adapmoe_demand_loads", "Experts that nobody had begun to fetch when they were asked for."),
+    "prefetches": ("vllm:adapmoe_prefetches", "Fetches begun before anyone asked for the expert."),
+    "prefetch_hits": ("vllm:adapmoe_prefetch_hits", "Hits on experts that a prefetch had brought."),
+    "late": ("vllm:adapmoe_prefetches_late", "Misses on experts that a prefetch had begun to bring."),
     "fetched_bytes": ("vllm:adapmoe_fetched_bytes", "Bytes of experts fetched from the backing store."),
+    "wasted_bytes": ("vllm:adapmoe_wasted_bytes", "Of those, bytes of prefetches that were of no use."),
     "stall_seconds": ("vllm:adapmoe_fetch_stall_seconds", "Seconds that layers waited for experts."),
     "gated_tokens": ("vllm:adapmoe_gated_tokens", "Tokens, counted once for each layer that gated them."),
     "kept_experts": ("vllm:adapmoe_kept_experts", "Experts that gated tokens kept."),

@@ -9,6 +9,7 @@ from vllm.forward_context import get_forward_context
 from vllm_adapmoe.calibrate import statistics
 from vllm_adapmoe.calibrate.statistics import LOOKAHEAD, Sums, half
 from vllm_adapmoe.gating import keep_most, settle
+from vllm_adapmoe.integration.lookahead import find_gate
 
 if TYPE_CHECKING:
     from vllm_adapmoe.integration.layers import CachedExperts
@@ -32,7 +33,7 @@ class RoutingProbe:
         self.foretold: dict[tuple[int, int], torch.Tensor] = {}
         """(layer, lookahead) -> ids `[tokens, top_k]`, of the step under way."""
         self.runners = [runners[layer.layer_name] for layer in layers]
-        self.gates = [_gate(model, layer.layer_name) for layer in layers]
+        self.gates = [find_gate(model, layer.layer_name) for layer in layers]
         for index, layer in enumerate(layers):
             layer.probe = LayerProbe(self, index)
 
@@ -98,15 +99,6 @@ class LayerProbe:
                 foretold = probe.foretell(self.index + distance, x)
                 if foretold is not None:
                     probe.foretold[self.index, distance] = foretold
-
-
-def _gate(model: torch.nn.Module, layer_name: str) -> torch.nn.Module | None:
-    """The module that gives a layer's router logits: beside the experts, under the name that the model chose."""
-    try:
-        block = model.get_submodule(layer_name.rpartition(".")[0])
-    except AttributeError:
-        return None
-    return getattr(block, "gate", None) or getattr(block, "router", None)
 
 
 def _sequence_starts(tokens: int) -> torch.Tensor:

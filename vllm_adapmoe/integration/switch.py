@@ -8,8 +8,9 @@ from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from vllm_adapmoe.allocation_plan import curves_of_profile
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
-from vllm_adapmoe.gating_plan import GatingPlan, describe, plan_gating
+from vllm_adapmoe.gating_plan import describe, plan_gating
 from vllm_adapmoe.integration.model_check import check_model
 from vllm_adapmoe.integration.model_info import model_info
 from vllm_adapmoe.profile import ModelProfile
@@ -18,6 +19,7 @@ logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its le
 
 METHOD = "adapmoe"
 GATING = "adapmoe_gating"
+LOADS = "adapmoe_expected_loads"
 WORKERS = {
     "cpu": "vllm_adapmoe.integration.worker.AdapMoECPUWorker",
     "cuda": "vllm_adapmoe.integration.worker.AdapMoEWorker",
@@ -45,9 +47,9 @@ def switch_on(engine_args: Any, vllm_config: VllmConfig) -> None:
         raise AdapMoEError(f"moe_method={METHOD!r} does not run on {device}; it runs on {', '.join(WORKERS)}")
     check_model(config, vllm_config)
     vllm_config.additional_config = {**_additional(vllm_config), METHOD: config.transport()}
-    plan = _gating_plan(config, vllm_config)
-    if plan is not None:
-        vllm_config.additional_config[GATING] = plan.model_dump()
+    profile = _profile(config, vllm_config)
+    if profile is not None:
+        _follow_profile(config, profile, vllm_config.additional_config)
     vllm_config.parallel_config.worker_cls = WORKERS[device]
     if device == "cuda":
         # A fetch reads the routing on the host, which a captured graph cannot.
@@ -57,18 +59,27 @@ def switch_on(engine_args: Any, vllm_config: VllmConfig) -> None:
         scheduler.scheduler_cls = SCHEDULERS[bool(scheduler.async_scheduling)]
 
 
-def _gating_plan(config: AdapMoEConfig, vllm_config: VllmConfig) -> GatingPlan | None:
-    """Reads the profile, here where its file is, and chooses the threshold."""
+def _profile(config: AdapMoEConfig, vllm_config: VllmConfig) -> ModelProfile | None:
+    """Reads the profile, here where its file is."""
     if config.profile is None:
         return None
-    if (vllm_config.model_config.get_num_experts_per_tok() or 2) < 2:
+    if config.gating.mode != "off" and (vllm_config.model_config.get_num_experts_per_tok() or 2) < 2:
         raise AdapMoEError("gating has nothing to drop: this model uses one expert per token; remove gating")
     profile = ModelProfile.load(config.profile)
     profile.check(model_info(vllm_config.model_config), config.profile)
+    return profile
+
+
+def _follow_profile(config: AdapMoEConfig, profile: ModelProfile, additional: dict[str, Any]) -> None:
+    """Chooses the threshold, and foretells the loads of each layer by its slots."""
     plan = plan_gating(config.gating, profile)
     if plan is not None:
         logger.info("%s", describe(plan, profile))
-    return plan
+        additional[GATING] = plan.model_dump()
+    if config.allocation == "profile":
+        threshold = plan.threshold if plan is not None and plan.rule == "token" else 0.0
+        ahead = config.prefetch.max_experts if config.prefetch.lookahead else 0
+        additional[LOADS] = [curve.tolist() for curve in curves_of_profile(profile, threshold, ahead)]
 
 
 def _requested(engine_args: Any, vllm_config: VllmConfig) -> AdapMoEConfig:

@@ -2,28 +2,37 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_adapmoe.cache.budget import GiB
-from vllm_adapmoe.cache.manager import CacheStats, ExpertCacheManager
+from vllm_adapmoe.cache.controller import CacheController, CacheShape, CacheStats
+from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.gating_plan import GatingPlan
 from vllm_adapmoe.integration import gates
 from vllm_adapmoe.integration.compat import adapmoe_settings, gating_settings
 from vllm_adapmoe.integration.layers import CachedExperts
-from vllm_adapmoe.integration.loading import expert_loading
+from vllm_adapmoe.integration.loading import cache_setup, expert_loading
+from vllm_adapmoe.integration.lookahead import Lookahead
 from vllm_adapmoe.integration.probe import RoutingProbe, plain
+from vllm_adapmoe.simulate.trace import TraceInfo, TraceWriter
+from vllm_adapmoe.store.base import ExpertsUnavailable
 
 if TYPE_CHECKING or current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker
 else:
     CPUWorker = object
+
+TRACE_LOOKAHEAD = 4
+"""Later layers that a trace has predictions for."""
 
 logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
 
@@ -33,6 +42,7 @@ class ExpertCacheWorker(Worker):
 
     expert_cache: ExpertCacheManager | None = None
     moe_layers: list[CachedExperts]
+    lookahead: Lookahead | None = None
 
     def load_model(self, **kwargs: Any) -> None:
         config = AdapMoEConfig.parse(adapmoe_settings(self.vllm_config))
@@ -41,6 +51,13 @@ class ExpertCacheWorker(Worker):
             self.expert_cache = loading.finish()
         self.moe_layers = loading.layers
         self.set_gating(gating_settings(self.vllm_config))
+        self.lookahead = self._start_lookahead(config)
+        for layer in self.moe_layers:
+            layer.lookahead = self.lookahead
+        self._failed: set[str] = set()
+        if self.vllm_config.parallel_config.world_size == 1:  # other ranks would not know, and go on
+            for layer in self.moe_layers:
+                layer.on_failure = self._fail_requests
         if self.expert_cache is not None:
             cache = self.expert_cache
             slot_bytes = sum(pool.num_slots * pool.layout.nbytes for pool in cache.pools)
@@ -49,6 +66,50 @@ class ExpertCacheWorker(Worker):
                 "Expert cache: %d slots (%.2f GiB) for %d experts, backed by the %s store",
                 cache.num_slots, slot_bytes / GiB, experts, loading.store_kind,
             )  # fmt: skip
+
+    def _start_lookahead(self, config: AdapMoEConfig) -> Lookahead | None:
+        cache = self.expert_cache
+        prefetching = cache is not None and cache.controller.planner is not None
+        rank = get_tensor_model_parallel_rank()
+        trace = None
+        if config.trace_out is not None and rank == 0:
+            experts = [layer.local_num_experts for layer in self.moe_layers]
+            shape = CacheShape(
+                experts, max(layer.top_k for layer in self.moe_layers), [0] * len(experts), [0] * len(experts)
+            )
+            if cache is not None:
+                shape = cache.controller.shape
+            info = TraceInfo(
+                model=self.model_config.model,
+                num_experts=list(shape.num_experts),
+                top_k=shape.top_k,
+                lookahead=TRACE_LOOKAHEAD,
+                expert_bytes=list(shape.expert_bytes),
+                pool_of=list(shape.pool_of),
+            )
+            trace = TraceWriter(Path(config.trace_out), info, config.trace_mib << 20)
+        if not prefetching and trace is None:
+            return None
+        runners = self.vllm_config.compilation_config.static_forward_context
+        return Lookahead(
+            self.moe_layers,
+            self.model_runner.get_model(),
+            [runners[layer.layer_name].router for layer in self.moe_layers],
+            cache if prefetching else None,
+            TRACE_LOOKAHEAD if trace is not None else config.prefetch.lookahead,
+            trace,
+            self._requests_of_step,
+        )
+
+    def _requests_of_step(self) -> list[tuple[str, int, int]]:
+        """Id, first position and rows of each request of the step under way."""
+        batch = self.model_runner.input_batch
+        scheduled = self._scheduled
+        return [
+            (name, int(batch.num_computed_tokens_cpu[index]), scheduled[name])
+            for index, name in enumerate(batch.req_ids)
+            if name in scheduled
+        ]
 
     def set_gating(self, plan: dict[str, Any] | None) -> None:
         """Gates every layer by the plan (`GatingPlan`, as a dict) from the next step on; None: as vLLM's router says.
@@ -64,6 +125,23 @@ class ExpertCacheWorker(Worker):
         for index, layer in enumerate(self.moe_layers):
             layer.gate = None if parsed is None else gates.LayerGate(parsed, index)
 
+    def set_cache(self, settings: dict[str, Any], curves: list[list[float]] | None = None) -> None:
+        """Starts over with empty slots and other policies: the keys of `adapmoe_config` that are not of its size.
+
+        Args:
+            settings: `adapmoe_config`; its budget and store have no effect.
+            curves: expected loads of each layer by slots, for `allocation: profile`.
+        """
+        cache, config = self.expert_cache, AdapMoEConfig.parse(settings)
+        assert cache is not None
+        slots = [pool.num_slots for pool in cache.pools]
+        cache.restart(CacheController(cache.controller.shape, cache_setup(config, slots, curves)), config.link_gbps)
+        if self.lookahead is not None:
+            self.lookahead.close()
+        self.lookahead = self._start_lookahead(config)
+        for layer in self.moe_layers:
+            layer.lookahead = self.lookahead
+
     def start_probe(self) -> None:
         """Records the routing from here on (`RoutingProbe`). Eager engines only."""
         runners = self.vllm_config.compilation_config.static_forward_context
@@ -77,35 +155,54 @@ class ExpertCacheWorker(Worker):
         """Sums of each layer since the last reading."""
         return plain(self.probe.read())
 
-    def time_kernels(self) -> None:
-        """Adds up what the expert kernels take, from here on."""
-        self.seconds = 0.0
+    def time_parts(self) -> None:
+        """Adds up what the expert kernels, and what looking ahead, take, from here on."""
+        self.seconds = dict.fromkeys(("kernels", "lookahead"), 0.0)
 
-        def timed(kernel: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-            def run(*args: Any) -> torch.Tensor:
+        def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any) -> Any:
                 start = time.perf_counter()
-                output = kernel(*args)
-                self.seconds += time.perf_counter() - start
+                output = function(*args)
+                self.seconds[part] += time.perf_counter() - start
                 return output
 
             return run
 
         for layer in self.moe_layers:
-            layer._run_kernel = timed(layer._run_kernel)  # type: ignore[method-assign]
+            layer._run_kernel = timed("kernels", layer._run_kernel)  # type: ignore[method-assign]
+        Lookahead.observe = timed("lookahead", Lookahead.observe)  # type: ignore[method-assign]
 
-    def kernel_seconds(self) -> float:
-        """What `time_kernels` has added up."""
-        return self.seconds
+    def part_seconds(self) -> dict[str, float]:
+        """What `time_parts` has added up."""
+        return dict(self.seconds)
 
     def execute_model(self, scheduler_output: Any) -> Any:
+        self._scheduled = scheduler_output.num_scheduled_tokens
         return self._with_stats(super().execute_model(scheduler_output))
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         return self._with_stats(super().sample_tokens(grammar_output))
 
+    def _fail_requests(self, spoilt: torch.Tensor, error: ExpertsUnavailable) -> None:
+        """Requests of the step's rows that need an expert which cannot be read: they end with this step.
+
+        Args:
+            spoilt: bool `[rows]`.
+            error: what to say of it.
+        """
+        row = 0
+        for name, _, rows in self._requests_of_step():
+            if spoilt[row : row + rows].any() and name not in self._failed:
+                logger.error("Expert cache: request %s fails: %s", name, error)
+                self._failed.add(name)
+            row += rows
+
     def _with_stats(self, output: Any) -> Any:
         if isinstance(output, ModelRunnerOutput):
             output.worker_stats = self.expert_cache_stats()  # type: ignore[attr-defined]
+            if self._failed:
+                output.failed_requests = sorted(self._failed)  # type: ignore[attr-defined]
+                self._failed.clear()
         return output
 
     def expert_cache_stats(self) -> dict[str, float]:
@@ -121,7 +218,22 @@ class ExpertCacheWorker(Worker):
         slots = {"slots": experts, "resident": experts}
         if cache is not None:
             slots = {"slots": cache.num_slots, "resident": cache.num_resident}
-        return vars(CacheStats() if cache is None else cache.stats) | slots | gates.total(gated)
+        stats = CacheStats() if cache is None else cache.stats
+        return vars(stats) | {"demand_loads": stats.demand_loads} | slots | gates.total(gated)
+
+    def expert_bytes(self) -> int:
+        """Of the largest expert."""
+        assert self.expert_cache is not None
+        return max(self.expert_cache.controller.expert_bytes)
+
+    def slots_by_layer(self) -> list[int]:
+        """Experts of each layer that are in a slot."""
+        assert self.expert_cache is not None
+        counts = [0] * len(self.moe_layers)
+        for residency in self.expert_cache.controller.pools:
+            for layer, _ in residency.entries:
+                counts[layer] += 1
+        return counts
 
     def kept_by_layer(self) -> list[float]:
         """Mean experts kept per token in each layer since gating was set."""
@@ -129,6 +241,9 @@ class ExpertCacheWorker(Worker):
         return [one.kept_experts / max(one.gated_tokens, 1) for one in stats]
 
     def shutdown(self) -> None:
+        if self.lookahead is not None:
+            self.lookahead.close()
+            self.lookahead = None
         if self.expert_cache is not None:
             self.expert_cache.close()
             self.expert_cache = None

@@ -1,6 +1,6 @@
 """What every store offers, and how one is filled."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -11,6 +11,14 @@ from vllm_adapmoe.store.record import RecordLayout
 
 class StoreError(RuntimeError):
     """Records that cannot be written or read; the message is one line: the file, what is wrong, the remedy."""
+
+
+class ExpertsUnavailable(StoreError):
+    """Experts of one layer could not be read, and nothing was put into their slots."""
+
+    def __init__(self, message: str, experts: Sequence[int]) -> None:
+        super().__init__(message)
+        self.experts = list(experts)
 
 
 class ExpertStore(Protocol):
@@ -36,6 +44,13 @@ class ExpertStore(Protocol):
         Raises:
             StoreError: the record cannot be read whole, or is not what was written.
             ValueError: `into` does not have the sizes of the pieces.
+        """
+        ...
+
+    def read_tiles(self, key: ExpertKey, into: Sequence[torch.Tensor], tile_bytes: int) -> Iterator[int]:
+        """The same in tiles of at most `tile_bytes`, a multiple of 4096; yields the bytes of each.
+
+        The record is whole and checked when the iterator has ended. It may be closed before, and moved between threads.
         """
         ...
 

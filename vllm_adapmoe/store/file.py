@@ -1,8 +1,7 @@
 """Experts in a packed file, read with direct I/O."""
 
 import os
-import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from io import FileIO
 from pathlib import Path
 
@@ -83,7 +82,8 @@ class FileStore:
         self._unchecked = {
             (layer, expert) for layer, digests in enumerate(index.digests) for expert in range(len(digests))
         }
-        self._bounce = threading.local()
+        self._aside: list[torch.Tensor] = []
+        """Buffers of a record that no read uses."""
 
     @property
     def num_layers(self) -> int:
@@ -93,39 +93,55 @@ class FileStore:
         return len(self._index.digests[layer])
 
     def read(self, key: ExpertKey, into: Sequence[torch.Tensor]) -> None:
+        for _ in self.read_tiles(key, into, self.layouts[key[0]].nbytes):
+            pass
+
+    def read_tiles(self, key: ExpertKey, into: Sequence[torch.Tensor], tile_bytes: int) -> Iterator[int]:
         layer, expert = key
         layout = self.layouts[layer]
         offset = self._index.offsets[layer] + expert * layout.nbytes
         destinations = layout.destinations(into)
-        in_place = is_aligned(destinations)
-        if in_place:
-            buffers = destinations
-        else:  # direct I/O needs whole blocks: read the record aside and copy its pieces
-            buffers = [self._bounce_buffer(layout.nbytes)]
-        self._read_record(key, buffers, offset, layout.nbytes)
-        if not in_place:
+        if is_aligned(destinations):
+            yield from self._read_record(key, destinations, offset, tile_bytes)
+            return
+        # Direct I/O needs whole blocks: read the record aside and copy its pieces.
+        aside = self._aside.pop() if self._aside else aligned_empty(max(one.nbytes for one in self.layouts))
+        try:
+            yield from self._read_record(key, [aside[: layout.nbytes]], offset, tile_bytes)
             for piece, destination in zip(layout.pieces, destinations, strict=True):
-                destination.copy_(buffers[0][piece.offset : piece.offset + piece.nbytes])
+                destination.copy_(aside[piece.offset : piece.offset + piece.nbytes])
+        finally:
+            self._aside.append(aside)
+
+    def _read_record(
+        self, key: ExpertKey, buffers: Sequence[torch.Tensor], offset: int, tile_bytes: int
+    ) -> Iterator[int]:
+        for buffer in buffers:
+            for start in range(0, len(buffer), tile_bytes):
+                tile = buffer[start : start + tile_bytes]
+                self._read_tile(key, tile, offset)
+                offset += len(tile)
+                yield len(tile)
         if key in self._unchecked:
             self._check(key, buffers)
 
-    def _read_record(self, key: ExpertKey, buffers: list[torch.Tensor], offset: int, nbytes: int) -> None:
+    def _read_tile(self, key: ExpertKey, tile: torch.Tensor, offset: int) -> None:
         reason = ""
         fd = self._file.fileno()
         for _ in range(2):  # a failed read is tried once more
             try:
-                count = read_full(fd, buffers, offset)
+                count = read_full(fd, [tile], offset)
             except OSError as error:
                 reason = str(error.strerror)
                 continue
             if not self._direct:
-                drop_cached(fd, offset, nbytes)
-            if count == nbytes:
+                drop_cached(fd, offset, len(tile))
+            if count == len(tile):
                 return
-            reason = f"{count} of {nbytes} bytes"
+            reason = f"{count} of {len(tile)} bytes"
         raise StoreError(f"{self.path}: cannot read expert {key[1]} of MoE layer {key[0]} ({reason}); check the disk")
 
-    def _check(self, key: ExpertKey, buffers: list[torch.Tensor]) -> None:
+    def _check(self, key: ExpertKey, buffers: Sequence[torch.Tensor]) -> None:
         found = blake3(max_threads=1)
         for buffer in buffers:
             found.update(buffer.numpy().data)
@@ -146,12 +162,6 @@ class FileStore:
         except OSError as error:
             return f"delete the pack ({error.strerror} when moving it aside) and start again to pack anew"
         return "the pack was moved aside or replaced already, start again"
-
-    def _bounce_buffer(self, nbytes: int) -> torch.Tensor:
-        buffer = getattr(self._bounce, "buffer", None)
-        if buffer is None or buffer.numel() < nbytes:
-            buffer = self._bounce.buffer = aligned_empty(nbytes)
-        return buffer[:nbytes]
 
     def close(self) -> None:
         self._file.close()

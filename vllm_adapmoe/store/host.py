@@ -1,6 +1,6 @@
 """Experts in host memory, page-locked beside a CUDA device."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -39,10 +39,17 @@ class HostStore:
         return self._layers[layer][1].shape[0]
 
     def read(self, key: ExpertKey, into: Sequence[torch.Tensor]) -> None:
+        for _ in self.read_tiles(key, into, self.layouts[key[0]].nbytes):
+            pass
+
+    def read_tiles(self, key: ExpertKey, into: Sequence[torch.Tensor], tile_bytes: int) -> Iterator[int]:
         layout, records = self._layers[key[0]]
         record = records[key[1]]
         for piece, destination in zip(layout.pieces, layout.destinations(into), strict=True):
-            destination.copy_(record[piece.offset : piece.offset + piece.nbytes])
+            for start in range(0, piece.nbytes, tile_bytes):
+                stop = min(start + tile_bytes, piece.nbytes)
+                destination[start:stop].copy_(record[piece.offset + start : piece.offset + stop])
+                yield stop - start
 
     def close(self) -> None:
         self._layers.clear()

@@ -1,0 +1,259 @@
+"""The state machine of a pool, driven through random interleavings."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from vllm_adapmoe.cache.controller import CacheController, CacheSetup, CacheShape
+from vllm_adapmoe.cache.eviction import LFRU, LRU, MRS, POLICIES, NextUse
+from vllm_adapmoe.cache.residency import Residency, State, waves
+
+LAYERS, EXPERTS, BYTES = 3, 4, 10
+
+
+class Interleavings(RuleBasedStateMachine):
+    """A controller whose transfers end in any order, late, wrong or not at all."""
+
+    keys = Bundle("keys")
+
+    @initialize(
+        slots=st.integers(3, 14),
+        eviction=st.sampled_from(sorted(POLICIES)),
+        max_experts=st.integers(0, 3),
+        data=st.data(),
+    )
+    def build(self, slots, eviction, max_experts, data):
+        self.setup = CacheSetup([slots], eviction, None, 1 if max_experts else 0, max_experts)
+        self.controller = CacheController(CacheShape([EXPERTS] * LAYERS, 2, [0] * LAYERS, [BYTES] * LAYERS), self.setup)
+        self.controller.transfers = self
+        if max_experts:  # the default is an eighth of the slots: too few here to see anything
+            staging = min(max_experts, slots - 2)
+            policy = POLICIES[eviction](LAYERS, EXPERTS)
+            self.controller.pools[0] = Residency(slots, staging, policy)
+        self.pool = self.controller.pools[0]
+        self.under_way: dict[tuple[int, int], int] = {}
+        """Transfers, and the slot that each writes to."""
+        self.content: dict[int, tuple[int, int]] = {}
+        """What was last written whole into each slot."""
+        self.queue: list[tuple[int, int]] = []
+        self.held: list[tuple[int, list[int], dict[int, int]]] = []
+        self.moved = 0
+
+    # Transfers
+
+    def demand(self, load):
+        assert load.slot not in self.under_way.values()
+        self.under_way[load.key] = load.slot
+
+    def promote(self, key):
+        assert key in self.under_way
+
+    def speculate(self, key):
+        self.queue.append(key)
+
+    # What may happen
+
+    @precondition(lambda self: not self.held)
+    @rule(layer=st.integers(0, LAYERS - 1), chosen=st.sets(st.integers(0, EXPERTS - 1), min_size=1))
+    def acquire(self, layer, chosen):
+        """One event, wave by wave but the last, which stays pinned."""
+        groups = waves(sorted(chosen), self.pool.capacity)
+        for number, group in enumerate(groups):
+            before = {entry.slot for entry in self.pool.entries.values() if entry.pins}
+            request = self.controller.begin(layer, group, sorted(chosen))
+            for load in (*request.loads, *request.promoted, *request.awaited):
+                assert load.slot not in before, "a pinned slot was given away"
+            waiting = [load.key for load in (*request.loads, *request.awaited)]
+            asked = len(request.hits) + len(request.promoted) + len(waiting)
+            assert asked == len(group)
+            if number < len(groups) - 1:
+                for key in waiting:
+                    self.end(key, True)
+                self.check_served(layer, group)
+                self.controller.release(layer, group)
+            else:
+                self.held.append((layer, list(group), {}))
+
+    @precondition(lambda self: self.held)
+    @rule(fails=st.booleans())
+    def finish(self, fails):
+        """Everything the event waits for ends, and so does the event."""
+        layer, group, _ = self.held.pop()
+        failed = False
+        for expert in group:
+            if (layer, expert) in self.under_way:
+                failed |= fails
+                self.end((layer, expert), not fails)
+        if not failed:
+            self.check_served(layer, group)
+        self.controller.release(layer, group)
+
+    @rule(key=st.tuples(st.integers(0, LAYERS - 1), st.integers(0, EXPERTS - 1)))
+    def prefetch(self, key):
+        if self.pool.staging and self.pool.want(key):
+            self.speculate(key)
+
+    @precondition(lambda self: self.queue)
+    @rule()
+    def start(self):
+        key = self.queue.pop(0)
+        pinned = {entry.slot for entry in self.pool.entries.values() if entry.pins}
+        resident = {key for key, entry in self.pool.entries.items() if not entry.speculative}
+        load = self.controller.start_speculation(key)
+        if load is not None:
+            assert load.slot not in pinned and load.evicted not in resident
+            assert load.slot not in self.under_way.values()
+            self.under_way[key] = load.slot
+            self.content.pop(load.slot, None)
+
+    @precondition(lambda self: self.under_way)
+    @rule(data=st.data(), complete=st.booleans())
+    def transfer(self, data, complete):
+        """Any transfer ends; one that was cancelled may end whole all the same."""
+        key = data.draw(st.sampled_from(sorted(self.under_way)))
+        held = any(key[0] == layer and key[1] in group for layer, group, _ in self.held)
+        self.end(key, complete or (held and not self.pool.entries[key].speculative))
+
+    @rule(shares=st.one_of(st.none(), st.lists(st.integers(0, EXPERTS), min_size=LAYERS, max_size=LAYERS)))
+    def reallocate(self, shares):
+        self.pool.set_shares(shares)
+
+    def end(self, key, complete):
+        if key not in self.under_way:
+            return
+        slot = self.under_way.pop(key)
+        self.moved += BYTES if complete else 3
+        if complete:
+            self.content[slot] = key
+        else:
+            self.content.pop(slot, None)
+        self.controller.transfer_ended(key, BYTES if complete else 3, complete)
+
+    def check_served(self, layer, group):
+        for expert in group:
+            entry = self.pool.entries[layer, expert]
+            assert entry.state is State.RESIDENT and entry.pins == 1
+            assert self.content[entry.slot] == (layer, expert), "the kernel would run another expert's weights"
+
+    # What must hold after each
+
+    @invariant()
+    def one_expert_a_slot(self):
+        slots = [entry.slot for entry in self.pool.entries.values() if entry.slot >= 0] + self.pool.free
+        assert sorted(slots) == list(range(self.pool.num_slots))
+
+    @invariant()
+    def counts_add_up(self):
+        states = Counter(
+            "speculative" if entry.speculative and entry.slot >= 0 else entry.state
+            for entry in self.pool.entries.values()
+        )
+        assert self.pool.speculating == states["speculative"] <= self.pool.staging
+        residents = [key for key, entry in self.pool.entries.items() if not entry.speculative]
+        assert self.pool.residents == len(residents) <= self.pool.capacity
+        assert self.pool.count.tolist() == [sum(key[0] == layer for key in residents) for layer in range(LAYERS)]
+        loading = {key for key, entry in self.pool.entries.items() if entry.state is State.LOADING}
+        assert loading == set(self.under_way)
+        evictable = {
+            key for key, entry in self.pool.entries.items() if entry.state is State.RESIDENT and not entry.pins
+        }
+        assert {tuple(key) for key in np.argwhere(self.pool.evictable).tolist()} == evictable
+
+    @invariant()
+    def bytes_add_up(self):
+        stats = self.controller.stats
+        assert stats.fetched_bytes == self.moved
+        assert 0 <= stats.wasted_bytes <= self.moved
+        assert stats.late <= stats.misses and stats.prefetch_hits <= stats.hits
+
+
+TestInterleavings = Interleavings.TestCase
+
+
+def residents(pool: Residency) -> set[tuple[int, int]]:
+    return {key for key, entry in pool.entries.items() if entry.state is State.RESIDENT}
+
+
+def ask(pool: Residency, layer: int, *experts: int) -> list[tuple[int, int] | None]:
+    """One event, served at once; returns who left."""
+    request = pool.request(layer, experts)
+    for load in request.loads:
+        pool.loaded(load.key)
+    pool.release(layer, experts)
+    return [load.evicted for load in (*request.loads, *request.promoted) if load.evicted]
+
+
+def test_least_recently_used_leaves():
+    pool = Residency(3, 0, LRU(2, 4))
+    ask(pool, 0, 0, 1)
+    ask(pool, 1, 0)
+    ask(pool, 0, 0)
+    assert ask(pool, 1, 1) == [(0, 1)]
+    assert residents(pool) == {(0, 0), (1, 0), (1, 1)}
+
+
+def test_frequency_over_age():
+    pool = Residency(2, 0, LFRU(1, 4))
+    for _ in range(5):
+        ask(pool, 0, 0)
+    ask(pool, 0, 1)
+    assert ask(pool, 0, 2) == [(0, 1)], "used once, if later"
+    for _ in range(20):
+        ask(pool, 0, 2)
+    assert ask(pool, 0, 3) == [(0, 0)], "used often, but long ago"
+
+
+def test_recent_share():
+    pool = Residency(2, 0, MRS(2, 4))
+    for _ in range(3):
+        ask(pool, 0, 0)
+    ask(pool, 1, 0)
+    assert ask(pool, 1, 1) == [(1, 0)]
+
+
+def test_next_use_of_a_sweep():
+    """Layers come in turn, each with all its experts: what was just used is what is needed last."""
+    layers = 6
+    pool = Residency(layers, 0, NextUse(layers, 2))
+    loads = 0
+    for number in range(20 * layers):
+        request = pool.request(number % layers, [0, 1])
+        loads += len(request.loads) if number >= layers else 0
+        for load in request.loads:
+            pool.loaded(load.key)
+        pool.release(number % layers, [0, 1])
+    assert loads == pytest.approx(19 * layers, rel=0.25), "half of them; least recently used would load every one"
+
+
+def test_a_share_is_a_floor():
+    pool = Residency(5, 0, LRU(2, 4), shares=[2, 1])
+    ask(pool, 0, 0, 1)
+    for expert in range(4):
+        ask(pool, 1, expert)
+    assert {(0, 0), (0, 1)} <= residents(pool), "the least recently used, but its layer has no more than its share"
+    pool.set_shares([0, 4])
+    ask(pool, 0, 0)
+    assert ask(pool, 1, 0) == [(0, 1)], "traffic has moved, and the floor with it"
+
+
+def test_no_share_streams_through():
+    pool = Residency(4, 0, LRU(2, 4), shares=[2, 0])
+    ask(pool, 0, 0, 1)
+    for expert in range(4):
+        ask(pool, 1, expert, (expert + 1) % 4)
+    assert {(0, 0), (0, 1)} <= residents(pool)
+
+
+def test_too_many_pinned():
+    pool = Residency(2, 0, LRU(2, 4))
+    pool.request(0, [0, 1])
+    with pytest.raises(LookupError, match="in use"):
+        pool.request(1, [0])
+
+
+def test_waves_are_those_of_the_routing():
+    assert waves([1, 3, 4, 6, 7], 2) == [[1, 3], [4, 6], [7]]
+    assert waves([], 2) == []

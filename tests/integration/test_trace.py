@@ -1,0 +1,53 @@
+"""What a worker did is what a replay of its trace does: the same decisions, counted in both."""
+
+from typing import Any
+
+import pytest
+from conftest import TINY_MIXTRAL
+
+from tests.integration.scenarios import ENGINE_ARGS, answers, greedy, prompts
+from vllm_adapmoe.cache.controller import CacheSetup
+from vllm_adapmoe.integration.engine import Engine
+from vllm_adapmoe.simulate.replay import replay
+from vllm_adapmoe.simulate.trace import read_trace
+
+pytestmark = pytest.mark.engine
+
+
+def _end_readers(worker: Any) -> None:
+    """From here on the thread that asks moves everything itself, in the order of asking: time is taken out."""
+    transfers = worker.expert_cache.transfers
+    transfers.close()
+    transfers.threads.clear()
+    transfers.closing = False
+
+
+@pytest.mark.parametrize(
+    ("slots", "config"),
+    [
+        (48, {}),
+        (24, {"prefetch": {"lookahead": 2, "max_experts": 2}, "eviction": "lfru"}),
+        (48, {"allocation": "trace", "eviction": "lru"}),
+    ],
+    ids=["defaults", "two ahead, lfru", "lru, floors by traffic"],
+)
+def test_worker_and_replay_agree(tmp_path, slots, config):
+    asked = prompts(16, 2048, seed=11)
+    config = {"cache_experts": slots, "store": "file", "trace_out": str(tmp_path / "trace")} | config
+    with Engine(TINY_MIXTRAL, config, enforce_eager=True, **ENGINE_ARGS) as running:
+        running.llm.collective_rpc(_end_readers)
+        for batch in (asked[:1], asked[1:9], asked, asked[3:6]):
+            answers(running, batch, greedy())
+        counted = running.cache_stats()
+    info, steps = read_trace(tmp_path / "trace")
+    prefetch = {"lookahead": 3, "max_experts": 1} | config.get("prefetch", {})
+    setup = CacheSetup([slots], config.get("eviction", "next_use"), config.get("allocation", "pool"), **prefetch)
+    replayed = replay(info, steps, setup).stats
+    assert counted["prefetches"] > 0 and counted["prefetch_hits"] > 0
+    for name, value in replayed.items():
+        if name != "stall_seconds":  # of the clock
+            assert counted[name] == value, name
+    # Rows are every token that was computed: prompts, less what the prefix cache had, and what was generated.
+    assert info.num_experts == [8] * 12
+    assert {len(step.requests) for step in steps} >= {1, 8}
+    assert all(list(step.positions) == sorted(step.positions) for step in steps if len(set(step.requests)) == 1)

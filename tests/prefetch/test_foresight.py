@@ -1,0 +1,54 @@
+"""What is foretold of a later layer: against the gating of the real thing, and against simulation."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_adapmoe.gating import gate_tokens
+from vllm_adapmoe.prefetch.foresight import Foretold, Precision, chances, foretell
+
+
+@given(st.integers(0, 10**6), st.integers(1, 4), st.sampled_from([1, 3, 9]), st.sampled_from([0.0, 1e-3, 0.05]))
+def test_foretells_what_gating_keeps(seed, top_k, tokens, threshold):
+    """With the layer's own logits, what is foretold is what routing and gating by token do."""
+    logits = np.random.default_rng(seed).normal(size=(tokens, 8)).astype(np.float32)
+    foretold = foretell(logits, top_k, sensitivity=0.3, threshold=threshold)
+    weights, ids = torch.from_numpy(logits).softmax(-1).topk(top_k)
+    gated = gate_tokens(weights / weights.sum(-1, keepdim=True), 0.3, threshold)
+    assert np.array_equal(foretold.ids, ids.numpy())
+    assert np.array_equal(foretold.kept, gated.keep.numpy())
+
+
+def test_ranks_as_biased_routers_do():
+    logits = np.array([[1.0, 0.9, -3.0]])
+    correction = np.array([0.0, 0.0, 5.0])
+    assert foretell(logits, 2, correction=correction).ids.tolist() == [[2, 0]]
+
+
+@given(st.integers(0, 10**6))
+def test_chances_of_a_batch(seed):
+    """`1 - prod (1 - b)`, against drawing every token's use of what it ranks."""
+    random = np.random.default_rng(seed)
+    tokens, experts, precision = 3, 5, np.array([0.7, 0.3])
+    ids = np.stack([random.permutation(experts)[:2] for _ in range(tokens)])
+    kept = random.random(ids.shape) < 0.8
+    expected = np.ones(experts)
+    for row in range(tokens):
+        for rank in range(2):
+            if kept[row, rank]:
+                expected[ids[row, rank]] *= 1 - precision[rank]
+    assert chances(Foretold(ids, kept), precision, experts) == pytest.approx(1 - expected)
+
+
+def test_precision_follows_the_traffic():
+    precision = Precision(2)
+    foretold = Foretold(np.array([[0, 1]]), np.ones((1, 2), dtype=bool))
+    first = np.array([[True, False, False]])
+    for _ in range(2000):
+        precision.record(foretold, first)
+    assert precision.by_rank == pytest.approx([1, 0], abs=0.02)
+    for _ in range(4000):
+        precision.record(foretold, ~first)
+    assert precision.by_rank == pytest.approx([0, 1], abs=0.02)

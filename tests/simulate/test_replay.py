@@ -1,0 +1,125 @@
+"""Replays: Belady against brute force, no policy below the bound, and the virtual clock against arithmetic."""
+
+import functools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_adapmoe.cache.controller import CacheSetup
+from vllm_adapmoe.cache.eviction import POLICIES
+from vllm_adapmoe.prefetch.foresight import Foretold
+from vllm_adapmoe.simulate.replay import TILE, Machine, belady, replay
+from vllm_adapmoe.simulate.trace import Step, TraceInfo
+
+
+def info(layers: int, experts: int, nbytes: int = 1) -> TraceInfo:
+    return TraceInfo("m", [experts] * layers, 2, 2, [nbytes] * layers, [0] * layers)
+
+
+def steps_of(events: list[list[list[int]]], foretell: bool = False) -> list[Step]:
+    """Steps with one row for each pair of experts: `events[step][layer]`, each padded to the step's longest."""
+    steps = []
+    for layers in events:
+        rows = max((len(experts) + 1) // 2 for experts in layers)
+        ids = np.zeros((len(layers), rows, 2), dtype=np.int64)
+        weights = np.zeros((len(layers), rows, 2), dtype=np.float16)
+        for layer, experts in enumerate(layers):
+            ids[layer].ravel()[: len(experts)] = experts
+            weights[layer].ravel()[: len(experts)] = 1
+        foretold = {
+            (layer, distance): Foretold(ids[layer + distance], weights[layer + distance] > 0)
+            for layer in range(len(layers))
+            for distance in (1, 2)
+            if foretell and layer + distance < len(layers)
+        }
+        steps.append(Step(0.0, ["r"] * rows, np.arange(rows, dtype=np.int32), ids, weights, foretold))
+    return steps
+
+
+def drawn(layers: int, experts: int):
+    event = st.sets(st.integers(0, experts - 1), min_size=1, max_size=3).map(sorted)
+    return st.lists(st.lists(event, min_size=layers, max_size=layers), min_size=1, max_size=4)
+
+
+def fewest_loads(events: list[tuple[int, tuple[int, ...]]], slots: int) -> int:
+    """Of every cache there is, by trying them: what stays after an event is any subset that leaves it room."""
+
+    @functools.cache
+    def best(number: int, resident: frozenset) -> int:
+        if number == len(events):
+            return 0
+        layer, experts = events[number]
+        wanted = frozenset((layer, expert) for expert in experts)
+        missing = len(wanted - resident)
+        others = sorted(resident - wanted)
+        room = slots - len(wanted)
+        if len(others) <= room:
+            return missing + best(number + 1, wanted | resident)
+        found = 10**9
+        for mask in range(1 << len(others)):
+            kept = frozenset(other for index, other in enumerate(others) if mask >> index & 1)
+            if len(kept) == room:
+                found = min(found, best(number + 1, wanted | kept))
+        return missing + found
+
+    return best(0, frozenset())
+
+
+@settings(max_examples=40, deadline=None)
+@given(drawn(2, 3), st.integers(3, 5))
+def test_the_oracle_is_the_best_there_is(events, slots):
+    trace = info(2, 3)
+    flat = [(layer, tuple(experts)) for step in events for layer, experts in enumerate(step)]
+    assert belady(trace, steps_of(events), [slots]).sum() == fewest_loads(flat, slots)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    drawn(3, 6), st.integers(3, 12), st.sampled_from(sorted(POLICIES)), st.sampled_from(["pool", "uniform", "trace"])
+)
+def test_no_policy_beats_the_bounds_on_bytes(events, slots, eviction, allocation):
+    trace, steps = info(3, 6, nbytes=7), steps_of(events)
+    oracle, bound = (int(belady(trace, steps, [slots], atomic).sum()) for atomic in (True, False))
+    assert bound <= oracle
+    result = replay(trace, steps, CacheSetup([slots], eviction, allocation))
+    assert result.demand_loads >= oracle
+    assert result.stats["fetched_bytes"] == 7 * result.demand_loads
+    assert result.stats["hits"] + result.stats["misses"] == sum(len(experts) for step in events for experts in step)
+
+
+def test_time_is_what_arithmetic_says():
+    """Two layers, everything missing in the first step, everything there in the second."""
+    events = [[[0, 1], [2, 3]]] * 2
+    machine = Machine(bandwidth=4 * TILE, layer_seconds=0.1, step_seconds=0.05, latency=0.01)
+    result = replay(info(2, 4, 2 * TILE), steps_of(events), CacheSetup([8]), machine)
+    load = 0.5 + 0.01
+    assert result.demand_loads == 4
+    assert result.seconds == pytest.approx(4 * load + 4 * 0.1 + 2 * 0.05)
+    assert result.stats["stall_seconds"] == pytest.approx(4 * load)
+
+
+def test_a_prefetch_hides_what_the_layers_before_take():
+    """The second layer's expert starts on its way when the first layer begins, 0.3 s before it is asked for."""
+    events = [[[0], [1]]]
+    setup = CacheSetup([16], lookahead=1, max_experts=1)
+    machine = Machine(bandwidth=2 * TILE, layer_seconds=0.3)
+    result = replay(info(2, 4, TILE), steps_of(events, foretell=True), setup, machine)
+    assert (result.demand_loads, result.stats["late"], result.stats["prefetches"]) == (1, 1, 1)
+    assert result.seconds == pytest.approx(0.5 + 0.5 + 0.3)  # load, then the second load from the start of layer 0
+    slow = Machine(bandwidth=2 * TILE, layer_seconds=0.6)
+    result = replay(info(2, 4, TILE), steps_of(events, foretell=True), setup, slow)
+    assert (result.demand_loads, result.stats["late"], result.stats["prefetch_hits"]) == (1, 0, 1)
+    assert result.seconds == pytest.approx(0.5 + 0.6 + 0.6)
+
+
+def test_demand_overtakes_speculation_between_tiles():
+    """Layer 1 is foretold 3 and asks 2: it waits for the tile under way, then for its own load."""
+    steps = steps_of([[[0], [2]]])
+    steps[0].foretold[0, 1] = Foretold(np.array([[3, 0]]), np.array([[True, False]]))
+    setup = CacheSetup([16], lookahead=1, max_experts=1)
+    machine = Machine(bandwidth=TILE, layer_seconds=1.5)
+    result = replay(info(2, 4, 4 * TILE), steps, setup, machine)
+    assert result.seconds == pytest.approx(4 + 1.5 + 0.5 + 4 + 1.5)  # half a tile was left to move
+    assert result.stats["wasted_bytes"] == 2 * TILE  # cancelled at the end of its second tile: its layer has come

@@ -1,0 +1,231 @@
+"""What an expert cache decides, event by event: the same object in a worker and in the simulator."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from vllm_adapmoe.cache.allocation import StackDistances, share_out
+from vllm_adapmoe.cache.eviction import POLICIES, EvictionPolicy, ExpertKey
+from vllm_adapmoe.cache.residency import Load, Request, Residency, State
+from vllm_adapmoe.prefetch.foresight import Foretold
+from vllm_adapmoe.prefetch.planner import PrefetchPlanner
+
+MEMORY = 1024.0
+"""Events of a layer after which its stack distances have faded to 1/e."""
+REVISION_STEPS = 256
+"""Steps between two revisions of floors that follow the traffic."""
+
+
+@dataclass
+class CacheStats:
+    """Counted over distinct experts of every layer's event, since the engine started."""
+
+    hits: int = 0
+    """Experts that were there when they were asked for."""
+    misses: int = 0
+    """Experts that had to be waited for: loaded on demand, or late."""
+    late: int = 0
+    """Of the misses, those that speculation had begun to load."""
+    prefetches: int = 0
+    """Speculative loads begun."""
+    prefetch_hits: int = 0
+    """Of the hits, those that speculation had loaded for this event or an earlier one."""
+    fetched_bytes: int = 0
+    """Bytes moved, on demand or not."""
+    wasted_bytes: int = 0
+    """Of those, bytes of speculative loads that were cancelled, or whose expert left without being asked for."""
+    stall_seconds: float = 0.0
+    """That layers waited."""
+
+    @property
+    def demand_loads(self) -> int:
+        """Experts that were loaded because a layer asked for them."""
+        return self.misses - self.late
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """The model's side of a cache."""
+
+    num_experts: Sequence[int]
+    """Of each MoE layer."""
+    top_k: int
+    pool_of: Sequence[int]
+    """Pool of each MoE layer: layers whose experts have one shape share one."""
+    expert_bytes: Sequence[int]
+    """Bytes of an expert of each MoE layer."""
+
+
+@dataclass(frozen=True)
+class CacheSetup:
+    """The user's side of a cache."""
+
+    slots: Sequence[int]
+    """Of each pool."""
+    eviction: str = "lru"
+    allocation: str = "pool"
+    """`pool`: no layer has a claim to slots. Floors in the pool otherwise: `uniform`, the same for all; `profile`, by
+    `curves`; `trace`, by the traffic so far, revised as it goes on."""
+    curves: Sequence[Sequence[float]] | None = None
+    """Of each layer, expected loads with 0, 1, .. slots; for `profile`."""
+    lookahead: int = 0
+    """Layers to look ahead at most; 0: nothing is fetched ahead."""
+    max_experts: int = 0
+    """Most that speculation may have under way, and, where there are enough slots, staging slots of each pool."""
+
+    def staging(self, slots: int, num_experts: int) -> int:
+        """Staging slots of a pool of `slots` for layers of `num_experts`.
+
+        No more than an eighth, and only what is beyond one whole layer: with less, steps would run in more waves.
+        """
+        return max(0, min(self.max_experts, slots // 8, slots - num_experts)) if self.lookahead else 0
+
+
+class Transfers(Protocol):
+    """Moves experts. Demand goes first, each kind in the order of submission."""
+
+    def demand(self, load: Load) -> None:
+        """Loads an expert that a layer waits for."""
+
+    def promote(self, key: ExpertKey) -> None:
+        """A layer waits now for what speculation is loading."""
+
+    def speculate(self, key: ExpertKey) -> None:
+        """Loads a queued expert when nothing else is to do: `start_speculation`, then `transfer_ended`."""
+
+
+class CacheController:
+    """Residency of every pool, what is fetched ahead, and the counters.
+
+    Args:
+        shape: the model's experts.
+        setup: slots and policies.
+        eviction: makes the policy of a pool from layers and experts; None: what the setup names.
+    """
+
+    def __init__(
+        self, shape: CacheShape, setup: CacheSetup, eviction: Callable[[int, int], EvictionPolicy] | None = None
+    ) -> None:
+        self.shape = shape
+        self.pool_of = list(shape.pool_of)
+        self.expert_bytes = list(shape.expert_bytes)
+        policy: Callable[[int, int], EvictionPolicy] = eviction or POLICIES[setup.eviction]
+        self.pools = [
+            Residency(
+                slots,
+                setup.staging(slots, max(shape.num_experts)),
+                policy(len(shape.num_experts), max(shape.num_experts)),
+            )
+            for slots in setup.slots
+        ]
+        self.distances = [StackDistances(count, MEMORY) for count in shape.num_experts]
+        self.events = 0
+        self.allocation = setup.allocation
+        if setup.allocation == "profile":
+            assert setup.curves is not None
+            self._share_out([np.asarray(curve) for curve in setup.curves])
+        elif setup.allocation != "pool":
+            self._share_out(None)
+        self.planner = None
+        if any(pool.staging for pool in self.pools):
+            self.planner = PrefetchPlanner(shape.num_experts, shape.top_k, setup.lookahead, setup.max_experts)
+        self.stats = CacheStats()
+        self.transfers: Transfers
+
+    def residency(self, layer: int) -> Residency:
+        """Of the pool that holds the experts of `layer`."""
+        return self.pools[self.pool_of[layer]]
+
+    def _share_out(self, curves: Sequence[np.ndarray] | None) -> None:
+        """Gives every layer its floor. What one token needs stays free: a layer without a share streams through it."""
+        shares = [0] * len(self.pool_of)
+        for pool, residency in enumerate(self.pools):
+            layers = [layer for layer, one in enumerate(self.pool_of) if one == pool]
+            experts = [self.shape.num_experts[layer] for layer in layers]
+            chosen = None if curves is None else [curves[layer] for layer in layers]
+            floors = share_out(chosen, experts, residency.capacity - self.shape.top_k)
+            for layer, share in zip(layers, floors, strict=True):
+                shares[layer] = share
+        for residency in self.pools:
+            residency.set_shares(shares)
+
+    def _follow_traffic(self, layer: int, experts: Sequence[int]) -> None:
+        self.distances[layer].record(experts)
+        self.events += 1
+        if self.events % (REVISION_STEPS * len(self.pool_of)) == 0:
+            self._share_out([one.misses for one in self.distances])
+
+    def begin(self, layer: int, experts: Sequence[int], present: Sequence[int] = ()) -> Request:
+        """One event, or one wave of it: pins `experts`, and issues the loads of those that are missing.
+
+        Args:
+            layer: MoE layer index.
+            experts: distinct ids, at most the pool's capacity.
+            present: experts of all of the event's waves, if there are several.
+        """
+        if self.allocation == "trace" and (not present or experts[0] == present[0]):
+            self._follow_traffic(layer, present or experts)
+        residency = self.residency(layer)
+        request = residency.request(layer, experts, present)
+        stats = self.stats
+        stats.hits += len(request.hits) + len(request.promoted)
+        stats.prefetch_hits += len(request.promoted)
+        stats.misses += len(request.loads) + len(request.awaited)
+        stats.late += len(request.awaited)
+        for load in request.awaited:
+            self.transfers.promote(load.key)
+        for load in request.loads:
+            self.transfers.demand(load)
+        return request
+
+    def release(self, layer: int, experts: Sequence[int]) -> None:
+        """The kernel that read these experts has run: they may leave."""
+        self.residency(layer).release(layer, experts)
+
+    def look_ahead(
+        self, layer: int, routing: tuple[np.ndarray, np.ndarray] | None, foretold: Mapping[int, Foretold]
+    ) -> list[ExpertKey]:
+        """Takes in what a router chose, and begins to fetch what its layer's input says of later layers.
+
+        Args:
+            layer: MoE layer index; -1: before the step.
+            routing: ids, integer `[tokens, top_k]`, and bool of the same shape, what was kept; None for layer -1.
+            foretold: predictions by lookahead.
+        """
+        assert self.planner is not None
+        if routing is not None:
+            self.planner.record(layer, *routing)
+        under_way = sum(
+            1
+            for pool in self.pools
+            for entry in pool.speculative.values()
+            if entry.state in (State.QUEUED, State.LOADING) and not entry.cancelled
+        )
+        chosen = self.planner.plan(layer, foretold, lambda key: self.residency(key[0]).want(key), under_way)
+        for key in chosen:
+            self.transfers.speculate(key)
+        return chosen
+
+    def start_speculation(self, key: ExpertKey) -> Load | None:
+        """A transfer is free for a queued expert: its slot, or None if it is not to be loaded any more."""
+        load = self.residency(key[0]).start(key)
+        if load is not None:
+            self.stats.prefetches += 1
+            if load.evicted is not None:
+                self.stats.wasted_bytes += self.expert_bytes[load.evicted[0]]
+        return load
+
+    def transfer_ended(self, key: ExpertKey, moved: int, complete: bool) -> State:
+        """A transfer has moved `moved` bytes, and all of them if `complete`; returns what the expert is now."""
+        residency = self.residency(key[0])
+        self.stats.fetched_bytes += moved
+        if complete:
+            state = residency.loaded(key)
+        else:
+            residency.failed(key)
+            state = State.ABSENT
+        if state is State.ABSENT:
+            self.stats.wasted_bytes += moved
+        return state

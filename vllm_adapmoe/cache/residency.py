@@ -1,0 +1,281 @@
+"""Which expert is in which slot, or on its way there: the state machine of a pool, without weights and threads."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+
+from vllm_adapmoe.cache.eviction import EvictionPolicy, ExpertKey
+
+
+class State(Enum):
+    """Of one expert. One that is `ABSENT` has no entry."""
+
+    ABSENT = "absent"
+    QUEUED = "queued"
+    """Wanted by speculation, without a slot yet."""
+    LOADING = "loading"
+    STAGED = "staged"
+    """Loaded by speculation, not asked for yet."""
+    RESIDENT = "resident"
+
+
+@dataclass
+class Entry:
+    """An expert that is not absent."""
+
+    state: State
+    slot: int = -1
+    speculative: bool = False
+    cancelled: bool = False
+    """A load under way that nobody wants any more; it ends at its next tile."""
+    stale: bool = False
+    """Staged, but its layer has come and gone without it."""
+    pins: int = 0
+
+
+@dataclass(frozen=True)
+class Load:
+    """`key` goes into `slot`, from which `evicted` has left."""
+
+    key: ExpertKey
+    slot: int
+    evicted: ExpertKey | None = None
+
+
+@dataclass
+class Request:
+    """What one event of a layer came to."""
+
+    loads: list[Load] = field(default_factory=list)
+    """Demand loads to issue."""
+    hits: list[ExpertKey] = field(default_factory=list)
+    """Resident already."""
+    promoted: list[Load] = field(default_factory=list)
+    """Staged by speculation, now resident; `evicted` left for them."""
+    awaited: list[Load] = field(default_factory=list)
+    """Being loaded by speculation; from now on with demand's priority."""
+    cancelled: list[ExpertKey] = field(default_factory=list)
+    """Speculation for this layer that turned out wrong; stop it at the next tile."""
+
+
+def waves(experts: Sequence[int], capacity: int) -> list[Sequence[int]]:
+    """Splits a layer's distinct experts, ascending, into groups that fit the slots.
+
+    A function of the routing and the slot count alone: what happens to be resident must not change an output.
+    """
+    return [experts[start : start + capacity] for start in range(0, len(experts), capacity)]
+
+
+class Residency:
+    """Residency of one pool.
+
+    Of the `num_slots` slots, `staging` are for speculation: it never makes a resident expert leave. When a staged
+    expert is asked for, it becomes resident where it is, and the slot of the expert that leaves for it becomes free.
+
+    Args:
+        num_slots: slots of the pool.
+        staging: slots that only speculation uses, fewer than `num_slots`.
+        policy: the order of leaving.
+        shares: slots that each layer is left with while others have more than theirs; None: no layer has a claim.
+    """
+
+    def __init__(
+        self, num_slots: int, staging: int, policy: EvictionPolicy, shares: Sequence[int] | None = None
+    ) -> None:
+        assert 0 <= staging < num_slots
+        self.num_slots = num_slots
+        self.staging = staging
+        self.policy = policy
+        self.entries: dict[ExpertKey, Entry] = {}
+        self.free = list(range(num_slots - 1, -1, -1))
+        layers, experts = policy.scores().shape
+        self.evictable = np.zeros((layers, experts), dtype=bool)
+        """Resident and without pins."""
+        self.count = np.zeros(layers, dtype=np.int64)
+        """Residents of each layer, loads on demand included."""
+        self.residents = 0
+        self.speculative: dict[ExpertKey, Entry] = {}
+        """Queued, loading or staged for nobody yet."""
+        self.speculating = 0
+        """Slots that those hold."""
+        self.set_shares(shares)
+
+    @property
+    def capacity(self) -> int:
+        """Experts that can be resident together: the most that one event may ask for."""
+        return self.num_slots - self.staging
+
+    def set_shares(self, shares: Sequence[int] | None) -> None:
+        """New claims of the layers; nobody leaves for them at once."""
+        self.shares = None if shares is None else np.asarray(shares)
+
+    def state(self, key: ExpertKey) -> State:
+        """State of an expert; a cancelled load counts as absent, for nothing will come of it."""
+        entry = self.entries.get(key)
+        return State.ABSENT if entry is None or entry.cancelled else entry.state
+
+    def request(self, layer: int, experts: Sequence[int], present: Iterable[int] = ()) -> Request:
+        """One event: `layer` asks for distinct `experts` at once, at most `capacity`. Pins them until `release`.
+
+        None of them leaves for another of them, so a layer's experts are together when its kernel runs.
+        A load counts as resident from here on.
+
+        Args:
+            layer: MoE layer index.
+            experts: of this event, or of this wave of it.
+            present: experts of all waves of the event: speculation for them is not wrong.
+        """
+        assert len(experts) <= self.capacity, f"{len(experts)} experts requested of {self.capacity} slots"
+        self.policy.record(layer, experts)
+        request = Request()
+        self._withdraw(layer, {*experts, *present}, request)
+        missing: list[tuple[ExpertKey, Entry | None]] = []
+        for expert in experts:
+            key = layer, expert
+            entry = self.entries.get(key)
+            if entry is not None and entry.state is State.RESIDENT:
+                request.hits.append(key)
+            elif entry is not None and entry.slot >= 0 and entry.speculative:
+                missing.append((key, entry))
+                continue  # pinned when it has become a resident
+            elif entry is not None and entry.state is State.LOADING:
+                request.awaited.append(Load(key, entry.slot))
+            else:
+                if entry is not None:  # queued: demand loads it instead
+                    self._unqueue(key)
+                missing.append((key, None))
+                continue
+            self._pin(key, entry)
+        for key, entry in missing:
+            evicted = self._make_room(layer)
+            if entry is None:
+                entry = self.entries[key] = Entry(State.LOADING, self.free.pop())
+                request.loads.append(Load(key, entry.slot, evicted))
+            else:
+                self.speculating -= 1
+                del self.speculative[key]
+                entry.speculative = entry.cancelled = entry.stale = False
+                if entry.state is State.STAGED:
+                    entry.state = State.RESIDENT
+                    request.promoted.append(Load(key, entry.slot, evicted))
+                else:
+                    request.awaited.append(Load(key, entry.slot, evicted))
+            self.residents += 1
+            self.count[layer] += 1
+            self._pin(key, entry)
+        return request
+
+    def release(self, layer: int, experts: Sequence[int]) -> None:
+        """The kernel that read these experts has run."""
+        for expert in experts:
+            entry = self.entries.get((layer, expert))
+            if entry is None:  # its load failed
+                continue
+            entry.pins -= 1
+            self.evictable[layer, expert] = entry.pins == 0 and entry.state is State.RESIDENT
+
+    def want(self, key: ExpertKey) -> bool:
+        """Speculation wants an expert; returns whether it has to be loaded: it was absent, and is queued now."""
+        entry = self.entries.get(key)
+        if entry is None:
+            self.entries[key] = self.speculative[key] = Entry(State.QUEUED, speculative=True)
+            return True
+        entry.stale = False
+        entry.cancelled = False
+        return False
+
+    def start(self, key: ExpertKey) -> Load | None:
+        """Gives a queued expert a staging slot; None if there is none, or it is no longer queued. Then it is absent."""
+        entry = self.entries.get(key)
+        if entry is None or entry.state is not State.QUEUED:
+            return None
+        evicted = None
+        if self.speculating == self.staging:
+            evicted = self._stale()
+            if evicted is None:
+                self._unqueue(key)
+                return None
+            self._drop(evicted)
+        self.speculating += 1
+        entry.state, entry.slot = State.LOADING, self.free.pop()
+        return Load(key, entry.slot, evicted)
+
+    def loaded(self, key: ExpertKey) -> State:
+        """A load has ended well; returns what the expert is now."""
+        entry = self.entries[key]
+        assert entry.state is State.LOADING
+        if entry.cancelled:
+            self._drop(key)
+            return State.ABSENT
+        entry.state = State.STAGED if entry.speculative else State.RESIDENT
+        self.evictable[key] = not entry.speculative and entry.pins == 0
+        return entry.state
+
+    def failed(self, key: ExpertKey) -> None:
+        """A load has failed, or has ended because it was cancelled: its slot is free again."""
+        assert self.entries[key].state is State.LOADING
+        self._drop(key)
+
+    def _pin(self, key: ExpertKey, entry: Entry) -> None:
+        entry.pins += 1
+        self.evictable[key] = False
+
+    def _withdraw(self, layer: int, wanted: set[int], request: Request) -> None:
+        """The router has spoken: speculation for others of this layer was wrong."""
+        for key, entry in list(self.speculative.items()):
+            if key[0] != layer or key[1] in wanted or entry.cancelled:
+                continue
+            if entry.state is State.STAGED:
+                entry.stale = True
+                continue
+            request.cancelled.append(key)
+            if entry.state is State.QUEUED:
+                self._unqueue(key)
+            else:
+                entry.cancelled = True
+
+    def _unqueue(self, key: ExpertKey) -> None:
+        del self.entries[key], self.speculative[key]
+
+    def _make_room(self, layer: int) -> ExpertKey | None:
+        """Sees to it that one more expert may be resident; returns who left."""
+        if self.residents < self.capacity:
+            return None
+        key = self._victim(layer)
+        self._drop(key)
+        return key
+
+    def _victim(self, layer: int) -> ExpertKey:
+        candidates = self.evictable
+        if self.shares is not None:
+            over = self.count > self.shares
+            over[layer] = self.count[layer] >= self.shares[layer]
+            above = candidates & over[:, None]
+            if above.any():
+                candidates = above
+        scores = np.where(candidates, self.policy.scores(), np.inf)
+        index = int(scores.argmin())
+        key = divmod(index, scores.shape[1])
+        if not candidates[key]:
+            raise LookupError("every resident expert is in use")
+        return key
+
+    def _stale(self) -> ExpertKey | None:
+        stale = [key for key, entry in self.speculative.items() if entry.stale]
+        if not stale:
+            return None
+        scores = self.policy.scores()
+        return min(stale, key=lambda key: (scores[key], key))
+
+    def _drop(self, key: ExpertKey) -> None:
+        entry = self.entries.pop(key)
+        self.free.append(entry.slot)
+        self.evictable[key] = False
+        if entry.speculative:
+            del self.speculative[key]
+            self.speculating -= 1
+        else:
+            self.residents -= 1
+            self.count[key[0]] -= 1

@@ -1,0 +1,226 @@
+"""Moves experts from the store into slots: reader threads, demand before speculation, tile by tile."""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vllm_adapmoe.cache.controller import CacheController
+from vllm_adapmoe.cache.eviction import ExpertKey
+from vllm_adapmoe.cache.residency import Load, State
+from vllm_adapmoe.cache.slots import SlotPool
+from vllm_adapmoe.store.base import ExpertStore
+
+logger = logging.getLogger(__name__)
+
+READERS = 4
+"""Threads that read records. A disk wants a few requests in flight; more only contend for the cores."""
+SPECULATORS = 2
+"""Of those, the most that speculation occupies: demand never waits for more tiles than that."""
+TILE_BYTES = 1 << 20
+"""Bytes between two looks at what has become more urgent, or unwanted."""
+
+
+@dataclass
+class Job:
+    """One record on its way."""
+
+    key: ExpertKey
+    urgent: bool
+    slot: int = -1
+    tiles: Iterator[int] | None = None
+    moved: int = 0
+
+
+class LinkLimit:
+    """Lets bytes pass no faster than a link of `bytes_per_second` would, one tile after the other."""
+
+    def __init__(self, bytes_per_second: float) -> None:
+        self.bytes_per_second = bytes_per_second
+        self._free_at = 0.0
+        self._lock = threading.Lock()
+
+    def reserve(self, nbytes: int) -> float:
+        """Takes the link for `nbytes` as soon as it is free; returns when they will have passed."""
+        with self._lock:
+            self._free_at = max(time.perf_counter(), self._free_at) + nbytes / self.bytes_per_second
+            return self._free_at
+
+
+class TransferEngine:
+    """The queues of a worker and the threads that serve them.
+
+    Every method but `run` is called with `lock` held, which also guards the controller.
+
+    Args:
+        controller: told when speculation starts and when a transfer ends.
+        pools: the slots' memory.
+        store: backing copies.
+        readers: threads; 0: the thread that waits moves everything itself, in the order of submission.
+        link_bytes_per_second: limit of the link; None: as fast as it goes.
+    """
+
+    def __init__(
+        self,
+        controller: CacheController,
+        pools: list[SlotPool],
+        store: ExpertStore,
+        readers: int = READERS,
+        link_bytes_per_second: float | None = None,
+    ) -> None:
+        self.controller = controller
+        self.pools = pools
+        self.store = store
+        self.link = None if link_bytes_per_second is None else LinkLimit(link_bytes_per_second)
+        self.lock = threading.Lock()
+        self.changed = threading.Condition(self.lock)
+        self.jobs: dict[ExpertKey, Job] = {}
+        """Demand, and speculation that has started."""
+        self.urgent: deque[Job] = deque()
+        self.idle: deque[Job] = deque()
+        self.demanding = 0
+        """Urgent jobs that have not ended."""
+        self.speculating = 0
+        """Threads at work on speculation."""
+        self.errors: dict[ExpertKey, Exception] = {}
+        """Of demand loads that failed, until the waiting layer takes them."""
+        self.busy_seconds = 0.0
+        """During which at least one transfer was under way."""
+        self._active = 0
+        self._active_since = 0.0
+        self.closing = False
+        self.threads = [
+            threading.Thread(target=self._serve, name=f"expert-reader-{number}", daemon=True)
+            for number in range(readers)
+        ]
+        for thread in self.threads:
+            thread.start()
+
+    # What the controller asks for
+
+    def demand(self, load: Load) -> None:
+        self._queue_urgent(Job(load.key, urgent=True, slot=load.slot))
+
+    def promote(self, key: ExpertKey) -> None:
+        job = self.jobs[key]
+        job.urgent = True
+        if job in self.idle:  # between two tiles: nobody is at work on it
+            self.idle.remove(job)
+            self._queue_urgent(job)
+        else:
+            self.demanding += 1
+
+    def speculate(self, key: ExpertKey) -> None:
+        self.idle.append(Job(key, urgent=False))
+        self.changed.notify()
+
+    def _queue_urgent(self, job: Job) -> None:
+        self.jobs[job.key] = job
+        self.urgent.append(job)
+        self.demanding += 1
+        self.changed.notify()
+
+    # What the threads do
+
+    def next_urgent(self) -> Job | None:
+        """A job for a thread that waits for demand anyway."""
+        return self._begin(self.urgent.popleft()) if self.urgent else None
+
+    def next_idle(self, beside_demand: bool = False) -> Job | None:
+        """A speculative job that may start or go on now; not beside demand, unless that is asked for."""
+        while self.idle and (beside_demand or not self.demanding) and self.speculating < SPECULATORS:
+            job = self.idle.popleft()
+            if job.tiles is None:
+                load = self.controller.start_speculation(job.key)
+                if load is None:
+                    continue
+                job.slot = load.slot
+                self.jobs[job.key] = job
+            self.speculating += 1
+            return self._begin(job)
+        return None
+
+    def _begin(self, job: Job) -> Job:
+        if not self._active:
+            self._active_since = time.perf_counter()
+        self._active += 1
+        return job
+
+    def _pause(self) -> None:
+        self._active -= 1
+        if not self._active:
+            self.busy_seconds += time.perf_counter() - self._active_since
+
+    def _serve(self) -> None:
+        while True:
+            with self.changed:
+                while (job := self.next_urgent() or self.next_idle()) is None and not self.closing:
+                    self.changed.wait()
+            if job is None:
+                return
+            self.run(job)
+
+    def run(self, job: Job) -> None:
+        """Moves a job's tiles to its end, or until it is unwanted or overtaken. Without `lock`."""
+        began_urgent = job.urgent
+        complete, error = False, None
+        try:
+            if job.tiles is None:
+                job.tiles = self._tiles(job)
+            complete = self._move(job, job.tiles)
+        except Exception as caught:  # raised again in the layer that waits for it
+            error = caught
+        with self.changed:
+            self._pause()
+            if not began_urgent:
+                self.speculating -= 1
+            if complete or error is not None or self._unwanted(job):
+                self._end(job, complete, error)
+            elif job.urgent:  # promoted between its last tile and here
+                self.urgent.append(job)
+            else:
+                self.idle.appendleft(job)
+            self.changed.notify_all()
+
+    def _tiles(self, job: Job) -> Iterator[int]:
+        pool = self.pools[self.controller.pool_of[job.key[0]]]
+        return pool.fill(job.slot, lambda buffers: self.store.read_tiles(job.key, buffers, TILE_BYTES))
+
+    def _move(self, job: Job, tiles: Iterator[int]) -> bool:
+        """Returns whether the record is whole; False: it is unwanted, or something else is more urgent."""
+        for nbytes in tiles:
+            job.moved += nbytes
+            if self.link is not None:
+                rest = self.link.reserve(nbytes) - time.perf_counter()
+                if rest > 0:
+                    time.sleep(rest)
+            if self.closing or (not job.urgent and self.threads and (self.demanding or self._unwanted(job))):
+                return False
+        return True
+
+    def _unwanted(self, job: Job) -> bool:
+        entry = self.controller.residency(job.key[0]).entries.get(job.key)
+        return self.closing or entry is None or entry.cancelled
+
+    def _end(self, job: Job, complete: bool, error: Exception | None) -> None:
+        del self.jobs[job.key]
+        if job.tiles is not None and not complete:
+            job.tiles.close()  # type: ignore[attr-defined]
+        if job.urgent:
+            self.demanding -= 1
+        wanted = self.controller.transfer_ended(job.key, job.moved, complete) is not State.ABSENT
+        if error is not None and job.urgent:
+            self.errors[job.key] = error
+        elif error is not None:
+            logger.warning("Expert cache: a prefetch failed and is dropped: %s", error)
+        assert wanted or not complete or not job.urgent
+
+    def close(self) -> None:
+        """Ends the threads after their tile; whatever is under way comes to nothing. Without `lock`."""
+        with self.changed:
+            self.closing = True
+            self.changed.notify_all()
+        for thread in self.threads:
+            thread.join()

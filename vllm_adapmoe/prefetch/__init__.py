@@ -1,0 +1,1 @@
+"""Who is needed next: predictions from the next layers' own gates, and what to fetch for them."""

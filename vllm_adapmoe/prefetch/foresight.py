@@ -1,0 +1,104 @@
+"""What the next layers' gates, applied to an earlier layer's input, say: pure functions and counters on arrays."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+PRIOR = 0.6
+"""Chance that a foretold expert is used, before anything was counted; worth `PRIOR_WEIGHT` observations."""
+PRIOR_WEIGHT = 8.0
+MEMORY = 512.0
+"""Observations after which old ones have faded to 1/e: precision follows the traffic."""
+
+
+@dataclass(frozen=True)
+class Foretold:
+    """Experts that a later layer is foretold to choose, token by token, the best first."""
+
+    ids: np.ndarray
+    """Integer `[tokens, top_k]`."""
+    kept: np.ndarray
+    """Bool `[tokens, top_k]`, False for what gating would drop."""
+
+
+def foretell(
+    logits: np.ndarray,
+    top_k: int,
+    sensitivity: float = 0.0,
+    threshold: float = 0.0,
+    correction: np.ndarray | None = None,
+) -> Foretold:
+    """Ranks a gate's logits, and foretells how many experts gating will keep (`gating.drop_costs`).
+
+    Args:
+        logits: `[tokens, experts]`, of the later layer's gate on this layer's input.
+        top_k: experts of a token.
+        sensitivity: of the later layer; with `threshold`, the rule `c * S < T` of gating by token.
+        threshold: 0 keeps all.
+        correction: `[experts]`, added to sigmoid scores before ranking, where the router does so.
+    """
+    if top_k >= logits.shape[1]:
+        ids = np.argsort(-logits, axis=1, kind="stable")
+    else:
+        rank = logits if correction is None else 1 / (1 + np.exp(-logits)) + correction
+        ids = (
+            np.argpartition(-rank, top_k - 1, axis=1)[:, :top_k]
+            if len(logits) > 4
+            else (-rank).argsort(axis=1)[:, :top_k]
+        )
+        order = np.argsort(-np.take_along_axis(rank, ids, 1), axis=1, kind="stable")
+        ids = np.take_along_axis(ids, order, 1)
+    kept = np.ones(ids.shape, dtype=bool)
+    if threshold > 0 and top_k > 1:
+        chosen = np.take_along_axis(logits, ids, 1)
+        weights = np.exp(chosen - chosen[:, :1])
+        weights /= weights.sum(1, keepdims=True)
+        squares = np.cumsum(weights**2, axis=1)[:, :-1]
+        inside = np.cumsum(weights, axis=1)[:, :-1]
+        costs = (((1 - inside) / inside) ** 2 * squares + (weights**2).sum(1, keepdims=True) - squares) / 2
+        kept[:, 1:] = costs * sensitivity >= threshold
+    return Foretold(ids, kept)
+
+
+class Precision:
+    """How often the best, second best, .. foretold expert is used, counted as the model runs."""
+
+    def __init__(self, top_k: int, prior: Sequence[float] | None = None) -> None:
+        self.right = PRIOR_WEIGHT * np.asarray([PRIOR] * top_k if prior is None else prior, dtype=np.float64)
+        self.seen = PRIOR_WEIGHT
+
+    @property
+    def by_rank(self) -> np.ndarray:
+        """float64 `[top_k]`."""
+        return self.right / self.seen
+
+    def record(self, foretold: Foretold, used: np.ndarray) -> None:
+        """Compares a prediction with the event it was of.
+
+        Args:
+            foretold: of the event's tokens.
+            used: bool `[tokens, experts]`.
+        """
+        tokens = len(foretold.ids)
+        right = np.take_along_axis(used, foretold.ids, 1).sum(0)
+        fade = np.exp(-tokens / MEMORY)
+        self.right = fade * self.right + right
+        self.seen = fade * self.seen + tokens
+
+
+def chances(foretold: Foretold, precision: np.ndarray, num_experts: int) -> np.ndarray:
+    """Probability that any token of the batch uses an expert: `1 - prod (1 - b_rank)` over the tokens that rank it.
+
+    Args:
+        foretold: of every token of the step.
+        precision: `[top_k]`, by rank.
+        num_experts: of the later layer.
+
+    Returns:
+        float64 `[num_experts]`; 0 for what no token is foretold to keep.
+    """
+    with np.errstate(divide="ignore"):
+        logs = np.log1p(-np.minimum(precision, 1 - 1e-9))
+    weights = np.where(foretold.kept, logs, 0.0)
+    return -np.expm1(np.bincount(foretold.ids.ravel(), weights.ravel(), minlength=num_experts))

@@ -1,0 +1,80 @@
+"""What to fetch ahead: pure decisions of one worker."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from vllm_adapmoe.cache.eviction import ExpertKey
+from vllm_adapmoe.prefetch.foresight import Foretold, Precision, chances
+
+LEAST_CHANCE = 0.5
+"""Below it a prefetch is more likely wasted than used."""
+
+
+class PrefetchPlanner:
+    """Looks ahead from layer to layer, and ranks what is missing by the chance that it is used.
+
+    Experts of a pool have one size, so the chance also ranks the stall that a prefetch is expected to save.
+
+    Args:
+        num_experts: of each MoE layer.
+        top_k: experts of a token.
+        lookahead: layers to look ahead at most. The next one is looked at always; one further only if nothing more
+            can be fetched for the nearer ones.
+        max_experts: most that speculation may have under way.
+    """
+
+    def __init__(self, num_experts: Sequence[int], top_k: int, lookahead: int, max_experts: int) -> None:
+        self.num_experts = list(num_experts)
+        self.lookahead = lookahead
+        self.max_experts = max_experts
+        layers = len(num_experts)
+        self.precision = [[Precision(top_k) for _ in range(lookahead)] for _ in range(layers)]
+        self.pending: list[dict[int, Foretold]] = [{} for _ in range(layers)]
+        """Of each layer, by lookahead, what was foretold for its next event."""
+
+    def record(self, layer: int, ids: np.ndarray, kept: np.ndarray) -> None:
+        """The router of `layer` has spoken.
+
+        Args:
+            layer: MoE layer index.
+            ids: integer `[tokens, top_k]`.
+            kept: bool `[tokens, top_k]`.
+        """
+        pending = self.pending[layer]
+        if not pending:
+            return
+        used = np.zeros((len(ids), self.num_experts[layer]), dtype=bool)
+        np.put_along_axis(used, ids, kept, axis=1)
+        for distance, foretold in pending.items():
+            if len(foretold.ids) == len(ids):
+                self.precision[layer][distance - 1].record(foretold, used)
+        pending.clear()
+
+    def plan(
+        self, layer: int, foretold: Mapping[int, Foretold], want: Callable[[ExpertKey], bool], under_way: int
+    ) -> list[ExpertKey]:
+        """What to fetch while `layer` runs, the likeliest first.
+
+        Args:
+            layer: whose input the predictions were made from.
+            foretold: predictions by lookahead, the nearest first.
+            want: asked of each candidate; True if it has to be loaded.
+            under_way: speculative loads that have not ended.
+        """
+        chosen: list[ExpertKey] = []
+        for distance, one in foretold.items():
+            if distance > self.lookahead:
+                break
+            target = layer + distance
+            self.pending[target][distance] = one
+            if chosen or under_way:
+                continue
+            precision = self.precision[target][distance - 1].by_rank
+            chance = chances(one, precision, self.num_experts[target])
+            for expert in np.argsort(-chance, kind="stable").tolist():
+                if len(chosen) == self.max_experts or chance[expert] < LEAST_CHANCE:
+                    break
+                if want((target, expert)):
+                    chosen.append((target, expert))
+        return chosen

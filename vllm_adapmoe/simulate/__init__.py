@@ -1,0 +1,1 @@
+"""Routing traces of live traffic, and their replay against policies."""

@@ -1,0 +1,191 @@
+"""Compares cache policies on a trace: loads, prefetches, stalls and tokens/s, against the best there could be."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from vllm_adapmoe.allocation_plan import curves_of_profile
+from vllm_adapmoe.cache.controller import CacheSetup
+from vllm_adapmoe.cache.eviction import POLICIES
+from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.profile import ModelProfile
+from vllm_adapmoe.simulate.replay import Machine, belady, replay
+from vllm_adapmoe.simulate.trace import Step, TraceInfo, read_trace
+
+ALLOCATIONS = ("pool", "uniform", "profile", "trace")
+
+
+@dataclass(frozen=True)
+class PolicyName:
+    """`EVICTION[/ALLOCATION][+prefetch]`, such as `lru`, `lru/uniform` or `next_use+prefetch`."""
+
+    eviction: str
+    allocation: str
+    prefetch: bool
+
+    @classmethod
+    def parse(cls, text: str) -> "PolicyName":
+        """Raises AdapMoEError for what is not a policy."""
+        rest, plus, tail = text.partition("+")
+        eviction, _, allocation = rest.partition("/")
+        name = cls(eviction, allocation or "pool", tail == "prefetch")
+        if eviction not in POLICIES or name.allocation not in ALLOCATIONS or (plus and not name.prefetch):
+            raise AdapMoEError(
+                f"--policies {text!r} is not known; EVICTION[/ALLOCATION][+prefetch] with EVICTION of "
+                f"{', '.join(POLICIES)} and ALLOCATION of {', '.join(ALLOCATIONS)}"
+            )
+        return name
+
+
+def slots_of_pools(info: TraceInfo, slots: int) -> list[int]:
+    """Slots of each pool, in proportion to its experts."""
+    experts = [0] * (max(info.pool_of) + 1)
+    for pool, count in zip(info.pool_of, info.num_experts, strict=True):
+        experts[pool] += count
+    return [slots * count // sum(experts) for count in experts]
+
+
+def run_simulate(
+    trace: Path,
+    shares: Sequence[float],
+    policies: Sequence[str],
+    machine: Machine,
+    lookahead: int,
+    max_experts: int,
+    profile: Path | None,
+) -> dict[str, Any]:
+    """Replays a trace for every number of slots and policy.
+
+    Args:
+        trace: file that `trace_out` wrote.
+        shares: slots, as shares of all experts where at most 1, else as counts.
+        policies: names, see `PolicyName`.
+        machine: times of link and compute; without bandwidth, only loads are counted.
+        lookahead: of policies with prefetch.
+        max_experts: of policies with prefetch.
+        profile: for `profile` allocation.
+
+    Raises:
+        AdapMoEError: no trace, an unknown policy, or too few slots.
+    """
+    names = [PolicyName.parse(text) for text in policies]
+    info, steps = read_trace(trace)
+    total = sum(info.num_experts)
+    curves = None
+    if any(name.allocation == "profile" for name in names):
+        if profile is None:
+            raise AdapMoEError("--policies with /profile need --profile, what `adapmoe calibrate` wrote")
+        curves = [curve.tolist() for curve in curves_of_profile(ModelProfile.load(str(profile)), 0.0, max_experts)]
+    points = []
+    with tqdm(desc="Replaying", total=len(shares) * (len(names) + 2), unit="replay") as bar:
+        for share in shares:
+            count = round(share * total) if share <= 1 else int(share)
+            slots = slots_of_pools(info, count)
+            if min(slots) < info.top_k:
+                raise AdapMoEError(f"--slots {share:g} leaves {min(slots)} slots for {info.top_k} experts of a token")
+            least: dict[str, int] = {}
+            for key, atomic in (("oracle", True), ("bound", False)):
+                loads = belady(info, steps, slots, atomic)
+                least |= {f"{key}_loads": int(loads.sum()), f"{key}_bytes": int(loads @ np.array(info.expert_bytes))}
+                bar.update()
+            for text, name in zip(policies, names, strict=True):
+                setup = CacheSetup(
+                    slots,
+                    name.eviction,
+                    name.allocation,
+                    curves,
+                    lookahead if name.prefetch else 0,
+                    max_experts,
+                )
+                points.append({"slots": count, "policy": text} | least | _point(info, steps, setup, machine))
+                bar.update()
+    tokens = sum(len(step.positions) for step in steps)
+    return {
+        "simulation": "replay",
+        "trace": str(trace),
+        "model": info.model,
+        "experts": total,
+        "steps": len(steps),
+        "tokens": tokens,
+        "machine": vars(machine),
+        "lookahead": lookahead,
+        "max_experts": max_experts,
+        "points": points,
+    }
+
+
+def _point(info: TraceInfo, steps: Sequence[Step], setup: CacheSetup, machine: Machine) -> dict[str, Any]:
+    result = replay(info, steps, setup, machine)
+    stats = result.stats
+    useful = stats["prefetch_hits"] + stats["late"]
+    foreseen = useful / (useful + result.demand_loads) if useful + result.demand_loads else 1.0
+    return {
+        "demand_loads": result.demand_loads,
+        "late": stats["late"],
+        "prefetches": stats["prefetches"],
+        "prefetch_precision": useful / stats["prefetches"] if stats["prefetches"] else None,
+        "prefetch_recall": foreseen,
+        "fetched_bytes": stats["fetched_bytes"],
+        "wasted_bytes": stats["wasted_bytes"],
+        "stall_seconds": stats["stall_seconds"],
+        "tokens_per_second": result.tokens / result.seconds if result.seconds else None,
+    }
+
+
+def print_simulate(result: dict[str, Any], console: Console) -> None:
+    """The result as a table."""
+    timed = result["machine"]["bandwidth"] is not None
+    table = Table(
+        title=f"Replay of {result['steps']} steps, {result['tokens']} tokens, {result['experts']} experts",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    columns = ["slots", "policy", "demand", "of oracle", "bytes", "wasted", "right", "foreseen"]
+    for column in columns + (["stall", "tok/s"] if timed else []):
+        table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
+    for point in result["points"]:
+        oracle, moved = max(1, point["oracle_loads"]), max(1, point["fetched_bytes"])
+        row = [
+            str(point["slots"]),
+            point["policy"],
+            str(point["demand_loads"]),
+            f"{point['demand_loads'] / oracle:.2f}",
+            f"{point['fetched_bytes'] / max(1, point['oracle_bytes']):.2f}",
+            f"{point['wasted_bytes'] / moved:.1%}",
+            "-" if point["prefetch_precision"] is None else f"{point['prefetch_precision']:.0%}",
+            f"{point['prefetch_recall']:.0%}",
+        ]
+        if timed:
+            row += [f"{point['stall_seconds']:.1f}", f"{point['tokens_per_second']:.1f}"]
+        table.add_row(*row)
+    console.print(table)
+    console.print(
+        "of oracle, bytes: demand loads and bytes moved, of Belady's with the same slots and no prefetch; right: share "
+        "of prefetches that were used; foreseen: share of what was missing that a prefetch had begun to bring"
+    )
+
+
+def plot_simulate(result: dict[str, Any], path: Path) -> None:
+    """Bytes moved, of the oracle's, against slots; where time was simulated, tokens/s too."""
+    from vllm_adapmoe.plot import figure
+
+    timed = result["machine"]["bandwidth"] is not None
+    with figure(path, "slots", "bytes moved, of Belady's", columns=1 + timed) as drawn:
+        axes = drawn[0] if timed else [drawn]
+        for policy in dict.fromkeys(point["policy"] for point in result["points"]):
+            points = [point for point in result["points"] if point["policy"] == policy]
+            slots = [point["slots"] for point in points]
+            ratio = [point["fetched_bytes"] / max(1, point["oracle_bytes"]) for point in points]
+            axes[0].plot(slots, ratio, "o-", label=policy)
+            if timed:
+                axes[1].plot(slots, [point["tokens_per_second"] for point in points], "o-", label=policy)
+        if timed:
+            axes[1].set_ylabel("tokens/s")
+        axes[0].legend(fontsize=7)

@@ -1,0 +1,235 @@
+"""Replays a routing trace against a cache: the worker's own decisions, on a virtual link and clock."""
+
+import heapq
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from vllm_adapmoe.cache.controller import CacheController, CacheSetup
+from vllm_adapmoe.cache.eviction import EvictionPolicy, ExpertKey
+from vllm_adapmoe.cache.residency import Load, waves
+from vllm_adapmoe.prefetch.foresight import Foretold
+from vllm_adapmoe.simulate.trace import Step, TraceInfo
+
+TILE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a replay's times are made of. Without bandwidth everything arrives at once, and no time passes."""
+
+    bandwidth: float | None = None
+    """Bytes per second of the link."""
+    layer_seconds: float = 0.0
+    """Of one layer in a step, fetches apart."""
+    step_seconds: float = 0.0
+    """Of a step outside its layers."""
+    latency: float = 0.0
+    """Of one load, before its first byte."""
+
+
+class VirtualLink:
+    """One transfer at a time; demand overtakes speculation at the end of a tile."""
+
+    def __init__(self, controller: CacheController, machine: Machine) -> None:
+        self.controller = controller
+        self.machine = machine
+        self.now = 0.0
+        self.urgent: deque[ExpertKey] = deque()
+        self.idle: deque[ExpertKey] = deque()
+        self.left: dict[ExpertKey, int] = {}
+        """Bytes that transfers which have begun have yet to move."""
+        self.under_way: tuple[ExpertKey, int, float] | None = None
+        """Whose tile is on the link, its bytes, and when it will have arrived."""
+        self.busy_seconds = 0.0
+
+    def demand(self, load: Load) -> None:
+        self.left[load.key] = self.controller.expert_bytes[load.key[0]]
+        self.urgent.append(load.key)
+        if self.machine.bandwidth is None:
+            self._end(self.urgent, load.key)
+
+    def promote(self, key: ExpertKey) -> None:
+        self.idle.remove(key)
+        self.urgent.append(key)
+
+    def speculate(self, key: ExpertKey) -> None:
+        self.idle.append(key)
+        if self.machine.bandwidth is None and self._start(key):
+            self._end(self.idle, key)
+
+    def _start(self, key: ExpertKey) -> bool:
+        if key in self.left:
+            return True
+        if self.controller.start_speculation(key) is None:
+            self.idle.remove(key)
+            return False
+        self.left[key] = self.controller.expert_bytes[key[0]]
+        return True
+
+    def _end(self, queue: deque[ExpertKey], key: ExpertKey) -> None:
+        queue.remove(key)
+        self.left.pop(key)
+        self.controller.transfer_ended(key, self.controller.expert_bytes[key[0]], complete=True)
+
+    def _next_tile(self) -> bool:
+        """Puts a tile on the link if there is one to move."""
+        while queue := self.urgent or self.idle:
+            key = queue[0]
+            if queue is self.idle and not self._start(key):
+                continue
+            total = self.controller.expert_bytes[key[0]]
+            if self.controller.residency(key[0]).entries[key].cancelled:
+                queue.popleft()
+                self.controller.transfer_ended(key, total - self.left.pop(key), complete=False)
+                continue
+            tile = min(TILE, self.left[key])
+            assert self.machine.bandwidth is not None
+            seconds = tile / self.machine.bandwidth + (self.machine.latency if self.left[key] == total else 0)
+            self.busy_seconds += seconds
+            self.under_way = key, tile, self.now + seconds
+            return True
+        return False
+
+    def run(self, until: float, waiting: Sequence[ExpertKey] = ()) -> None:
+        """Moves tiles up to time `until`; with `waiting`, up to when those have arrived."""
+        if self.machine.bandwidth is None:
+            return
+        pending = set(waiting)
+        while pending or not waiting:
+            if self.under_way is None and ((self.now >= until and not pending) or not self._next_tile()):
+                break
+            assert self.under_way is not None
+            key, tile, end = self.under_way
+            if not waiting and end > until:
+                break
+            self.under_way = None
+            self.now = end
+            self.left[key] -= tile
+            if not self.left[key]:
+                self._end(self.urgent if key in self.urgent else self.idle, key)
+                pending.discard(key)
+        if not waiting:
+            self.now = max(self.now, until)
+
+
+@dataclass
+class Replay:
+    """What a replay came to."""
+
+    stats: dict[str, float]
+    demand_loads: int
+    tokens: int
+    seconds: float
+    step_seconds: list[float]
+    link_seconds: float
+
+
+def replay(
+    info: TraceInfo,
+    steps: Sequence[Step],
+    setup: CacheSetup,
+    machine: Machine | None = None,
+    eviction: Callable[[int, int], EvictionPolicy] | None = None,
+) -> Replay:
+    """Replays every step, layer by layer; all experts that a step's layer keeps are requested at once.
+
+    `tokens` counts the rows of every step, prompts included.
+    """
+    machine = machine or Machine()
+    controller = CacheController(info.shape, setup, eviction)
+    link = controller.transfers = VirtualLink(controller, machine)
+    time = 0.0
+    ends = [0.0]
+    for step in steps:
+        if controller.planner is not None and (-1, 1) in step.foretold:
+            controller.look_ahead(-1, None, _foretold(step, -1, setup.lookahead))
+        for layer in range(len(info.num_experts)):
+            ids, kept = step.ids[layer], step.weights[layer] > 0
+            experts = np.flatnonzero(np.bincount(ids[kept], minlength=1)).tolist()
+            groups = waves(experts, controller.residency(layer).capacity)
+            for number, group in enumerate(groups):
+                link.run(time)
+                request = controller.begin(layer, group, experts if len(groups) > 1 else ())
+                if number == 0 and controller.planner is not None:
+                    controller.look_ahead(layer, (ids, kept), _foretold(step, layer, setup.lookahead))
+                waiting = [load.key for load in (*request.loads, *request.awaited)]
+                if waiting and machine.bandwidth is not None:
+                    link.now = max(link.now, time)
+                    link.run(time, waiting)
+                    controller.stats.stall_seconds += max(0.0, link.now - time)
+                    time = max(time, link.now)
+                controller.release(layer, group)
+            time += machine.layer_seconds
+        time += machine.step_seconds
+        link.run(time)
+        ends.append(time)
+    stats = controller.stats
+    return Replay(
+        asdict(stats),
+        stats.demand_loads,
+        sum(len(step.positions) for step in steps),
+        time,
+        np.diff(ends).tolist(),
+        link.busy_seconds,
+    )
+
+
+def _foretold(step: Step, layer: int, lookahead: int) -> dict[int, Foretold]:
+    return {
+        distance: step.foretold[layer, distance]
+        for distance in range(1, lookahead + 1)
+        if (layer, distance) in step.foretold
+    }
+
+
+def belady(info: TraceInfo, steps: Sequence[Step], slots: Sequence[int], atomic: bool = True) -> np.ndarray:
+    """Loads of the optimal cache without prefetch, which knows the future.
+
+    Args:
+        info: of the trace.
+        steps: of the trace.
+        slots: of each pool.
+        atomic: all experts of an event have to be there together. Without that, one after the other: a lower bound
+            for any cache of that many slots.
+
+    Returns:
+        int64 `[layers]`.
+    """
+    events = [
+        (layer, np.flatnonzero(np.bincount(step.ids[layer][step.weights[layer] > 0], minlength=1)).tolist())
+        for step in steps
+        for layer in range(len(info.num_experts))
+    ]
+    uses: dict[ExpertKey, deque[int]] = {}
+    for number, (layer, experts) in enumerate(events):
+        for expert in experts:
+            uses.setdefault((layer, expert), deque()).append(number)
+    never = len(events)
+    resident: list[dict[ExpertKey, int]] = [{} for _ in slots]
+    heaps: list[list[tuple[int, ExpertKey]]] = [[] for _ in slots]
+    loads = np.zeros(len(info.num_experts), dtype=np.int64)
+    for layer, experts in events:
+        pool = info.pool_of[layer]
+        here, heap = resident[pool], heaps[pool]
+        groups = waves(experts, slots[pool]) if atomic else [[expert] for expert in experts]
+        for group in groups:
+            held = []
+            for expert in group:
+                key = layer, expert
+                queue = uses[key]
+                queue.popleft()
+                following = queue[0] if queue else never
+                if key not in here:
+                    loads[layer] += 1
+                here[key] = following
+                held.append((-following, key))
+            while len(here) > slots[pool]:
+                following, key = heapq.heappop(heap)
+                if here.get(key) == -following:  # not what was pushed for an earlier use
+                    del here[key]
+            for item in held:
+                heapq.heappush(heap, item)
+    return loads
