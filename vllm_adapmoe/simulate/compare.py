@@ -179,13 +179,14 @@ def plot_simulate(result: dict[str, Any], path: Path) -> None:
     timed = result["machine"]["bandwidth"] is not None
     with figure(path, "slots", "bytes moved, of Belady's", columns=1 + timed) as drawn:
         axes = drawn[0] if timed else [drawn]
-        for policy in dict.fromkeys(point["policy"] for point in result["points"]):
+        for number, policy in enumerate(dict.fromkeys(point["policy"] for point in result["points"])):
+            style = ("o-", "s--", "^:")[number // 10 % 3]  # there are ten colours
             points = [point for point in result["points"] if point["policy"] == policy]
             slots = [point["slots"] for point in points]
             ratio = [point["fetched_bytes"] / max(1, point["oracle_bytes"]) for point in points]
-            axes[0].plot(slots, ratio, "o-", label=policy)
+            axes[0].plot(slots, ratio, style, label=policy)
             if timed:
-                axes[1].plot(slots, [point["tokens_per_second"] for point in points], "o-", label=policy)
+                axes[1].plot(slots, [point["tokens_per_second"] for point in points], style, label=policy)
         if timed:
             axes[1].set_ylabel("tokens/s")
         axes[0].legend(fontsize=7)
