@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from vllm_adapmoe.allocation_plan import curves_of_profile
 from vllm_adapmoe.bench.record import spread
+from vllm_adapmoe.bench.residency import ON_DEMAND
 from vllm_adapmoe.bench.workload import measure, measure_batches, prompts_of, ratios
 from vllm_adapmoe.cache.controller import CacheSetup
 from vllm_adapmoe.config import AdapMoEConfig
@@ -23,7 +24,7 @@ from vllm_adapmoe.simulate.trace import Step, TraceInfo, read_trace
 PARTS = ("gating", "prefetch", "cache")
 GRID = [[part for bit, part in enumerate(PARTS) if number >> bit & 1] for number in range(8)]
 GATED = {"ungated": False, "gated": True}
-WITHOUT = {"eviction": "lru", "allocation": "pool", "prefetch": {"lookahead": 0}}
+WITHOUT = ON_DEMAND | {"allocation": "pool"}
 """On demand: the baseline of `adapmoe bench residency`."""
 FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {
@@ -172,9 +173,7 @@ def _settings(
 
 def _setup(family: str, parts: list[str], profile: ModelProfile, threshold: float, slots: int) -> CacheSetup:
     settings, curves = _settings(family, parts, profile, threshold)
-    config = AdapMoEConfig.parse(settings)
-    prefetch = config.prefetch
-    return CacheSetup([slots], config.eviction, config.allocation, curves, prefetch.lookahead, prefetch.max_experts)
+    return CacheSetup.of(AdapMoEConfig.parse(settings), [slots], curves)
 
 
 def _compute_seconds(rounds: list[dict[str, Any]], steps: int) -> float:

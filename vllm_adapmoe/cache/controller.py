@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 
 from vllm_adapmoe.cache.allocation import StackDistances, share_out
 from vllm_adapmoe.cache.eviction import POLICIES, EvictionPolicy, ExpertKey
 from vllm_adapmoe.cache.residency import Load, Request, Residency, State
+from vllm_adapmoe.config import AdapMoEConfig
 from vllm_adapmoe.prefetch.foresight import Foretold
 from vllm_adapmoe.prefetch.planner import PrefetchPlanner
 
@@ -74,6 +75,12 @@ class CacheSetup:
     """Layers to look ahead at most; 0: nothing is fetched ahead."""
     max_experts: int = 0
     """Most that speculation may have under way, and, where there are enough slots, staging slots of each pool."""
+
+    @classmethod
+    def of(cls, config: AdapMoEConfig, slots: Sequence[int], curves: Sequence[Sequence[float]] | None) -> Self:
+        """What a configuration asks of a cache with pools of `slots`."""
+        prefetch = config.prefetch
+        return cls(slots, config.eviction, config.allocation, curves, prefetch.lookahead, prefetch.max_experts)
 
     def staging(self, slots: int, num_experts: int) -> int:
         """Staging slots of a pool of `slots` for layers of `num_experts`.

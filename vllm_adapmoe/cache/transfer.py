@@ -86,10 +86,6 @@ class TransferEngine:
         """Threads at work on speculation."""
         self.errors: dict[ExpertKey, Exception] = {}
         """Of demand loads that failed, until the waiting layer takes them."""
-        self.busy_seconds = 0.0
-        """During which at least one transfer was under way."""
-        self._active = 0
-        self._active_since = 0.0
         self.closing = False
         self.threads = [
             threading.Thread(target=self._serve, name=f"expert-reader-{number}", daemon=True)
@@ -126,7 +122,7 @@ class TransferEngine:
 
     def next_urgent(self) -> Job | None:
         """A job for a thread that waits for demand anyway."""
-        return self._begin(self.urgent.popleft()) if self.urgent else None
+        return self.urgent.popleft() if self.urgent else None
 
     def next_idle(self, beside_demand: bool = False) -> Job | None:
         """A speculative job that may start or go on now; not beside demand, unless that is asked for."""
@@ -139,19 +135,8 @@ class TransferEngine:
                 job.slot = load.slot
                 self.jobs[job.key] = job
             self.speculating += 1
-            return self._begin(job)
+            return job
         return None
-
-    def _begin(self, job: Job) -> Job:
-        if not self._active:
-            self._active_since = time.perf_counter()
-        self._active += 1
-        return job
-
-    def _pause(self) -> None:
-        self._active -= 1
-        if not self._active:
-            self.busy_seconds += time.perf_counter() - self._active_since
 
     def _serve(self) -> None:
         while True:
@@ -173,7 +158,6 @@ class TransferEngine:
         except Exception as caught:  # raised again in the layer that waits for it
             error = caught
         with self.changed:
-            self._pause()
             if not began_urgent:
                 self.speculating -= 1
             if complete or error is not None or self._unwanted(job):

@@ -216,7 +216,7 @@ class ExpertLoading:
             pool_of=pool_of,
             expert_bytes=[layout.nbytes for layout in store.layouts],
         )
-        setup = cache_setup(self.config, self._slots, expected_loads_settings(self.vllm_config))
+        setup = CacheSetup.of(self.config, self._slots, expected_loads_settings(self.vllm_config))
         device = torch.device(current_platform.device_type)
         cache = ExpertCacheManager(store, CacheController(shape, setup), device, link_gbps=self.config.link_gbps)
         for layer in self.layers:
@@ -227,18 +227,6 @@ class ExpertLoading:
         """Leaves nothing half-written behind."""
         if self._writer is not None:
             self._writer.abort()
-
-
-def cache_setup(config: AdapMoEConfig, slots: list[int], curves: list[list[float]] | None) -> CacheSetup:
-    """What a configuration asks of the cache."""
-    return CacheSetup(
-        slots=slots,
-        eviction=config.eviction,
-        allocation=config.allocation,
-        curves=curves,
-        lookahead=config.prefetch.lookahead,
-        max_experts=config.prefetch.max_experts,
-    )
 
 
 def pack_folder(config: AdapMoEConfig, vllm_config: VllmConfig) -> Path:

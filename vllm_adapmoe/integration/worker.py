@@ -13,14 +13,14 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_adapmoe.cache.budget import GiB
-from vllm_adapmoe.cache.controller import CacheController, CacheShape, CacheStats
+from vllm_adapmoe.cache.controller import CacheController, CacheSetup, CacheShape, CacheStats
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.gating_plan import GatingPlan
 from vllm_adapmoe.integration import gates
 from vllm_adapmoe.integration.compat import adapmoe_settings, gating_settings
 from vllm_adapmoe.integration.layers import CachedExperts
-from vllm_adapmoe.integration.loading import cache_setup, expert_loading
+from vllm_adapmoe.integration.loading import expert_loading
 from vllm_adapmoe.integration.lookahead import Lookahead
 from vllm_adapmoe.integration.probe import RoutingProbe, plain
 from vllm_adapmoe.simulate.trace import TraceInfo, TraceWriter
@@ -51,9 +51,7 @@ class ExpertCacheWorker(Worker):
             self.expert_cache = loading.finish()
         self.moe_layers = loading.layers
         self.set_gating(gating_settings(self.vllm_config))
-        self.lookahead = self._start_lookahead(config)
-        for layer in self.moe_layers:
-            layer.lookahead = self.lookahead
+        self._look_ahead(config)
         self._failed: set[str] = set()
         if self.vllm_config.parallel_config.world_size == 1:  # other ranks would not know, and go on
             for layer in self.moe_layers:
@@ -66,6 +64,14 @@ class ExpertCacheWorker(Worker):
                 "Expert cache: %d slots (%.2f GiB) for %d experts, backed by the %s store",
                 cache.num_slots, slot_bytes / GiB, experts, loading.store_kind,
             )  # fmt: skip
+
+    def _look_ahead(self, config: AdapMoEConfig) -> None:
+        """Lets every layer prefetch and record as configured from here on."""
+        if self.lookahead is not None:
+            self.lookahead.close()
+        self.lookahead = self._start_lookahead(config)
+        for layer in self.moe_layers:
+            layer.lookahead = self.lookahead
 
     def _start_lookahead(self, config: AdapMoEConfig) -> Lookahead | None:
         cache = self.expert_cache
@@ -135,12 +141,8 @@ class ExpertCacheWorker(Worker):
         cache, config = self.expert_cache, AdapMoEConfig.parse(settings)
         assert cache is not None
         slots = [pool.num_slots for pool in cache.pools]
-        cache.restart(CacheController(cache.controller.shape, cache_setup(config, slots, curves)), config.link_gbps)
-        if self.lookahead is not None:
-            self.lookahead.close()
-        self.lookahead = self._start_lookahead(config)
-        for layer in self.moe_layers:
-            layer.lookahead = self.lookahead
+        cache.restart(CacheController(cache.controller.shape, CacheSetup.of(config, slots, curves)), config.link_gbps)
+        self._look_ahead(config)
 
     def start_probe(self) -> None:
         """Records the routing from here on (`RoutingProbe`). Eager engines only."""
@@ -225,15 +227,6 @@ class ExpertCacheWorker(Worker):
         """Of the largest expert."""
         assert self.expert_cache is not None
         return max(self.expert_cache.controller.expert_bytes)
-
-    def slots_by_layer(self) -> list[int]:
-        """Experts of each layer that are in a slot."""
-        assert self.expert_cache is not None
-        counts = [0] * len(self.moe_layers)
-        for residency in self.expert_cache.controller.pools:
-            for layer, _ in residency.entries:
-                counts[layer] += 1
-        return counts
 
     def kept_by_layer(self) -> list[float]:
         """Mean experts kept per token in each layer since gating was set."""

@@ -43,7 +43,6 @@ class VirtualLink:
         """Bytes that transfers which have begun have yet to move."""
         self.under_way: tuple[ExpertKey, int, float] | None = None
         """Whose tile is on the link, its bytes, and when it will have arrived."""
-        self.busy_seconds = 0.0
 
     def demand(self, load: Load) -> None:
         self.left[load.key] = self.controller.expert_bytes[load.key[0]]
@@ -88,7 +87,6 @@ class VirtualLink:
             tile = min(TILE, self.left[key])
             assert self.machine.bandwidth is not None
             seconds = tile / self.machine.bandwidth + (self.machine.latency if self.left[key] == total else 0)
-            self.busy_seconds += seconds
             self.under_way = key, tile, self.now + seconds
             return True
         return False
@@ -124,7 +122,6 @@ class Replay:
     tokens: int
     seconds: float
     step_seconds: list[float]
-    link_seconds: float
 
 
 def replay(
@@ -173,7 +170,6 @@ def replay(
         sum(len(step.positions) for step in steps),
         time,
         np.diff(ends).tolist(),
-        link.busy_seconds,
     )
 
 
