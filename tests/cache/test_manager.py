@@ -1,5 +1,6 @@
 """The manager keeps slots, maps and weights in step, on real stores."""
 
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from vllm_adapmoe.cache.controller import CacheController, CacheSetup, CacheShap
 from vllm_adapmoe.cache.eviction import LRU, NextUse
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.cache.residency import Residency
-from vllm_adapmoe.cache.transfer import READERS, LinkLimit
+from vllm_adapmoe.cache.transfer import READERS, LinkLimit, TransferEngine
 from vllm_adapmoe.prefetch.foresight import Foretold
 from vllm_adapmoe.store.base import StoreError
 from vllm_adapmoe.store.host import HostStore
@@ -179,6 +180,32 @@ def test_speculation_yields_to_demand(tmp_path):
     assert_served(cache, 1, [0])
     assert cache.stats.late + cache.stats.prefetch_hits == 1
     cache.close()
+
+
+def test_a_late_waker_does_not_hold_up_the_link():
+    link = LinkLimit(100)
+    assert link.reserve(50, ready=1.0) == pytest.approx(1.5)
+    assert link.reserve(50, ready=1.2) == pytest.approx(2.0), "ready while the link was busy: goes on at once"
+    assert link.reserve(50, ready=3.0) == pytest.approx(3.5), "the link was idle"
+
+
+def test_readers_run_where_they_may():
+    """A thread inherits the cores of the one that makes it, which may be bound to one."""
+    allowed = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, allowed[:1])
+    try:
+        experts = [1] * 3
+        controller = CacheController(CacheShape(experts, 1, [0] * 3, [1] * 3), CacheSetup([2]))
+        engine = TransferEngine(controller, [], host_store(), readers=2, cpus=allowed)
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            found = [sorted(os.sched_getaffinity(thread.native_id)) for thread in engine.threads]
+            if found == [allowed] * 2:
+                break
+        engine.close()
+        assert found == [allowed] * 2
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def test_link_limit(tmp_path):

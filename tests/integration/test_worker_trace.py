@@ -1,5 +1,6 @@
 """What a worker did is what a replay of its trace does: the same decisions, counted in both."""
 
+import os
 from typing import Any
 
 import pytest
@@ -12,6 +13,10 @@ from vllm_adapmoe.simulate.replay import replay
 from vllm_adapmoe.simulate.trace import read_trace
 
 pytestmark = pytest.mark.engine
+
+
+def _reader_cores(worker: Any) -> list[set[int]]:
+    return [os.sched_getaffinity(thread.native_id) for thread in worker.expert_cache.transfers.threads]
 
 
 def _end_readers(worker: Any) -> None:
@@ -35,6 +40,8 @@ def test_worker_and_replay_agree(tmp_path, slots, config):
     asked = prompts(16, 2048, seed=11)
     config = {"cache_experts": slots, "store": "file", "trace_out": str(tmp_path / "trace")} | config
     with Engine(TINY_MIXTRAL, config, enforce_eager=True, **ENGINE_ARGS) as running:
+        (cores,) = running.llm.collective_rpc(_reader_cores)
+        assert cores and all(one == os.sched_getaffinity(0) for one in cores), "bound to the core of the kernels"
         running.llm.collective_rpc(_end_readers)
         for batch in (asked[:1], asked[1:9], asked, asked[3:6]):
             answers(running, batch, greedy())

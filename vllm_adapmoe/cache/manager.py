@@ -1,7 +1,7 @@
 """The one object of a worker that changes slots."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ class ExpertCacheManager:
         device: where the slots are.
         readers: threads of the transfer engine.
         link_gbps: limit of the link, 1e9 bytes per second; None: as fast as it goes.
+        reader_cpus: where the readers run; None: where the thread that asks does.
     """
 
     controller: CacheController
@@ -37,9 +38,11 @@ class ExpertCacheManager:
         device: torch.device,
         readers: int = READERS,
         link_gbps: float | None = None,
+        reader_cpus: Collection[int] | None = None,
     ) -> None:
         self.store = store
         self.readers = readers
+        self.reader_cpus = reader_cpus
         self.pool_of_layer = controller.pool_of
         layouts = [store.layouts[self.pool_of_layer.index(pool)] for pool in range(len(controller.pools))]
         self.pools = [
@@ -57,7 +60,9 @@ class ExpertCacheManager:
     def _follow(self, controller: CacheController, link_gbps: float | None) -> None:
         self.controller = controller
         link = None if link_gbps is None else link_gbps * 1e9
-        self.transfers = controller.transfers = TransferEngine(controller, self.pools, self.store, self.readers, link)
+        self.transfers = controller.transfers = TransferEngine(
+            controller, self.pools, self.store, self.readers, link, self.reader_cpus
+        )
 
     def restart(self, controller: CacheController, link_gbps: float | None) -> None:
         """Starts over between two steps: empty slots, the decisions of another controller, counters at zero."""

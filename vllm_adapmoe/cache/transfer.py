@@ -1,10 +1,11 @@
 """Moves experts from the store into slots: reader threads, demand before speculation, tile by tile."""
 
 import logging
+import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from vllm_adapmoe.cache.controller import CacheController
@@ -30,22 +31,28 @@ class Job:
     key: ExpertKey
     urgent: bool
     slot: int = -1
+    ready: float = 0.0
+    """Since when the link could have carried its next tile, of `time.perf_counter`."""
     tiles: Iterator[int] | None = None
     moved: int = 0
 
 
 class LinkLimit:
-    """Lets bytes pass no faster than a link of `bytes_per_second` would, one tile after the other."""
+    """Lets bytes pass no faster than a link of `bytes_per_second` would, one tile after the other.
+
+    The link works on while a thread that waited for it is late to wake: what was ready goes on the link as soon as
+    it is free, as a copy engine with a queue would do it.
+    """
 
     def __init__(self, bytes_per_second: float) -> None:
         self.bytes_per_second = bytes_per_second
         self._free_at = 0.0
         self._lock = threading.Lock()
 
-    def reserve(self, nbytes: int) -> float:
-        """Takes the link for `nbytes` as soon as it is free; returns when they will have passed."""
+    def reserve(self, nbytes: int, ready: float) -> float:
+        """Takes the link for `nbytes` that were there at `ready`; returns when they will have passed."""
         with self._lock:
-            self._free_at = max(time.perf_counter(), self._free_at) + nbytes / self.bytes_per_second
+            self._free_at = max(ready, self._free_at) + nbytes / self.bytes_per_second
             return self._free_at
 
 
@@ -60,6 +67,7 @@ class TransferEngine:
         store: backing copies.
         readers: threads; 0: the thread that waits moves everything itself, in the order of submission.
         link_bytes_per_second: limit of the link; None: as fast as it goes.
+        cpus: where the threads run; None: where the thread that makes them does.
     """
 
     def __init__(
@@ -69,6 +77,7 @@ class TransferEngine:
         store: ExpertStore,
         readers: int = READERS,
         link_bytes_per_second: float | None = None,
+        cpus: Collection[int] | None = None,
     ) -> None:
         self.controller = controller
         self.pools = pools
@@ -87,6 +96,7 @@ class TransferEngine:
         self.errors: dict[ExpertKey, Exception] = {}
         """Of demand loads that failed, until the waiting layer takes them."""
         self.closing = False
+        self.cpus = cpus
         self.threads = [
             threading.Thread(target=self._serve, name=f"expert-reader-{number}", daemon=True)
             for number in range(readers)
@@ -113,6 +123,7 @@ class TransferEngine:
         self.changed.notify()
 
     def _queue_urgent(self, job: Job) -> None:
+        job.ready = time.perf_counter()
         self.jobs[job.key] = job
         self.urgent.append(job)
         self.demanding += 1
@@ -135,10 +146,13 @@ class TransferEngine:
                 job.slot = load.slot
                 self.jobs[job.key] = job
             self.speculating += 1
+            job.ready = time.perf_counter()
             return job
         return None
 
     def _serve(self) -> None:
+        if self.cpus:
+            os.sched_setaffinity(0, self.cpus)
         while True:
             with self.changed:
                 while (job := self.next_urgent() or self.next_idle()) is None and not self.closing:
@@ -177,7 +191,8 @@ class TransferEngine:
         for nbytes in tiles:
             job.moved += nbytes
             if self.link is not None:
-                rest = self.link.reserve(nbytes) - time.perf_counter()
+                job.ready = self.link.reserve(nbytes, job.ready)
+                rest = job.ready - time.perf_counter()
                 if rest > 0:
                     time.sleep(rest)
             if self.closing or (not job.urgent and self.threads and (self.demanding or self._unwanted(job))):

@@ -1,5 +1,6 @@
 """Takes a model's experts from the checkpoint into a store while vLLM loads it, then makes the expert cache."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -218,7 +219,12 @@ class ExpertLoading:
         )
         setup = CacheSetup.of(self.config, self._slots, expected_loads_settings(self.vllm_config))
         device = torch.device(current_platform.device_type)
-        cache = ExpertCacheManager(store, CacheController(shape, setup), device, link_gbps=self.config.link_gbps)
+        # The CPU worker's main thread is bound to the first core of its OpenMP threads, and a thread inherits that:
+        # readers would take turns with the kernels there. Its parent has the cores that the user gave.
+        cpus = os.sched_getaffinity(os.getppid())
+        cache = ExpertCacheManager(
+            store, CacheController(shape, setup), device, link_gbps=self.config.link_gbps, reader_cpus=cpus
+        )
         for layer in self.layers:
             layer.use_cache(cache)
         return cache
