@@ -17,6 +17,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="folder of a checkpoint")
     parser.add_argument("text", type=Path, help="folder of *.txt")
     parser.add_argument("output", type=Path, help="the trace")
+    parser.add_argument("--profile", type=Path, help="of the model: records what its next-token heads say, too")
     parser.add_argument("--batch", type=int, default=1, help="requests at a time")
     parser.add_argument("--batches", type=int, default=24, help="one after the other")
     parser.add_argument("--prompt-tokens", type=int, default=16)
@@ -31,6 +32,8 @@ def main() -> None:
     prompts = prompts_of(args.model, args.text, args.batch * args.batches, length)
     groups = [prompts[start : start + args.batch] for start in range(0, len(prompts), args.batch)]
     config = {"cache_fraction": 0.5, "trace_out": str(args.output)}
+    if args.profile is not None:
+        config["profile"] = str(args.profile)
     with Engine(
         args.model, config, enforce_eager=True, max_model_len=length, logits_processors=[ForcedTokens]
     ) as engine:

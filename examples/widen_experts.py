@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from vllm_adapmoe.heads import heads_path
 from vllm_adapmoe.integration.identity import checkpoint_hash
 from vllm_adapmoe.profile import ModelProfile
 
@@ -96,6 +97,8 @@ def main() -> None:
         profile = ModelProfile.load(args.profile)
         info = profile.model.model_copy(update={"name": args.output.name, "hash": checkpoint_hash(args.output)})
         profile.model_copy(update={"model": info}).save(args.output / "profile.json")
+        if profile.heads is not None:
+            shutil.copy(heads_path(args.profile), heads_path(args.output / "profile.json"))
     print(f"{args.output}: {total / 2**30:.2f} GiB, {key}={config[key]}")
 
 

@@ -45,7 +45,7 @@ def test_the_transport_is_plain_json_and_holds_only_what_was_set():
         ({"gating": {"mode": "token", "threshold": -1}, "profile": "p"}, "gating.threshold=-1"),
         ({"gating": {"mode": "token", "threshold": "0.1"}, "profile": "p"}, "gating.threshold='0.1'"),
         ({"gating": {"mode": "token", "threshold": 0.1}}, "needs a profile"),
-        ({"profile": "p"}, "is of no use while gating.mode=off"),
+        ({"eviction": "next_token"}, "eviction=next_token needs a profile"),
         ({"eviction": "fifo"}, "eviction='fifo'"),
         ({"allocation": "profile"}, "allocation=profile needs a profile"),
         ({"prefetch": {"ahead": 2}}, "'prefetch.ahead' is not known; known keys: lookahead, max_experts"),

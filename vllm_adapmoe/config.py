@@ -49,6 +49,8 @@ class PrefetchConfig(BaseModel):
     """Layers to look ahead at most: further only while what the nearer ones need is there. 0: no prefetch."""
     max_experts: int = Field(1, ge=1, strict=True)
     """Most experts under way before anyone asked for them."""
+    first_layer: bool = Field(True, strict=True)
+    """Foretell the first layer's experts from the previous token, if the profile has a head for that."""
 
 
 class AdapMoEConfig(BaseModel):
@@ -67,8 +69,8 @@ class AdapMoEConfig(BaseModel):
     GPU, the file on the CPU."""
     store_dir: str | None = None
     """Folder of packed files; default `adapmoe` in vLLM's cache folder."""
-    eviction: Literal["lru", "lfru", "mrs", "next_use"] = "next_use"
-    """Who leaves when a slot is wanted."""
+    eviction: Literal["auto", "lru", "lfru", "mrs", "next_use", "next_token"] = "auto"
+    """Who leaves when a slot is wanted. `auto`: `next_token` where the profile has heads for it, else `next_use`."""
     allocation: Literal["pool", "uniform", "profile", "trace"] = "pool"
     """Slots that a layer is left with while others have more than theirs: none, the same for each, by the profile, or
     by the traffic as it goes."""
@@ -80,7 +82,7 @@ class AdapMoEConfig(BaseModel):
     trace_mib: int = Field(256, ge=1, strict=True)
     """Size at which the trace moves to `trace_out.1` and begins anew."""
     profile: str | None = None
-    """What `adapmoe calibrate` wrote of this model; gating needs it."""
+    """What `adapmoe calibrate` wrote of this model; gating, `allocation=profile` and `eviction=next_token` need it."""
     gating: GatingConfig = Field(default_factory=lambda: GatingConfig(**{}))
 
     @model_validator(mode="after")
@@ -93,11 +95,8 @@ class AdapMoEConfig(BaseModel):
             raise ValueError(f"gating.mode={self.gating.mode} needs a profile; set profile, see adapmoe calibrate")
         if self.allocation == "profile" and self.profile is None:
             raise ValueError("allocation=profile needs a profile; set profile, see adapmoe calibrate")
-        if self.profile is not None and self.gating.mode == "off" and self.allocation != "profile":
-            raise ValueError(
-                f"profile={self.profile!r} is of no use while gating.mode=off and allocation={self.allocation}; "
-                "set gating or remove it"
-            )
+        if self.eviction == "next_token" and self.profile is None:
+            raise ValueError("eviction=next_token needs a profile; set profile, see adapmoe calibrate")
         return self
 
     @classmethod

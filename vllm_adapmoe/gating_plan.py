@@ -18,6 +18,9 @@ class GatingPlan(BaseModel):
     """Per MoE layer, nats per token."""
     threshold: Annotated[float, Field(ge=0)] = 0.0
     """`token` and `batch`: nats; `weight`: share of a token's weight."""
+    nats_per_token: Annotated[float, Field(gt=0)] | None = None
+    """`batch`: what a token may lose in all layers together, before the profile's scale; the threshold then follows
+    (`LossBudget`). None: the threshold stays."""
     experts: Annotated[float, Field(ge=1)] | None = None
     """`count`: experts that a token keeps, on average over tokens."""
 
@@ -30,6 +33,7 @@ def plan_gating(gating: GatingConfig, profile: ModelProfile) -> GatingPlan | Non
     """
     if gating.mode == "off":
         return None
+    nats_per_token = None
     if gating.threshold is not None:
         threshold = gating.threshold
     elif gating.target_experts is not None:
@@ -37,8 +41,14 @@ def plan_gating(gating: GatingConfig, profile: ModelProfile) -> GatingPlan | Non
     else:
         assert gating.max_loss_increase is not None
         threshold = profile.threshold_for_loss(gating.max_loss_increase)
+        if gating.mode == "batch":
+            assert profile.base_loss is not None
+            nats_per_token = gating.max_loss_increase * profile.base_loss / profile.loss_scale
     return GatingPlan(
-        rule=gating.mode, threshold=threshold, sensitivity=[layer.sensitivity for layer in profile.layers]
+        rule=gating.mode,
+        threshold=threshold,
+        nats_per_token=nats_per_token,
+        sensitivity=[layer.sensitivity for layer in profile.layers],
     )
 
 
@@ -46,7 +56,10 @@ def describe(plan: GatingPlan, profile: ModelProfile) -> str:
     """One line for the log: the threshold, and what the profile foretells of it."""
     text = f"Adaptive gating ({plan.rule}): threshold {plan.threshold:.4g} nats"
     if plan.rule == "batch":
-        text += " for each fetch saved; outputs depend on the batch and on the cache"
+        text += " for each fetch saved"
+        if plan.nats_per_token is not None:
+            text += f", or more while tokens lose less than {plan.nats_per_token * profile.loss_scale:.4g} nats"
+        text += "; outputs depend on the batch and on the cache"
     try:
         experts = profile.layer_experts(plan.threshold)
     except AdapMoEError:

@@ -134,6 +134,8 @@ class ModelProfile(Strict):
     loss_scale: Annotated[float, Field(gt=0)] = 1.0
     """Measured over predicted loss increase of `confirmed`; predictions are multiplied by it."""
     confirmed: list[Confirmation] = []
+    heads: str | None = None
+    """Hash of the next-token heads beside the profile (`heads.NextTokenHeads`); None: there are none."""
     layers: list[LayerProfile]
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from vllm_adapmoe.cache.controller import CacheController, CacheSetup, CacheShape
-from vllm_adapmoe.cache.eviction import LFRU, LRU, MRS, POLICIES, NextUse
+from vllm_adapmoe.cache.eviction import LFRU, LRU, MRS, POLICIES, NextToken, NextUse
 from vllm_adapmoe.cache.residency import Residency, State, waves
 
 LAYERS, EXPERTS, BYTES = 3, 4, 10
@@ -226,6 +226,26 @@ def test_next_use_of_a_sweep():
             pool.loaded(load.key)
         pool.release(number % layers, [0, 1])
     assert loads == pytest.approx(19 * layers, rel=0.25), "half of them; least recently used would load every one"
+
+
+def test_who_is_expected_stays():
+    """Both experts were used alike; the layer's input says which of them its next token wants."""
+    for wanted in (0, 1):
+        pool = Residency(2, 0, NextToken(1, 4))
+        ask(pool, 0, 0, 1)
+        chances = np.full(4, 0.01)
+        chances[wanted] = 0.9
+        pool.policy.expect(0, chances)
+        assert ask(pool, 0, 2) == [(0, 1 - wanted)]
+
+
+def test_what_was_expected_once_is_forgotten():
+    policy, history = NextToken(1, 3), NextUse(1, 3)
+    policy.expect(0, np.array([0.9, 0.0, 0.0]))
+    for _ in range(2):
+        policy.record(0, [1])
+        history.record(0, [1])
+    assert np.array_equal(policy.scores(), history.scores())
 
 
 def test_a_share_is_a_floor():

@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 import pytest
-from conftest import TINY_MIXTRAL
+from conftest import ROOT, TINY_MIXTRAL
 
 from tests.integration.scenarios import ENGINE_ARGS, answers, greedy, prompts
 from vllm_adapmoe.cache.controller import CacheSetup
@@ -33,8 +33,9 @@ def _end_readers(worker: Any) -> None:
         (48, {}),
         (24, {"prefetch": {"lookahead": 2, "max_experts": 2}, "eviction": "lfru"}),
         (48, {"allocation": "trace", "eviction": "lru"}),
+        (48, {"profile": str(ROOT / "configs" / "tiny_mixtral.json")}),
     ],
-    ids=["defaults", "two ahead, lfru", "lru, floors by traffic"],
+    ids=["defaults", "two ahead, lfru", "lru, floors by traffic", "next-token heads"],
 )
 def test_worker_and_replay_agree(tmp_path, slots, config):
     asked = prompts(16, 2048, seed=11)
@@ -48,7 +49,11 @@ def test_worker_and_replay_agree(tmp_path, slots, config):
         counted = running.cache_stats()
     info, steps = read_trace(tmp_path / "trace")
     prefetch = {"lookahead": 3, "max_experts": 1} | config.get("prefetch", {})
-    setup = CacheSetup([slots], config.get("eviction", "next_use"), config.get("allocation", "pool"), **prefetch)
+    best = "next_token" if "profile" in config else "next_use"
+    setup = CacheSetup([slots], config.get("eviction", best), config.get("allocation", "pool"), **prefetch)
+    if "profile" in config:
+        assert {len(step.expected) for step in steps} == {12}
+        assert sum((-1, 1) in step.foretold for step in steps) >= 0.9 * len(steps)
     replayed = replay(info, steps, setup).stats
     assert counted["prefetches"] > 0 and counted["prefetch_hits"] > 0
     for name, value in replayed.items():

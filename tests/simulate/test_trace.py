@@ -26,7 +26,9 @@ def random_steps(count: int, seed: int = 0) -> list[Step]:
         }
         names = [f"request-{index % 3}-é" for index in range(rows)]
         weights = random.random(ids.shape).astype(np.float16)
-        steps.append(Step(number / 7, names, random.integers(0, 9999, rows).astype(np.int32), ids, weights, foretold))
+        positions = random.integers(0, 9999, rows).astype(np.int32)
+        expected = {layer: random.random(8).astype(np.float16) for layer in (0, 1) if random.random() < 0.9}
+        steps.append(Step(number / 7, names, positions, ids, weights, foretold, expected))
     return steps
 
 
@@ -36,6 +38,8 @@ def same(one: Step, other: Step) -> bool:
     for key, foretold in one.foretold.items():
         assert np.array_equal(foretold.ids, other.foretold[key].ids)
         assert np.array_equal(foretold.kept, other.foretold[key].kept)
+    assert one.expected.keys() == other.expected.keys()
+    assert all(np.array_equal(chances, other.expected[layer]) for layer, chances in one.expected.items())
     return all(np.array_equal(getattr(one, part), getattr(other, part)) for part in ("positions", "ids", "weights"))
 
 

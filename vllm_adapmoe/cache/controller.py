@@ -77,10 +77,18 @@ class CacheSetup:
     """Most that speculation may have under way, and, where there are enough slots, staging slots of each pool."""
 
     @classmethod
-    def of(cls, config: AdapMoEConfig, slots: Sequence[int], curves: Sequence[Sequence[float]] | None) -> Self:
-        """What a configuration asks of a cache with pools of `slots`."""
+    def of(
+        cls,
+        config: AdapMoEConfig,
+        slots: Sequence[int],
+        curves: Sequence[Sequence[float]] | None,
+        heads: bool = False,
+    ) -> Self:
+        """What a configuration asks of a cache with pools of `slots`; `heads`: there are next-token heads."""
         prefetch = config.prefetch
-        return cls(slots, config.eviction, config.allocation, curves, prefetch.lookahead, prefetch.max_experts)
+        best = "next_token" if heads else "next_use"
+        eviction = best if config.eviction == "auto" else config.eviction
+        return cls(slots, eviction, config.allocation, curves, prefetch.lookahead, prefetch.max_experts)
 
     def staging(self, slots: int, num_experts: int) -> int:
         """Staging slots of a pool of `slots` for layers of `num_experts`.
@@ -164,17 +172,27 @@ class CacheController:
         if self.events % (REVISION_STEPS * len(self.pool_of)) == 0:
             self._share_out([one.misses for one in self.distances])
 
-    def begin(self, layer: int, experts: Sequence[int], present: Sequence[int] = ()) -> Request:
+    def begin(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        present: Sequence[int] = (),
+        expected: np.ndarray | None = None,
+    ) -> Request:
         """One event, or one wave of it: pins `experts`, and issues the loads of those that are missing.
 
         Args:
             layer: MoE layer index.
             experts: distinct ids, at most the pool's capacity.
             present: experts of all of the event's waves, if there are several.
+            expected: float `[experts]`, with the event's first wave: the chance that the layer's next event uses each
+                expert, as foretold by this event's tokens.
         """
         if self.allocation == "trace" and (not present or experts[0] == present[0]):
             self._follow_traffic(layer, present or experts)
         residency = self.residency(layer)
+        if expected is not None:
+            residency.policy.expect(layer, expected)
         request = residency.request(layer, experts, present)
         stats = self.stats
         stats.hits += len(request.hits) + len(request.promoted)

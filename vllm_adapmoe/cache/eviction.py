@@ -4,8 +4,8 @@ A policy gives every expert of every layer a score; of those that may leave, the
 predictions, and never a tensor, a clock or a thread, so that the simulator and the worker run the same object.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -13,18 +13,22 @@ ExpertKey = tuple[int, int]
 """(MoE layer index, expert index within the layer)."""
 
 
-class EvictionPolicy(Protocol):
+class EvictionPolicy(ABC):
     """Scores for `[layers, experts]`."""
 
+    def expect(self, layer: int, chances: np.ndarray) -> None:  # noqa: B027 - most policies look back only
+        """The chance, `[experts]`, that the event of `layer` after the coming one uses each expert."""
+
+    @abstractmethod
     def record(self, layer: int, experts: Sequence[int]) -> None:
         """One event: `layer` asks for these distinct experts at once."""
 
+    @abstractmethod
     def scores(self) -> np.ndarray:
         """float64 `[layers, experts]`; the least leaves first. Only read until the next `record`."""
-        ...
 
 
-class LRU:
+class LRU(EvictionPolicy):
     """Least recently used leaves first, over all layers."""
 
     def __init__(self, layers: int, experts: int) -> None:
@@ -39,7 +43,7 @@ class LRU:
         return self.last
 
 
-class LFRU:
+class LFRU(EvictionPolicy):
     """Frequency over age, `f / (age + 1)`: uses so far over events since the last of them."""
 
     def __init__(self, layers: int, experts: int) -> None:
@@ -56,7 +60,7 @@ class LFRU:
         return self.uses / (self.events - self.last)
 
 
-class MRS:
+class MRS(EvictionPolicy):
     """Recent share of requests, an exponential mean by layer (HybriMoE's score, on requested experts)."""
 
     DECAY = 0.9
@@ -72,7 +76,7 @@ class MRS:
         return self.share
 
 
-class NextUse:
+class NextUse(EvictionPolicy):
     """The farthest expected next use leaves first: Belady's rule with estimates in place of the future.
 
     Layers come in turn, so the next event of layer j is `d = (j - l) mod L` events ahead of layer l's. An expert is
@@ -106,4 +110,35 @@ class NextUse:
         return -(distance[:, None] + count * (1 / np.maximum(self.chance, self.FLOOR) - 1))
 
 
-POLICIES: dict[str, Callable[[int, int], EvictionPolicy]] = {"lru": LRU, "lfru": LFRU, "mrs": MRS, "next_use": NextUse}
+class NextToken(NextUse):
+    """`NextUse` that also knows what the next tokens are expected to use (`heads.NextTokenHeads`).
+
+    Half of an expert's chance is its recent use, half what the layer's head says of the coming tokens. The mean of
+    the two was better than either in replays of both bundled models, and the share hardly matters (0.3 to 0.7).
+    """
+
+    SHARE = 0.5
+
+    def __init__(self, layers: int, experts: int) -> None:
+        super().__init__(layers, experts)
+        self.expected: np.ndarray | None = None
+        """Of the coming event."""
+
+    def expect(self, layer: int, chances: np.ndarray) -> None:
+        self.expected = chances
+
+    def record(self, layer: int, experts: Sequence[int]) -> None:
+        super().record(layer, experts)
+        if self.expected is not None:
+            chance = self.chance[layer, : len(self.expected)]
+            chance += self.SHARE * (self.expected - chance)
+            self.expected = None
+
+
+POLICIES: dict[str, Callable[[int, int], EvictionPolicy]] = {
+    "lru": LRU,
+    "lfru": LFRU,
+    "mrs": MRS,
+    "next_use": NextUse,
+    "next_token": NextToken,
+}

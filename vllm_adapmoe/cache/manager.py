@@ -98,6 +98,7 @@ class ExpertCacheManager:
         experts: Sequence[int],
         present: Sequence[int] = (),
         meanwhile: Callable[[], None] | None = None,
+        expected: np.ndarray | None = None,
     ) -> torch.Tensor:
         """Makes the distinct `experts` of `layer` resident together, and returns the layer's slot map.
 
@@ -108,13 +109,14 @@ class ExpertCacheManager:
             experts: at most `capacity(layer)`.
             present: experts of all waves of the event, if there are several.
             meanwhile: called while they are on their way.
+            expected: `CacheController.begin`.
 
         Raises:
             ExpertsUnavailable: records could not be read; their slots are free again, and nothing is pinned.
         """
         slot_map = self._maps[layer]
         with self.transfers.lock:
-            request = self.controller.begin(layer, experts, present)
+            request = self.controller.begin(layer, experts, present, expected)
         for load in (*request.loads, *request.promoted, *request.awaited):
             if load.evicted is not None:
                 self._maps[load.evicted[0]][load.evicted[1]] = -1

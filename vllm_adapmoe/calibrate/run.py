@@ -10,10 +10,12 @@ from tqdm import tqdm
 
 from vllm_adapmoe.calibrate import statistics
 from vllm_adapmoe.calibrate.fisher import Fisher, fits_in_memory
+from vllm_adapmoe.calibrate.next_token import layers_at_a_time
 from vllm_adapmoe.calibrate.progress import Progress
 from vllm_adapmoe.calibrate.statistics import Sums
 from vllm_adapmoe.calibrate.text import data_hash, read_sequences
 from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.heads import NextTokenHeads, heads_path
 from vllm_adapmoe.profile import Confirmation, DataInfo, LayerProfile, ModelInfo, ModelProfile
 
 Method = Literal["fisher", "forward", "auto"]
@@ -92,6 +94,8 @@ def calibrate(
         groups,
         progress,
     )
+    heads = _heads(progress, len(layers))
+    profile = profile.model_copy(update={"heads": heads.save(heads_path(output))})
     profile.save(output)
     progress.finish()
     return profile
@@ -154,6 +158,16 @@ def _serve(
                         engine.call("probe_layer", False, layer, step)
                         losses[row, layer] = prefill_losses(engine, group).nats.sum()
                 progress.add(piece, {"there": losses[0], "back": losses[1]})
+        at_a_time = layers_at_a_time(info.hidden_size)
+        for first in range(0, count, at_a_time):
+            piece = f"heads/{first}"
+            if piece in progress.done:
+                continue
+            fitted = list(range(first, min(first + at_a_time, count)))
+            engine.call("fit_heads", fitted + [-1] * (first == 0))
+            for group in tqdm(groups, desc=f"Next-token heads, {len(fitted)} of {count} layers", unit="group"):
+                prefill_losses(engine, group)
+            progress.add(piece, {index: np.array(head) for index, head in engine.call("read_heads").items()})
         engine.call("probe_layer", False)
         layers = _layers(groups, progress, method, count)
         draft = ModelProfile(
@@ -168,6 +182,16 @@ def _serve(
             for piece, group in _pieces(f"confirm{place}", groups, progress, f"Confirming {place + 1}"):
                 progress.add(piece, {"loss": np.array(prefill_losses(engine, group).nats.sum())})
     return layers
+
+
+def _heads(progress: Progress, count: int) -> NextTokenHeads:
+    heads = {
+        int(index): head.astype(np.float32)
+        for piece, part in progress.done.items()
+        if piece.startswith("heads/")
+        for index, head in part.items()
+    }
+    return NextTokenHeads([heads[index] for index in range(count)], heads[-1])
 
 
 def _thresholds(profile: ModelProfile) -> list[float]:

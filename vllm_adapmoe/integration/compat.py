@@ -48,6 +48,12 @@ def expected_loads_settings(vllm_config: Any) -> Any:
     return additional.get("adapmoe_expected_loads") if isinstance(additional, dict) else None
 
 
+def heads_settings(vllm_config: Any) -> Any:
+    """What `additional_config["adapmoe_heads"]` holds: path and hash of the profile's next-token heads, if any."""
+    additional = vllm_config.additional_config
+    return additional.get("adapmoe_heads") if isinstance(additional, dict) else None
+
+
 def add_fields(cls: Any, fields: type) -> bool:
     """Adds the fields of the dataclass `fields` to the dataclass `cls` as keyword arguments.
 

@@ -30,6 +30,8 @@ class LayerGate:
     def __init__(self, plan: GatingPlan, layer: int) -> None:
         self.plan = plan
         self.sensitivity = plan.sensitivity[layer]
+        self.threshold = plan.threshold
+        """Nats, from here on; moves where a budget is spent (`LossBudget`)."""
         self.stats = GateStats()
         self._generator = torch.Generator().manual_seed(layer)
 
@@ -63,12 +65,12 @@ class LayerGate:
     def _gate(self, weights: torch.Tensor, ids: torch.Tensor, present: Callable[[], torch.Tensor]) -> Gated:
         plan = self.plan
         if plan.rule == "token":
-            return gate_tokens(weights, self.sensitivity, plan.threshold)
+            return gate_tokens(weights, self.sensitivity, self.threshold)
         if plan.rule == "batch":
-            gated = gate_batch(weights.cpu(), ids, self.sensitivity, plan.threshold, present())
+            gated = gate_batch(weights.cpu(), ids, self.sensitivity, self.threshold, present())
             return Gated(*(tensor.to(weights.device) for tensor in gated))
         if plan.rule == "weight":
-            return gate_by_weight(weights, plan.threshold)
+            return gate_by_weight(weights, self.threshold)
         assert plan.experts is not None
         return gate_to_count(weights, plan.experts, self._generator)
 

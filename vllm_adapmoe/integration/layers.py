@@ -1,7 +1,7 @@
 """Routed experts whose weights live in the expert cache: vLLM's layer, with its parameters replaced by slots."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,12 +17,8 @@ from vllm_adapmoe.store.base import ExpertsUnavailable
 
 if TYPE_CHECKING:
     from vllm_adapmoe.integration.loading import ExpertLoading
-    from vllm_adapmoe.integration.lookahead import Lookahead
+    from vllm_adapmoe.integration.lookahead import Foresight, Lookahead
     from vllm_adapmoe.integration.probe import LayerProbe
-
-
-Observer = Callable[[], None]
-"""Called once in an event, while its experts are on their way."""
 
 
 class CachedExperts(RoutedExperts):
@@ -194,32 +190,31 @@ class CachedExperts(RoutedExperts):
             topk_weights = self.probe.observe(x, topk_weights, topk_ids, real)
         if self.gate is not None:
             topk_weights, keep = self.gate.apply(topk_weights, topk_ids, real, self._present)
-            observe = self._observer(x, topk_weights, topk_ids, keep, real)
-            return self._run_pairs(x, topk_weights, topk_ids, keep, observe)
-        observe = self._observer(x, topk_weights, topk_ids, None, real)
+            foresight = self._foresee(x, topk_weights, topk_ids, keep, real)
+            return self._run_pairs(x, topk_weights, topk_ids, keep, foresight)
+        foresight = self._foresee(x, topk_weights, topk_ids, None, real)
         experts = _distinct(topk_ids if real is None else topk_ids[real], self.local_num_experts)
         if len(experts) > self.slots:
             keep = torch.ones_like(topk_ids, dtype=torch.bool)
             keep = keep if real is None else keep & real.unsqueeze(1)
-            return self._run_pairs(x, topk_weights, topk_ids, keep, observe)
+            return self._run_pairs(x, topk_weights, topk_ids, keep, foresight)
         if real is not None:
             topk_ids = topk_ids * real.unsqueeze(1)
-        slots = self._acquire(experts, observe).index_select(0, topk_ids.view(-1)).view_as(topk_ids)
+        slots = self._acquire(experts, foresight).index_select(0, topk_ids.view(-1)).view_as(topk_ids)
         if real is not None:
             slots.clamp_(min=0)
         output = self._run_kernel(x, topk_weights, slots.to(x.device))
         self._release(experts)
         return output
 
-    def _observer(
+    def _foresee(
         self,
         x: torch.Tensor,
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
         keep: torch.Tensor | None,
         real: torch.Tensor | None,
-    ) -> Observer | None:
-        """What is to be done while the experts are on their way: see which ones the next layers will want."""
+    ) -> "Foresight | None":
         if self.lookahead is None:
             return None
         if keep is None:
@@ -227,7 +222,7 @@ class CachedExperts(RoutedExperts):
         if real is not None:
             x, topk_weights = x[real.to(x.device)], topk_weights[real.to(x.device)]
             topk_ids, keep = topk_ids[real], keep[real]
-        return partial(self.lookahead.observe, self.cache_layer, x, topk_weights, topk_ids, keep)
+        return self.lookahead.foresee(self.cache_layer, x, topk_weights, topk_ids, keep)
 
     @property
     def slots(self) -> int:
@@ -240,10 +235,13 @@ class CachedExperts(RoutedExperts):
             return torch.ones(self.local_num_experts, dtype=torch.bool)
         return self.cache.present(self.cache_layer)
 
-    def _acquire(self, experts: Sequence[int], observe: Observer | None, others: Sequence[int] = ()) -> torch.Tensor:
+    def _acquire(
+        self, experts: Sequence[int], foresight: "Foresight | None", others: Sequence[int] = ()
+    ) -> torch.Tensor:
         """int32 `[local experts]`, on the host: row of each expert in the parameters, -1 for one that is absent."""
+        observe, expected = (None, None) if foresight is None else (foresight.observe, foresight.expected)
         if self.cache is not None:
-            return self.cache.acquire(self.cache_layer, experts, others, observe)
+            return self.cache.acquire(self.cache_layer, experts, others, observe, expected)
         if observe is not None:
             observe()
         return torch.arange(self.local_num_experts, dtype=torch.int32)
@@ -258,7 +256,7 @@ class CachedExperts(RoutedExperts):
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
         keep: torch.Tensor,
-        observe: Observer | None,
+        foresight: "Foresight | None",
     ) -> torch.Tensor:
         """The kept pairs of token and expert (`keep`: bool `[tokens, top_k]`, on the host).
 
@@ -268,7 +266,7 @@ class CachedExperts(RoutedExperts):
         token, choice = keep.nonzero(as_tuple=True)
         weights = topk_weights[token.to(x.device), choice.to(x.device)].unsqueeze(1)
         total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        for rows, outputs in self._run_rows(x, weights, token, topk_ids[token, choice].long(), observe):
+        for rows, outputs in self._run_rows(x, weights, token, topk_ids[token, choice].long(), foresight):
             total.index_add_(0, token[rows].to(x.device), outputs.float())
         return total.to(x.dtype)
 
@@ -286,13 +284,13 @@ class CachedExperts(RoutedExperts):
         weights: torch.Tensor,
         token: torch.Tensor,
         ids: torch.Tensor,
-        observe: Observer | None,
+        foresight: "Foresight | None",
     ) -> Iterator[tuple[torch.Tensor | slice, torch.Tensor]]:
         """Runs pairs of token and expert, each expert loaded once; yields which of the pairs, and their outputs."""
         experts = _distinct(ids, self.local_num_experts)
         groups = waves(experts, self.slots)
         if len(groups) == 1:
-            slots = self._acquire(experts, observe)[ids].unsqueeze(1).to(x.device)
+            slots = self._acquire(experts, foresight)[ids].unsqueeze(1).to(x.device)
             outputs = self._run_kernel(x[token.to(x.device)], weights, slots)
             self._release(experts)
             yield slice(None), outputs
@@ -301,7 +299,7 @@ class CachedExperts(RoutedExperts):
         for number, group in enumerate(groups):
             wave_of[list(group)] = number
         for number, group in enumerate(groups):
-            slot_map = self._acquire(group, observe if number == 0 else None, experts)
+            slot_map = self._acquire(group, foresight if number == 0 else None, experts)
             rows = (wave_of[ids] == number).nonzero().view(-1)
             slots = slot_map[ids[rows]].unsqueeze(1).to(x.device)
             on_device = rows.to(x.device)

@@ -21,7 +21,7 @@ from vllm_adapmoe.cache.budget import ExpertShape, GiB, count_slots
 from vllm_adapmoe.cache.controller import CacheController, CacheSetup, CacheShape
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
-from vllm_adapmoe.integration.compat import expected_loads_settings
+from vllm_adapmoe.integration.compat import expected_loads_settings, heads_settings
 from vllm_adapmoe.integration.identity import model_identity
 from vllm_adapmoe.integration.layers import CachedExperts, cached_class
 from vllm_adapmoe.store.base import ExpertStore, StoreWriter
@@ -217,7 +217,12 @@ class ExpertLoading:
             pool_of=pool_of,
             expert_bytes=[layout.nbytes for layout in store.layouts],
         )
-        setup = CacheSetup.of(self.config, self._slots, expected_loads_settings(self.vllm_config))
+        setup = CacheSetup.of(
+            self.config,
+            self._slots,
+            expected_loads_settings(self.vllm_config),
+            heads_settings(self.vllm_config) is not None,
+        )
         device = torch.device(current_platform.device_type)
         # The CPU worker's main thread is bound to the first core of its OpenMP threads, and a thread inherits that:
         # readers would take turns with the kernels there. Its parent has the cores that the user gave.

@@ -1,67 +1,32 @@
-"""Applies the next layers' gates to a layer's input, and records traces of what the routers and the gates say."""
+"""Foretells what layers will want from what runs through earlier ones, and records traces of it and of the routing."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from vllm_adapmoe.cache.manager import ExpertCacheManager
+from vllm_adapmoe.heads import chance_of_any
+from vllm_adapmoe.integration.gate_stack import GateStack, find_gate
 from vllm_adapmoe.prefetch.foresight import Foretold, foretell
-from vllm_adapmoe.simulate.trace import Step, TraceWriter, sample_rows
+from vllm_adapmoe.simulate.trace import SAMPLE, Step, TraceWriter, sample_rows
 
 if TYPE_CHECKING:
     from vllm_adapmoe.integration.layers import CachedExperts
 
 
-def find_gate(model: torch.nn.Module, layer_name: str) -> torch.nn.Module | None:
-    """The module that gives a layer's router logits: beside the experts, under the name that the model chose."""
-    try:
-        block = model.get_submodule(layer_name.rpartition(".")[0])
-    except AttributeError:
-        return None
-    return getattr(block, "gate", None) or getattr(block, "router", None)
+@dataclass(frozen=True)
+class Foresight:
+    """What the input of one event foretells."""
 
-
-class GateStack:
-    """The gates of the layers after one layer, as one matrix.
-
-    Args:
-        gates: modules hidden -> router logits; None where a layer's was not found.
-        hidden: size of their input.
-        dtype: of their input.
-        device: of their weights.
-    """
-
-    def __init__(
-        self, gates: list[torch.nn.Module | None], hidden: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        weights, biases = [], []
-        self.slices: list[slice | None] = []
-        end = 0
-        for gate in gates:
-            if gate is None:
-                self.slices.append(None)
-                continue
-            # Whatever format its weights are in: a linear map is what it does to the unit vectors.
-            bias = _logits(gate, torch.zeros(1, hidden, dtype=dtype, device=device))
-            weights.append(_logits(gate, torch.eye(hidden, dtype=dtype, device=device)).T - bias.T)
-            biases.append(bias[0])
-            self.slices.append(slice(end, end + len(bias[0])))
-            end += len(bias[0])
-        self.weight = torch.cat(weights).contiguous() if weights else None
-        self.bias = torch.cat(biases) if biases else None
-
-    def logits(self, x: torch.Tensor) -> np.ndarray:
-        """float32 `[tokens, sum of experts]` of all gates for `x` `[tokens, hidden]`."""
-        assert self.weight is not None
-        return torch.nn.functional.linear(x.float(), self.weight, self.bias).cpu().numpy()
-
-
-def _logits(gate: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    output = gate(x)
-    return (output[0] if isinstance(output, tuple) else output).float()
+    expected: np.ndarray | None
+    """float16 `[experts]`: chance that the layer's next event uses each; needed when somebody has to leave."""
+    observe: Callable[[], None]
+    """Foretells the later layers, for prefetch and the trace; to be called once, while the event's loads arrive."""
 
 
 class Lookahead:
@@ -71,8 +36,10 @@ class Lookahead:
         layers: the model's MoE layers, in order.
         model: to find their gates in.
         routers: of each layer.
-        cache: told of every routing and prediction; None where every expert is resident.
+        cache: told of every routing and prediction; None where nothing is fetched ahead.
         lookahead: later layers to look at.
+        heads: next-token heads of each layer; None: nobody asks for them.
+        first: head of the first layer, `[hidden + 1, experts]`, for the end of the step before; None: there is none.
         trace: where steps are recorded, with every prediction; None: nowhere.
         requests: gives the ids and the computed tokens of the step's requests, and rows of each.
     """
@@ -84,6 +51,8 @@ class Lookahead:
         routers: list[Any],
         cache: ExpertCacheManager | None,
         lookahead: int,
+        heads: Sequence[np.ndarray] | None,
+        first: np.ndarray | None,
         trace: TraceWriter | None,
         requests: Callable[[], list[tuple[str, int, int]]],
     ) -> None:
@@ -92,15 +61,20 @@ class Lookahead:
         self.trace = trace
         self.requests = requests
         self.lookahead = lookahead
+        self.heads = heads
         self.corrections = [_correction(router) for router in routers]
         self.gates = [find_gate(model, layer.layer_name) for layer in layers]
         self.stacks: list[GateStack | None] = [None] * len(layers)
+        self.first = None if first is None else torch.from_numpy(first).to(next(model.parameters()).device)
+        self.last_rows: torch.Tensor | None = None
+        """Of the step under way, the last row of each request; None: every row is one."""
         self.step: Step | None = None
+        """Under way, or not in the trace yet."""
 
-    def observe(
+    def foresee(
         self, index: int, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, keep: torch.Tensor
-    ) -> None:
-        """One event of layer `index`: predictions from its input, for the cache and the trace.
+    ) -> Foresight:
+        """One event of layer `index`.
 
         Args:
             index: of the layer.
@@ -109,32 +83,96 @@ class Lookahead:
             ids: `[tokens, top_k]`, on the host.
             keep: bool of the same shape, on the host.
         """
+        if index == 0:
+            self._begin_step(x, ids)
+        stack = self._stack(index, x)
+        outputs = expected = None
+        if self.heads is not None:  # who leaves for this event depends on it, so it cannot wait
+            last = self.last_rows
+            heads = stack.outputs(x if last is None else x[last.to(x.device)])
+            expected = chance_of_any(heads[:, stack.width :])
+            if last is None and len(x) <= SAMPLE:
+                outputs = heads
+        return Foresight(expected, partial(self._observe, index, x, weights, ids, keep, expected, outputs))
+
+    def _begin_step(self, x: torch.Tensor, ids: torch.Tensor) -> None:
+        requests = self.requests() if self.heads is not None or self.trace is not None else []
+        rows = [rows for _, _, rows in requests]
+        self.last_rows = None
+        if self.heads is not None and len(rows) < len(x):
+            self.last_rows = torch.tensor(rows).cumsum(0) - 1
+        if self.trace is None:
+            return
+        self._end_trace_of_step()
+        self.step = Step(
+            seconds=time.monotonic(),
+            requests=[name for name, _, rows in requests for _ in range(rows)],
+            positions=np.concatenate([np.arange(start, start + rows) for _, start, rows in requests]),
+            ids=np.zeros((len(self.layers), *ids.shape), dtype=np.int64),
+            weights=np.zeros((len(self.layers), *ids.shape), dtype=np.float16),
+            foretold={},
+        )
+
+    def _observe(
+        self,
+        index: int,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        ids: torch.Tensor,
+        keep: torch.Tensor,
+        expected: np.ndarray | None,
+        outputs: np.ndarray | None,
+    ) -> None:
+        if self.cache is None and self.trace is None:
+            return
         stack = self._stack(index, x)
         foretold: dict[int, Foretold] = {}
-        if stack.weight is not None:
-            logits = stack.logits(x[sample_rows(len(x))])
+        if stack.width:
+            if outputs is None:
+                outputs = stack.outputs(x[sample_rows(len(x))])
             for distance, columns in enumerate(stack.slices, start=1):
                 if columns is not None:
-                    foretold[distance] = self._foretell(index + distance, logits[:, columns])
+                    foretold[distance] = self._foretell(index + distance, outputs[:, columns])
         routing = ids.numpy().astype(np.int64, copy=False), keep.numpy()
         if self.cache is not None:
             self.cache.look_ahead(index, routing, foretold)
         if self.trace is not None:
-            self._record(index, weights, *routing, foretold)
+            self._record(index, weights, *routing, foretold, expected)
+
+    def end_step(self, hidden: torch.Tensor) -> None:
+        """The model has run: what the first layer will want next.
+
+        Args:
+            hidden: `[requests, hidden]`, last hidden states of the rows that a token is sampled from.
+        """
+        if self.first is None or len(hidden) > SAMPLE:
+            return
+        chances = torch.addmm(self.first[-1], hidden.float(), self.first[:-1]).cpu().numpy()
+        ids = np.argsort(-chances, axis=1, kind="stable")[:, : self.layers[0].top_k]
+        foretold = Foretold(ids, np.ones(ids.shape, dtype=bool))
+        if self.cache is not None:
+            self.cache.look_ahead(-1, None, {1: foretold})
+        if self.step is not None:
+            self.step.foretold[-1, 1] = foretold
+            self._end_trace_of_step()
 
     def _stack(self, index: int, x: torch.Tensor) -> GateStack:
         stack = self.stacks[index]
         if stack is None:
             gates = self.gates[index + 1 : index + 1 + self.lookahead]
-            stack = self.stacks[index] = GateStack(gates, x.shape[1], x.dtype, x.device)
+            head = None if self.heads is None else self.heads[index]
+            stack = self.stacks[index] = GateStack(gates, head, x.shape[1], x.dtype, x.device)
         return stack
 
     def _foretell(self, target: int, logits: np.ndarray) -> Foretold:
         layer = self.layers[target]
-        sensitivity, threshold = 0.0, 0.0
-        if layer.gate is not None and layer.gate.plan.rule == "token":
-            sensitivity, threshold = layer.gate.sensitivity, layer.gate.plan.threshold
-        return foretell(logits, layer.top_k, sensitivity, threshold, self.corrections[target])
+        correction = self.corrections[target]
+        if layer.gate is None or layer.gate.plan.rule not in ("token", "batch"):
+            return foretell(logits, layer.top_k, correction=correction)
+        by_batch = layer.gate.plan.rule == "batch"
+        return foretell(
+            logits, layer.top_k, layer.gate.sensitivity, layer.gate.threshold, by_batch, correction=correction
+        )
 
     def _record(
         self,
@@ -143,30 +181,26 @@ class Lookahead:
         ids: np.ndarray,
         keep: np.ndarray,
         foretold: dict[int, Foretold],
+        expected: np.ndarray | None,
     ) -> None:
-        if index == 0:
-            requests = self.requests()
-            self.step = Step(
-                seconds=time.monotonic(),
-                requests=[name for name, _, rows in requests for _ in range(rows)],
-                positions=np.concatenate([np.arange(start, start + rows) for _, start, rows in requests]),
-                ids=np.zeros((len(self.layers), *ids.shape), dtype=np.int64),
-                weights=np.zeros((len(self.layers), *ids.shape), dtype=np.float16),
-                foretold={},
-            )
-        step, trace = self.step, self.trace
-        if step is None or trace is None or step.ids.shape[1:] != ids.shape:
+        step = self.step
+        if step is None or step.ids.shape[1:] != ids.shape:
             return
         step.ids[index] = ids
         # A kept weight is never zero, or the expert would count as dropped.
         step.weights[index] = np.where(keep, np.maximum(weights.cpu().numpy(), 1e-6), 0)
         step.foretold.update({(index, distance): one for distance, one in foretold.items()})
-        if index == len(self.layers) - 1:
-            trace.add(step)
+        if expected is not None:
+            step.expected[index] = expected
+
+    def _end_trace_of_step(self) -> None:
+        if self.step is not None and self.trace is not None:
+            self.trace.add(self.step)
             self.step = None
 
     def close(self) -> None:
         """Ends the trace."""
+        self._end_trace_of_step()
         if self.trace is not None:
             self.trace.close()
 

@@ -7,9 +7,10 @@ import torch
 from vllm.forward_context import get_forward_context
 
 from vllm_adapmoe.calibrate import statistics
+from vllm_adapmoe.calibrate.next_token import HeadFit
 from vllm_adapmoe.calibrate.statistics import LOOKAHEAD, Sums, half
 from vllm_adapmoe.gating import keep_most, settle
-from vllm_adapmoe.integration.lookahead import find_gate
+from vllm_adapmoe.integration.gate_stack import find_gate
 
 if TYPE_CHECKING:
     from vllm_adapmoe.integration.layers import CachedExperts
@@ -32,6 +33,10 @@ class RoutingProbe:
         self.sums: list[Sums] = [{} for _ in layers]
         self.foretold: dict[tuple[int, int], torch.Tensor] = {}
         """(layer, lookahead) -> ids `[tokens, top_k]`, of the step under way."""
+        self.fits: dict[int, HeadFit] = {}
+        """Next-token heads under way, by layer; -1: the first layer's, from the end of the model."""
+        self._first_used: tuple[torch.Tensor, torch.Tensor] | None = None
+        model.register_forward_hook(lambda module, inputs, output: self._fit_first(output))
         self.runners = [runners[layer.layer_name] for layer in layers]
         self.gates = [find_gate(model, layer.layer_name) for layer in layers]
         for index, layer in enumerate(layers):
@@ -42,9 +47,46 @@ class RoutingProbe:
         sums, self.sums = self.sums, [{} for _ in self.layers]
         return sums
 
-    def close(self) -> None:
-        for layer in self.layers:
-            layer.probe = None
+    def fit_heads(self, layers: list[int]) -> None:
+        """Sums up for the next-token heads of `layers` from here on, and for nothing else."""
+        self.recording = False
+        self.fits = {index: HeadFit(*self._shape(index)) for index in layers}
+
+    def _shape(self, index: int) -> tuple[int, int]:
+        layer = self.layers[max(index, 0)]
+        return layer.hidden_size, layer.local_num_experts
+
+    def read_heads(self) -> dict[int, np.ndarray]:
+        """The heads of `fit_heads`, and an end of it."""
+        fits, self.fits = self.fits, {}
+        return {index: fit.solve() for index, fit in fits.items()}
+
+    def fit(self, index: int, x: torch.Tensor, ids: torch.Tensor, starts: torch.Tensor) -> None:
+        """One step of a layer: its inputs against what their successors use.
+
+        Args:
+            index: of the layer.
+            x: `[tokens, hidden]`.
+            ids: `[tokens, top_k]`.
+            starts: bool `[tokens]`, True where a sequence begins.
+        """
+        if index == 0 and -1 in self.fits:
+            self._first_used = self._used(0, ids), starts
+        if index in self.fits:
+            self._add(index, x, self._used(index, ids), starts)
+
+    def _used(self, index: int, ids: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(ids), self._shape(index)[1]).scatter_(1, ids.long(), 1)
+
+    def _add(self, index: int, x: torch.Tensor, used: torch.Tensor, starts: torch.Tensor) -> None:
+        followed = ~starts[1:]
+        self.fits[index].add(x[:-1][followed.to(x.device)], used[1:][followed])
+
+    def _fit_first(self, hidden: Any) -> None:
+        if self._first_used is not None:
+            used, starts = self._first_used
+            self._first_used = None
+            self._add(-1, hidden[: len(used)], used, starts)
 
     def foretell(self, layer: int, x: torch.Tensor) -> torch.Tensor | None:
         """Ids `[tokens, top_k]`, best first, that `layer` would choose for `x`; None where its gate is not found."""
@@ -78,6 +120,9 @@ class LayerProbe:
         if probe.recording:
             rows = slice(None) if real is None else real
             self._record(layer, x[rows], weights[rows], ids[rows], _sequence_starts(len(ids))[rows])
+        if probe.fits:
+            rows = slice(None) if real is None else real
+            probe.fit(self.index, x[rows], ids[rows], _sequence_starts(len(ids))[rows])
         if probe.disturbed != self.index:
             return weights
         counts = torch.full((len(ids),), half(ids.shape[1]), device=weights.device)

@@ -11,6 +11,7 @@ from vllm.platforms import current_platform
 from vllm_adapmoe.allocation_plan import curves_of_profile
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.gating_plan import describe, plan_gating
+from vllm_adapmoe.heads import NextTokenHeads, heads_path
 from vllm_adapmoe.integration.model_check import check_model
 from vllm_adapmoe.integration.model_info import model_info
 from vllm_adapmoe.profile import ModelProfile
@@ -20,6 +21,7 @@ logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its le
 METHOD = "adapmoe"
 GATING = "adapmoe_gating"
 LOADS = "adapmoe_expected_loads"
+HEADS = "adapmoe_heads"
 WORKERS = {
     "cpu": "vllm_adapmoe.integration.worker.AdapMoECPUWorker",
     "cuda": "vllm_adapmoe.integration.worker.AdapMoEWorker",
@@ -46,10 +48,11 @@ def switch_on(engine_args: Any, vllm_config: VllmConfig) -> None:
     if device not in WORKERS:
         raise AdapMoEError(f"moe_method={METHOD!r} does not run on {device}; it runs on {', '.join(WORKERS)}")
     check_model(config, vllm_config)
-    vllm_config.additional_config = {**_additional(vllm_config), METHOD: config.transport()}
     profile = _profile(config, vllm_config)
+    additional = {**_additional(vllm_config), METHOD: config.transport()}
     if profile is not None:
-        _follow_profile(config, profile, vllm_config.additional_config)
+        _follow_profile(config, profile, additional)
+    vllm_config.additional_config = additional
     vllm_config.parallel_config.worker_cls = WORKERS[device]
     if device == "cuda":
         # A fetch reads the routing on the host, which a captured graph cannot.
@@ -71,7 +74,7 @@ def _profile(config: AdapMoEConfig, vllm_config: VllmConfig) -> ModelProfile | N
 
 
 def _follow_profile(config: AdapMoEConfig, profile: ModelProfile, additional: dict[str, Any]) -> None:
-    """Chooses the threshold, and foretells the loads of each layer by its slots."""
+    """Chooses the threshold, foretells the loads of each layer by its slots, and names the next-token heads."""
     plan = plan_gating(config.gating, profile)
     if plan is not None:
         logger.info("%s", describe(plan, profile))
@@ -80,6 +83,22 @@ def _follow_profile(config: AdapMoEConfig, profile: ModelProfile, additional: di
         threshold = plan.threshold if plan is not None and plan.rule == "token" else 0.0
         ahead = config.prefetch.max_experts if config.prefetch.lookahead else 0
         additional[LOADS] = [curve.tolist() for curve in curves_of_profile(profile, threshold, ahead)]
+    if profile.heads is not None:
+        assert config.profile is not None
+        path = heads_path(config.profile).resolve()
+        NextTokenHeads.load(path, profile.heads)
+        # They are too big to travel with the configuration: every worker reads the file.
+        additional[HEADS] = {"path": str(path), "hash": profile.heads}
+    elif config.eviction == "next_token":
+        raise AdapMoEError(
+            f"eviction=next_token: profile={config.profile!r} has no next-token heads; make it anew with "
+            "adapmoe calibrate"
+        )
+    elif plan is None and config.allocation != "profile":
+        raise AdapMoEError(
+            f"profile={config.profile!r} has no next-token heads, so it is of no use while gating.mode=off and "
+            f"allocation={config.allocation}; set gating, remove it, or make it anew with adapmoe calibrate"
+        )
 
 
 def _requested(engine_args: Any, vllm_config: VllmConfig) -> AdapMoEConfig:

@@ -17,12 +17,14 @@ from vllm_adapmoe.cache.controller import CacheController, CacheSetup, CacheShap
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.gating_plan import GatingPlan
+from vllm_adapmoe.heads import NextTokenHeads
 from vllm_adapmoe.integration import gates
-from vllm_adapmoe.integration.compat import adapmoe_settings, gating_settings
+from vllm_adapmoe.integration.compat import adapmoe_settings, gating_settings, heads_settings
 from vllm_adapmoe.integration.layers import CachedExperts
 from vllm_adapmoe.integration.loading import expert_loading
 from vllm_adapmoe.integration.lookahead import Lookahead
 from vllm_adapmoe.integration.probe import RoutingProbe, plain
+from vllm_adapmoe.loss_budget import LossBudget
 from vllm_adapmoe.simulate.trace import TraceInfo, TraceWriter
 from vllm_adapmoe.store.base import ExpertsUnavailable
 
@@ -51,7 +53,10 @@ class ExpertCacheWorker(Worker):
             self.expert_cache = loading.finish()
         self.moe_layers = loading.layers
         self.set_gating(gating_settings(self.vllm_config))
+        heads = heads_settings(self.vllm_config)
+        self.heads = None if heads is None else NextTokenHeads.load(Path(heads["path"]), heads["hash"])
         self._look_ahead(config)
+        self._watch_the_end()
         self._failed: set[str] = set()
         if self.vllm_config.parallel_config.world_size == 1:  # other ranks would not know, and go on
             for layer in self.moe_layers:
@@ -94,7 +99,13 @@ class ExpertCacheWorker(Worker):
                 pool_of=list(shape.pool_of),
             )
             trace = TraceWriter(Path(config.trace_out), info, config.trace_mib << 20)
-        if not prefetching and trace is None:
+        heads = first = None
+        if self.heads is not None:
+            if trace is not None or (cache is not None and config.eviction in ("auto", "next_token")):
+                heads = self.heads.layers
+            if trace is not None or (prefetching and config.prefetch.first_layer):
+                first = self.heads.first
+        if not prefetching and trace is None and heads is None:
             return None
         runners = self.vllm_config.compilation_config.static_forward_context
         return Lookahead(
@@ -103,9 +114,24 @@ class ExpertCacheWorker(Worker):
             [runners[layer.layer_name].router for layer in self.moe_layers],
             cache if prefetching else None,
             TRACE_LOOKAHEAD if trace is not None else config.prefetch.lookahead,
+            heads,
+            first,
             trace,
             self._requests_of_step,
         )
+
+    def _watch_the_end(self) -> None:
+        """Shows the lookahead the hidden states that tokens are sampled from, as soon as they are there."""
+        model: Any = self.model_runner.get_model()
+        compute_logits = model.compute_logits
+        self._in_step = False
+
+        def watched(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self._in_step and self.lookahead is not None:  # and not for the log probabilities of prompts
+                self.lookahead.end_step(hidden)
+            return compute_logits(hidden, *args, **kwargs)
+
+        model.compute_logits = watched
 
     def _requests_of_step(self) -> list[tuple[str, int, int]]:
         """Id, first position and rows of each request of the step under way."""
@@ -130,6 +156,10 @@ class ExpertCacheWorker(Worker):
             )
         for index, layer in enumerate(self.moe_layers):
             layer.gate = None if parsed is None else gates.LayerGate(parsed, index)
+        self._budget = None
+        if parsed is not None and parsed.nats_per_token is not None:
+            self._budget = LossBudget(parsed.threshold, parsed.nats_per_token)
+        self._spent = 0.0
 
     def set_cache(self, settings: dict[str, Any], curves: list[list[float]] | None = None) -> None:
         """Starts over with empty slots and other policies: the keys of `adapmoe_config` that are not of its size.
@@ -141,7 +171,8 @@ class ExpertCacheWorker(Worker):
         cache, config = self.expert_cache, AdapMoEConfig.parse(settings)
         assert cache is not None
         slots = [pool.num_slots for pool in cache.pools]
-        cache.restart(CacheController(cache.controller.shape, CacheSetup.of(config, slots, curves)), config.link_gbps)
+        setup = CacheSetup.of(config, slots, curves, self.heads is not None)
+        cache.restart(CacheController(cache.controller.shape, setup), config.link_gbps)
         self._look_ahead(config)
 
     def start_probe(self) -> None:
@@ -156,6 +187,14 @@ class ExpertCacheWorker(Worker):
     def read_probe(self) -> list[dict[str, list]]:
         """Sums of each layer since the last reading."""
         return plain(self.probe.read())
+
+    def fit_heads(self, layers: list[int]) -> None:
+        """`RoutingProbe.fit_heads`."""
+        self.probe.fit_heads(layers)
+
+    def read_heads(self) -> dict[str, list]:
+        """`RoutingProbe.read_heads`, by layer as text."""
+        return {str(index): weights.tolist() for index, weights in self.probe.read_heads().items()}
 
     def time_parts(self) -> None:
         """Adds up what the expert kernels, and what looking ahead, take, from here on."""
@@ -172,7 +211,8 @@ class ExpertCacheWorker(Worker):
 
         for layer in self.moe_layers:
             layer._run_kernel = timed("kernels", layer._run_kernel)  # type: ignore[method-assign]
-        Lookahead.observe = timed("lookahead", Lookahead.observe)  # type: ignore[method-assign]
+        for name in ("foresee", "_observe", "end_step"):
+            setattr(Lookahead, name, timed("lookahead", getattr(Lookahead, name)))
 
     def part_seconds(self) -> dict[str, float]:
         """What `time_parts` has added up."""
@@ -180,7 +220,25 @@ class ExpertCacheWorker(Worker):
 
     def execute_model(self, scheduler_output: Any) -> Any:
         self._scheduled = scheduler_output.num_scheduled_tokens
-        return self._with_stats(super().execute_model(scheduler_output))
+        self._in_step = True
+        try:
+            output = super().execute_model(scheduler_output)
+        finally:
+            self._in_step = False
+        self._keep_budget()
+        return self._with_stats(output)
+
+    def _keep_budget(self) -> None:
+        """Sets every gate's threshold by what the step has lost, if it decoded."""
+        if self._budget is None:
+            return
+        layer_gates = [layer.gate for layer in self.moe_layers if layer.gate is not None]
+        spent, self._spent = self._spent, sum(gate.stats.loss_spent for gate in layer_gates)
+        tokens = len(self._scheduled)
+        if tokens and max(self._scheduled.values()) == 1:  # a prompt loses next to nothing: it needs every expert
+            threshold = self._budget.spend(self._spent - spent, tokens)
+            for gate in layer_gates:
+                gate.threshold = threshold
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         return self._with_stats(super().sample_tokens(grammar_output))

@@ -27,15 +27,18 @@ def foretell(
     top_k: int,
     sensitivity: float = 0.0,
     threshold: float = 0.0,
+    by_batch: bool = False,
     correction: np.ndarray | None = None,
 ) -> Foretold:
-    """Ranks a gate's logits, and foretells how many experts gating will keep (`gating.drop_costs`).
+    """Ranks a gate's logits, and foretells what gating will keep (`gating`).
 
     Args:
         logits: `[tokens, experts]`, of the later layer's gate on this layer's input.
         top_k: experts of a token.
-        sensitivity: of the later layer; with `threshold`, the rule `c * S < T` of gating by token.
+        sensitivity: of the later layer; with `threshold`, the rule `c * S < T`.
         threshold: 0 keeps all.
+        by_batch: gating by batch, which drops an absent expert if that costs all its tokens less than the threshold;
+            else by token.
         correction: `[experts]`, added to sigmoid scores before ranking, where the router does so.
     """
     if top_k >= logits.shape[1]:
@@ -54,6 +57,11 @@ def foretell(
         chosen = np.take_along_axis(logits, ids, 1)
         weights = np.exp(chosen - chosen[:, :1])
         weights /= weights.sum(1, keepdims=True)
+        if by_batch:
+            rest = (weights**2).sum(1, keepdims=True) - weights**2
+            costs = ((weights / (1 - weights)) ** 2 * rest + weights**2) / 2
+            prices = np.bincount(ids.ravel(), costs.ravel(), minlength=logits.shape[1]) * sensitivity
+            return Foretold(ids, prices[ids] >= threshold)
         squares = np.cumsum(weights**2, axis=1)[:, :-1]
         inside = np.cumsum(weights, axis=1)[:, :-1]
         costs = (((1 - inside) / inside) ** 2 * squares + (weights**2).sum(1, keepdims=True) - squares) / 2

@@ -78,6 +78,11 @@ def run_simulate(
     names = [PolicyName.parse(text) for text in policies]
     info, steps = read_trace(trace)
     total = sum(info.num_experts)
+    if any(name.eviction == "next_token" for name in names) and not any(step.expected for step in steps):
+        raise AdapMoEError(
+            f"--policies next_token: the trace {str(trace)!r} has nothing of next-token heads; record it with a "
+            "profile that has them"
+        )
     curves = None
     if any(name.allocation == "profile" for name in names):
         if profile is None:

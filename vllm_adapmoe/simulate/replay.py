@@ -141,16 +141,15 @@ def replay(
     time = 0.0
     ends = [0.0]
     for step in steps:
-        if controller.planner is not None and (-1, 1) in step.foretold:
-            controller.look_ahead(-1, None, _foretold(step, -1, setup.lookahead))
         for layer in range(len(info.num_experts)):
             ids, kept = step.ids[layer], step.weights[layer] > 0
             experts = np.flatnonzero(np.bincount(ids[kept], minlength=1)).tolist()
             groups = waves(experts, controller.residency(layer).capacity)
-            for number, group in enumerate(groups):
+            for wave, group in enumerate(groups):
                 link.run(time)
-                request = controller.begin(layer, group, experts if len(groups) > 1 else ())
-                if number == 0 and controller.planner is not None:
+                expected = step.expected.get(layer) if wave == 0 else None
+                request = controller.begin(layer, group, experts if len(groups) > 1 else (), expected)
+                if wave == 0 and controller.planner is not None:
                     controller.look_ahead(layer, (ids, kept), _foretold(step, layer, setup.lookahead))
                 waiting = [load.key for load in (*request.loads, *request.awaited)]
                 if waiting and machine.bandwidth is not None:
@@ -160,6 +159,9 @@ def replay(
                     time = max(time, link.now)
                 controller.release(layer, group)
             time += machine.layer_seconds
+        if controller.planner is not None and (-1, 1) in step.foretold:  # what the step's end says of the next one
+            link.run(time)
+            controller.look_ahead(-1, None, _foretold(step, -1, setup.lookahead))
         time += machine.step_seconds
         link.run(time)
         ends.append(time)

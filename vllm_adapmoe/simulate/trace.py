@@ -9,7 +9,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +65,10 @@ class Step:
     weights: np.ndarray
     """float16 `[layers, rows, top_k]`, after gating; 0: dropped."""
     foretold: dict[tuple[int, int], Foretold]
-    """(layer, lookahead) -> prediction for the sampled rows from that layer's input; layer -1: before the step."""
+    """(layer, lookahead) -> prediction for the sampled rows from that layer's input; layer -1: from the end of the
+    step, for the first layer of the next."""
+    expected: dict[int, np.ndarray] = field(default_factory=dict)
+    """Layer -> float16 `[experts]`: chance that the layer's next event uses each (`heads.chance_of_any`)."""
 
 
 def sample_rows(rows: int) -> slice:
@@ -139,6 +142,9 @@ def _frame(steps: Sequence[Step], info: TraceInfo) -> dict[str, np.ndarray]:
         arrays[f"{name}.rows"] = np.array([-1 if one is None else len(one.ids) for one in made], dtype=np.int32)
         arrays[f"{name}.ids"] = np.concatenate([one.ids for one in made if one is not None]).astype(ids_type)
         arrays[f"{name}.kept"] = np.concatenate([one.kept for one in made if one is not None])
+    for layer in sorted({layer for step in steps for layer in step.expected}):
+        arrays[f"expected.{layer}.of"] = np.array([layer in step.expected for step in steps])
+        arrays[f"expected.{layer}"] = np.stack([step.expected[layer] for step in steps if layer in step.expected])
     return arrays
 
 
@@ -155,6 +161,12 @@ def _steps(arrays: dict[str, np.ndarray]) -> Iterator[Step]:
                     made = [arrays[f"{prefix}.{part}"][start : start + rows] for part in ("ids", "kept")]
                     foretold[number][int(layer), int(distance)] = Foretold(made[0].astype(np.int64), made[1])
                     start += rows
+    expected: list[dict[int, np.ndarray]] = [{} for _ in arrays["rows"]]
+    for name in arrays:
+        if name.startswith("expected.") and name.endswith(".of"):
+            prefix = name.removesuffix(".of")
+            for number, chances in zip(np.flatnonzero(arrays[name]).tolist(), arrays[prefix], strict=True):
+                expected[number][int(prefix.removeprefix("expected."))] = chances
     start = 0
     for number, rows in enumerate(arrays["rows"].tolist()):
         here = slice(start, start + rows)
@@ -166,6 +178,7 @@ def _steps(arrays: dict[str, np.ndarray]) -> Iterator[Step]:
             ids=arrays["ids"][:, here].astype(np.int64),
             weights=arrays["weights"][:, here],
             foretold=foretold[number],
+            expected=expected[number],
         )
 
 

@@ -1,0 +1,65 @@
+"""The later layers' gates, and a layer's own next-token head, as one matrix on the layer's input."""
+
+import numpy as np
+import torch
+
+
+def find_gate(model: torch.nn.Module, layer_name: str) -> torch.nn.Module | None:
+    """The module that gives a layer's router logits: beside the experts, under the name that the model chose."""
+    try:
+        block = model.get_submodule(layer_name.rpartition(".")[0])
+    except AttributeError:
+        return None
+    return getattr(block, "gate", None) or getattr(block, "router", None)
+
+
+class GateStack:
+    """Linear maps of one input, stacked: one product gives what all of them say.
+
+    Args:
+        gates: modules hidden -> router logits, of the layers after; None where a layer's was not found.
+        head: float32 `[hidden + 1, experts]`, the last row constant; None: there is none.
+        hidden: size of their input.
+        dtype: of their input.
+        device: of their weights.
+    """
+
+    def __init__(
+        self,
+        gates: list[torch.nn.Module | None],
+        head: np.ndarray | None,
+        hidden: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        weights, biases = [], []
+        self.slices: list[slice | None] = []
+        """Columns of each gate's logits."""
+        end = 0
+        for gate in gates:
+            if gate is None:
+                self.slices.append(None)
+                continue
+            # Whatever format its weights are in: a linear map is what it does to the unit vectors.
+            bias = _logits(gate, torch.zeros(1, hidden, dtype=dtype, device=device))
+            weights.append(_logits(gate, torch.eye(hidden, dtype=dtype, device=device)) - bias)
+            biases.append(bias[0])
+            self.slices.append(slice(end, end + len(bias[0])))
+            end += len(bias[0])
+        self.width = end
+        """Columns of all gates together; the head's come after them."""
+        if head is not None:
+            weights.append(torch.from_numpy(head[:-1]).to(device))
+            biases.append(torch.from_numpy(head[-1]).to(device))
+        self.weight = torch.cat(weights, 1).contiguous() if weights else None
+        self.bias = torch.cat(biases) if biases else None
+
+    def outputs(self, x: torch.Tensor) -> np.ndarray:
+        """float32 `[tokens, width + the head's experts]` for `x` `[tokens, hidden]`."""
+        assert self.weight is not None and self.bias is not None
+        return torch.addmm(self.bias, x.float(), self.weight).cpu().numpy()
+
+
+def _logits(gate: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    output = gate(x)
+    return (output[0] if isinstance(output, tuple) else output).float()
