@@ -125,7 +125,7 @@ def test_threads(tmp_path, failures):
             for distance in (1, 2)
             if index + distance < 3
         }
-        look = partial(cache.look_ahead, index, (ids, np.ones(ids.shape, dtype=bool)), foretold)
+        look = partial(cache.look_ahead, index, (ids, np.ones(ids.shape, dtype=bool)), foretold.get)
         try:
             slot_map = cache.acquire(index, experts, (), look)
         except StoreError:
@@ -152,7 +152,7 @@ def test_closing_while_loading(tmp_path):
     store = Flaky(pack(tmp_path / "experts.pack", LAYERS), lambda: False)
     cache = manager(store, [9, 4], lookahead=2, max_experts=2)
     cache.controller.pools[0] = Residency(9, 2, LRU(4, 6))
-    cache.look_ahead(0, None, {1: Foretold(np.array([[0, 1]]), np.ones((1, 2), dtype=bool))})
+    cache.look_ahead(0, None, {1: Foretold(np.array([[0, 1]]), np.ones((1, 2), dtype=bool))}.get)
     cache.close()
     cache.close()
     assert not any(thread.is_alive() for thread in cache.transfers.threads)
@@ -171,7 +171,7 @@ def test_speculation_yields_to_demand(tmp_path):
 
     cache = manager(Slow(host_store(), lambda: False), [9, 4], readers=1, lookahead=1, max_experts=1)
     cache.controller.pools[0] = Residency(9, 1, LRU(4, 6))
-    cache.look_ahead(0, None, {1: Foretold(np.array([[0, 1]]), np.ones((1, 2), dtype=bool))})
+    cache.look_ahead(0, None, {1: Foretold(np.array([[0, 1]]), np.ones((1, 2), dtype=bool))}.get)
     while not order:
         time.sleep(0.001)
     cache.acquire(0, [3])

@@ -9,9 +9,12 @@ from hypothesis import strategies as st
 
 from vllm_adapmoe.cache.controller import CacheSetup
 from vllm_adapmoe.cache.eviction import POLICIES
+from vllm_adapmoe.cache.tiles import LEAST_TILE_BYTES, SPECULATIVE_TILE_SECONDS, TILE_BYTES, tile_bytes
 from vllm_adapmoe.prefetch.foresight import Foretold
-from vllm_adapmoe.simulate.replay import TILE, Machine, belady, replay
+from vllm_adapmoe.simulate.replay import Machine, belady, replay
 from vllm_adapmoe.simulate.trace import Step, TraceInfo
+
+TILE = TILE_BYTES
 
 
 def info(layers: int, experts: int, nbytes: int = 1) -> TraceInfo:
@@ -119,7 +122,16 @@ def test_demand_overtakes_speculation_between_tiles():
     steps = steps_of([[[0], [2]]])
     steps[0].foretold[0, 1] = Foretold(np.array([[3, 0]]), np.array([[True, False]]))
     setup = CacheSetup([16], lookahead=1, max_experts=1)
-    machine = Machine(bandwidth=TILE, layer_seconds=1.5)
+    machine = Machine(bandwidth=16 * LEAST_TILE_BYTES, layer_seconds=1.53)  # 16 tiles a second
     result = replay(info(2, 4, 4 * TILE), steps, setup, machine)
-    assert result.seconds == pytest.approx(4 + 1.5 + 0.5 + 4 + 1.5)  # half a tile was left to move
-    assert result.stats["wasted_bytes"] == 2 * TILE  # cancelled at the end of its second tile: its layer has come
+    moved = 25 / 16  # the 25th tile has begun when layer 1 asks
+    assert result.seconds == pytest.approx(4 + moved + 4 + 1.53)
+    assert result.stats["wasted_bytes"] == 25 * LEAST_TILE_BYTES  # cancelled at its end: its layer has come
+
+
+def test_speculation_keeps_demand_waiting_no_longer_than_a_quarter_of_a_millisecond():
+    assert tile_bytes(None, urgent=False) == tile_bytes(1e9, urgent=True) == TILE_BYTES
+    assert tile_bytes(25e9, urgent=False) == TILE_BYTES
+    assert tile_bytes(1e9, urgent=False) == pytest.approx(1e9 * SPECULATIVE_TILE_SECONDS, rel=0.02)
+    assert tile_bytes(1e9, urgent=False) % 4096 == 0, "for direct I/O"
+    assert tile_bytes(1.0, urgent=False) == LEAST_TILE_BYTES

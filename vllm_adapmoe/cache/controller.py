@@ -1,6 +1,6 @@
 """What an expert cache decides, event by event: the same object in a worker and in the simulator."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -10,8 +10,7 @@ from vllm_adapmoe.cache.allocation import StackDistances, share_out
 from vllm_adapmoe.cache.eviction import POLICIES, EvictionPolicy, ExpertKey
 from vllm_adapmoe.cache.residency import Load, Request, Residency, State
 from vllm_adapmoe.config import AdapMoEConfig
-from vllm_adapmoe.prefetch.foresight import Foretold
-from vllm_adapmoe.prefetch.planner import PrefetchPlanner
+from vllm_adapmoe.prefetch.planner import Foretell, PrefetchPlanner
 
 MEMORY = 1024.0
 """Events of a layer after which its stack distances have faded to 1/e."""
@@ -210,14 +209,14 @@ class CacheController:
         self.residency(layer).release(layer, experts)
 
     def look_ahead(
-        self, layer: int, routing: tuple[np.ndarray, np.ndarray] | None, foretold: Mapping[int, Foretold]
+        self, layer: int, routing: tuple[np.ndarray, np.ndarray] | None, foretell: Foretell
     ) -> list[ExpertKey]:
         """Takes in what a router chose, and begins to fetch what its layer's input says of later layers.
 
         Args:
             layer: MoE layer index; -1: before the step.
             routing: ids, integer `[tokens, top_k]`, and bool of the same shape, what was kept; None for layer -1.
-            foretold: predictions by lookahead.
+            foretell: gives the predictions.
         """
         assert self.planner is not None
         if routing is not None:
@@ -228,7 +227,7 @@ class CacheController:
             for entry in pool.speculative.values()
             if entry.state in (State.QUEUED, State.LOADING) and not entry.cancelled
         )
-        chosen = self.planner.plan(layer, foretold, lambda key: self.residency(key[0]).want(key), under_way)
+        chosen = self.planner.plan(layer, foretell, lambda key: self.residency(key[0]).want(key), under_way)
         for key in chosen:
             self.transfers.speculate(key)
         return chosen

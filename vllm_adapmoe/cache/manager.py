@@ -1,7 +1,7 @@
 """The one object of a worker that changes slots."""
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from vllm_adapmoe.cache.controller import CacheController, CacheStats
 from vllm_adapmoe.cache.residency import Request
 from vllm_adapmoe.cache.slots import SlotPool
 from vllm_adapmoe.cache.transfer import READERS, TransferEngine
-from vllm_adapmoe.prefetch.foresight import Foretold
+from vllm_adapmoe.prefetch.planner import Foretell
 from vllm_adapmoe.store.base import ExpertStore, ExpertsUnavailable
 
 
@@ -158,12 +158,10 @@ class ExpertCacheManager:
         with self.transfers.lock:
             self.controller.release(layer, experts)
 
-    def look_ahead(
-        self, layer: int, routing: tuple[np.ndarray, np.ndarray] | None, foretold: Mapping[int, Foretold]
-    ) -> None:
+    def look_ahead(self, layer: int, routing: tuple[np.ndarray, np.ndarray] | None, foretell: Foretell) -> None:
         """`CacheController.look_ahead`."""
         with self.transfers.lock:
-            self.controller.look_ahead(layer, routing, foretold)
+            self.controller.look_ahead(layer, routing, foretell)
         if not self.transfers.threads:
             self._speculate_here()
 

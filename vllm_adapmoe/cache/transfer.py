@@ -12,6 +12,7 @@ from vllm_adapmoe.cache.controller import CacheController
 from vllm_adapmoe.cache.eviction import ExpertKey
 from vllm_adapmoe.cache.residency import Load, State
 from vllm_adapmoe.cache.slots import SlotPool
+from vllm_adapmoe.cache.tiles import tile_bytes
 from vllm_adapmoe.store.base import ExpertStore
 
 logger = logging.getLogger(__name__)
@@ -20,8 +21,6 @@ READERS = 4
 """Threads that read records. A disk wants a few requests in flight; more only contend for the cores."""
 SPECULATORS = 2
 """Of those, the most that speculation occupies: demand never waits for more tiles than that."""
-TILE_BYTES = 1 << 20
-"""Bytes between two looks at what has become more urgent, or unwanted."""
 
 
 @dataclass
@@ -184,7 +183,8 @@ class TransferEngine:
 
     def _tiles(self, job: Job) -> Iterator[int]:
         pool = self.pools[self.controller.pool_of[job.key[0]]]
-        return pool.fill(job.slot, lambda buffers: self.store.read_tiles(job.key, buffers, TILE_BYTES))
+        tile = tile_bytes(None if self.link is None else self.link.bytes_per_second, job.urgent)
+        return pool.fill(job.slot, lambda buffers: self.store.read_tiles(job.key, buffers, tile))
 
     def _move(self, job: Job, tiles: Iterator[int]) -> bool:
         """Returns whether the record is whole; False: it is unwanted, or something else is more urgent."""

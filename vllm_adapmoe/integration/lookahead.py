@@ -126,18 +126,27 @@ class Lookahead:
         if self.cache is None and self.trace is None:
             return
         stack = self._stack(index, x)
-        foretold: dict[int, Foretold] = {}
-        if stack.width:
-            if outputs is None:
-                outputs = stack.outputs(x[sample_rows(len(x))])
-            for distance, columns in enumerate(stack.slices, start=1):
-                if columns is not None:
-                    foretold[distance] = self._foretell(index + distance, outputs[:, columns])
+        foretold: dict[int, Foretold | None] = {}
+
+        def foretell(distance: int) -> Foretold | None:
+            nonlocal outputs
+            columns = stack.slices[distance - 1]
+            if distance not in foretold and columns is not None:
+                if outputs is None:
+                    outputs = stack.outputs(x[sample_rows(len(x))])
+                foretold[distance] = self._foretell(index + distance, outputs[:, columns])
+            return foretold.get(distance)
+
         routing = ids.numpy().astype(np.int64, copy=False), keep.numpy()
         if self.cache is not None:
-            self.cache.look_ahead(index, routing, foretold)
+            self.cache.look_ahead(index, routing, foretell)
         if self.trace is not None:
-            self._record(index, weights, *routing, foretold, expected)
+            self._record(index, weights, *routing, expected)
+            predictions = {distance: foretell(distance) for distance in range(1, len(stack.slices) + 1)}
+            if self.step is not None:
+                self.step.foretold |= {
+                    (index, distance): one for distance, one in predictions.items() if one is not None
+                }
 
     def end_step(self, hidden: torch.Tensor) -> None:
         """The model has run: what the first layer will want next.
@@ -151,7 +160,7 @@ class Lookahead:
         ids = np.argsort(-chances, axis=1, kind="stable")[:, : self.layers[0].top_k]
         foretold = Foretold(ids, np.ones(ids.shape, dtype=bool))
         if self.cache is not None:
-            self.cache.look_ahead(-1, None, {1: foretold})
+            self.cache.look_ahead(-1, None, {1: foretold}.get)
         if self.step is not None:
             self.step.foretold[-1, 1] = foretold
             self._end_trace_of_step()
@@ -180,7 +189,6 @@ class Lookahead:
         weights: torch.Tensor,
         ids: np.ndarray,
         keep: np.ndarray,
-        foretold: dict[int, Foretold],
         expected: np.ndarray | None,
     ) -> None:
         step = self.step
@@ -189,7 +197,6 @@ class Lookahead:
         step.ids[index] = ids
         # A kept weight is never zero, or the expert would count as dropped.
         step.weights[index] = np.where(keep, np.maximum(weights.cpu().numpy(), 1e-6), 0)
-        step.foretold.update({(index, distance): one for distance, one in foretold.items()})
         if expected is not None:
             step.expected[index] = expected
 

@@ -1,11 +1,14 @@
 """What to fetch ahead: pure decisions of one worker."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from vllm_adapmoe.cache.eviction import ExpertKey
 from vllm_adapmoe.prefetch.foresight import Foretold, Precision, chances
+
+Foretell = Callable[[int], Foretold | None]
+"""Gives the prediction of the layer that is so many layers later; None: it cannot be foretold."""
 
 LEAST_CHANCE = 0.5
 """Below it a prefetch is more likely wasted than used."""
@@ -19,8 +22,7 @@ class PrefetchPlanner:
     Args:
         num_experts: of each MoE layer.
         top_k: experts of a token.
-        lookahead: layers to look ahead at most. The next one is looked at always; one further only if nothing more
-            can be fetched for the nearer ones.
+        lookahead: layers to look ahead at most: further only while there is nothing to fetch for the nearer ones.
         max_experts: most that speculation may have under way.
     """
 
@@ -52,24 +54,27 @@ class PrefetchPlanner:
         pending.clear()
 
     def plan(
-        self, layer: int, foretold: Mapping[int, Foretold], want: Callable[[ExpertKey], bool], under_way: int
+        self, layer: int, foretell: Foretell, want: Callable[[ExpertKey], bool], under_way: int
     ) -> list[ExpertKey]:
         """What to fetch while `layer` runs, the likeliest first.
 
+        Looking costs time in every layer, so nothing is foretold that could not be fetched.
+
         Args:
-            layer: whose input the predictions were made from.
-            foretold: predictions by lookahead, the nearest first.
+            layer: whose input the predictions are made from.
+            foretell: asked for predictions, the nearest first.
             want: asked of each candidate; True if it has to be loaded.
             under_way: speculative loads that have not ended.
         """
         chosen: list[ExpertKey] = []
-        for distance, one in foretold.items():
-            if distance > self.lookahead:
+        for distance in range(1, min(self.lookahead, len(self.num_experts) - 1 - layer) + 1):
+            if chosen or under_way:
                 break
+            one = foretell(distance)
+            if one is None:
+                continue
             target = layer + distance
             self.pending[target][distance] = one
-            if chosen or under_way:
-                continue
             precision = self.precision[target][distance - 1].by_rank
             chance = chances(one, precision, self.num_experts[target])
             for expert in np.argsort(-chance, kind="stable").tolist():

@@ -10,10 +10,9 @@ import numpy as np
 from vllm_adapmoe.cache.controller import CacheController, CacheSetup
 from vllm_adapmoe.cache.eviction import EvictionPolicy, ExpertKey
 from vllm_adapmoe.cache.residency import Load, waves
-from vllm_adapmoe.prefetch.foresight import Foretold
+from vllm_adapmoe.cache.tiles import tile_bytes
+from vllm_adapmoe.prefetch.planner import Foretell
 from vllm_adapmoe.simulate.trace import Step, TraceInfo
-
-TILE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,8 @@ class VirtualLink:
                 queue.popleft()
                 self.controller.transfer_ended(key, total - self.left.pop(key), complete=False)
                 continue
-            tile = min(TILE, self.left[key])
             assert self.machine.bandwidth is not None
+            tile = min(tile_bytes(self.machine.bandwidth, queue is self.urgent), self.left[key])
             seconds = tile / self.machine.bandwidth + (self.machine.latency if self.left[key] == total else 0)
             self.under_way = key, tile, self.now + seconds
             return True
@@ -150,7 +149,7 @@ def replay(
                 expected = step.expected.get(layer) if wave == 0 else None
                 request = controller.begin(layer, group, experts if len(groups) > 1 else (), expected)
                 if wave == 0 and controller.planner is not None:
-                    controller.look_ahead(layer, (ids, kept), _foretold(step, layer, setup.lookahead))
+                    controller.look_ahead(layer, (ids, kept), _foretell(step, layer))
                 waiting = [load.key for load in (*request.loads, *request.awaited)]
                 if waiting and machine.bandwidth is not None:
                     link.now = max(link.now, time)
@@ -161,7 +160,7 @@ def replay(
             time += machine.layer_seconds
         if controller.planner is not None and (-1, 1) in step.foretold:  # what the step's end says of the next one
             link.run(time)
-            controller.look_ahead(-1, None, _foretold(step, -1, setup.lookahead))
+            controller.look_ahead(-1, None, _foretell(step, -1))
         time += machine.step_seconds
         link.run(time)
         ends.append(time)
@@ -175,12 +174,8 @@ def replay(
     )
 
 
-def _foretold(step: Step, layer: int, lookahead: int) -> dict[int, Foretold]:
-    return {
-        distance: step.foretold[layer, distance]
-        for distance in range(1, lookahead + 1)
-        if (layer, distance) in step.foretold
-    }
+def _foretell(step: Step, layer: int) -> Foretell:
+    return lambda distance: step.foretold.get((layer, distance))
 
 
 def belady(info: TraceInfo, steps: Sequence[Step], slots: Sequence[int], atomic: bool = True) -> np.ndarray:
