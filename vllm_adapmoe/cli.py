@@ -225,14 +225,16 @@ def ablation(
         float, typer.Option(min=0.1, help="Time to move an expert over the link, in layers of the resident model.")
     ] = 6.3,
     max_loss_increase: Annotated[float, typer.Option(help="Of gating, as a share of the loss.")] = 0.005,
+    loss_tokens: Annotated[int, typer.Option(min=0, help="To measure on what gating costs; 0: none.")] = 4096,
 ) -> None:
     """Gating, prefetch and the cache's policy, alone and together: the paper's and ours, over a limited link."""
     _quieten_vllm()
     from vllm_adapmoe.bench.ablation import print_ablation, run_ablation
 
     result = run_ablation(
-        model, profile, text, rounds, prompt_tokens, output_tokens, batch, batches, resident, ratio, max_loss_increase
-    )
+        model, profile, text, rounds, prompt_tokens, output_tokens, batch, batches, resident, ratio, max_loss_increase,
+        loss_tokens,
+    )  # fmt: skip
     print_ablation(result, Console())
     if output is not None:
         write(output, result)

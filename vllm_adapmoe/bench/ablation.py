@@ -16,14 +16,14 @@ from vllm_adapmoe.bench.record import spread
 from vllm_adapmoe.bench.residency import ON_DEMAND
 from vllm_adapmoe.bench.workload import measure, measure_batches, prompts_of, ratios
 from vllm_adapmoe.cache.controller import CacheSetup
-from vllm_adapmoe.config import AdapMoEConfig
+from vllm_adapmoe.config import AdapMoEConfig, GatingConfig
+from vllm_adapmoe.gating_plan import plan_gating
 from vllm_adapmoe.profile import ModelProfile
 from vllm_adapmoe.simulate.replay import Machine, belady, replay
 from vllm_adapmoe.simulate.trace import Step, TraceInfo, read_trace
 
 PARTS = ("gating", "prefetch", "cache")
 GRID = [[part for bit, part in enumerate(PARTS) if number >> bit & 1] for number in range(8)]
-GATED = {"ungated": False, "gated": True}
 WITHOUT = ON_DEMAND | {"allocation": "pool"}
 """On demand: the baseline of `adapmoe bench residency`."""
 FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
@@ -32,9 +32,10 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
         "prefetch": {"prefetch": {"lookahead": 1, "max_experts": 2}},
         "cache": {"allocation": "profile"},
     },
-    "ours": {"base": {}, "prefetch": {"prefetch": {}}, "cache": {"eviction": "next_use"}},
+    "ours": {"base": {}, "prefetch": {"prefetch": {}}, "cache": {"eviction": "next_token"}},
 }
 """The paper's: LRU in each layer; the next layer's top experts; shares of layers by dynamic programming. And ours."""
+GATING = {"paper": "token", "ours": "batch"}
 
 
 def run_ablation(
@@ -49,10 +50,11 @@ def run_ablation(
     resident: float,
     ratio: float,
     max_loss_increase: float,
+    loss_tokens: int,
 ) -> dict[str, Any]:
     """One engine decodes with every combination in turn, and their order moves on by one each round.
 
-    Each starts with an empty cache and warms it with the last batch before the clock runs.
+    Each starts with an empty cache and warms it with two batches before the clock runs.
 
     Args:
         model: folder of a checkpoint.
@@ -66,9 +68,11 @@ def run_ablation(
         resident: share of the experts that have a slot.
         ratio: time to move one expert over the time of one layer with every expert resident; sets the link's speed.
         max_loss_increase: of gating, share of the loss.
+        loss_tokens: to measure on what gating costs, without a limit on the link.
     """
     from vllm_adapmoe.integration.engine import Engine, count_experts, describe_model
     from vllm_adapmoe.integration.forced_tokens import ForcedTokens
+    from vllm_adapmoe.integration.losses import decode_losses
 
     profile = ModelProfile.load(profile_path)
     profile.check(describe_model(model), str(profile_path))
@@ -83,12 +87,15 @@ def run_ablation(
         ]
     layers = profile.model.num_layers
     layer_seconds = batch / max(speeds) / layers
+    plans = {
+        family: plan_gating(GatingConfig(**{"mode": mode, "max_loss_increase": max_loss_increase}), profile)  # type: ignore[arg-type]
+        for family, mode in GATING.items()
+    }
     threshold = profile.threshold_for_loss(max_loss_increase)
-    plan = {"rule": "token", "threshold": threshold, "sensitivity": [layer.sensitivity for layer in profile.layers]}
     combinations = {f"{family}: {'+'.join(parts) or 'base'}": (family, parts) for family in FAMILIES for parts in GRID}
     measured: dict[str, list[dict[str, Any]]] = {name: [] for name in combinations}
     slots = round(resident * count_experts(model))
-    config = WITHOUT | {"cache_experts": slots, "store": "host"}
+    config = WITHOUT | {"cache_experts": slots, "store": "host", "profile": str(profile_path)}
     with Engine(model, config, **arguments) as engine, TemporaryDirectory() as folder:
         engine.call("time_parts")
         expert_bytes = engine.call("expert_bytes")
@@ -96,32 +103,44 @@ def run_ablation(
 
         def switch(name: str, **others: Any) -> None:
             family, parts = combinations[name]
-            engine.call("set_gating", plan if "gating" in parts else None)
+            plan = plans[family] if "gating" in parts else None
+            engine.call("set_gating", None if plan is None else plan.model_dump())
             settings, curves = _settings(family, parts, profile, threshold)
             engine.call("set_cache", settings | {"link_gbps": link / 1e9} | others, curves)
 
+        def warm() -> None:
+            measure_batches(engine, groups[-2:], output_tokens, forced=True)
+
+        # By batch, what is dropped depends on the cache: each combination has a trace of its own.
         traces = {}
-        for gated in (False, True):
-            trace = Path(folder) / str(gated)
-            switch("ours: gating" if gated else "ours: base", trace_out=str(trace))
-            measure(engine, groups[-1], output_tokens, forced=True)
+        for name in tqdm([name for name in combinations if name == _trace_of(name)], desc="Recording", unit="trace"):
+            trace = Path(folder) / name.replace(" ", "")
+            switch(name, trace_out=str(trace))
+            warm()
             measure_batches(engine, groups, output_tokens, forced=True)
             switch("ours: base")  # ends the trace
-            traces[gated] = read_trace(trace)
+            traces[name] = read_trace(trace)
         names = list(combinations)
         for number in tqdm(range(rounds), desc="Measuring", unit="round"):
             for name in names[number % len(names) :] + names[: number % len(names)]:
                 switch(name)
-                measure(engine, groups[-1], output_tokens, forced=True)
+                warm()
                 before = engine.call("part_seconds")
                 result = measure_batches(engine, groups, output_tokens, forced=True)
                 after = engine.call("part_seconds")
                 measured[name].append(result | {"parts": {key: after[key] - before[key] for key in after}})
+        losses = {}
+        if loss_tokens:
+            texts = prompts_of(model, text, max(1, loss_tokens // output_tokens), prompt_tokens + output_tokens)
+            for name in ("ours: base", "paper: gating+prefetch+cache", "ours: gating+prefetch+cache"):
+                switch(name, link_gbps=None)
+                bar = tqdm(texts, desc=f"Loss, {name}", unit="request")
+                losses[name] = np.array([decode_losses(engine, [ids], prompt_tokens).nats.sum() for ids in bar])
     tokens = len(prompts) * (prompt_tokens + output_tokens)
     compute = _compute_seconds(measured["ours: base"], batches * output_tokens)
     points = []
     for name, (family, parts) in combinations.items():
-        info, steps = traces["gating" in parts]
+        info, steps = traces[_trace_of(name)]
         point = _point(measured[name], measured["ours: base"], measured[f"{family}: base"], tokens)
         setup = _setup(family, parts, profile, threshold, slots)
         foretold = _foretold_speed(info, steps, setup, Machine(link, compute / layers), batches)
@@ -133,7 +152,7 @@ def run_ablation(
                 "simulated_of_measured": foretold / point["decode_tokens_per_second"]["median"],
             }
         )
-    oracle = {key: _oracle_bytes(*traces[gated], slots) for key, gated in GATED.items()}
+    oracle = {"ungated": "ours: base", "gated by token": "paper: gating"}
     return {
         "benchmark": "ablation",
         "model": str(model),
@@ -151,8 +170,28 @@ def run_ablation(
         "threshold": threshold,
         "mean_experts": profile.mean_experts(threshold),
         "predicted_loss_increase": profile.loss_increase(threshold) / (profile.base_loss or 1),
-        "belady_bytes_per_token": oracle,
+        "belady_bytes_per_token": {key: _oracle_bytes(*traces[name], slots) for key, name in oracle.items()},
+        "loss_tokens": loss_tokens // output_tokens * output_tokens,
+        "measured_loss_increase": {
+            name: _loss_increase(one, losses["ours: base"]) for name, one in losses.items() if name != "ours: base"
+        },
         "points": points,
+    }
+
+
+def _trace_of(name: str) -> str:
+    """The combination that records what `name` is replayed from: those of equal routing share one."""
+    if "gating" not in name:
+        return "ours: base"
+    return name if name.startswith("ours") else "paper: gating"
+
+
+def _loss_increase(losses: np.ndarray, base: np.ndarray) -> dict[str, float]:
+    """Share of the loss, and its standard error; requests are independent."""
+    differences = losses - base
+    return {
+        "mean": float(differences.sum() / base.sum()),
+        "stderr": float(differences.std(ddof=1) * len(base) ** 0.5 / base.sum()) if len(base) > 1 else float("inf"),
     }
 
 
@@ -161,14 +200,14 @@ def _settings(
 ) -> tuple[dict[str, Any], list[list[float]] | None]:
     """`adapmoe_config` of a combination, and its expected loads where its allocation asks for them."""
     choices = FAMILIES[family]
-    settings = WITHOUT | choices["base"]
+    settings = WITHOUT | choices["base"] | {"profile": "measured"}
     for part in parts:
         settings |= choices.get(part, {})
     if settings["allocation"] != "profile":
         return settings, None
     ahead = settings["prefetch"].get("max_experts", 1) if "prefetch" in parts else 0
     curves = curves_of_profile(profile, threshold if "gating" in parts else 0.0, ahead)
-    return settings | {"profile": "measured"}, [curve.tolist() for curve in curves]
+    return settings, [curve.tolist() for curve in curves]
 
 
 def _setup(family: str, parts: list[str], profile: ModelProfile, threshold: float, slots: int) -> CacheSetup:
@@ -245,7 +284,9 @@ def print_ablation(result: dict[str, Any], console: Console) -> None:
     looking = max(point["lookahead_share"]["median"] for point in result["points"])
     console.print(
         f"loads, MiB: demand loads and MiB moved per token; Belady's cache without prefetch: "
-        f"{oracle['ungated'] / 2**20:.1f} MiB, gated {oracle['gated'] / 2**20:.1f}; sim.: tokens/s foretold by a "
-        f"replay, of measured; link {result['link_gbps']:.2f} GB/s; gating keeps {result['mean_experts']:.2f} "
-        f"experts; looking ahead takes up to {looking:.0%} of the time"
+        f"{oracle['ungated'] / 2**20:.1f} MiB, gated by token {oracle['gated by token'] / 2**20:.1f}; sim.: tokens/s "
+        f"foretold by a replay, of measured; link {result['link_gbps']:.2f} GB/s; gating by token keeps "
+        f"{result['mean_experts']:.2f} experts; looking ahead takes up to {looking:.0%} of the time"
     )
+    for name, loss in result["measured_loss_increase"].items():
+        console.print(f"loss, {name}: {loss['mean']:+.2%} ± {loss['stderr']:.2%} of {result['loss_tokens']} tokens")
