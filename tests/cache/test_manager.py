@@ -17,7 +17,7 @@ from tests.store.test_stores import layer, pack
 from vllm_adapmoe.cache.controller import CacheController, CacheSetup, CacheShape
 from vllm_adapmoe.cache.eviction import LRU, NextUse
 from vllm_adapmoe.cache.manager import ExpertCacheManager
-from vllm_adapmoe.cache.residency import Residency
+from vllm_adapmoe.cache.residency import Residency, State
 from vllm_adapmoe.cache.transfer import READERS, LinkLimit
 from vllm_adapmoe.prefetch.foresight import Foretold
 from vllm_adapmoe.store.base import StoreError
@@ -155,6 +155,25 @@ def test_closing_while_loading(tmp_path):
     cache.close()
     cache.close()
     assert not any(thread.is_alive() for thread in cache.transfers.threads)
+
+
+def test_a_wasted_prefetch_wastes_what_it_moved():
+    """Records of host memory move without their padding."""
+    cache = manager(host_store(), [18, 4])
+    cache.controller.pools[1] = Residency(4, 1, LRU(4, 6))
+    controller, moved = cache.controller, sum(piece.nbytes for piece in cache.store.layouts[3].pieces)
+    assert moved < cache.store.layouts[3].nbytes
+    for expert in (0, 1):
+        with cache.transfers.lock:
+            assert controller.residency(3).want((3, expert))
+            cache.transfers.speculate((3, expert))
+        while controller.residency(3).state((3, expert)) is not State.STAGED:
+            time.sleep(0.001)
+        cache.acquire(3, [2])  # the prefetch was wrong: the next one takes its slot
+        cache.release(3, [2])
+    assert cache.stats.fetched_bytes == 3 * moved
+    assert cache.stats.wasted_bytes == moved
+    cache.close()
 
 
 def test_speculation_yields_to_demand(tmp_path):
