@@ -28,7 +28,7 @@ class Gated(NamedTuple):
     weights: torch.Tensor
     """`[tokens, top_k]`: zero where not kept, the rest scaled to the sum that the router gave."""
     cost: torch.Tensor
-    """`[tokens]`: c of what each token dropped."""
+    """float64 `[tokens]`: c of what each token dropped."""
 
 
 def drop_costs(sorted_weights: torch.Tensor) -> torch.Tensor:
@@ -38,12 +38,14 @@ def drop_costs(sorted_weights: torch.Tensor) -> torch.Tensor:
         sorted_weights: `[tokens, top_k]`, descending.
 
     Returns:
-        `[tokens, top_k]`, not increasing along the last dimension but for rounding.
+        float64 `[tokens, top_k]`, not increasing along the last dimension but for rounding.
     """
-    return _costs(sorted_weights.cumsum(-1), sorted_weights.square().cumsum(-1))
+    exact = sorted_weights.double()
+    return _costs(exact.cumsum(-1), exact.square().cumsum(-1))
 
 
 def _costs(kept: torch.Tensor, kept_squares: torch.Tensor) -> torch.Tensor:
+    """From float64: what is dropped is a difference of sums near one, where float32 loses a weight of 1e-4 squared."""
     moved = kept[:, -1:] / kept - 1  # W / K
     return 0.5 * (moved.square() * kept_squares + (kept_squares[:, -1:] - kept_squares))
 
@@ -61,23 +63,22 @@ def gate_tokens(weights: torch.Tensor, sensitivity: float, threshold: float) -> 
         sensitivity: of the layer, nats per token.
         threshold: loss that one token may lose in one layer, nats.
     """
-    ordered, order = weights.sort(dim=-1, descending=True, stable=True)
+    ordered, order = weights.double().sort(dim=-1, descending=True, stable=True)
     kept = ordered.cumsum(-1)
     costs = _costs(kept, ordered.square().cumsum(-1))
     last = (~(costs[:, :-1] * sensitivity < threshold)).sum(-1, keepdim=True)  # rank of the last one kept
     stays = torch.arange(costs.shape[1], device=costs.device) <= last
     keep = torch.empty_like(stays).scatter_(-1, order, stays)
     scale = kept[:, -1:] / kept.gather(-1, last)  # exactly one where all are kept
-    return Gated(keep, weights * keep * scale, costs.gather(-1, last).squeeze(-1))
+    return Gated(keep, weights * keep * scale.to(weights.dtype), costs.gather(-1, last).squeeze(-1))
 
 
 def settle(weights: torch.Tensor, keep: torch.Tensor) -> Gated:
     """The kept weights scaled to the sum that the router gave, and what the rest cost; rows that keep all unchanged."""
-    kept = weights * keep
-    kept_sum, squares, kept_squares = kept.sum(-1, keepdim=True), weights.square().sum(-1), kept.square().sum(-1)
-    scale = weights.sum(-1, keepdim=True) / kept_sum
-    cost = 0.5 * ((scale.squeeze(-1) - 1).square() * kept_squares + (squares - kept_squares))
-    return Gated(keep, kept * scale, cost)
+    kept, dropped = weights * keep, weights * ~keep
+    scale = weights.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True)
+    sums = [one.sum(-1) for part in (kept.double(), dropped.double()) for one in (part, part.square())]
+    return Gated(keep, kept * scale, _cost(*sums))
 
 
 def keep_most(weights: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -122,19 +123,20 @@ def gate_batch(
     ids = ids.long()
     keep = torch.ones_like(ids, dtype=torch.bool)
     absent = ~resident[ids]
-    squares = weights.square()
-    total, total_squares = weights.sum(-1, keepdim=True), squares.sum(-1, keepdim=True)
+    exact = weights.double()  # a price is a small difference of sums that may be near one
+    squares = exact.square()
     while True:
         candidates = keep & absent
         if not candidates.any():
             return settle(weights, keep)
-        kept = (weights * keep).sum(-1, keepdim=True)
-        kept_squares = (squares * keep).sum(-1, keepdim=True)
-        before = _cost(kept, kept_squares, total, total_squares)
-        after = _cost(kept - weights, kept_squares - squares, total, total_squares)
+        kept, kept_squares, dropped, dropped_squares = (
+            (one * mask).sum(-1, keepdim=True) for mask in (keep, ~keep) for one in (exact, squares)
+        )
+        before = _cost(kept, kept_squares, dropped, dropped_squares)
+        after = _cost(kept - exact, kept_squares - squares, dropped + exact, dropped_squares + squares)
         last = keep.sum(-1, keepdim=True) == 1
         prices = torch.where(last, torch.inf, (after - before) * sensitivity)
-        price = torch.zeros(resident.shape[0], dtype=weights.dtype)
+        price = torch.zeros(resident.shape[0], dtype=exact.dtype)
         price.index_add_(0, ids[candidates], prices[candidates])
         price[_untouched(ids, candidates, resident.shape[0])] = torch.inf
         # All experts that are the cheapest of every token they share leave at once: the same as one by one, since
@@ -151,9 +153,9 @@ def gate_batch(
 
 
 def _cost(
-    kept: torch.Tensor, kept_squares: torch.Tensor, total: torch.Tensor, total_squares: torch.Tensor
+    kept: torch.Tensor, kept_squares: torch.Tensor, dropped: torch.Tensor, dropped_squares: torch.Tensor
 ) -> torch.Tensor:
-    return 0.5 * (((total - kept) / kept).square() * kept_squares + total_squares - kept_squares)
+    return 0.5 * ((dropped / kept).square() * kept_squares + dropped_squares)
 
 
 def _untouched(ids: torch.Tensor, candidates: torch.Tensor, experts: int) -> torch.Tensor:

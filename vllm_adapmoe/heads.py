@@ -73,8 +73,11 @@ class NextTokenHeads:
 
 
 def heads_path(profile: str | Path) -> Path:
-    """Where the heads of a profile are: beside it, under its name."""
-    return Path(profile).expanduser().with_suffix(".heads.safetensors")
+    """Where the heads of a profile are: beside it, under its name.
+
+    A safetensors file, but not called so: in the folder of a checkpoint it would be taken for weights.
+    """
+    return Path(profile).expanduser().with_suffix(".heads")
 
 
 def chance_of_any(outputs: np.ndarray) -> np.ndarray:

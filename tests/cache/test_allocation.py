@@ -18,8 +18,10 @@ from vllm_adapmoe.cache.allocation import (
     expected_loads,
     is_convex,
 )
+from vllm_adapmoe.cache.controller import REVISION_STEPS, CacheController, CacheSetup, CacheShape
 from vllm_adapmoe.cache.eviction import LRU
 from vllm_adapmoe.cache.residency import Residency
+from vllm_adapmoe.simulate.replay import Machine, VirtualLink
 
 PUBLISHED = json.loads((Path(__file__).parents[1] / "data" / "adapmoe_published.json").read_text())
 MIXTRAL = PUBLISHED["mixtral_8x7b"]
@@ -43,9 +45,12 @@ def test_published_programme(name):
     assert total(curves, [int(slots) // 32] * 32) == pytest.approx(golden["uniform_loads"], abs=1e-9)
     if "ref_alloc" in golden:
         assert total(curves, golden["ref_alloc"]) == pytest.approx(golden["ref_loads"], abs=1e-9)
-    shares = allocate(curves, int(slots))
-    assert sum(shares) == int(slots)
-    assert total(curves, shares) == pytest.approx(golden["opt_k0_loads"], abs=1e-9)
+    for way in (allocate, _allocate_by_programme):
+        shares = way(curves, int(slots))
+        assert sum(shares) == int(slots)
+        assert total(curves, shares) == pytest.approx(golden["opt_k0_loads"], abs=1e-9)
+    if golden["opt_k0_loads"] < golden["ref_loads"] - 1e-9:
+        assert min(shares) == 0, "what the released programme cannot give"
     # The released programme starts every layer at one slot.
     from_one = allocate([curve[1:] for curve in curves], int(slots) - 32)
     assert total(curves, [share + 1 for share in from_one]) == pytest.approx(golden["ref_loads"], abs=1e-9)
@@ -99,6 +104,41 @@ def test_all_resident_or_none():
     assert curve[8] == 0 and curve[0] == pytest.approx(2 - 1.8)
 
 
+def test_stack_distances_of_single_experts_are_exactly_the_loads_of_lru():
+    generator = np.random.default_rng(2)
+    events = generator.zipf(1.5, 500) % 9
+    distances = StackDistances(9)
+    for expert in events.tolist():
+        distances.record([expert])
+    for slots in range(1, 10):
+        pool = Residency(slots, 0, LRU(1, 9))
+        loads = 0
+        for expert in events.tolist():
+            request = pool.request(0, [expert])
+            for load in request.loads:
+                pool.loaded(load.key)
+            pool.release(0, [expert])
+            loads += len(request.loads)
+        assert distances.misses[slots] == loads
+    assert distances.misses[0] == 500
+
+
+def test_floors_follow_the_traffic():
+    """By traffic: equal at first, then to the layer whose experts change, and to the other when they do there."""
+    shape = CacheShape([6, 6], 1, [0, 0], [1, 1])
+    controller = CacheController(shape, CacheSetup([7], "lru", "trace"))
+    controller.transfers = VirtualLink(controller, Machine())
+    pool = controller.pools[0]
+    assert pool.shares.tolist() == [3, 3]
+    for busy in (0, 1, 0):
+        for step in range(4 * REVISION_STEPS):
+            for layer in (0, 1):
+                expert = step % 5 if layer == busy else 0
+                controller.begin(layer, [expert])
+                controller.release(layer, [expert])
+        assert pool.shares[busy] == 5 and pool.shares.sum() == 6
+
+
 def test_stack_distances_are_the_loads_of_lru():
     generator = np.random.default_rng(1)
     events = [sorted(generator.choice(6, 2, replace=False).tolist()) for _ in range(300)]
@@ -122,12 +162,12 @@ def test_stack_distances_are_the_loads_of_lru():
 @pytest.mark.parametrize("convex", [True, False])
 def test_large_models_take_no_time(convex):
     generator = np.random.default_rng(0)
-    layers, experts = (200, 256) if convex else (128, 160)
+    layers, experts = (200, 256) if convex else (200, 200)
     falls = generator.random((layers, experts))
     if convex:
         falls = -np.sort(-falls, axis=1)
     curves = [np.append(0, -np.cumsum(row)) + row.sum() for row in falls]
-    start = time.perf_counter()
+    start = time.process_time()  # its own: others may use the machine
     shares = allocate(curves, layers * experts // 2)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert sum(shares) == layers * experts // 2

@@ -2,8 +2,10 @@
 
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,8 @@ from tests.store.test_stores import layer, pack
 from vllm_adapmoe.cache.controller import CacheController, CacheSetup, CacheShape
 from vllm_adapmoe.cache.eviction import LRU, NextUse
 from vllm_adapmoe.cache.manager import ExpertCacheManager
-from vllm_adapmoe.cache.residency import Residency
-from vllm_adapmoe.cache.transfer import READERS, LinkLimit, TransferEngine
+from vllm_adapmoe.cache.residency import Residency, State
+from vllm_adapmoe.cache.transfer import READERS, CacheClosed, LinkLimit, TransferEngine
 from vllm_adapmoe.prefetch.foresight import Foretold
 from vllm_adapmoe.store.base import StoreError
 from vllm_adapmoe.store.host import HostStore
@@ -156,6 +158,81 @@ def test_closing_while_loading(tmp_path):
     cache.close()
     cache.close()
     assert not any(thread.is_alive() for thread in cache.transfers.threads)
+
+
+def aside(function: Callable[..., Any], *args: Any) -> Future:
+    """In a thread that may wait for ever without keeping the test from ending."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def test_closing_while_a_layer_waits(tmp_path):
+    """Of six loads one reader and the layer have two in hand; the others were taken by nobody."""
+    begun = threading.Event()
+    store = Flaky(pack(tmp_path / "experts.pack", LAYERS), lambda: begun.set() or False)
+    cache = manager(store, [18, 4], readers=1)
+    waits = aside(cache.acquire, 0, [0, 1, 2, 3, 4, 5])
+    assert begun.wait(10)
+    cache.close()
+    with pytest.raises(CacheClosed):
+        waits.result(10)
+    assert not cache.transfers.jobs and not cache.transfers.errors
+    with pytest.raises(CacheClosed):
+        cache.acquire(0, [0])
+
+
+def test_a_cancelled_load_that_is_asked_for_after_all():
+    """Its reader stands within a tile all the while."""
+    reached, go_on = threading.Event(), threading.Event()
+
+    class Stopped(Flaky):
+        def read_tiles(self, key: Any, into: Any, tile_bytes: int) -> Iterator[int]:
+            for nbytes in self.store.read_tiles(key, into, 4096):
+                if key == (1, 0):
+                    reached.set()
+                    assert go_on.wait(10)
+                yield nbytes
+
+    cache = manager(Stopped(host_store(), lambda: False), [9, 4], readers=1, lookahead=1, max_experts=1)
+    cache.controller.pools[0] = Residency(9, 1, LRU(4, 6))
+    cache.look_ahead(0, None, {1: Foretold(np.array([[0, 1]]), np.ones((1, 2), dtype=bool))}.get)
+    assert reached.wait(10)
+    assert_served(cache, 1, [3])
+    assert cache.controller.pools[0].entries[1, 0].cancelled
+    served = aside(assert_served, cache, 1, [0, 3])
+    while cache.stats.late == 0:
+        time.sleep(0.001)
+    go_on.set()
+    served.result(10)
+    assert cache.stats.misses == 2 and cache.stats.wasted_bytes == 0
+    cache.close()
+
+
+def test_a_wasted_prefetch_wastes_what_it_moved():
+    """Records of host memory move without their padding."""
+    cache = manager(host_store(), [18, 4])
+    cache.controller.pools[1] = Residency(4, 1, LRU(4, 6))
+    controller, moved = cache.controller, sum(piece.nbytes for piece in cache.store.layouts[3].pieces)
+    assert moved < cache.store.layouts[3].nbytes
+    for expert in (0, 1):
+        with cache.transfers.lock:
+            assert controller.residency(3).want((3, expert))
+            cache.transfers.speculate((3, expert))
+        while controller.residency(3).state((3, expert)) is not State.STAGED:
+            time.sleep(0.001)
+        cache.acquire(3, [2])  # the prefetch was wrong: the next one takes its slot
+        cache.release(3, [2])
+    assert cache.stats.fetched_bytes == 3 * moved
+    assert cache.stats.wasted_bytes == moved
+    cache.close()
 
 
 def test_speculation_yields_to_demand(tmp_path):

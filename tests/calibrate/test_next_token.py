@@ -49,7 +49,7 @@ def heads() -> NextTokenHeads:
 
 def test_saved_and_loaded(tmp_path):
     made, path = heads(), heads_path(tmp_path / "model.json")
-    assert path.name == "model.heads.safetensors"
+    assert path.name == "model.heads"
     digest = made.save(path)
     assert made.save(path) == digest, "equal heads, equal files"
     loaded = NextTokenHeads.load(path, digest)
@@ -58,7 +58,7 @@ def test_saved_and_loaded(tmp_path):
 
 
 def test_heads_of_another_profile_are_refused(tmp_path):
-    path = tmp_path / "model.heads.safetensors"
+    path = tmp_path / "model.heads"
     with pytest.raises(AdapMoEError, match=r"cannot be read .* put the file beside the profile"):
         NextTokenHeads.load(path, "0")
     digest = heads().save(path)

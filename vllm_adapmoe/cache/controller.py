@@ -146,6 +146,8 @@ class CacheController:
         if any(pool.staging for pool in self.pools):
             self.planner = PrefetchPlanner(shape.num_experts, shape.top_k, setup.lookahead, setup.max_experts)
         self.stats = CacheStats()
+        self.staged: dict[ExpertKey, int] = {}
+        """Bytes moved for what is staged: without a record's padding, where the store has none."""
         self.transfers: Transfers
 
     def residency(self, layer: int) -> Residency:
@@ -198,6 +200,8 @@ class CacheController:
         stats.prefetch_hits += len(request.promoted)
         stats.misses += len(request.loads) + len(request.awaited)
         stats.late += len(request.awaited)
+        for load in request.promoted:
+            del self.staged[load.key]
         for load in request.awaited:
             self.transfers.promote(load.key)
         for load in request.loads:
@@ -238,7 +242,7 @@ class CacheController:
         if load is not None:
             self.stats.prefetches += 1
             if load.evicted is not None:
-                self.stats.wasted_bytes += self.expert_bytes[load.evicted[0]]
+                self.stats.wasted_bytes += self.staged.pop(load.evicted)
         return load
 
     def transfer_ended(self, key: ExpertKey, moved: int, complete: bool) -> State:
@@ -252,4 +256,6 @@ class CacheController:
             state = State.ABSENT
         if state is State.ABSENT:
             self.stats.wasted_bytes += moved
+        elif state is State.STAGED:
+            self.staged[key] = moved
         return state

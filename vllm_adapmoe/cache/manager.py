@@ -9,7 +9,7 @@ import torch
 from vllm_adapmoe.cache.controller import CacheController, CacheStats
 from vllm_adapmoe.cache.residency import Request
 from vllm_adapmoe.cache.slots import SlotPool
-from vllm_adapmoe.cache.transfer import READERS, TransferEngine
+from vllm_adapmoe.cache.transfer import READERS, CacheClosed, TransferEngine
 from vllm_adapmoe.prefetch.planner import Foretell
 from vllm_adapmoe.store.base import ExpertStore, ExpertsUnavailable
 
@@ -113,9 +113,12 @@ class ExpertCacheManager:
 
         Raises:
             ExpertsUnavailable: records could not be read; their slots are free again, and nothing is pinned.
+            CacheClosed: before they were there.
         """
         slot_map = self._maps[layer]
         with self.transfers.lock:
+            if self.closed:
+                raise CacheClosed
             request = self.controller.begin(layer, experts, present, expected)
         for load in (*request.loads, *request.promoted, *request.awaited):
             if load.evicted is not None:
@@ -150,6 +153,8 @@ class ExpertCacheManager:
         if failed:
             self.release(layer, experts)
             first = next(iter(failed.values()))
+            if self.closed:
+                raise CacheClosed from first
             raise ExpertsUnavailable(str(first), list(failed)) from first
 
     def release(self, layer: int, experts: Sequence[int]) -> None:

@@ -13,7 +13,7 @@ from vllm_adapmoe.cache.eviction import ExpertKey
 from vllm_adapmoe.cache.residency import Load, State
 from vllm_adapmoe.cache.slots import SlotPool
 from vllm_adapmoe.cache.tiles import tile_bytes
-from vllm_adapmoe.store.base import ExpertStore
+from vllm_adapmoe.store.base import ExpertStore, StoreError
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +21,13 @@ READERS = 4
 """Threads that read records. A disk wants a few requests in flight; more only contend for the cores."""
 SPECULATORS = 2
 """Of those, the most that speculation occupies: demand never waits for more tiles than that."""
+
+
+class CacheClosed(StoreError):
+    """The cache ended before an expert was there."""
+
+    def __init__(self) -> None:
+        super().__init__("the expert cache is closed")
 
 
 @dataclass
@@ -34,6 +41,8 @@ class Job:
     """Since when the link could have carried its next tile, of `time.perf_counter`."""
     tiles: Iterator[int] | None = None
     moved: int = 0
+    beside: bool = False
+    """Taken while nobody waited for it: of those that `TransferEngine.speculating` counts."""
 
 
 class LinkLimit:
@@ -132,11 +141,13 @@ class TransferEngine:
 
     def next_urgent(self) -> Job | None:
         """A job for a thread that waits for demand anyway."""
-        return self.urgent.popleft() if self.urgent else None
+        return self.urgent.popleft() if self.urgent and not self.closing else None
 
     def next_idle(self, beside_demand: bool = False) -> Job | None:
         """A speculative job that may start or go on now; not beside demand, unless that is asked for."""
-        while self.idle and (beside_demand or not self.demanding) and self.speculating < SPECULATORS:
+        while (
+            self.idle and not self.closing and (beside_demand or not self.demanding) and self.speculating < SPECULATORS
+        ):
             job = self.idle.popleft()
             if job.tiles is None:
                 load = self.controller.start_speculation(job.key)
@@ -144,6 +155,7 @@ class TransferEngine:
                     continue
                 job.slot = load.slot
                 self.jobs[job.key] = job
+            job.beside = True
             self.speculating += 1
             job.ready = time.perf_counter()
             return job
@@ -162,7 +174,6 @@ class TransferEngine:
 
     def run(self, job: Job) -> None:
         """Moves a job's tiles to its end, or until it is unwanted or overtaken. Without `lock`."""
-        began_urgent = job.urgent
         complete, error = False, None
         try:
             if job.tiles is None:
@@ -171,8 +182,9 @@ class TransferEngine:
         except Exception as caught:  # raised again in the layer that waits for it
             error = caught
         with self.changed:
-            if not began_urgent:
+            if job.beside:  # it may have become urgent since
                 self.speculating -= 1
+                job.beside = False
             if complete or error is not None or self._unwanted(job):
                 self._end(job, complete, error)
             elif job.urgent:  # promoted between its last tile and here
@@ -210,16 +222,25 @@ class TransferEngine:
         if job.urgent:
             self.demanding -= 1
         wanted = self.controller.transfer_ended(job.key, job.moved, complete) is not State.ABSENT
-        if error is not None and job.urgent:
-            self.errors[job.key] = error
+        if job.urgent and not complete:
+            self.errors[job.key] = error or CacheClosed()
         elif error is not None:
             logger.warning("Expert cache: a prefetch failed and is dropped: %s", error)
         assert wanted or not complete or not job.urgent
 
     def close(self) -> None:
-        """Ends the threads after their tile; whatever is under way comes to nothing. Without `lock`."""
+        """Ends the threads after their tile; whatever is under way comes to nothing, and who waits for it is told.
+
+        Without `lock`.
+        """
         with self.changed:
             self.closing = True
             self.changed.notify_all()
         for thread in self.threads:
             thread.join()
+        with self.changed:
+            for job in [*self.urgent, *(job for job in self.idle if job.tiles is not None)]:  # that nobody took
+                self._end(job, False, None)
+            self.urgent.clear()
+            self.idle.clear()
+            self.changed.notify_all()

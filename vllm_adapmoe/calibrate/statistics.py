@@ -35,7 +35,7 @@ def routing_sums(weights: torch.Tensor, ids: torch.Tensor, starts: torch.Tensor,
         num_experts: of the layer.
     """
     tokens, top_k = ids.shape
-    costs = drop_costs(weights.sort(dim=-1, descending=True).values).double()
+    costs = drop_costs(weights.sort(dim=-1, descending=True).values)
     falls = costs[:, :-1] - costs[:, 1:]
     bins = torch.bucketize(costs, torch.from_numpy(EDGES), right=True)
     histogram, fall_histogram = torch.zeros(2, top_k - 1, len(EDGES) + 1, dtype=torch.float64)
