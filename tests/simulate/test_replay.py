@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_adapmoe.cache.controller import TILE_BYTES as TILE
 from vllm_adapmoe.cache.controller import CacheSetup
 from vllm_adapmoe.cache.eviction import POLICIES
 from vllm_adapmoe.prefetch.foresight import Foretold
-from vllm_adapmoe.simulate.replay import TILE, Machine, belady, replay
+from vllm_adapmoe.simulate.replay import Machine, belady, replay
 from vllm_adapmoe.simulate.trace import Step, TraceInfo
 
 

@@ -17,6 +17,16 @@ MEMORY = 1024.0
 """Events of a layer after which its stack distances have faded to 1/e."""
 REVISION_STEPS = 256
 """Steps between two revisions of floors that follow the traffic."""
+TILE_BYTES = 1 << 20
+
+
+def tile_bytes(record_bytes: int) -> int:
+    """Bytes that speculation moves between two looks at what has become more urgent, or unwanted.
+
+    A sixteenth of the record, so that demand is delayed by little of what it takes itself, and no less than 1 MiB: the
+    disk idles between two tiles.
+    """
+    return max(TILE_BYTES, record_bytes // 16 // 4096 * 4096)
 
 
 @dataclass
@@ -39,6 +49,8 @@ class CacheStats:
     """Of those, bytes of speculative loads that were cancelled, or whose expert left without being asked for."""
     stall_seconds: float = 0.0
     """That layers waited."""
+    fetch_seconds: float = 0.0
+    """With at least one transfer under way: `fetched_bytes` over it is the bandwidth achieved."""
 
     @property
     def demand_loads(self) -> int:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vllm_adapmoe.cache.controller import CacheController
+from vllm_adapmoe.cache.controller import CacheController, tile_bytes
 from vllm_adapmoe.cache.eviction import ExpertKey
 from vllm_adapmoe.cache.residency import Load, State
 from vllm_adapmoe.cache.slots import SlotPool
@@ -19,8 +19,10 @@ READERS = 4
 """Threads that read records. A disk wants a few requests in flight; more only contend for the cores."""
 SPECULATORS = 2
 """Of those, the most that speculation occupies: demand never waits for more tiles than that."""
-TILE_BYTES = 1 << 20
-"""Bytes between two looks at what has become more urgent, or unwanted."""
+DEMAND_TILE_BYTES = 16 << 20
+"""Of a read on demand, which nothing overtakes. Between two tiles the disk waits for its reader: of what a plain
+sequential read of 48 MiB gets, one reader gets 0.6 to 0.8 with tiles of 1 MiB, 0.96 with these
+(`adapmoe bench transfer`)."""
 
 
 @dataclass
@@ -87,6 +89,8 @@ class TransferEngine:
         self.errors: dict[ExpertKey, Exception] = {}
         """Of demand loads that failed, until the waiting layer takes them."""
         self.closing = False
+        self._counted_until = 0.0
+        """Up to when `fetch_seconds` is counted, of `time.perf_counter`."""
         self.threads = [
             threading.Thread(target=self._serve, name=f"expert-reader-{number}", daemon=True)
             for number in range(readers)
@@ -113,6 +117,7 @@ class TransferEngine:
         self.changed.notify()
 
     def _queue_urgent(self, job: Job) -> None:
+        self._count_time()
         self.jobs[job.key] = job
         self.urgent.append(job)
         self.demanding += 1
@@ -133,6 +138,7 @@ class TransferEngine:
                 if load is None:
                     continue
                 job.slot = load.slot
+                self._count_time()
                 self.jobs[job.key] = job
             self.speculating += 1
             return job
@@ -170,7 +176,9 @@ class TransferEngine:
 
     def _tiles(self, job: Job) -> Iterator[int]:
         pool = self.pools[self.controller.pool_of[job.key[0]]]
-        return pool.fill(job.slot, lambda buffers: self.store.read_tiles(job.key, buffers, TILE_BYTES))
+        # A limited link is one that several records share, tile by tile.
+        size = DEMAND_TILE_BYTES if job.urgent and self.link is None else tile_bytes(pool.layout.nbytes)
+        return pool.fill(job.slot, lambda buffers: self.store.read_tiles(job.key, buffers, size))
 
     def _move(self, job: Job, tiles: Iterator[int]) -> bool:
         """Returns whether the record is whole; False: it is unwanted, or something else is more urgent."""
@@ -188,7 +196,15 @@ class TransferEngine:
         entry = self.controller.residency(job.key[0]).entries.get(job.key)
         return self.closing or entry is None or entry.cancelled
 
+    def _count_time(self) -> None:
+        """Counts the time up to now, before `jobs` changes: it was busy if there were any."""
+        now = time.perf_counter()
+        if self.jobs:
+            self.controller.stats.fetch_seconds += now - self._counted_until
+        self._counted_until = now
+
     def _end(self, job: Job, complete: bool, error: Exception | None) -> None:
+        self._count_time()
         del self.jobs[job.key]
         if job.tiles is not None and not complete:
             job.tiles.close()  # type: ignore[attr-defined]

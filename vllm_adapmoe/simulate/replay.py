@@ -7,13 +7,11 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from vllm_adapmoe.cache.controller import CacheController, CacheSetup
+from vllm_adapmoe.cache.controller import CacheController, CacheSetup, tile_bytes
 from vllm_adapmoe.cache.eviction import EvictionPolicy, ExpertKey
 from vllm_adapmoe.cache.residency import Load, waves
 from vllm_adapmoe.prefetch.foresight import Foretold
 from vllm_adapmoe.simulate.trace import Step, TraceInfo
-
-TILE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -84,10 +82,11 @@ class VirtualLink:
                 queue.popleft()
                 self.controller.transfer_ended(key, total - self.left.pop(key), complete=False)
                 continue
-            tile = min(TILE, self.left[key])
+            tile = min(tile_bytes(total), self.left[key])
             assert self.machine.bandwidth is not None
             seconds = tile / self.machine.bandwidth + (self.machine.latency if self.left[key] == total else 0)
             self.under_way = key, tile, self.now + seconds
+            self.controller.stats.fetch_seconds += seconds
             return True
         return False
 
