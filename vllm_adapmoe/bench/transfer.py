@@ -31,9 +31,9 @@ MiB = 1 << 20
 EXPERTS = 8
 """Of a layer of a synthetic pack."""
 LAYERS = 4
-"""Least, so that the slots never hold every record."""
+"""Of a synthetic pack, at least, so that the slots never hold every record."""
 SLOTS = 16
-"""Least of the engine; with fewer records than slots nothing would be read."""
+"""Of the engine, at least; with fewer records than slots nothing would be read."""
 PLAIN_THREADS = (1, 2, 4)
 TOGETHER = (1, 2, 4, 8)
 """Experts that one event asks for."""
@@ -57,10 +57,10 @@ def run_transfer(
     Raises:
         AdapMoEError: the pack cannot be written.
     """
-    packs = []
+    if any(mib <= 0 for mib in record_mib):
+        raise AdapMoEError(f"--record-mib {min(record_mib):g} is not usable; more than 0, e.g. 24")
     if model is not None:
-        packs.append(_model_pack(model, store_dir))
-        results = [_measure(packs[0], rounds)]
+        results = [_measure(_model_pack(model, store_dir), rounds)]
     else:
         results = []
         for mib in record_mib:
@@ -116,8 +116,6 @@ class _Readers:
         self.events = [range(store.num_experts(layer)) for layer in range(store.num_layers)]
         self.keys = [(layer, expert) for layer, experts in enumerate(self.events) for expert in experts]
         self.bytes = len(self.keys) * self.layout.nbytes
-        if len(self.keys) <= SLOTS:
-            raise AdapMoEError(f"{path} has {len(self.keys)} records, too few to measure; take more than {SLOTS}")
         self.offsets = sorted(map(store.record_offset, self.keys))
         most = max(map(len, self.events))
         shape = CacheShape(
