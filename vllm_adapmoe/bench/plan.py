@@ -73,7 +73,10 @@ def run_plan(question: Question) -> dict[str, Any]:
     weights_gbps, compute_source = None, "as given"
     if question.compute is None:
         weights, source = measure_weights()
-        weights_gbps, compute_source = weights / 1e9, f"an estimate: reading weights at the speed of {source}"
+        weights_gbps, compute_source = (
+            weights / 1e9,
+            f"an estimate, the least it can be: reading weights at the speed of {source}",
+        )
     variants = []
     chosen: list[float | None] = [*question.expert_bits] or [None]
     for bits in chosen:
