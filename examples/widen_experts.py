@@ -19,8 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from vllm_adapmoe.checkpoint import checkpoint_hash
 from vllm_adapmoe.heads import heads_path
-from vllm_adapmoe.integration.identity import checkpoint_hash
 from vllm_adapmoe.profile import ModelProfile
 
 EXPERT = re.compile(r"\.experts\.\d+\.(\w+)\.weight$")

@@ -8,21 +8,15 @@ import typer
 from rich.console import Console
 
 from vllm_adapmoe.bench.record import write
+from vllm_adapmoe.cli_options import Batch, Model, Output, OutputTokens, PromptTokens, Rounds, Text, numbers
+from vllm_adapmoe.cli_plan import plan, transfer
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Expert offloading for vLLM.")
 bench = typer.Typer(no_args_is_help=True, help="Side-by-side measurements; each writes a JSON result.")
 app.add_typer(bench, name="bench")
-
-Model = Annotated[Path, typer.Argument(help="Folder of a checkpoint.", exists=True, file_okay=False)]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the result.")]
-Rounds = Annotated[int, typer.Option(min=1, help="Measurements of each engine, in turn.")]
-Batch = Annotated[int, typer.Option(min=1, help="Requests in a batch.")]
-Text = Annotated[
-    Path | None, typer.Option(help="Folder of *.txt to take prompts from; default: random tokens.", exists=True)
-]
-PromptTokens = Annotated[int, typer.Option(min=1)]
-OutputTokens = Annotated[int, typer.Option(min=2)]
+app.command()(plan)
+bench.command()(transfer)
 
 
 @app.command()
@@ -88,7 +82,7 @@ def evaluate(
     _quieten_vllm()
     from vllm_adapmoe.bench.evaluate import plot_evaluate, print_evaluate, run_evaluate
 
-    chosen = None if thresholds is None else _numbers("--thresholds", thresholds)
+    chosen = None if thresholds is None else numbers("--thresholds", thresholds)
     cache = AdapMoEConfig.parse(adapmoe_config).transport()
     result = run_evaluate(model, profile, chosen, data, tokens, sequence_length, cache)
     print_evaluate(result, Console())
@@ -128,7 +122,7 @@ def simulate(
     if bandwidth is not None:
         machine = Machine(bandwidth * 1e9, compute / 1e3, step / 1e3)
     result = run_simulate(
-        trace, _numbers("--slots", slots), policies.split(","), machine, lookahead, max_experts, profile
+        trace, numbers("--slots", slots), policies.split(","), machine, lookahead, max_experts, profile
     )
     print_simulate(result, Console())
     if output is not None:
@@ -140,13 +134,6 @@ def simulate(
 def _quieten_vllm() -> None:
     """Leaves vLLM's errors, unless the user asks for more: its lines would cut through progress bars."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-
-
-def _numbers(option: str, text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise AdapMoEError(f"{option} {text!r} is not a list of numbers; separate them with commas") from None
 
 
 @bench.command()

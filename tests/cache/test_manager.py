@@ -297,3 +297,23 @@ def test_link_limit(tmp_path):
     assert 0.6 <= time.perf_counter() - start < 1.2
     assert cache.stats.fetched_bytes == pytest.approx(18 * record, rel=0.01)
     cache.close()
+
+
+def test_time_is_counted_while_something_is_under_way(tmp_path):
+    """`fetched_bytes` over `fetch_seconds` is the bandwidth: no time between events, none twice for two at once."""
+
+    class Slow(Flaky):
+        def read_tiles(self, key: Any, into: Any, tile_bytes: int) -> Iterator[int]:
+            time.sleep(0.05)
+            yield from self.store.read_tiles(key, into, tile_bytes)
+
+    cache = manager(Slow(host_store(), lambda: False), [18, 4])
+    start = time.perf_counter()
+    for index in range(2):
+        assert_served(cache, index, [0, 1])
+    elapsed = time.perf_counter() - start
+    time.sleep(0.2)
+    assert 0.1 <= cache.stats.fetch_seconds <= elapsed
+    assert_served(cache, 0, [0, 1])
+    assert cache.stats.fetch_seconds <= elapsed
+    cache.close()

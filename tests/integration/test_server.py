@@ -50,6 +50,7 @@ def test_serve_stream_abort_and_metrics(tmp_path):
         record = 3 * 128 * 256 * 2
         assert counted["vllm:adapmoe_fetched_bytes_total"] >= counted["vllm:adapmoe_demand_loads_total"] * record
         assert counted["vllm:adapmoe_fetch_stall_seconds_total"] > 0
+        assert counted["vllm:adapmoe_fetch_seconds_total"] > 0
         kept = counted["vllm:adapmoe_kept_experts_total"] / counted["vllm:adapmoe_gated_tokens_total"]
         assert kept == pytest.approx(1.6, abs=0.15)
         assert counted["vllm:adapmoe_gating_loss_nats_total"] > 0

@@ -130,8 +130,10 @@ def test_demand_overtakes_speculation_between_tiles():
 
 
 def test_speculation_keeps_demand_waiting_no_longer_than_a_quarter_of_a_millisecond():
-    assert tile_bytes(None, urgent=False) == tile_bytes(1e9, urgent=True) == TILE_BYTES
-    assert tile_bytes(25e9, urgent=False) == TILE_BYTES
-    assert tile_bytes(1e9, urgent=False) == pytest.approx(1e9 * SPECULATIVE_TILE_SECONDS, rel=0.02)
-    assert tile_bytes(1e9, urgent=False) % 4096 == 0, "for direct I/O"
-    assert tile_bytes(1.0, urgent=False) == LEAST_TILE_BYTES
+    record = 40 << 20
+    assert tile_bytes(record, urgent=True, bandwidth=1e9) == tile_bytes(record, False, 25e9) == TILE_BYTES
+    assert tile_bytes(record, urgent=False, bandwidth=1e9) == pytest.approx(1e9 * SPECULATIVE_TILE_SECONDS, rel=0.02)
+    assert tile_bytes(record, urgent=False, bandwidth=1e9) % 4096 == 0, "for direct I/O"
+    assert tile_bytes(record, urgent=False, bandwidth=1.0) == LEAST_TILE_BYTES
+    assert tile_bytes(record, urgent=False, bandwidth=None) == record // 16, "or that much of what demand takes itself"
+    assert tile_bytes(1 << 20, urgent=False, bandwidth=None) == TILE_BYTES

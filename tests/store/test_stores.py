@@ -220,3 +220,16 @@ def test_damage_in_a_replaced_pack_leaves_its_successor_alone(tmp_path):
     old.close()
     new.close()
     new.close()  # the number of its descriptor may be another file's by now
+
+
+def test_a_tile_may_go_over_pieces(tmp_path):
+    """One read for as much of a record as a tile takes, whatever pieces that is of."""
+    store = pack(tmp_path / "experts.pack", [layer(0)])
+    layout = store.layouts[0]
+    sizes = [piece.nbytes for piece in layout.pieces]
+    assert sizes == [3 * ALIGNMENT, ALIGNMENT]
+    for tile, expected in ((ALIGNMENT, [1] * 4), (2 * ALIGNMENT, [2, 2]), (3 * ALIGNMENT, [3, 1]), (1 << 20, [4])):
+        into = [aligned_empty(size) for size in sizes]
+        assert list(store.read_tiles((0, 1), into, tile)) == [count * ALIGNMENT for count in expected]
+        for piece, data in zip(layout.pieces, into, strict=True):
+            assert torch.equal(data, as_bytes(layer(0)[piece.name][1]))

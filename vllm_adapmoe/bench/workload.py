@@ -7,7 +7,16 @@ from typing import Any
 
 from vllm_adapmoe.bench.record import spread
 
-COUNTERS = ("hits", "misses", "demand_loads", "prefetches", "fetched_bytes", "wasted_bytes", "stall_seconds")
+COUNTERS = (
+    "hits",
+    "misses",
+    "demand_loads",
+    "prefetches",
+    "fetched_bytes",
+    "wasted_bytes",
+    "stall_seconds",
+    "fetch_seconds",
+)
 
 
 def prompts_of(model: Path, text: Path | None, count: int, length: int) -> list[list[int]]:

@@ -38,6 +38,8 @@ class CacheStats:
     """Of those, bytes of speculative loads that were cancelled, or whose expert left without being asked for."""
     stall_seconds: float = 0.0
     """That layers waited."""
+    fetch_seconds: float = 0.0
+    """With at least one transfer under way: `fetched_bytes` over it is the bandwidth achieved."""
 
     @property
     def demand_loads(self) -> int:

@@ -105,6 +105,8 @@ class TransferEngine:
         """Of demand loads that failed, until the waiting layer takes them."""
         self.closing = False
         self.cpus = cpus
+        self._counted_until = 0.0
+        """Up to when `fetch_seconds` is counted, of `time.perf_counter`."""
         self.threads = [
             threading.Thread(target=self._serve, name=f"expert-reader-{number}", daemon=True)
             for number in range(readers)
@@ -131,6 +133,7 @@ class TransferEngine:
         self.changed.notify()
 
     def _queue_urgent(self, job: Job) -> None:
+        self._count_time()
         job.ready = time.perf_counter()
         self.jobs[job.key] = job
         self.urgent.append(job)
@@ -154,6 +157,7 @@ class TransferEngine:
                 if load is None:
                     continue
                 job.slot = load.slot
+                self._count_time()
                 self.jobs[job.key] = job
             job.beside = True
             self.speculating += 1
@@ -195,7 +199,8 @@ class TransferEngine:
 
     def _tiles(self, job: Job) -> Iterator[int]:
         pool = self.pools[self.controller.pool_of[job.key[0]]]
-        tile = tile_bytes(None if self.link is None else self.link.bytes_per_second, job.urgent)
+        limit = None if self.link is None else self.link.bytes_per_second
+        tile = tile_bytes(pool.layout.nbytes, job.urgent, limit)
         return pool.fill(job.slot, lambda buffers: self.store.read_tiles(job.key, buffers, tile))
 
     def _move(self, job: Job, tiles: Iterator[int]) -> bool:
@@ -215,7 +220,15 @@ class TransferEngine:
         entry = self.controller.residency(job.key[0]).entries.get(job.key)
         return self.closing or entry is None or entry.cancelled
 
+    def _count_time(self) -> None:
+        """Counts the time up to now, before `jobs` changes: it was busy if there were any."""
+        now = time.perf_counter()
+        if self.jobs:
+            self.controller.stats.fetch_seconds += now - self._counted_until
+        self._counted_until = now
+
     def _end(self, job: Job, complete: bool, error: Exception | None) -> None:
+        self._count_time()
         del self.jobs[job.key]
         if job.tiles is not None and not complete:
             job.tiles.close()  # type: ignore[attr-defined]

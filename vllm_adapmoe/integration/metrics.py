@@ -22,6 +22,7 @@ COUNTERS = {
     "fetched_bytes": ("vllm:adapmoe_fetched_bytes", "Bytes of experts fetched from the backing store."),
     "wasted_bytes": ("vllm:adapmoe_wasted_bytes", "Of those, bytes of prefetches that were of no use."),
     "stall_seconds": ("vllm:adapmoe_fetch_stall_seconds", "Seconds that layers waited for experts."),
+    "fetch_seconds": ("vllm:adapmoe_fetch_seconds", "Seconds with at least one fetch under way."),
     "gated_tokens": ("vllm:adapmoe_gated_tokens", "Tokens, counted once for each layer that gated them."),
     "kept_experts": ("vllm:adapmoe_kept_experts", "Experts that gated tokens kept."),
     "loss_spent": ("vllm:adapmoe_gating_loss_nats", "Loss that gating is foretold to have cost, nats over all tokens."),
@@ -86,6 +87,7 @@ class ExpertCacheStatLogger(StatLoggerBase):
             parts += [
                 f"hit rate: {change['hits'] / requested:.1%}",
                 f"fetched: {change['fetched_bytes'] / seconds / 2**20:.1f} MiB/s",
+                f"at {change['fetched_bytes'] / max(change['fetch_seconds'], 1e-9) / 1e9:.2f} GB/s while fetching",
                 f"waiting for experts: {change['stall_seconds'] / seconds:.1%} of the time",
                 f"resident: {self.latest['resident']} of {self.latest['slots']} slots",
             ]

@@ -5,7 +5,8 @@ from typing import Any
 
 from vllm.config import ModelConfig
 
-from vllm_adapmoe.integration.identity import checkpoint_folder, checkpoint_hash
+from vllm_adapmoe.checkpoint import checkpoint_hash
+from vllm_adapmoe.integration.identity import checkpoint_folder
 from vllm_adapmoe.profile import ModelInfo
 
 

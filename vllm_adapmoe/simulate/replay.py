@@ -84,9 +84,10 @@ class VirtualLink:
                 self.controller.transfer_ended(key, total - self.left.pop(key), complete=False)
                 continue
             assert self.machine.bandwidth is not None
-            tile = min(tile_bytes(self.machine.bandwidth, queue is self.urgent), self.left[key])
+            tile = min(tile_bytes(total, queue is self.urgent, self.machine.bandwidth), self.left[key])
             seconds = tile / self.machine.bandwidth + (self.machine.latency if self.left[key] == total else 0)
             self.under_way = key, tile, self.now + seconds
+            self.controller.stats.fetch_seconds += seconds
             return True
         return False
 

@@ -92,14 +92,17 @@ class FileStore:
     def num_experts(self, layer: int) -> int:
         return len(self._index.digests[layer])
 
+    def record_offset(self, key: ExpertKey) -> int:
+        """Where a record begins in the file."""
+        return self._index.offsets[key[0]] + key[1] * self.layouts[key[0]].nbytes
+
     def read(self, key: ExpertKey, into: Sequence[torch.Tensor]) -> None:
         for _ in self.read_tiles(key, into, self.layouts[key[0]].nbytes):
             pass
 
     def read_tiles(self, key: ExpertKey, into: Sequence[torch.Tensor], tile_bytes: int) -> Iterator[int]:
-        layer, expert = key
-        layout = self.layouts[layer]
-        offset = self._index.offsets[layer] + expert * layout.nbytes
+        layout = self.layouts[key[0]]
+        offset = self.record_offset(key)
         destinations = layout.destinations(into)
         if is_aligned(destinations):
             yield from self._read_record(key, destinations, offset, tile_bytes)
@@ -116,29 +119,28 @@ class FileStore:
     def _read_record(
         self, key: ExpertKey, buffers: Sequence[torch.Tensor], offset: int, tile_bytes: int
     ) -> Iterator[int]:
-        for buffer in buffers:
-            for start in range(0, len(buffer), tile_bytes):
-                tile = buffer[start : start + tile_bytes]
-                self._read_tile(key, tile, offset)
-                offset += len(tile)
-                yield len(tile)
+        for tile in _tiles(buffers, tile_bytes):
+            nbytes = sum(map(len, tile))
+            self._read_tile(key, tile, nbytes, offset)
+            offset += nbytes
+            yield nbytes
         if key in self._unchecked:
             self._check(key, buffers)
 
-    def _read_tile(self, key: ExpertKey, tile: torch.Tensor, offset: int) -> None:
+    def _read_tile(self, key: ExpertKey, tile: Sequence[torch.Tensor], nbytes: int, offset: int) -> None:
         reason = ""
         fd = self._file.fileno()
         for _ in range(2):  # a failed read is tried once more
             try:
-                count = read_full(fd, [tile], offset)
+                count = read_full(fd, tile, offset)
             except OSError as error:
                 reason = str(error.strerror)
                 continue
             if not self._direct:
-                drop_cached(fd, offset, len(tile))
-            if count == len(tile):
+                drop_cached(fd, offset, nbytes)
+            if count == nbytes:
                 return
-            reason = f"{count} of {len(tile)} bytes"
+            reason = f"{count} of {nbytes} bytes"
         raise StoreError(f"{self.path}: cannot read expert {key[1]} of MoE layer {key[0]} ({reason}); check the disk")
 
     def _check(self, key: ExpertKey, buffers: Sequence[torch.Tensor]) -> None:
@@ -165,3 +167,21 @@ class FileStore:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _tiles(buffers: Sequence[torch.Tensor], tile_bytes: int) -> Iterator[list[torch.Tensor]]:
+    """Cuts buffers that follow one another in the file; a tile is one read, of parts of several where it can be."""
+    tile: list[torch.Tensor] = []
+    room = tile_bytes
+    for buffer in buffers:
+        start = 0
+        while start < len(buffer):
+            part = buffer[start : start + room]
+            tile.append(part)
+            start += len(part)
+            room -= len(part)
+            if not room:
+                yield tile
+                tile, room = [], tile_bytes
+    if tile:
+        yield tile

@@ -1,0 +1,170 @@
+"""`adapmoe plan`, as a user runs it, without an engine."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY_MIXTRAL
+from typer.testing import CliRunner
+
+from vllm_adapmoe.bench.link import measure_link, measure_weights
+from vllm_adapmoe.checkpoint import measure_checkpoint
+from vllm_adapmoe.cli import app
+from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
+from vllm_adapmoe.simulate.plan import gated
+from vllm_adapmoe.simulate.trace import Step, TraceInfo, TraceWriter
+
+PROFILE = ROOT / "configs" / "tiny_mixtral.json"
+SPEEDS = ["--link", "1", "--compute", "0.5"]
+MIXTRAL = {
+    "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_local_experts": 8, "num_experts_per_tok": 2, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 32000, "dtype": "bfloat16", "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.fixture
+def mixtral(tmp_path):
+    """The folder of a checkpoint that was not downloaded: its configuration alone."""
+    folder = tmp_path / "mixtral"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(MIXTRAL))
+    return folder
+
+
+def plan(*arguments):
+    return CliRunner(env={"COLUMNS": "100"}).invoke(app, ["plan", *map(str, arguments)])
+
+
+def refusal(*arguments) -> str:
+    error = plan(*arguments).exception
+    assert isinstance(error, AdapMoEError), error
+    assert "\n" not in str(error)
+    return str(error)
+
+
+def test_sizes_of_a_configuration(mixtral):
+    info, size = measure_checkpoint(mixtral, None, None)
+    assert (info.architecture, info.hidden_size, info.num_layers, info.num_experts, info.top_k) == (
+        "MixtralForCausalLM", 4096, 32, 8, 2,
+    )  # fmt: skip
+    assert info.hash is None
+    assert size.expert_bytes == 3 * 4096 * 14336 * 2
+    attention, gate, norms = 2 * 4096 * 4096 + 2 * 4096 * 1024, 8 * 4096, 2 * 4096
+    other = 32 * (attention + gate + norms) + 4096 + 2 * 32000 * 4096
+    assert size.other_bytes == 2 * other
+    assert size.read_bytes == 2 * (other - 32000 * 4096)
+    assert measure_checkpoint(mixtral, None, 4.5)[1].expert_bytes == 3 * 4096 * 14336 * 4.5 / 8
+
+
+def test_sizes_of_real_weights(tiny_model):
+    for architecture, layers, experts, top_k in (("qwen3_moe", 3, 16, 4), ("deepseek_v3", 2, 8, 3)):
+        folder = tiny_model(architecture)
+        info, size = measure_checkpoint(folder, None, None)
+        assert (size.num_layers, size.num_experts, size.top_k, size.all_layers) == (layers, experts, top_k, 3)
+        assert info.hash is not None and size.expert_bytes == 3 * 128 * 64 * 2
+        stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        assert size.other_bytes + size.experts * size.expert_bytes == pytest.approx(stored, rel=0.01)
+
+
+def test_a_plan_with_gating_and_its_configuration(tmp_path):
+    files = {name: tmp_path / name for name in ("config.json", "result.json", "plan.png")}
+    run = plan(
+        TINY_MIXTRAL, "--profile", PROFILE, "--memory", "15MiB", "--max-loss-increase", 0.005, *SPEEDS,
+        "-o", files["config.json"], "--result", files["result.json"], "--plot", files["plan.png"],
+    )  # fmt: skip
+    assert run.exit_code == 0, run.output
+    assert max(map(len, run.output.splitlines())) <= 100
+    assert "asked" in run.output and "1.44 experts per token and layer" in run.output
+    assert "closed form: every expert as likely as another" in run.output
+    config = AdapMoEConfig.parse(files["config.json"])
+    result = json.loads(files["result.json"].read_text())
+    (variant,) = result["variants"]
+    (asked,) = [point for point in variant["points"] if point["asked"]]
+    assert config.cache_experts == asked["slots"] and config.allocation == "pool"
+    assert config.profile == str(PROFILE) and config.gating.max_loss_increase == 0.005
+    assert asked["memory"] <= result["memory"] == 15 << 20
+    assert asked["gated"]["tokens_per_second"] > asked["ungated"]["tokens_per_second"]
+    assert result["environment"]["command"]
+    assert files["plan.png"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_published_profile_and_no_weights(mixtral, tmp_path):
+    output = tmp_path / "config.json"
+    options = [mixtral, "--profile", ROOT / "configs" / "mixtral_8x7b.json", "--memory", "24GiB", *SPEEDS]
+    run = plan(*options, "--expert-bits", 4.5, "-o", output)
+    assert run.exit_code == 0, run.output
+    assert "assumed" in run.output and "256 experts of 94.5 MiB, 23.62 GiB in all" in run.output
+    assert AdapMoEConfig.parse(output).transport() == {"cache_experts": 201}
+    several = plan(*options, "--expert-bits", "16,8,4.5")
+    assert several.output.count("asked") == 3
+    assert "constants only" in refusal(*options, "--max-loss-increase", 0.005)
+    assert "statistics of routing" in refusal(*options, "--allocation", "profile")
+
+
+def write_trace(path, expert_bytes: int, layers: int = 12) -> None:
+    generator = np.random.default_rng(0)
+    writer = TraceWriter(path, TraceInfo("m", [8] * layers, 2, 0, [expert_bytes] * layers, [0] * layers), 1 << 30)
+    for number in range(40):
+        ids = np.stack([generator.permutation(8)[:2] for _ in range(layers)])[:, None]
+        weights = np.tile(np.array([0.9, 0.1], dtype=np.float16), (layers, 1, 1))
+        writer.add(Step(float(number), ["r"], np.array([number], dtype=np.int32), ids, weights, {}))
+    writer.close()
+
+
+def test_a_trace_is_replayed(tmp_path):
+    trace = tmp_path / "trace"
+    write_trace(trace, 1)
+    result = tmp_path / "result.json"
+    run = plan(
+        TINY_MIXTRAL, "--profile", PROFILE, "--trace", trace, "--max-loss-increase", 0.005, *SPEEDS, "--result", result
+    )
+    assert run.exit_code == 0, run.output
+    assert "replay of a trace" in run.output
+    points = json.loads(result.read_text())["variants"][0]["points"]
+    assert [point["slots"] for point in points] == [10, 19, 29, 38, 48, 58, 67, 77, 86, 96]
+    for point in points:
+        one, other = point["ungated"], point["gated"]
+        assert one["hits"] + one["loads"] == pytest.approx(24)
+        assert other["loads"] < one["loads"] or one["loads"] == 0
+        # Nothing was foretold, so what was loaded is what was waited for, in records of this model's size.
+        assert one["fetched_bytes"] == pytest.approx(one["loads"] * 3 * 128 * 256 * 2)
+        seconds = 12 * 0.0005 + one["fetched_bytes"] / 1e9
+        assert one["tokens_per_second"] == pytest.approx(1 / seconds, rel=0.01)
+    assert points[-1]["ungated"]["loads"] == 0
+    write_trace(trace, 1, layers=3)
+    assert "is of another model (m)" in refusal(TINY_MIXTRAL, "--trace", trace, *SPEEDS)
+
+
+def test_gating_a_step():
+    weights = np.array([[[0.9, 0.1]], [[0.6, 0.4]]], dtype=np.float16)
+    step = Step(0.0, ["r"], np.zeros(1, dtype=np.int32), np.zeros((2, 1, 2), dtype=np.int64), weights, {})
+    kept = gated(step, [1.0, 1.0], 0.05).weights > 0  # costs of dropping the second: 0.01 and 0.16
+    assert kept.tolist() == [[[True, False]], [[True, True]]]
+
+
+def test_what_cannot_be_planned(tmp_path, mixtral):
+    assert "leaves 0 expert slots" in refusal(TINY_MIXTRAL, "--memory", "2MiB", *SPEEDS)
+    assert "--memory='24' is not a size" in refusal(TINY_MIXTRAL, "--memory", "24", *SPEEDS)
+    assert "--link=fast is not usable" in refusal(TINY_MIXTRAL, "--link", "fast", "--compute", 1)
+    assert "--output needs to know the budget" in refusal(TINY_MIXTRAL, *SPEEDS, "-o", tmp_path / "c.json")
+    several = [TINY_MIXTRAL, "--memory", "15MiB", "--expert-bits", "8,4", *SPEEDS, "-o", tmp_path / "c.json"]
+    assert "--output takes one configuration" in refusal(*several)
+    assert "--expert-bits 0 is not usable" in refusal(TINY_MIXTRAL, "--expert-bits", 0, *SPEEDS)
+    assert "--dtype int3 is not known" in refusal(TINY_MIXTRAL, "--dtype", "int3", *SPEEDS)
+    assert "--allocation half is not known" in refusal(TINY_MIXTRAL, "--allocation", "half", *SPEEDS)
+    assert "is of another model" in refusal(mixtral, "--profile", PROFILE, *SPEEDS)
+    assert "no profile is given" in refusal(TINY_MIXTRAL, "--max-loss-increase", 0.005, *SPEEDS)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "cannot be sized" in refusal(empty, *SPEEDS)
+    quantised = MIXTRAL | {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    (mixtral / "config.json").write_text(json.dumps(quantised))
+    assert "say with --expert-bits" in refusal(mixtral, *SPEEDS)
+
+
+def test_speeds_are_measured(tmp_path):
+    bandwidth, source = measure_link(1 << 20, tmp_path / "not" / "there")
+    assert bandwidth > 0 and source
+    assert not list(tmp_path.iterdir())
+    assert measure_weights()[0] > 0

@@ -1,0 +1,30 @@
+"""Arguments and options that several commands have."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vllm_adapmoe.config import AdapMoEError
+
+Model = Annotated[Path, typer.Argument(help="Folder of a checkpoint.", exists=True, file_okay=False)]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the result.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Measurements of each engine, in turn.")]
+Batch = Annotated[int, typer.Option(min=1, help="Requests in a batch.")]
+Text = Annotated[
+    Path | None, typer.Option(help="Folder of *.txt to take prompts from; default: random tokens.", exists=True)
+]
+PromptTokens = Annotated[int, typer.Option(min=1)]
+OutputTokens = Annotated[int, typer.Option(min=2)]
+
+
+def numbers(option: str, text: str) -> list[float]:
+    """The numbers of a comma-separated list.
+
+    Raises:
+        AdapMoEError: it is not one.
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise AdapMoEError(f"{option} {text!r} is not a list of numbers; separate them with commas") from None

@@ -1,0 +1,90 @@
+"""Commands about bytes: what a memory budget buys, and what the disk gives."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from vllm_adapmoe.bench.record import write
+from vllm_adapmoe.cli_options import Model, Output, numbers
+from vllm_adapmoe.config import AdapMoEError
+
+StoreDir = Annotated[Path | None, typer.Option(help="Folder of the packed file; default: vLLM's cache.")]
+
+
+def plan(
+    model: Model,
+    profile: Annotated[Path | None, typer.Option(help="What `adapmoe calibrate` wrote, or one of configs/.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Of the device, or on the CPU of the process: 24GiB.")] = None,
+    reserve: Annotated[
+        str | None, typer.Option(help="Of it, for KV cache and activations: 2GiB. Default: a tenth.")
+    ] = None,
+    link: Annotated[
+        str, typer.Option(help="Bandwidth that experts arrive with, 1e9 bytes/s; auto: measured.")
+    ] = "auto",
+    compute: Annotated[
+        float | None, typer.Option(min=1e-6, help="Milliseconds of a layer; default: estimated from this machine.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: auto, bfloat16, float16 or float32.")] = "auto",
+    expert_bits: Annotated[
+        str | None, typer.Option(help="Bits of an expert's weight, comma-separated: 16,8,4.5. Default: the dtype's.")
+    ] = None,
+    max_loss_increase: Annotated[
+        float | None, typer.Option(help="Of gating, as a share of the loss: 0.005. Needs a calibrated profile.")
+    ] = None,
+    allocation: Annotated[str, typer.Option(help="As in `adapmoe_config`.")] = "pool",
+    trace: Annotated[
+        Path | None, typer.Option(help="What `trace_out` wrote: replayed, in place of the closed form.", exists=True)
+    ] = None,
+    store_dir: StoreDir = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File for the --adapmoe-config.")] = None,
+    result: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file for the plot.")] = None,
+) -> None:
+    """Tokens per second by memory, before anything is bought or downloaded."""
+    from vllm_adapmoe.bench.plan import ALLOCATIONS, Question, config_of, run_plan
+    from vllm_adapmoe.bench.plan_table import plot_plan, print_plan
+
+    if allocation not in ALLOCATIONS:
+        raise AdapMoEError(f"--allocation {allocation} is not known; use {', '.join(ALLOCATIONS)}")
+    bits = [] if expert_bits is None else numbers("--expert-bits", expert_bits)
+    if output is not None and len(bits) > 1:
+        raise AdapMoEError(f"--output takes one configuration; --expert-bits {expert_bits} has {len(bits)} values")
+    if output is not None and memory is None:
+        raise AdapMoEError("--output needs to know the budget; add --memory, e.g. --memory 24GiB")
+    question = Question(
+        model, profile, trace, memory, reserve, dtype, bits, link, compute, max_loss_increase, allocation, store_dir
+    )
+    answer = run_plan(question)
+    print_plan(answer, Console())
+    if output is not None:
+        output.write_text(json.dumps(config_of(answer), indent=1) + "\n")
+    if result is not None:
+        write(result, answer)
+    if plot is not None:
+        plot_plan(answer, plot)
+
+
+def transfer(
+    model: Annotated[
+        Path | None, typer.Argument(help="Folder of a checkpoint, to read its pack.", exists=True, file_okay=False)
+    ] = None,
+    record_mib: Annotated[
+        str, typer.Option(help="Records of a pack of random bytes, MiB, comma-separated; without MODEL.")
+    ] = "3,24,48",
+    pass_mib: Annotated[int, typer.Option(min=1, help="Size of such a pack, at least.")] = 768,
+    rounds: Annotated[int, typer.Option(min=1, help="Passes over the pack in each way, in turn.")] = 5,
+    store_dir: Annotated[
+        Path | None, typer.Option(help="Folder on the disk to read; default: vLLM's cache, or a temporary one.")
+    ] = None,
+    output: Output = None,
+) -> None:
+    """Bandwidth of the transfer engine against plain sequential reads of the same records."""
+    from vllm_adapmoe.bench.transfer import print_transfer, run_transfer
+
+    result = run_transfer(model, numbers("--record-mib", record_mib), store_dir, rounds, pass_mib)
+    print_transfer(result, Console())
+    if output is not None:
+        write(output, result)

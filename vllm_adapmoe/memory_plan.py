@@ -1,0 +1,188 @@
+"""What a memory budget buys: slots, then expected loads of a token, then tokens per second. Pure arithmetic."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_adapmoe.allocation_plan import curves_of_profile
+from vllm_adapmoe.cache.allocation import expected_loads, share_out
+from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.profile import ModelProfile
+
+GiB = 1 << 30
+UNITS = {"GIB": 1 << 30, "MIB": 1 << 20, "GB": 10**9, "MB": 10**6}
+RESERVE = 0.1
+"""Share of the memory that is left to the KV cache, activations and the runtime, unless told otherwise."""
+
+
+def parse_bytes(option: str, text: str) -> int:
+    """Bytes of `24GiB`, `512MiB`, `24GB` or `512MB`.
+
+    Raises:
+        AdapMoEError: anything else.
+    """
+    for unit, size in UNITS.items():
+        if text.upper().endswith(unit):
+            try:
+                value = float(text[: -len(unit)])
+            except ValueError:
+                break
+            if 0 <= value < 1e9:
+                return int(value * size)
+    raise AdapMoEError(f"{option}={text!r} is not a size; write 24GiB, 512MiB, 24GB or 512MB")
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """A model in numbers. All experts have one size."""
+
+    num_layers: int
+    """With experts."""
+    num_experts: int
+    """Of such a layer."""
+    top_k: int
+    expert_bytes: int
+    """Of one expert's record."""
+    other_bytes: int
+    """Weights that are no routed experts."""
+    read_bytes: int
+    """Of those, what a token has to read: all but the table of input embeddings."""
+    all_layers: int
+    """Layers, those without experts too."""
+
+    @property
+    def experts(self) -> int:
+        """Routed experts of all layers."""
+        return self.num_layers * self.num_experts
+
+
+@dataclass(frozen=True)
+class Reserve:
+    """Memory that is neither weights nor slots: `nbytes`, or, without that, `share` of it all."""
+
+    nbytes: int | None = None
+    share: float = RESERVE
+
+    def slots(self, model: ModelSize, memory: int) -> int:
+        """Expert slots that fit into `memory` bytes in all; below zero: not even the other weights fit."""
+        reserved = memory * self.share if self.nbytes is None else self.nbytes
+        return min(model.experts, int((memory - reserved - model.other_bytes) // model.expert_bytes))
+
+    def memory(self, model: ModelSize, slots: int) -> int:
+        """Least memory in all, bytes, that `slots` fit into."""
+        weights = model.other_bytes + slots * model.expert_bytes
+        # One byte more than the quotient: `slots` rounds down.
+        return int(weights / (1 - self.share)) + 1 if self.nbytes is None else weights + self.nbytes
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What times are made of: experts arrive over a link, one after the other, while nothing is computed."""
+
+    link: float
+    """Bytes per second."""
+    layer_seconds: float | None = None
+    """Of computing one layer for one token; None: as long as reading the weights it needs takes."""
+    weights: float = 0.0
+    """Bytes per second that weights are read with, where `layer_seconds` is None."""
+
+    def compute_seconds(self, model: ModelSize, kept: float) -> float:
+        """Of one token whose layers keep `kept` experts in all, fetches apart."""
+        if self.layer_seconds is not None:
+            return model.all_layers * self.layer_seconds
+        return (model.read_bytes + kept * model.expert_bytes) / self.weights
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one token, with one number of slots."""
+
+    hits: float
+    """Experts that are there when a layer asks for them, all layers together."""
+    loads: float
+    """Experts that a layer waits for."""
+    fetched_bytes: float
+    tokens_per_second: float
+    shares: list[int] | None = None
+    """Slots of each layer, where the estimate gave each its own."""
+
+
+def closed_form(
+    model: ModelSize, curves: Sequence[np.ndarray], slots: int, speed: Speed, allocation: str = "profile"
+) -> Estimate:
+    """A token's expected loads when each layer keeps its share of the slots, without prefetch.
+
+    `sum over layers of k_l (1 - s_l / N)` (`cache.allocation.expected_loads`): every expert as likely as another, and
+    whatever the token before used. What one token needs in a layer streams through slots of its own, as in the cache,
+    unless everything fits.
+
+    Args:
+        model: its size.
+        curves: of each layer, expected loads with 0, 1, .. slots.
+        slots: in all, at least top_k.
+        speed: of link and compute.
+        allocation: `uniform`: as equal as can be; anything else: shares with the least loads.
+    """
+    kept = float(sum(curve[0] for curve in curves))
+    if slots >= model.experts:
+        shares = [model.num_experts] * model.num_layers
+    else:
+        shares = share_out(
+            None if allocation == "uniform" else curves, [model.num_experts] * model.num_layers, slots - model.top_k
+        )
+    loads = float(sum(curve[share] for curve, share in zip(curves, shares, strict=True)))
+    moved = loads * model.expert_bytes
+    seconds = speed.compute_seconds(model, kept) + moved / speed.link
+    return Estimate(kept - loads, loads, moved, 1 / seconds, shares)
+
+
+def curves_of(model: ModelSize, profile: ModelProfile | None, threshold: float = 0.0) -> list[np.ndarray]:
+    """Expected loads of each layer by slots; without statistics of routing, of top_k experts, each as likely.
+
+    Args:
+        model: its size.
+        profile: of the model; None, or with constants only: popularity uniform.
+        threshold: of gating, which needs statistics; 0: none.
+    """
+    if has_statistics(profile):
+        assert profile is not None
+        return curves_of_profile(profile, threshold, 0)
+    return [expected_loads(model.num_experts, model.top_k)] * model.num_layers
+
+
+def has_statistics(profile: ModelProfile | None) -> bool:
+    """Whether a profile says how its model routes, and not only what its layers mind."""
+    return profile is not None and all(
+        layer.dropped is not None and layer.popularity is not None for layer in profile.layers
+    )
+
+
+def slots_for(model: ModelSize, memory: int, reserve: Reserve) -> int:
+    """Slots that a memory budget leaves.
+
+    Raises:
+        AdapMoEError: fewer than one token needs in one layer; says how much memory would do.
+    """
+    slots = reserve.slots(model, memory)
+    if slots < model.top_k:
+        left = max(0, slots)
+        raise AdapMoEError(
+            f"--memory={memory / GiB:.2f}GiB leaves {left} expert slots of {model.expert_bytes / GiB:.4f} GiB beside "
+            f"{model.other_bytes / GiB:.2f} GiB of other weights and the reserve, but a token needs {model.top_k} at "
+            f"once; set at least --memory {_round_up(reserve.memory(model, model.top_k))}"
+        )
+    return slots
+
+
+def _round_up(nbytes: int) -> str:
+    hundredths = -(-nbytes * 100 // GiB)
+    return f"{hundredths / 100:.2f}GiB"
+
+
+def budgets(model: ModelSize, asked: int | None, steps: int = 10) -> list[int]:
+    """Slots to look at: 1/steps, 2/steps .. of all experts, and those asked for; as far as one token fits."""
+    chosen = {round(model.experts * step / steps) for step in range(1, steps + 1)}
+    if asked is not None:
+        chosen.add(asked)
+    return sorted(slots for slots in chosen if slots >= model.top_k)
