@@ -39,16 +39,16 @@ def test_chances_of_a_batch(seed):
         for rank in range(2):
             if kept[row, rank]:
                 expected[ids[row, rank]] *= 1 - precision[rank]
-    assert chances(Foretold(ids, kept), precision, experts) == pytest.approx(1 - expected)
+    found = chances(Foretold(ids, kept), precision.tolist())
+    assert found == pytest.approx({expert: 1 - expected[expert] for expert in set(ids[kept].tolist())})
 
 
 def test_precision_follows_the_traffic():
     precision = Precision(2)
     foretold = Foretold(np.array([[0, 1]]), np.ones((1, 2), dtype=bool))
-    first = np.array([[True, False, False]])
     for _ in range(2000):
-        precision.record(foretold, first)
+        precision.record(foretold, [{0}])
     assert precision.by_rank == pytest.approx([1, 0], abs=0.02)
     for _ in range(4000):
-        precision.record(foretold, ~first)
+        precision.record(foretold, [{1, 2}])
     assert precision.by_rank == pytest.approx([0, 1], abs=0.02)

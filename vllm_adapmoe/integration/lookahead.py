@@ -137,7 +137,7 @@ class Lookahead:
                 foretold[distance] = self._foretell(index + distance, outputs[:, columns])
             return foretold.get(distance)
 
-        routing = ids.numpy().astype(np.int64, copy=False), keep.numpy()
+        routing = ids.numpy(), keep.numpy()
         if self.cache is not None:
             self.cache.look_ahead(index, routing, foretell)
         if self.trace is not None:

@@ -1,5 +1,6 @@
 """What the next layers' gates, applied to an earlier layer's input, say: pure functions and counters on arrays."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,17 +42,8 @@ def foretell(
             else by token.
         correction: `[experts]`, added to sigmoid scores before ranking, where the router does so.
     """
-    if top_k >= logits.shape[1]:
-        ids = np.argsort(-logits, axis=1, kind="stable")
-    else:
-        rank = logits if correction is None else 1 / (1 + np.exp(-logits)) + correction
-        ids = (
-            np.argpartition(-rank, top_k - 1, axis=1)[:, :top_k]
-            if len(logits) > 4
-            else (-rank).argsort(axis=1)[:, :top_k]
-        )
-        order = np.argsort(-np.take_along_axis(rank, ids, 1), axis=1, kind="stable")
-        ids = np.take_along_axis(ids, order, 1)
+    rank = logits if correction is None else 1 / (1 + np.exp(-logits)) + correction
+    ids = (-rank).argsort(axis=1, kind="stable")[:, :top_k]
     kept = np.ones(ids.shape, dtype=bool)
     if threshold > 0 and top_k > 1:
         chosen = np.take_along_axis(logits, ids, 1)
@@ -72,41 +64,46 @@ def foretell(
 class Precision:
     """How often the best, second best, .. foretold expert is used, counted as the model runs."""
 
-    def __init__(self, top_k: int, prior: Sequence[float] | None = None) -> None:
-        self.right = PRIOR_WEIGHT * np.asarray([PRIOR] * top_k if prior is None else prior, dtype=np.float64)
+    def __init__(self, top_k: int) -> None:
+        self.right = [PRIOR_WEIGHT * PRIOR] * top_k
         self.seen = PRIOR_WEIGHT
 
     @property
-    def by_rank(self) -> np.ndarray:
-        """float64 `[top_k]`."""
-        return self.right / self.seen
+    def by_rank(self) -> list[float]:
+        """`[top_k]`."""
+        return [right / self.seen for right in self.right]
 
-    def record(self, foretold: Foretold, used: np.ndarray) -> None:
+    def record(self, foretold: Foretold, used: Sequence[set[int]]) -> None:
         """Compares a prediction with the event it was of.
 
         Args:
             foretold: of the event's tokens.
-            used: bool `[tokens, experts]`.
+            used: of each token, the experts that it used.
         """
-        tokens = len(foretold.ids)
-        right = np.take_along_axis(used, foretold.ids, 1).sum(0)
-        fade = np.exp(-tokens / MEMORY)
-        self.right = fade * self.right + right
-        self.seen = fade * self.seen + tokens
+        fade = math.exp(-len(used) / MEMORY)
+        ids = foretold.ids.tolist()
+        self.right = [
+            fade * right + sum(row[rank] in its for row, its in zip(ids, used, strict=True))
+            for rank, right in enumerate(self.right)
+        ]
+        self.seen = fade * self.seen + len(used)
 
 
-def chances(foretold: Foretold, precision: np.ndarray, num_experts: int) -> np.ndarray:
+def chances(foretold: Foretold, precision: Sequence[float]) -> dict[int, float]:
     """Probability that any token of the batch uses an expert: `1 - prod (1 - b_rank)` over the tokens that rank it.
+
+    Plain Python: in a decode step it sees a few numbers, for which arrays are slow.
 
     Args:
         foretold: of every token of the step.
         precision: `[top_k]`, by rank.
-        num_experts: of the later layer.
 
     Returns:
-        float64 `[num_experts]`; 0 for what no token is foretold to keep.
+        By expert; those that no token is foretold to keep are left out.
     """
-    with np.errstate(divide="ignore"):
-        logs = np.log1p(-np.minimum(precision, 1 - 1e-9))
-    weights = np.where(foretold.kept, logs, 0.0)
-    return -np.expm1(np.bincount(foretold.ids.ravel(), weights.ravel(), minlength=num_experts))
+    unused: dict[int, float] = {}
+    for row, kept in zip(foretold.ids.tolist(), foretold.kept.tolist(), strict=True):
+        for expert, stays, share in zip(row, kept, precision, strict=True):
+            if stays:
+                unused[expert] = unused.get(expert, 1.0) * (1 - share)
+    return {expert: 1 - chance for expert, chance in unused.items()}

@@ -44,14 +44,16 @@ class PrefetchPlanner:
             kept: bool `[tokens, top_k]`.
         """
         pending = self.pending[layer]
-        if not pending:
-            return
-        used = np.zeros((len(ids), self.num_experts[layer]), dtype=bool)
-        np.put_along_axis(used, ids, kept, axis=1)
-        for distance, foretold in pending.items():
-            if len(foretold.ids) == len(ids):
-                self.precision[layer][distance - 1].record(foretold, used)
+        said = [(distance, foretold) for distance, foretold in pending.items() if len(foretold.ids) == len(ids)]
         pending.clear()
+        if not said:
+            return
+        used = [
+            {expert for expert, stays in zip(row, its, strict=True) if stays}
+            for row, its in zip(ids.tolist(), kept.tolist(), strict=True)
+        ]
+        for distance, foretold in said:
+            self.precision[layer][distance - 1].record(foretold, used)
 
     def plan(
         self, layer: int, foretell: Foretell, want: Callable[[ExpertKey], bool], under_way: int
@@ -75,9 +77,8 @@ class PrefetchPlanner:
                 continue
             target = layer + distance
             self.pending[target][distance] = one
-            precision = self.precision[target][distance - 1].by_rank
-            chance = chances(one, precision, self.num_experts[target])
-            for expert in np.argsort(-chance, kind="stable").tolist():
+            chance = chances(one, self.precision[target][distance - 1].by_rank)
+            for expert in sorted(chance, key=lambda expert: (-chance[expert], expert)):
                 if len(chosen) == self.max_experts or chance[expert] < LEAST_CHANCE:
                     break
                 if want((target, expert)):
