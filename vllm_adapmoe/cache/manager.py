@@ -1,13 +1,13 @@
 """The one object of a worker that changes slots."""
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 import torch
 
 from vllm_adapmoe.cache.controller import CacheController, CacheStats
-from vllm_adapmoe.cache.residency import Request
+from vllm_adapmoe.cache.eviction import ExpertKey
 from vllm_adapmoe.cache.slots import SlotPool
 from vllm_adapmoe.cache.transfer import READERS, CacheClosed, TransferEngine
 from vllm_adapmoe.prefetch.planner import Foretell
@@ -115,6 +115,23 @@ class ExpertCacheManager:
             ExpertsUnavailable: records could not be read; their slots are free again, and nothing is pinned.
             CacheClosed: before they were there.
         """
+        for _ in self.arrivals(layer, experts, present, meanwhile, expected):
+            pass
+        return self.slot_maps[layer]
+
+    def arrivals(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        present: Sequence[int] = (),
+        meanwhile: Callable[[], None] | None = None,
+        expected: np.ndarray | None = None,
+    ) -> Iterator[list[int]]:
+        """`acquire`, but says of experts that they are there as soon as they are: first those that were resident, then
+        others as they arrive. `slot_maps[layer]` has those that were named.
+
+        To be consumed to its end; all of them stay until `release`.
+        """
         slot_map = self._maps[layer]
         with self.transfers.lock:
             if self.closed:
@@ -127,35 +144,45 @@ class ExpertCacheManager:
             slot_map[load.key[1]] = load.slot
         if meanwhile is not None:
             meanwhile()
-        if request.loads or request.awaited:
-            self._wait(layer, experts, request)
-        return self.slot_maps[layer]
-
-    def _wait(self, layer: int, experts: Sequence[int], request: Request) -> None:
-        start = time.perf_counter()
-        transfers = self.transfers
-        waiting = [*request.loads, *request.awaited]
-        while True:
-            with transfers.changed:
-                while (job := transfers.next_urgent()) is None:
-                    if not any(load.key in transfers.jobs for load in waiting):
-                        break
-                    transfers.changed.wait()
-                if job is None:
-                    failures = [transfers.errors.pop(load.key, None) for load in waiting]
-                    break
-            transfers.run(job)
-        for load, failure in zip(waiting, failures, strict=True):
-            if failure is None:
-                self._maps[layer][load.key[1]] = load.slot
-        self.stats.stall_seconds += time.perf_counter() - start
-        failed = {load.key[1]: failure for load, failure in zip(waiting, failures, strict=True) if failure is not None}
+        there = [key[1] for key in request.hits] + [load.key[1] for load in request.promoted]
+        if there:
+            yield there
+        waiting = {load.key: load for load in (*request.loads, *request.awaited)}
+        failed: dict[int, Exception] = {}
+        while waiting:
+            ended = self._wait(waiting)
+            there = []
+            for key, failure in ended.items():
+                load = waiting.pop(key)
+                if failure is None:
+                    slot_map[key[1]] = load.slot
+                    there.append(key[1])
+                else:
+                    failed[key[1]] = failure
+            if there and not failed:
+                yield there
         if failed:
             self.release(layer, experts)
             first = next(iter(failed.values()))
             if self.closed:
                 raise CacheClosed from first
             raise ExpertsUnavailable(str(first), list(failed)) from first
+
+    def _wait(self, waiting: Collection[ExpertKey]) -> dict[ExpertKey, Exception | None]:
+        """Blocks until loads of some of those have ended, and says how."""
+        start = time.perf_counter()
+        transfers = self.transfers
+        while True:
+            with transfers.changed:
+                job = None
+                while not (ended := [key for key in waiting if key not in transfers.jobs]):
+                    if (job := transfers.next_urgent()) is not None:
+                        break
+                    transfers.changed.wait()
+                if job is None:
+                    self.stats.stall_seconds += time.perf_counter() - start
+                    return {key: transfers.errors.pop(key, None) for key in ended}
+            transfers.run(job)
 
     def release(self, layer: int, experts: Sequence[int]) -> None:
         """The kernel that read these experts has run: they may leave."""

@@ -1,18 +1,17 @@
 """Routed experts whose weights live in the expert cache: vLLM's layer, with its parameters replaced by slots."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from vllm.forward_context import ForwardContext, get_forward_context
-from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.cache.residency import waves
 from vllm_adapmoe.integration.gates import LayerGate
+from vllm_adapmoe.integration.streamed_experts import StreamedExperts
 from vllm_adapmoe.store.base import ExpertsUnavailable
 
 if TYPE_CHECKING:
@@ -21,15 +20,13 @@ if TYPE_CHECKING:
     from vllm_adapmoe.integration.probe import LayerProbe
 
 
-class CachedExperts(RoutedExperts):
+class CachedExperts(StreamedExperts):
     """Mixin over `RoutedExperts` or a model's own subclass of it.
 
     While weights load, the layer hands its experts to `loading` and keeps none. Afterwards its parameters are the
     tensors of a slot pool, `[slots, ...]`, shared with other layers, and `cache` says which expert is where.
     Where every expert fits, `cache` stays None; without a gate, the layer is then vLLM's own.
     """
-
-    loading: "ExpertLoading"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.cache: ExpertCacheManager | None = None
@@ -38,95 +35,7 @@ class CachedExperts(RoutedExperts):
         self.lookahead: Lookahead | None = None
         self.on_failure: Callable[[torch.Tensor, ExpertsUnavailable], None] | None = None
         self.cache_layer = self.loading.add(self)
-        self._arrived: set[tuple[int, int, str]] = set()
-        self._finished = False
         super().__init__(*args, **kwargs)
-
-    # Loading
-
-    def _get_quant_method(self, *args: Any, **kwargs: Any) -> FusedMoEMethodBase:
-        # The weight loader dispatches on the name of the method's class, so its instance is wrapped, not its class.
-        method = super()._get_quant_method(*args, **kwargs)
-        create_weights = method.create_weights
-        process_weights = method.process_weights_after_loading
-
-        def create_on_host(layer: RoutedExperts, *args: Any, **kwargs: Any) -> None:
-            before = set(dict(self.named_parameters()))
-            with torch.device("cpu"):
-                create_weights(layer, *args, **kwargs)
-            self._foreign_parameters = before
-
-        def finish(layer: nn.Module) -> None:
-            self.finish_loading()
-
-        self._process_weights: Callable[[nn.Module], None] = process_weights
-        wrapped: Any = method
-        wrapped.create_weights = create_on_host
-        wrapped.process_weights_after_loading = finish
-        method.requires_device_loading = False
-        return method
-
-    def expert_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters `[local experts, ...]` of the quantisation method: what an expert's record is made of."""
-        return {
-            name: parameter
-            for name, parameter in self.named_parameters(recurse=False)
-            if name not in self._foreign_parameters
-            and parameter.dim() > 0
-            and parameter.shape[0] == self.local_num_experts
-        }
-
-    def weight_loader(  # type: ignore[override]
-        self,
-        param: nn.Parameter,
-        loaded_weight: torch.Tensor,
-        weight_name: str,
-        shard_id: str,
-        expert_id: int,
-        return_success: bool = False,
-    ) -> bool | None:
-        if self.loading.restored:
-            return True if return_success else None
-        success = super().weight_loader(param, loaded_weight, weight_name, shard_id, expert_id, return_success=True)
-        if success:
-            self._arrived.add((id(param), expert_id, shard_id))
-            if len(self._arrived) == self._expected_arrivals:
-                self.finish_loading()
-        return success if return_success else None
-
-    weight_loader.supports_moe_loading = True  # type: ignore[attr-defined]
-
-    @cached_property  # asked for with every tensor of the checkpoint
-    def _expected_arrivals(self) -> int:
-        shards_of_w13 = 2 if self.moe_config.is_act_and_mul else 1
-        shards = (shards_of_w13 if name.startswith("w13") else 1 for name in self.expert_parameters())
-        return self.local_num_experts * sum(shards)
-
-    def finish_loading(self) -> None:
-        """Brings the loaded experts into the kernel's format, puts them into the store and frees them.
-
-        Called as soon as the last weight of the layer has arrived, so that a model streams through memory layer by
-        layer; and by vLLM after loading, for layers whose checkpoint does not hold every parameter.
-        """
-        if self._finished:
-            return
-        self._finished = True
-        parameters = self.expert_parameters()
-        if self.loading.restored:
-            # The experts are in the store already; the kernel is built on one blank expert.
-            for parameter in parameters.values():
-                parameter.data = torch.zeros((1, *parameter.shape[1:]), dtype=parameter.dtype)
-            self._process_weights(self)
-            self.loading.check(self.cache_layer, {name: self.get_parameter(name).data for name in parameters})
-        else:
-            self._process_weights(self)
-            if self.loading.all_resident:
-                return
-            parameters = self.expert_parameters()
-            self.loading.put(self.cache_layer, {name: parameter.data for name, parameter in parameters.items()})
-        for name in parameters:
-            parameter = self.get_parameter(name)
-            parameter.data = parameter.data.new_empty(0)
 
     def use_cache(self, cache: ExpertCacheManager) -> None:
         """Serves from the slots of `cache`. The parameters stay the same objects, for kernels hold on to them."""
@@ -135,8 +44,6 @@ class CachedExperts(RoutedExperts):
         self.global_num_experts = pool.num_slots  # kernels count the rows of the weights, which are slots now
         for name, tensor in pool.tensors.items():
             self.get_parameter(name).data = tensor
-
-    # Execution
 
     def forward_modular(
         self,
@@ -238,12 +145,28 @@ class CachedExperts(RoutedExperts):
     def _acquire(
         self, experts: Sequence[int], foresight: "Foresight | None", others: Sequence[int] = ()
     ) -> torch.Tensor:
-        """int32 `[local experts]`, on the host: row of each expert in the parameters, -1 for one that is absent."""
+        """Waits until all of them are there; returns `_slot_map()`."""
+        for _ in self._arrivals(experts, foresight, others):
+            pass
+        return self._slot_map()
+
+    def _arrivals(
+        self, experts: Sequence[int], foresight: "Foresight | None", others: Sequence[int] = ()
+    ) -> Iterator[Sequence[int]]:
+        """`ExpertCacheManager.arrivals`; all at once where every expert is resident."""
         observe, expected = (None, None) if foresight is None else (foresight.observe, foresight.expected)
         if self.cache is not None:
-            return self.cache.acquire(self.cache_layer, experts, others, observe, expected)
+            yield from self.cache.arrivals(self.cache_layer, experts, others, observe, expected)
+            return
         if observe is not None:
             observe()
+        if experts:
+            yield experts
+
+    def _slot_map(self) -> torch.Tensor:
+        """int32 `[local experts]`, on the host: row of each expert in the parameters, -1 for one that is absent."""
+        if self.cache is not None:
+            return self.cache.slot_maps[self.cache_layer]
         return torch.arange(self.local_num_experts, dtype=torch.int32)
 
     def _release(self, experts: Sequence[int]) -> None:
@@ -290,22 +213,45 @@ class CachedExperts(RoutedExperts):
         experts = _distinct(ids, self.local_num_experts)
         groups = waves(experts, self.slots)
         if len(groups) == 1:
-            slots = self._acquire(experts, foresight)[ids].unsqueeze(1).to(x.device)
-            outputs = self._run_kernel(x[token.to(x.device)], weights, slots)
-            self._release(experts)
-            yield slice(None), outputs
+            yield slice(None), self._run_wave(x, weights, token, ids, experts, foresight, ())
             return
         wave_of = torch.zeros(self.local_num_experts, dtype=torch.int64)
         for number, group in enumerate(groups):
             wave_of[list(group)] = number
         for number, group in enumerate(groups):
-            slot_map = self._acquire(group, foresight if number == 0 else None, experts)
             rows = (wave_of[ids] == number).nonzero().view(-1)
-            slots = slot_map[ids[rows]].unsqueeze(1).to(x.device)
-            on_device = rows.to(x.device)
-            outputs = self._run_kernel(x[token[rows].to(x.device)], weights[on_device], slots)
-            self._release(group)
-            yield rows, outputs
+            wave = weights[rows.to(x.device)], token[rows], ids[rows]
+            yield rows, self._run_wave(x, *wave, group, foresight if number == 0 else None, experts)
+
+    def _run_wave(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        token: torch.Tensor,
+        ids: torch.Tensor,
+        experts: Sequence[int],
+        foresight: "Foresight | None",
+        others: Sequence[int],
+    ) -> torch.Tensor:
+        """Outputs `[pairs, hidden]` of pairs whose `experts` can be resident together.
+
+        Those whose experts are there run while the others' arrive. A pair's output does not depend on the pairs that
+        run with it, and the outputs are summed up later in an order of their own: what arrives when changes nothing.
+        """
+        outputs = None
+        for arrived in self._arrivals(experts, foresight, others):
+            rows = None if len(arrived) == len(experts) else _where(ids, arrived)
+            its = (weights, token, ids) if rows is None else (weights[rows.to(x.device)], token[rows], ids[rows])
+            slots = self._slot_map()[its[2]].unsqueeze(1).to(x.device)
+            part = self._run_kernel(x[its[1].to(x.device)], its[0], slots)
+            if rows is None:
+                outputs = part
+                continue
+            if outputs is None:
+                outputs = part.new_empty(len(ids), part.shape[1])
+            outputs[rows.to(x.device)] = part
+        self._release(experts)
+        return x.new_empty(0, x.shape[1]) if outputs is None else outputs
 
     def _run_kernel(self, x: torch.Tensor, topk_weights: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         output = self.quant_method.apply(
@@ -325,6 +271,11 @@ def _distinct(ids: torch.Tensor, num_experts: int) -> list[int]:
     if ids.numel() <= 64:
         return sorted(set(ids.view(-1).tolist()))
     return torch.bincount(ids.view(-1), minlength=num_experts).nonzero().view(-1).tolist()
+
+
+def _where(ids: torch.Tensor, experts: Sequence[int]) -> torch.Tensor:
+    """Rows of `ids` `[pairs]` that name one of `experts`."""
+    return torch.isin(ids, torch.tensor(experts, dtype=ids.dtype)).nonzero().view(-1)
 
 
 def _is_dummy_run(context: ForwardContext) -> bool:
