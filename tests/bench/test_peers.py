@@ -1,5 +1,6 @@
 """The parts of `adapmoe bench peers` that need no engine."""
 
+import subprocess
 import sys
 import time
 
@@ -7,12 +8,14 @@ import numpy as np
 import psutil
 import pytest
 
-from vllm_adapmoe.bench import peer_packages, peer_process
+from vllm_adapmoe.bench import memory_cgroup, peer_packages, peer_process
 from vllm_adapmoe.bench.peer_floor import belady_decode_bytes, sequential_bandwidth
 from vllm_adapmoe.bench.peer_worker import Spec
 from vllm_adapmoe.bench.peers import parse_size
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.simulate.trace import Step, TraceInfo, TraceWriter
+
+POPEN = subprocess.Popen
 
 
 def test_sizes_have_a_unit():
@@ -32,13 +35,12 @@ def test_a_missing_package_is_one_line(monkeypatch):
     assert peer_packages.missing("json") is None
 
 
-def worker(monkeypatch, tmp_path, code, timeout=30):
+def worker(monkeypatch, tmp_path, code, timeout=30, memory=None):
     """What `run_worker` says of a process that runs `code` instead of a contender."""
-    real = peer_process.subprocess.Popen
     monkeypatch.setattr(
-        peer_process.subprocess, "Popen", lambda command, **others: real([sys.executable, "-c", code], **others)
+        peer_process.subprocess, "Popen", lambda command, **others: POPEN([sys.executable, "-c", code], **others)
     )
-    return peer_process.run_worker(Spec("none", str(tmp_path), str(tmp_path), [[1, 2]], 1), None, timeout)
+    return peer_process.run_worker(Spec("none", str(tmp_path), str(tmp_path), [[1, 2]], 1), memory, timeout)
 
 
 def test_the_last_line_is_the_result(monkeypatch, tmp_path):
@@ -51,6 +53,20 @@ def test_the_last_line_is_the_result(monkeypatch, tmp_path):
 def test_an_end_before_the_result_is_a_failure(monkeypatch, tmp_path):
     result = worker(monkeypatch, tmp_path, "raise SystemExit('no reason')")
     assert result["failure"] == "exit code 1: no reason" and result["exit_code"] == 1
+
+
+@pytest.mark.skipif(memory_cgroup.why_not() is not None, reason=str(memory_cgroup.why_not()))
+def test_a_worker_whose_child_is_killed_is_out_of_memory(monkeypatch, tmp_path):
+    """As vLLM's worker is, whose parent then may wait for ever; the group is gone afterwards."""
+    code = (
+        "import subprocess, sys, time; "
+        "subprocess.run([sys.executable, '-c', 'x = bytes([1]) * (200 << 20)']); time.sleep(60)"
+    )
+    result = worker(monkeypatch, tmp_path, code, memory=64 << 20)
+    assert result["failure"] == "out of memory"
+    assert 32 << 20 < result["peak_bytes"] <= 64 << 20
+    result = worker(monkeypatch, tmp_path, "print('{}')", memory=64 << 20)
+    assert "failure" not in result
 
 
 def test_a_worker_that_hangs_is_ended_with_its_children(monkeypatch, tmp_path):
