@@ -44,7 +44,8 @@ def run_worker(spec: Spec, memory: int | None, timeout: float) -> dict[str, Any]
 
     Returns:
         The worker's result, or `failure`, a few words, and `exit_code`. Also `peak_bytes`, page cache included (None
-        without a limit), and `held_bytes`, anonymous and shared memory at its peak.
+        without a limit), `held_bytes`, anonymous and shared memory at its peak, and the machine's `load_average` of
+        the last minute at its end: far above the cores, somebody else was at work.
     """
     drop_files(spec.model, spec.files)
     with ExitStack() as stack:
@@ -62,7 +63,11 @@ def run_worker(spec: Spec, memory: int | None, timeout: float) -> dict[str, Any]
         try:
             failure, held = _watch(process, group, timeout)
             kills = 0 if group is None else group.kills()
-            took = {"peak_bytes": None if group is None else group.peak_bytes(), "held_bytes": held}
+            took = {
+                "peak_bytes": None if group is None else group.peak_bytes(),
+                "held_bytes": held,
+                "load_average": os.getloadavg()[0],
+            }
         finally:
             _end(process, group)
         output.seek(0)

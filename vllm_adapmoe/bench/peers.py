@@ -239,6 +239,7 @@ def _points(contenders: Field) -> dict[str, dict[str, Any]]:
             if best is None
             else ratios(timed, [{"speed": speed} for speed in speeds[best]], "speed"),
             "best_peer": best,
+            "load_average": spread([one["load_average"] for one in rounds]),
             "cache": [one["cache"] for one in rounds],
             "step_seconds": [one["step_seconds"] for one in rounds],
         }
