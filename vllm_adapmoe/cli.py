@@ -258,6 +258,7 @@ def peers(
     contenders: Annotated[
         str, typer.Option(help="Comma-separated; adapmoe always takes part.")
     ] = "llama.cpp,transformers,vllm,adapmoe-lru,adapmoe",
+    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="As in `vllm serve`.")] = False,
 ) -> None:
     """llama.cpp, transformers with disk offload and stock vLLM beside the plugin: same memory, model and tokens."""
     _quieten_vllm()
@@ -266,7 +267,9 @@ def peers(
 
     nbytes = None if memory is None else parse_size(memory)
     names = contenders.split(",")
-    result = run_peers(model, text, rounds, prompt_tokens, output_tokens, nbytes, slots, files, timeout, names)
+    result = run_peers(
+        model, text, rounds, prompt_tokens, output_tokens, nbytes, slots, files, timeout, names, enforce_eager
+    )
     print_peers(result, Console())
     if output is not None:
         write(output, result)

@@ -19,7 +19,17 @@ TOKENS = 8
 def test_contenders_answer_the_same_tokens(tmp_path):
     result = tmp_path / "peers.json"
     arguments = ["bench", "peers", TINY_MIXTRAL, "--rounds", 1, "--prompt-tokens", 16, "--output-tokens", TOKENS]
-    arguments += ["--slots", 48, "--contenders", "llama.cpp,transformers", "--files", tmp_path / "files", "-o", result]
+    arguments += [
+        "--slots",
+        48,
+        "--enforce-eager",
+        "--contenders",
+        "llama.cpp,transformers",
+        "--files",
+        tmp_path / "files",
+        "-o",
+        result,
+    ]
     if memory_cgroup.why_not() is None:
         arguments += ["--memory", "3GiB"]
     run = subprocess.run(

@@ -41,6 +41,8 @@ class Spec:
     """transformers: weights that may stay in memory."""
     slots: int = 0
     """The plugin's."""
+    enforce_eager: bool = False
+    """As in `vllm serve`."""
     trace: str | None = None
     """File for the plugin's routing."""
     prepare: bool = False
@@ -155,6 +157,7 @@ def vllm_engine(spec: Spec) -> Any:
         config,
         max_model_len=spec.length,
         max_num_seqs=1,
+        enforce_eager=spec.enforce_eager,
         max_num_batched_tokens=max(spec.prompt_tokens, 16),
         kv_cache_memory_bytes=blocks * KV_BLOCK * token,
         logits_processors=[ForcedTokens],

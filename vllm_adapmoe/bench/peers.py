@@ -55,6 +55,7 @@ class Field:
     prompt_tokens: int
     memory: int | None
     timeout: float
+    enforce_eager: bool
     names: list[str]
     """Who takes part, in order."""
     progress: tqdm
@@ -68,7 +69,8 @@ class Field:
         return self.files / PACK / "experts-0-of-1.pack"
 
     def spec(self, name: str, sequences: list[list[int]]) -> Spec:
-        return Spec(name, str(self.model), str(self.files), sequences, self.prompt_tokens, **self.settings[name])
+        spec = Spec(name, str(self.model), str(self.files), sequences, self.prompt_tokens, **self.settings[name])
+        return replace(spec, enforce_eager=self.enforce_eager)
 
     def run(self, spec: Spec, what: str) -> dict[str, Any]:
         """Runs a contender; one that fails is out from here on."""
@@ -153,6 +155,7 @@ def run_peers(
     files: Path | None,
     timeout: float,
     names: list[str],
+    enforce_eager: bool,
 ) -> dict[str, Any]:
     """Every contender answers the same tokens in a process of its own, from a cold page cache, in turn, one at a time.
 
@@ -167,6 +170,7 @@ def run_peers(
         files: folder for what is made from the checkpoint, to be found there again; None: a temporary one.
         timeout: seconds that a contender may take.
         names: of the contenders; the plugin is always one.
+        enforce_eager: vLLM and the plugin do not compile.
 
     Raises:
         AdapMoEError: no such contender, memory cannot be limited here, or the experts cannot be packed.
@@ -181,7 +185,7 @@ def run_peers(
         folder = Path(stack.enter_context(TemporaryDirectory())) if files is None else files
         folder.mkdir(parents=True, exist_ok=True)
         progress = stack.enter_context(tqdm(total=6 + rounds * len(names), unit="run"))
-        contenders = Field(model, folder, sequences, prompt_tokens, memory, timeout, names, progress)
+        contenders = Field(model, folder, sequences, prompt_tokens, memory, timeout, enforce_eager, names, progress)
         contenders.prepare()
         experts, expert_bytes = pack_shape(contenders.pack)
         contenders.fit_slots(slots, experts, expert_bytes)
@@ -205,6 +209,7 @@ def run_peers(
         "expert_bytes": expert_bytes,
         "prompt_tokens": prompt_tokens,
         "output_tokens": output_tokens,
+        "enforce_eager": enforce_eager,
         "versions": {name: package_version(name) for name in ("llama-cpp-python", "gguf", "accelerate")},
         "contenders": _points(contenders),
         "floor": None if moved is None else _floor(contenders, moved, bandwidth),
@@ -261,10 +266,10 @@ def _agreement(rounds: list[dict[str, Any]], reference: list[dict[str, Any]]) ->
 
 
 def _floor(contenders: Field, moved: list[float], bandwidth: list[float]) -> dict[str, Any]:
-    """The least seconds per token, and how many times that ours take.
+    """The least seconds per token, first moving and then computing, and how many times that each takes.
 
-    Computing is what the plugin takes on demand with LRU, less its waits: nothing is looked ahead for, nothing read
-    beside it.
+    Prefetch can do both at once: `overlapped_ms_per_token` is the longer of the two alone. Computing is what the plugin
+    takes on demand with LRU, less its waits: nothing is looked ahead for, nothing read beside it.
     """
     compute = [
         (one["decode_seconds"] - one["cache"]["stall_seconds"]) / len(one["step_seconds"])
@@ -272,12 +277,14 @@ def _floor(contenders: Field, moved: list[float], bandwidth: list[float]) -> dic
     ]
     if not compute or "adapmoe-lru" in contenders.failures:
         return {"belady_bytes_per_token": spread(moved), "sequential_bytes_per_second": spread(bandwidth)}
-    least = [nbytes / speed + seconds for nbytes, speed, seconds in zip(moved, bandwidth, compute, strict=True)]
+    moving = [nbytes / speed for nbytes, speed in zip(moved, bandwidth, strict=True)]
+    least = [sum(parts) for parts in zip(moving, compute, strict=True)]
     return {
         "belady_bytes_per_token": spread(moved),
         "sequential_bytes_per_second": spread(bandwidth),
         "compute_ms_per_token": spread([1e3 * seconds for seconds in compute]),
         "ms_per_token": spread([1e3 * seconds for seconds in least]),
+        "overlapped_ms_per_token": spread([1e3 * max(parts) for parts in zip(moving, compute, strict=True)]),
         "times_floor": {
             name: spread([_token_seconds(one) / floor for one, floor in zip(rounds, least, strict=True)])
             for name, rounds in contenders.rounds.items()

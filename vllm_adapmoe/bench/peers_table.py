@@ -64,6 +64,7 @@ def _print_floor(floor: dict[str, Any], console: Console) -> None:
         f"floor: {floor['ms_per_token']['median']:.0f} ms per token, "
         f"{floor['belady_bytes_per_token']['median'] / MiB:.0f} MiB that Belady's cache would move at "
         f"{floor['sequential_bytes_per_second']['median'] / 1e9:.2f} GB/s and "
-        f"{floor['compute_ms_per_token']['median']:.0f} ms of computing; times that: {times}",
+        f"{floor['compute_ms_per_token']['median']:.0f} ms of computing, one after "
+        f"the other ({floor['overlapped_ms_per_token']['median']:.0f} ms at once); times that: {times}",
         highlight=False,
     )
