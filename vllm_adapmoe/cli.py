@@ -228,6 +228,43 @@ def ablation(
 
 
 @bench.command()
+def peers(
+    model: Model,
+    output: Output = None,
+    text: Text = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Limit of a contender's processes, page cache included, like 2.5GiB. Default: none."),
+    ] = None,
+    rounds: Rounds = 3,
+    prompt_tokens: PromptTokens = 64,
+    output_tokens: OutputTokens = 32,
+    slots: Annotated[int | None, typer.Option(min=2, help="Of the plugin; default: what fits.")] = None,
+    files: Annotated[
+        Path | None, typer.Option(help="Folder to keep the GGUF file and the packed experts in; default: temporary.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that a contender may take.")] = 900,
+    contenders: Annotated[
+        str, typer.Option(help="Comma-separated; adapmoe always takes part.")
+    ] = "llama.cpp,transformers,vllm,adapmoe-lru,adapmoe",
+    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="As in `vllm serve`.")] = False,
+) -> None:
+    """llama.cpp, transformers with disk offload and stock vLLM beside the plugin: same memory, model and tokens."""
+    _quieten_vllm()
+    from vllm_adapmoe.bench.peers import parse_size, run_peers
+    from vllm_adapmoe.bench.peers_table import print_peers
+
+    nbytes = None if memory is None else parse_size(memory)
+    names = contenders.split(",")
+    result = run_peers(
+        model, text, rounds, prompt_tokens, output_tokens, nbytes, slots, files, timeout, names, enforce_eager
+    )
+    print_peers(result, Console())
+    if output is not None:
+        write(output, result)
+
+
+@bench.command()
 def frontier(
     model: Model,
     profile: Annotated[Path, typer.Option(help="What `adapmoe calibrate` wrote.", exists=True)],

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, TINY_MIXTRAL
 
-from tests.integration import memory_cgroup
+from vllm_adapmoe.bench import memory_cgroup
 
 pytestmark = pytest.mark.engine
 
@@ -52,11 +52,11 @@ def test_a_model_larger_than_memory_serves_the_right_tokens(wide_model, tmp_path
     assert ALL_EXPERTS >= 1.5 * LIMIT
     small = answer(offline(TINY_MIXTRAL, None))
     config = {"cache_experts": SLOTS, "store": "file", "store_dir": str(tmp_path)}
-    with memory_cgroup.memory_limit(LIMIT) as procs:
-        packed = offline(wide_model, config, procs)  # packs under the limit, too
+    with memory_cgroup.memory_limit(LIMIT) as group:
+        packed = offline(wide_model, config, group.procs)  # packs under the limit, too
         inode = (tmp_path / "experts-0-of-1.pack").stat().st_ino
-        again = offline(wide_model, config, procs)
-        stock = offline(wide_model, None, procs)
+        again = offline(wide_model, config, group.procs)
+        stock = offline(wide_model, None, group.procs)
     wide = answer(packed)
     assert wide["tokens"] == small["tokens"]
     assert wide["stats"]["misses"] > 0

@@ -14,7 +14,8 @@ from typing import Any
 PACKAGES = ("vllm-adapmoe", "vllm", "torch", "transformers", "numpy")
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Of an installed distribution; None: it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -46,7 +47,7 @@ def environment() -> dict[str, Any]:
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "versions": {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES},
+        "versions": {"python": platform.python_version()} | {package: package_version(package) for package in PACKAGES},
         "machine": {
             "processor": _processor(),
             "cores": len(os.sched_getaffinity(0)),

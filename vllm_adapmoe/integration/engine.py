@@ -1,5 +1,6 @@
 """A vLLM engine to measure: the real one, offline, with or without the expert cache."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -71,6 +72,26 @@ class Engine:
             prefill_seconds=max(time.first_token_ts - time.queued_ts for time in times),
             decode_seconds=max(time.last_token_ts for time in times) - first,
         )
+
+    def best_tokens(self, ids: list[int], prompt_tokens: int) -> Iterator[int]:
+        """Decodes the ids after the prompt one by one, a step of the engine each; yields what it would have said.
+
+        For engines with `logits_processors=[ForcedTokens]`; the first is yielded after the prompt, before any of them
+        has been decoded.
+        """
+        engine, count = self.llm.llm_engine, len(ids) - prompt_tokens
+        params = SamplingParams(
+            max_tokens=count, temperature=0, logprobs=1, flat_logprobs=True, ignore_eos=True, detokenize=False,
+            extra_args={FORCED: ids[prompt_tokens:]},
+        )  # fmt: skip
+        engine.add_request("best-tokens", TokensPrompt(prompt_token_ids=ids[:prompt_tokens]), params)
+        known = 0
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                flat: Any = output.outputs[0].logprobs  # type: ignore[index]
+                for start in flat.start_indices[known:]:  # the forced token first, then the most probable one
+                    yield flat.token_ids[start + 1]
+                known = len(flat.start_indices)
 
     def cache_stats(self) -> dict[str, float]:
         """Counters of the first worker's expert cache since the start; empty for stock vLLM."""

@@ -1,0 +1,71 @@
+"""A memory limit for a process tree, by cgroup v1 or v2, and what the tree used of it."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path("/sys/fs/cgroup")
+V1 = ROOT / "memory"
+
+
+def why_not() -> str | None:
+    """The reason why no limit can be set here; None if it can."""
+    if (V1 / "memory.limit_in_bytes").exists():
+        return None if os.access(V1, os.W_OK) else f"{V1} is not writable"
+    controllers = ROOT / "cgroup.controllers"
+    if not controllers.exists() or "memory" not in controllers.read_text().split():
+        return "no memory controller in cgroup v1 or v2"
+    return None if os.access(ROOT, os.W_OK) else f"{ROOT} is not writable"
+
+
+@dataclass(frozen=True)
+class MemoryGroup:
+    """A group of processes that share a memory limit."""
+
+    folder: Path
+    v1: bool
+
+    @property
+    def procs(self) -> Path:
+        """The file that takes a process into the group, and lists those in it."""
+        return self.folder / "cgroup.procs"
+
+    def pids(self) -> list[int]:
+        return [int(line) for line in self.procs.read_text().split()]
+
+    def peak_bytes(self) -> int | None:
+        """Most that was ever in use, page cache included; None where the kernel does not tell."""
+        path = self.folder / ("memory.max_usage_in_bytes" if self.v1 else "memory.peak")
+        return int(path.read_text()) if path.exists() else None
+
+    def held_bytes(self) -> int:
+        """Now in use and not to be had back without swapping: anonymous and shared memory."""
+        stat = _numbers(self.folder / "memory.stat")
+        return stat["rss"] + stat.get("shmem", 0) if self.v1 else stat["anon"] + stat["shmem"]
+
+    def kills(self) -> int:
+        """Processes of the group that the kernel killed because the limit was reached."""
+        return _numbers(self.folder / ("memory.oom_control" if self.v1 else "memory.events")).get("oom_kill", 0)
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    return {key: int(value) for key, value in (line.split() for line in path.read_text().splitlines())}
+
+
+@contextmanager
+def memory_limit(nbytes: int) -> Iterator[MemoryGroup]:
+    """A group whose processes together may use `nbytes`, page cache included, and no swap."""
+    v1 = V1.exists()
+    group = MemoryGroup((V1 if v1 else ROOT) / f"adapmoe-{os.getpid()}", v1)
+    if not v1:
+        (ROOT / "cgroup.subtree_control").write_text("+memory")
+    group.folder.mkdir()
+    (group.folder / ("memory.limit_in_bytes" if v1 else "memory.max")).write_text(str(nbytes))
+    if not v1:
+        (group.folder / "memory.swap.max").write_text("0")
+    try:
+        yield group
+    finally:
+        group.folder.rmdir()

@@ -1,0 +1,59 @@
+"""The least time that decoding could take under a memory limit: bytes that have to move, and computing."""
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+from vllm_adapmoe.simulate.compare import slots_of_pools
+from vllm_adapmoe.simulate.replay import belady
+from vllm_adapmoe.simulate.trace import Step, TraceInfo, read_trace
+from vllm_adapmoe.store.direct_io import open_direct, read_full
+from vllm_adapmoe.store.file import open_pack
+from vllm_adapmoe.store.record import aligned_empty
+
+READ_BYTES = 1 << 30
+"""Of the pack, to measure the disk."""
+
+
+def pack_shape(pack: Path) -> tuple[int, int]:
+    """Experts in a pack, and bytes of the largest."""
+    store = open_pack(pack, {})
+    try:
+        experts = sum(store.num_experts(layer) for layer in range(store.num_layers))
+        return experts, max(layout.nbytes for layout in store.layouts)
+    finally:
+        store.close()
+
+
+def sequential_bandwidth(pack: Path, record_bytes: int) -> float:
+    """Bytes per second of reading a pack from its start, a record at a time, past the page cache."""
+    buffer = aligned_empty(record_bytes)
+    fd, _ = open_direct(pack, os.O_RDONLY)
+    try:
+        start, done = time.perf_counter(), 0
+        while done < READ_BYTES and (count := read_full(fd, [buffer], done)) == record_bytes:
+            done += count
+        return done / (time.perf_counter() - start)
+    finally:
+        os.close(fd)
+
+
+def belady_decode_bytes(trace: Path, slots: int) -> list[float]:
+    """Bytes per decoded token that an optimal cache of so many slots would have moved, for each sequence of a trace.
+
+    Each sequence starts with an empty cache, and its prompt is one step; what that step needs has to move once in any
+    cache, so the rest is what decoding has to move.
+    """
+    info, steps = read_trace(trace)
+    starts = [number for number, step in enumerate(steps) if step.positions[0] == 0]
+    sequences = [steps[start:end] for start, end in zip(starts, [*starts[1:], len(steps)], strict=True)]
+    return [
+        (_belady_bytes(info, sequence, slots) - _belady_bytes(info, sequence[:1], slots)) / (len(sequence) - 1)
+        for sequence in sequences
+    ]
+
+
+def _belady_bytes(info: TraceInfo, steps: list[Step], slots: int) -> float:
+    return float(belady(info, steps, slots_of_pools(info, slots)) @ np.array(info.expert_bytes))
