@@ -248,6 +248,9 @@ def peers(
         str, typer.Option(help="Comma-separated; adapmoe always takes part.")
     ] = "llama.cpp,transformers,vllm,adapmoe-lru,adapmoe",
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="As in `vllm serve`.")] = False,
+    profile: Annotated[
+        Path | None, typer.Option(help="What `adapmoe calibrate` wrote: the plugin with it, too.", exists=True)
+    ] = None,
 ) -> None:
     """llama.cpp, transformers with disk offload and stock vLLM beside the plugin: same memory, model and tokens."""
     _quieten_vllm()
@@ -257,7 +260,7 @@ def peers(
     nbytes = None if memory is None else parse_size(memory)
     names = contenders.split(",")
     result = run_peers(
-        model, text, rounds, prompt_tokens, output_tokens, nbytes, slots, files, timeout, names, enforce_eager
+        model, text, rounds, prompt_tokens, output_tokens, nbytes, slots, files, timeout, names, enforce_eager, profile
     )
     print_peers(result, Console())
     if output is not None:

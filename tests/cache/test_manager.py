@@ -259,6 +259,22 @@ def test_speculation_yields_to_demand(tmp_path):
     cache.close()
 
 
+def test_what_is_there_does_not_wait_for_the_rest():
+    """Of four experts two are resident and two arrive from a slow store."""
+    cache = manager(Flaky(host_store(), lambda: False), [9, 4], readers=1)
+    assert_served(cache, 0, [1, 4])
+    seen = []
+    for arrived in cache.arrivals(0, [0, 1, 3, 4]):
+        seen.append(arrived)
+        slots = cache.slot_maps[0][arrived]
+        for name, tensor in cache.pool(0).tensors.items():
+            assert torch.equal(as_bytes(tensor[slots]), as_bytes(LAYERS[0][name][arrived])), "named before it was there"
+    assert seen[0] == [1, 4] and sorted(expert for arrived in seen[1:] for expert in arrived) == [0, 3]
+    cache.release(0, [0, 1, 3, 4])
+    assert_served(cache, 0, [0, 1, 3, 4])
+    cache.close()
+
+
 def test_a_late_waker_does_not_hold_up_the_link():
     link = LinkLimit(100)
     assert link.reserve(50, ready=1.0) == pytest.approx(1.5)

@@ -20,6 +20,7 @@ from vllm_adapmoe.config import AdapMoEError
 
 GGUF = "model.gguf"
 PACK, OFFLOADED = "pack", "offloaded"
+GATED = {"gating": {"mode": "batch", "max_loss_increase": 0.005}}
 KV_BLOCK = 128
 """Tokens of a block of vLLM's KV cache on the CPU."""
 
@@ -45,6 +46,8 @@ class Spec:
     """As in `vllm serve`."""
     trace: str | None = None
     """File for the plugin's routing."""
+    profile: str | None = None
+    """For `adapmoe-profile` and `adapmoe-gated`."""
     prepare: bool = False
     """Only make the files that the contender needs."""
 
@@ -147,6 +150,8 @@ def vllm_engine(spec: Spec) -> Any:
     if spec.contender != "vllm":
         config = {"cache_experts": spec.slots, "store": "file", "store_dir": str(Path(spec.files) / PACK)}
         config |= ON_DEMAND if spec.contender == "adapmoe-lru" else {}
+        config |= {} if spec.profile is None else {"profile": spec.profile}
+        config |= GATED if spec.contender == "adapmoe-gated" else {}
         config |= {} if spec.trace is None else {"trace_out": spec.trace}
     model = json.loads((Path(spec.model) / "config.json").read_text())
     head_dim = model.get("head_dim") or model["hidden_size"] // model["num_attention_heads"]
@@ -186,6 +191,8 @@ CONTENDERS: dict[str, Callable[[Spec], Contender]] = {
     "vllm": Vllm,
     "adapmoe-lru": Vllm,
     "adapmoe": Vllm,
+    "adapmoe-profile": Vllm,
+    "adapmoe-gated": Vllm,
 }
 
 

@@ -21,7 +21,8 @@ from vllm_adapmoe.bench.record import package_version, spread
 from vllm_adapmoe.bench.workload import prompts_of, ratios
 from vllm_adapmoe.config import AdapMoEError
 
-OURS = ("adapmoe-lru", "adapmoe")
+OURS = ("adapmoe-lru", "adapmoe", "adapmoe-profile", "adapmoe-gated")
+PROFILED = OURS[2:]
 NEEDS = {"llama.cpp": ("llama_cpp", "gguf"), "transformers": ("accelerate",)}
 REFERENCES = ("vllm", "transformers", "llama.cpp")
 """Whose most probable tokens the others' are compared with: the first of these that ran."""
@@ -115,7 +116,7 @@ class Field:
             self.settings[name]["slots"] = min(fewest, experts - 1)
             least = self.run(self.spec(name, [self.sequences[0][: self.prompt_tokens + 2]]), "Trying the least of")
             if "failure" in least:
-                self.failures["adapmoe-lru"] = least
+                self.failures |= dict.fromkeys(OURS, least)
                 return
             spare = self.memory - self.memory // MARGIN - least["held_bytes"]
             slots = min(experts - 1, self.settings[name]["slots"] + max(0, spare // expert_bytes))
@@ -123,7 +124,8 @@ class Field:
         self.settings[name]["trace"] = str(self.files / "routing.trace")
         self._settle(name, "slots", self.sequences)
         del self.settings[name]["trace"]
-        self.settings["adapmoe-lru"] = dict(self.settings[name])
+        for other in OURS:
+            self.settings[other] = self.settings[other] | self.settings[name]
 
     def _settle(self, name: str, key: str, sequences: list[list[int]]) -> None:
         """Tries a contender with a setting, and with less of it while it is killed."""
@@ -156,6 +158,7 @@ def run_peers(
     timeout: float,
     names: list[str],
     enforce_eager: bool,
+    profile: Path | None,
 ) -> dict[str, Any]:
     """Every contender answers the same tokens in a process of its own, from a cold page cache, in turn, one at a time.
 
@@ -171,6 +174,8 @@ def run_peers(
         timeout: seconds that a contender may take.
         names: of the contenders; the plugin is always one.
         enforce_eager: vLLM and the plugin do not compile.
+        profile: of the model: the plugin also takes part with its next-token heads, and with gating by batch at a loss
+            of half a percent.
 
     Raises:
         AdapMoEError: no such contender, memory cannot be limited here, or the experts cannot be packed.
@@ -179,13 +184,19 @@ def run_peers(
         raise AdapMoEError(f"--memory cannot be limited here ({reason}); run as root, or leave --memory out")
     if unknown := set(names) - set(CONTENDERS):
         raise AdapMoEError(f"--contenders {unknown.pop()!r} is not known; choose from {', '.join(CONTENDERS)}")
-    names = [name for name in CONTENDERS if name in names or name == "adapmoe"]
+    if profile is None and (unable := set(names) & set(PROFILED)):
+        raise AdapMoEError(f"--contenders {unable.pop()!r} needs a profile; give --profile")
+    names = [
+        name for name in CONTENDERS if name in names or name == "adapmoe" or (name in PROFILED and profile is not None)
+    ]
     sequences = prompts_of(model, text, rounds, prompt_tokens + output_tokens)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory())) if files is None else files
         folder.mkdir(parents=True, exist_ok=True)
         progress = stack.enter_context(tqdm(total=6 + rounds * len(names), unit="run"))
         contenders = Field(model, folder, sequences, prompt_tokens, memory, timeout, enforce_eager, names, progress)
+        for name in PROFILED:
+            contenders.settings[name]["profile"] = None if profile is None else str(profile)
         contenders.prepare()
         experts, expert_bytes = pack_shape(contenders.pack)
         contenders.fit_slots(slots, experts, expert_bytes)
