@@ -148,18 +148,18 @@ def test_dropped_experts_cost_nothing():
 def _watch_rows(worker: Any) -> None:
     worker.watched = {"rows": 0, "experts": 0}
     for layer in worker.moe_layers:
-        kernel, acquire = layer._run_kernel, layer._acquire
+        kernel, arrivals = layer._run_kernel, layer._arrivals
 
         def counted(x, weights, slots, kernel=kernel):
             if layer_is_live():
                 worker.watched["rows"] += slots.numel()
             return kernel(x, weights, slots)
 
-        def asked(experts, *others, acquire=acquire):
+        def asked(experts, *others, arrivals=arrivals):
             worker.watched["experts"] += len(experts)
-            return acquire(experts, *others)
+            return arrivals(experts, *others)
 
-        layer._run_kernel, layer._acquire = counted, asked
+        layer._run_kernel, layer._arrivals = counted, asked
 
 
 def layer_is_live() -> bool:

@@ -84,9 +84,9 @@ class TraceReplay:
             if count == self.model.experts:  # then there is no cache to replay
                 made.append(Estimate(asked / tokens, 0.0, 0.0, tokens / (len(steps) * compute)))
                 continue
-            result = replay(
-                self.info, steps, CacheSetup.of(settings, slots_of_pools(self.info, count), self.curves), machine
-            )
+            heads = any(step.expected for step in steps)
+            setup = CacheSetup.of(settings, slots_of_pools(self.info, count), self.curves, heads)
+            result = replay(self.info, steps, setup, machine)
             made.append(
                 Estimate(
                     result.stats["hits"] / result.tokens,
