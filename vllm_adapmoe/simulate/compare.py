@@ -133,6 +133,7 @@ def _point(info: TraceInfo, steps: Sequence[Step], setup: CacheSetup, machine: M
     foreseen = useful / (useful + result.demand_loads) if useful + result.demand_loads else 1.0
     return {
         "demand_loads": result.demand_loads,
+        "foreseen_loads": result.foreseen_loads,
         "late": stats["late"],
         "prefetches": stats["prefetches"],
         "prefetch_precision": useful / stats["prefetches"] if stats["prefetches"] else None,

@@ -122,6 +122,9 @@ class Replay:
     tokens: int
     seconds: float
     step_seconds: list[float]
+    foreseen_loads: int
+    """Of the demand loads, those that an earlier layer had foretold: something else was being fetched, or they ranked
+    too low. The others nobody had foretold."""
 
 
 def replay(
@@ -139,6 +142,7 @@ def replay(
     controller = CacheController(info.shape, setup, eviction)
     link = controller.transfers = VirtualLink(controller, machine)
     time = 0.0
+    foreseen = 0
     ends = [0.0]
     for step in steps:
         for layer in range(len(info.num_experts)):
@@ -151,6 +155,9 @@ def replay(
                 request = controller.begin(layer, group, experts if len(groups) > 1 else (), expected)
                 if wave == 0 and controller.planner is not None:
                     controller.look_ahead(layer, (ids, kept), _foretell(step, layer))
+                if controller.planner is not None and request.loads:
+                    said = _foretold_experts(step, layer, setup.lookahead)
+                    foreseen += sum(load.key[1] in said for load in request.loads)
                 waiting = [load.key for load in (*request.loads, *request.awaited)]
                 if waiting and machine.bandwidth is not None:
                     link.now = max(link.now, time)
@@ -172,7 +179,14 @@ def replay(
         sum(len(step.positions) for step in steps),
         time,
         np.diff(ends).tolist(),
+        foreseen,
     )
+
+
+def _foretold_experts(step: Step, layer: int, lookahead: int) -> set[int]:
+    """What earlier layers of the step had foretold of this one."""
+    made = (step.foretold.get((layer - distance, distance)) for distance in range(1, lookahead + 1))
+    return {expert for one in made if one is not None for expert in one.ids[one.kept].tolist()}
 
 
 def _foretell(step: Step, layer: int) -> Foretell:
