@@ -203,12 +203,24 @@ def test_configured_gating_compiled(caplog):
         ({"gating": {"mode": "token", "target_experts": 3}, "profile": "own"}, "target_experts=3.0 is out of reach"),
         ({"gating": {"mode": "token", "threshold": 0.1}, "profile": "qwen"}, "is of another model"),
         ({"gating": {"mode": "token", "threshold": 0.1}, "profile": "8x7b"}, "is of another model (Mixtral-8x7B)"),
+        ({"profile": "bare"}, "has no next-token heads, so it is of no use while gating.mode=off"),
+        ({"profile": "bare", "eviction": "next_token"}, "has no next-token heads; make it anew with adapmoe calibrate"),
+        ({"profile": "alone"}, "put the file beside the profile"),
     ],
 )
-def test_refusals_come_before_the_weights(config, message):
+def test_refusals_come_before_the_weights(config, message, tmp_path):
     from vllm.engine.arg_utils import EngineArgs
 
-    paths = {"own": PROFILES[TINY_MIXTRAL], "qwen": PROFILES[TINY_QWEN], "8x7b": ROOT / "configs" / "mixtral_8x7b.json"}
+    own = ModelProfile.load(PROFILES[TINY_MIXTRAL])
+    own.save(tmp_path / "alone.json")  # without its heads, which it asks for
+    own.model_copy(update={"heads": None}).save(tmp_path / "bare.json")
+    paths = {
+        "own": PROFILES[TINY_MIXTRAL],
+        "qwen": PROFILES[TINY_QWEN],
+        "8x7b": ROOT / "configs" / "mixtral_8x7b.json",
+        "alone": tmp_path / "alone.json",
+        "bare": tmp_path / "bare.json",
+    }
     config = {key: str(paths.get(value, value)) if key == "profile" else value for key, value in config.items()}
     arguments = EngineArgs(model=str(TINY_MIXTRAL), moe_method="adapmoe", adapmoe_config=config)
     with pytest.raises(AdapMoEError) as caught:

@@ -1,0 +1,174 @@
+"""Replays what could tell an expert cache which experts the next tokens want: candidates for eviction, side by side.
+
+Each candidate gives, from what a token's layer knows, the chance that the layer's next event uses each expert. It is
+fitted on one text and replayed on another, at half the experts resident: half of the score is what it says, and half
+recent use (`vllm_adapmoe.cache.eviction.NextToken`).
+
+    python examples/eviction_candidates.py examples/tiny_mixtral/model --fit examples/tiny_mixtral/calibration \
+        --replay examples/tiny_mixtral/heldout -o examples/benchmarks/candidates_tiny_mixtral.json
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from vllm_adapmoe.bench.record import write
+from vllm_adapmoe.bench.workload import prompts_of
+from vllm_adapmoe.cache.controller import CacheSetup
+from vllm_adapmoe.calibrate.next_token import HeadFit
+from vllm_adapmoe.heads import chance_of_any
+from vllm_adapmoe.simulate.replay import belady, replay
+from vllm_adapmoe.simulate.trace import Step, TraceInfo
+
+RESIDENT = 0.5
+FADE = 0.05
+"""Of a request's own history: the slow mean of `NextUse`."""
+
+
+@dataclass
+class Routing:
+    """One sequence, layer by layer."""
+
+    inputs: torch.Tensor
+    """float32 `[layers, tokens, hidden]`, of each layer's gate."""
+    scores: torch.Tensor
+    """float32 `[layers, tokens, experts]`, softmax of its logits."""
+    last: torch.Tensor
+    """float32 `[tokens, hidden]`, last hidden states."""
+    top_k: int
+
+    @property
+    def used(self) -> torch.Tensor:
+        """float32 `[layers, tokens, experts]`, one where an expert is used."""
+        return torch.zeros_like(self.scores).scatter_(-1, self.scores.topk(self.top_k, -1).indices, 1.0)
+
+
+def watch(model: Path, sequences: list[list[int]], action: str) -> Iterator[Routing]:
+    """Runs the model, and gives what its gates saw and said."""
+    from transformers import AutoModelForCausalLM
+
+    network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    gates = [block for name, block in network.named_modules() if name.endswith(("mlp.gate", "block_sparse_moe.gate"))]
+    seen: list[torch.Tensor] = []
+    for gate in gates:
+        gate.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, -2)))
+    for ids in tqdm(sequences, desc=action, unit="sequence"):
+        seen.clear()
+        with torch.inference_mode():
+            last = network(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0]
+        logits = torch.stack([inputs @ gate.weight.T for inputs, gate in zip(seen, gates, strict=True)])
+        yield Routing(torch.stack(seen), logits.softmax(-1), last, network.config.num_experts_per_tok)
+
+
+def _before(states: torch.Tensor) -> torch.Tensor:
+    """Each token's predecessor's."""
+    return torch.cat([torch.zeros_like(states[:1]), states[:-1]])
+
+
+FEATURES = {
+    "the same layer's experts (transitions)": lambda routing, layer: routing.used[layer],
+    "the last hidden state of the token before": lambda routing, layer: _before(routing.last),
+    "the layer's input (next-token heads)": lambda routing, layer: routing.inputs[layer],
+    "the layer's input and experts": lambda routing, layer: torch.cat([routing.inputs[layer], routing.used[layer]], 1),
+}
+"""What a linear map is fitted on, `[tokens, features]`: from a token's features to what the next token uses."""
+
+
+def fit(sequences: Iterator[Routing]) -> dict[str, list[np.ndarray]]:
+    """A head for each layer, by candidate."""
+    fits: dict[str, list[HeadFit]] = {}
+    for routing in sequences:
+        for name, feature in FEATURES.items():
+            for layer in range(len(routing.inputs)):
+                x, used = feature(routing, layer)[1:-1], routing.used[layer, 2:]
+                heads = fits.setdefault(name, [])
+                if len(heads) == layer:
+                    heads.append(HeadFit(x.shape[1], used.shape[1]))
+                heads[layer].add(x, used)
+    return {name: [head.solve() for head in heads] for name, heads in fits.items()}
+
+
+def chances(routing: Routing, heads: dict[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
+    """By candidate, `[layers, tokens, experts]`: the chance that the next token of the sequence uses an expert."""
+    used = routing.used.numpy()
+    history = np.full(used.shape, routing.top_k / used.shape[2])
+    for token in range(1, used.shape[1]):
+        history[:, token] = (1 - FADE) * history[:, token - 1] + FADE * used[:, token]
+    result = {
+        "the request's own recent use": history,
+        "the router's scores of this token": np.minimum(routing.top_k * routing.scores.numpy(), 1),
+    }
+    for name, weights in heads.items():
+        x = [FEATURES[name](routing, layer).numpy() for layer in range(len(used))]
+        result[name] = np.stack([one @ head[:-1] + head[-1] for one, head in zip(x, weights, strict=True)])
+    best = result["the layer's input (next-token heads)"]
+    result["next-token heads and the request's own use, blended"] = (best + history) / 2
+    return result
+
+
+def steps_of(batch: list[Routing], foretold: list[np.ndarray] | None) -> list[Step]:
+    """The sequences decoded together, a token of each in every step."""
+    ids = np.stack([one.scores.topk(one.top_k, -1).indices.numpy() for one in batch], 2)  # layers, tokens, rows, k
+    steps = []
+    for token in range(ids.shape[1]):
+        expected = {}
+        if foretold is not None:
+            expected = {
+                layer: chance_of_any(np.stack([one[layer, token] for one in foretold])) for layer in range(len(ids))
+            }
+        names = [str(row) for row in range(len(batch))]
+        here = ids[:, token].astype(np.int64)
+        positions = np.full(len(batch), token, dtype=np.int32)
+        steps.append(Step(0.0, names, positions, here, np.ones(here.shape, np.float16), {}, expected))
+    return steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="folder of a checkpoint that transformers runs")
+    parser.add_argument("--fit", type=Path, required=True, help="folder of *.txt to fit on")
+    parser.add_argument("--replay", type=Path, required=True, help="folder of *.txt to replay")
+    parser.add_argument("--output", "-o", type=Path, required=True, help="JSON file for the result")
+    args = parser.parse_args()
+    heads = fit(watch(args.model, prompts_of(args.model, args.fit, 192, 256), "Fitting"))
+    sequences = list(watch(args.model, prompts_of(args.model, args.replay, 32, 80), "Watching"))
+    foretold = [chances(one, heads) for one in sequences]
+    layers, _, experts = sequences[0].scores.shape
+    info = TraceInfo(str(args.model), [experts] * layers, sequences[0].top_k, 0, [1] * layers, [0] * layers)
+    slots = [round(RESIDENT * layers * experts)]
+    points = []
+    table = Table(title=f"{args.model}: loads over Belady's, half of the experts resident")
+    for column in ("what foretells", "batch 1", "batch 8"):
+        table.add_column(column, justify="left" if column == "what foretells" else "right")
+    names = ["lru", "next_use", *foretold[0]]
+    for name in tqdm(names, desc="Replaying", unit="candidate"):
+        point: dict[str, Any] = {"foretells": name}
+        for batch in (1, 8):
+            groups = range(0, len(sequences), batch)
+            policy = name if name in ("lru", "next_use") else "next_token"
+            steps = [
+                step
+                for start in groups
+                for step in steps_of(
+                    sequences[start : start + batch],
+                    [one[name] for one in foretold[start : start + batch]] if policy == "next_token" else None,
+                )
+            ]
+            loads = replay(info, steps, CacheSetup(slots, policy)).demand_loads
+            point[f"batch_{batch}"] = {"loads": loads, "of_belady": loads / int(belady(info, steps, slots).sum())}
+        points.append(point)
+        table.add_row(name, *(f"{point[f'batch_{batch}']['of_belady']:.2f}" for batch in (1, 8)))
+    Console().print(table)
+    write(args.output, {"simulation": "eviction candidates", "resident": RESIDENT, "points": points})
+
+
+if __name__ == "__main__":
+    main()
