@@ -171,3 +171,9 @@ def test_large_models_take_no_time(convex):
     shares = allocate(curves, layers * experts // 2)
     assert time.process_time() - start < 1
     assert sum(shares) == layers * experts // 2
+
+
+def test_where_the_curves_do_not_care_shares_are_equal():
+    """Without predictions, the closed form is a straight line: every split is as good as another."""
+    assert allocate([expected_loads(8, 2.0)] * 5, 20) == [4] * 5
+    assert sorted(allocate([expected_loads(8, 2.0)] * 5, 22)) == [4, 4, 4, 5, 5]

@@ -79,7 +79,8 @@ def is_convex(curve: np.ndarray) -> bool:
 def allocate(curves: Sequence[np.ndarray], slots: int) -> list[int]:
     """Shares of layers that add up to `slots` and make the sum of their expected loads least.
 
-    Greedy, which is optimal, where every curve is convex; dynamic programming otherwise. A layer may get none.
+    Greedy, which is optimal, where every curve is convex; dynamic programming otherwise. A layer may get none. Where
+    straight curves do not care, shares are as equal as can be.
 
     Args:
         curves: of each layer, expected loads with 0, 1, .. slots.
@@ -93,14 +94,15 @@ def allocate(curves: Sequence[np.ndarray], slots: int) -> list[int]:
 
 def _allocate_greedily(curves: Sequence[np.ndarray], slots: int) -> list[int]:
     shares = [0] * len(curves)
-    gains = [(float(curve[1] - curve[0]), layer) for layer, curve in enumerate(curves) if len(curve) > 1]
+    # Rounded, or the last bits of a straight line would decide.
+    gains = [(round(float(curve[1] - curve[0]), 12), 0, layer) for layer, curve in enumerate(curves) if len(curve) > 1]
     heapq.heapify(gains)
     for _ in range(slots):
-        _, layer = heapq.heappop(gains)
+        _, _, layer = heapq.heappop(gains)
         shares[layer] += 1
         curve, share = curves[layer], shares[layer]
         if share + 1 < len(curve):
-            heapq.heappush(gains, (float(curve[share + 1] - curve[share]), layer))
+            heapq.heappush(gains, (round(float(curve[share + 1] - curve[share]), 12), share, layer))
     return shares
 
 
