@@ -70,6 +70,8 @@ class Lookahead:
         """Of the step under way, the last row of each request; None: every row is one."""
         self.step: Step | None = None
         """Under way, or not in the trace yet."""
+        self._whole = False
+        """All layers of `step` are recorded."""
 
     def foresee(
         self, index: int, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, keep: torch.Tensor
@@ -99,11 +101,12 @@ class Lookahead:
         requests = self.requests() if self.heads is not None or self.trace is not None else []
         rows = [rows for _, _, rows in requests]
         self.last_rows = None
-        if self.heads is not None and len(rows) < len(x):
+        if self.heads is not None and len(rows) < len(x) == sum(rows):
             self.last_rows = torch.tensor(rows).cumsum(0) - 1
         if self.trace is None:
             return
         self._end_trace_of_step()
+        self._whole = False
         self.step = Step(
             seconds=time.monotonic(),
             requests=[name for name, _, rows in requests for _ in range(rows)],
@@ -199,11 +202,12 @@ class Lookahead:
         step.weights[index] = np.where(keep, np.maximum(weights.cpu().numpy(), 1e-6), 0)
         if expected is not None:
             step.expected[index] = expected
+        self._whole = index == len(self.layers) - 1
 
     def _end_trace_of_step(self) -> None:
-        if self.step is not None and self.trace is not None:
+        if self.step is not None and self.trace is not None and self._whole:
             self.trace.add(self.step)
-            self.step = None
+        self.step = None
 
     def close(self) -> None:
         """Ends the trace."""
