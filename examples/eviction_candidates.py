@@ -55,7 +55,7 @@ def watch(model: Path, sequences: list[list[int]], action: str) -> Iterator[Rout
     """Runs the model, and gives what its gates saw and said."""
     from transformers import AutoModelForCausalLM
 
-    network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval().requires_grad_(False)
     gates = [block for name, block in network.named_modules() if name.endswith(("mlp.gate", "block_sparse_moe.gate"))]
     seen: list[torch.Tensor] = []
     for gate in gates:
