@@ -32,14 +32,11 @@ class NextTokenHeads:
 
     def save(self, path: Path) -> str:
         """Writes the file, whole or not at all; returns its hash. Equal heads give equal files."""
-        data = self._encoded()
+        data = save({FIRST: self.first} | {f"layer.{index}": weights for index, weights in enumerate(self.layers)})
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_bytes(data)
         temporary.replace(path)
         return _hash(data)
-
-    def _encoded(self) -> bytes:
-        return save({FIRST: self.first} | {f"layer.{index}": weights for index, weights in enumerate(self.layers)})
 
     @classmethod
     def load(cls, path: Path, digest: str) -> Self:
