@@ -33,7 +33,7 @@ def pack(
     folder = pack_experts(
         model, store_dir, dtype=dtype, quantization=quantization, tensor_parallel_size=tensor_parallel_size
     )
-    Console().print(f"packed into {folder}")
+    Console().print(f"packed into {folder}", markup=False)
 
 
 @app.command()

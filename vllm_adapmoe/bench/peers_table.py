@@ -26,7 +26,7 @@ def print_peers(result: dict[str, Any], console: Console) -> None:
     console.print(table)
     for name, point in result["contenders"].items():
         if "failure" in point:
-            console.print(f"{name}: {_failure(point)}", highlight=False)
+            console.print(f"{name}: {_failure(point)}", highlight=False, markup=False)
     settings = {name: point["settings"] for name, point in result["contenders"].items() if point["settings"]}
     slots = settings.get("adapmoe", {}).get("slots")
     console.print(

@@ -29,7 +29,7 @@ def print_plan(result: dict[str, Any], console: Console) -> None:
     reserve = result["reserve"]
     share = f"{reserve['share']:.0%} of it" if reserve["nbytes"] is None else _size(reserve["nbytes"])
     console.print(f"memory: other weights, {share} for KV cache and activations (--reserve), and the slots")
-    console.print(f"loads: {result['basis']}")
+    console.print(f"loads: {result['basis']}", markup=False)
     if compute["ms_per_layer"] is not None:
         console.print(f"compute: {compute['ms_per_layer']:g} ms a layer, as given, gated or not")
     else:
