@@ -53,6 +53,20 @@ class PrefetchConfig(BaseModel):
     """Foretell the first layer's experts from the previous token, if the profile has a head for that."""
 
 
+class SchedulerConfig(BaseModel):
+    """Holding requests back for a moment, where that saves fetches. Each is held as long as that pays, and never longer
+    than the limits."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    enabled: bool = Field(True, strict=True)
+    """False: vLLM's own order."""
+    max_prefill_delay_ms: float = Field(500.0, ge=0, strict=True)
+    """Longest that a prompt waits for others, to share one sweep over the experts. 0: none waits."""
+    max_affinity_delay_ms: float = Field(200.0, ge=0, strict=True)
+    """Longest that a request's next token waits while the experts of others are there. 0: none waits."""
+
+
 class AdapMoEConfig(BaseModel):
     """Expert cache and gating. At most one budget may be set; none means: as many experts as memory allows."""
 
@@ -84,6 +98,7 @@ class AdapMoEConfig(BaseModel):
     profile: str | None = None
     """What `adapmoe calibrate` wrote of this model; gating, `allocation=profile` and `eviction=next_token` need it."""
     gating: GatingConfig = Field(default_factory=lambda: GatingConfig(**{}))
+    scheduler: SchedulerConfig = Field(default_factory=lambda: SchedulerConfig(**{}))
 
     @model_validator(mode="after")
     def consistent(self) -> Self:
@@ -143,7 +158,11 @@ def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        owners: dict[str, type[BaseModel]] = {"gating": GatingConfig, "prefetch": PrefetchConfig}
+        owners: dict[str, type[BaseModel]] = {
+            "gating": GatingConfig,
+            "prefetch": PrefetchConfig,
+            "scheduler": SchedulerConfig,
+        }
         owner = owners.get(str(first["loc"][0]), model) if len(first["loc"]) > 1 else model
         return f"adapmoe_config key {key!r} is not known; known keys: {', '.join(owner.model_fields)}"
     if first["type"] == "value_error" and key in ("gating", "prefetch"):
