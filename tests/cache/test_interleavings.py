@@ -151,6 +151,14 @@ class Interleavings(RuleBasedStateMachine):
         self.cache.look_ahead(layer, None, self.foretell(data, layer).get)
         self.settle()
 
+    @precondition(lambda self: self.cache.controller.planner is not None and self.event is None)
+    @rule(data=st.data(), prompt_tokens=st.sampled_from([0, 100]))
+    def begin_step(self, data, prompt_tokens):
+        """Of tokens alone, or with a prompt that sweeps over all layers."""
+        chances = data.draw(st.lists(st.floats(0, 1), min_size=EXPERTS, max_size=EXPERTS))
+        self.cache.begin_step(prompt_tokens, [np.array(chances)])
+        self.settle()
+
     def foretell(self, data: st.DataObject, layer: int) -> dict[int, Foretold]:
         """Right or wrong; of four rows, so that whatever they say is likely enough to be fetched."""
         result = {}
@@ -274,7 +282,8 @@ class Interleavings(RuleBasedStateMachine):
         coming = set()  # a layer's map follows when all that it waits for has come
         if self.event is not None and KERNEL not in self.gates.waiting:
             coming = {(self.event.layer, expert) for expert in self.event.group}
-        for layer, slot_map in enumerate(self.cache.slot_maps):
+        for layer, (slot_map, there) in enumerate(zip(self.cache.slot_maps, self.cache.resident(), strict=True)):
+            assert there[: len(slot_map)].tolist() == (slot_map >= 0).tolist()
             for expert, slot in enumerate(slot_map.tolist()):
                 entry = self.cache.controller.residency(layer).entries.get((layer, expert))
                 resident = entry is not None and entry.state is State.RESIDENT

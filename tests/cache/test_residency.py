@@ -91,9 +91,9 @@ class Interleavings(RuleBasedStateMachine):
             self.check_served(layer, group)
         self.controller.release(layer, group)
 
-    @rule(key=st.tuples(st.integers(0, LAYERS - 1), st.integers(0, EXPERTS - 1)))
-    def prefetch(self, key):
-        if self.pool.staging and self.pool.want(key):
+    @rule(key=st.tuples(st.integers(0, LAYERS - 1), st.integers(0, EXPERTS - 1)), sure=st.booleans())
+    def prefetch(self, key, sure):
+        if self.pool.staging and self.pool.want(key, sure):
             self.speculate(key)
 
     @precondition(lambda self: self.queue)
@@ -102,9 +102,10 @@ class Interleavings(RuleBasedStateMachine):
         key = self.queue.pop(0)
         pinned = {entry.slot for entry in self.pool.entries.values() if entry.pins}
         resident = {key for key, entry in self.pool.entries.items() if not entry.speculative}
+        sure = key in self.pool.entries and self.pool.entries[key].sure
         load = self.controller.start_speculation(key)
         if load is not None:
-            assert load.slot not in pinned and load.evicted not in resident
+            assert load.slot not in pinned and (sure or load.evicted not in resident)
             assert load.slot not in self.under_way.values()
             self.under_way[key] = load.slot
             self.content.pop(load.slot, None)
@@ -151,7 +152,8 @@ class Interleavings(RuleBasedStateMachine):
             "speculative" if entry.speculative and entry.slot >= 0 else entry.state
             for entry in self.pool.entries.values()
         )
-        assert self.pool.speculating == states["speculative"] <= self.pool.staging
+        most = max(self.pool.staging, self.pool.most_speculating)
+        assert self.pool.speculating == states["speculative"] <= most
         residents = [key for key, entry in self.pool.entries.items() if not entry.speculative]
         assert self.pool.residents == len(residents) <= self.pool.capacity
         assert self.pool.count.tolist() == [sum(key[0] == layer for key in residents) for layer in range(LAYERS)]

@@ -13,7 +13,7 @@ def said(*experts: int) -> Foretold:
 def teach(planner: PrefetchPlanner, layer: int, first_right: bool, second_right: bool) -> None:
     """The layer's next-gate predictions are right, or not, for long enough."""
     for _ in range(3000):
-        planner.plan(layer - 1, {1: said(0, 1)}.get, lambda _: False, 0)
+        planner.plan(layer - 1, {1: said(0, 1)}.get, lambda *_: False, 0)
         ids = np.array([[0 if first_right else 2, 1 if second_right else 3]])
         planner.record(layer, ids, np.ones((1, 2), dtype=bool))
 
@@ -21,25 +21,56 @@ def teach(planner: PrefetchPlanner, layer: int, first_right: bool, second_right:
 def test_only_what_is_likely():
     planner = PrefetchPlanner([4, 4], 2, lookahead=1, max_experts=4)
     teach(planner, 1, first_right=True, second_right=False)
-    assert planner.plan(0, {1: said(3, 2)}.get, lambda _: True, 0) == [(1, 3)]
+    assert planner.plan(0, {1: said(3, 2)}.get, lambda *_: True, 0) == [(1, 3)]
     teach(planner, 1, first_right=True, second_right=True)
-    assert planner.plan(0, {1: said(3, 2)}.get, lambda _: True, 0) == [(1, 3), (1, 2)]
+    assert planner.plan(0, {1: said(3, 2)}.get, lambda *_: True, 0) == [(1, 3), (1, 2)]
 
 
 def test_a_batch_is_ranked_by_the_chance_that_any_token_uses_it():
     planner = PrefetchPlanner([4, 4], 2, lookahead=1, max_experts=2)
-    batch = Foretold(np.array([[0, 3], [1, 3], [2, 3]]), np.ones((3, 2), dtype=bool))
-    assert planner.plan(0, {1: batch}.get, lambda _: True, 0) == [(1, 3), (1, 0)]  # 1 - 0.4^3 against 0.6
+    batch = Foretold(np.array([[0, 3], [1, 3]]), np.ones((2, 2), dtype=bool))
+    assert planner.plan(0, {1: batch}.get, lambda *_: True, 0) == [(1, 3), (1, 0)]  # 1 - 0.4^2 against 0.6
 
 
 def test_looks_further_only_if_nothing_nearer_is_missing():
     planner = PrefetchPlanner([4] * 3, 2, lookahead=2, max_experts=1)
     foretold = {1: said(0, 1), 2: said(2, 3)}
-    assert planner.plan(0, foretold.get, lambda _: True, 0) == [(1, 0)]
-    assert planner.plan(0, foretold.get, lambda key: key[0] == 2, 0) == [(2, 2)]
-    assert planner.plan(0, foretold.get, lambda _: True, under_way=1) == []
+    assert planner.plan(0, foretold.get, lambda *_: True, 0) == [(1, 0)]
+    assert planner.plan(0, foretold.get, lambda key, sure: key[0] == 2, 0) == [(2, 2)]
+    assert planner.plan(0, foretold.get, lambda *_: True, under_way=1) == []
+
+
+def test_what_is_sure_counts_for_no_limit():
+    planner = PrefetchPlanner([8, 8], 2, lookahead=1, max_experts=1)
+    batch = Foretold(np.array([[0, 1]] * 4 + [[2, 3]] * 2), np.ones((6, 2), dtype=bool))
+    asked = []
+    chosen = planner.plan(0, {1: batch}.get, lambda key, sure: asked.append((key, sure)) is None, 0)
+    assert chosen == [(1, 0), (1, 1), (1, 2)]  # 1 - 0.4^4 twice, then the likelier ones of 1 - 0.4^2
+    assert asked == [((1, 0), True), ((1, 1), True), ((1, 2), False)]
+
+
+def test_a_prompt_is_a_sweep_in_layer_order():
+    planner = PrefetchPlanner([8] * 3, 2, lookahead=2, max_experts=1)
+    every = [[(layer, expert) for expert in range(8)] for layer in range(3)]
+
+    def never(distance: int) -> Foretold:
+        raise AssertionError("a sweep asks no gate")
+
+    assert planner.begin_step(100, [], lambda *_: True) == every[0]
+    assert planner.plan(0, never, lambda _, sure: sure, under_way=8) == every[1]
+    assert planner.plan(1, never, lambda *_: True, under_way=8) == every[2]
+    assert planner.plan(-1, {1: said(5, 6)}.get, lambda *_: True, 0) == [(0, 5)]  # the step after it need not be one
+    assert planner.begin_step(0, [], lambda *_: True) == []
+    assert planner.plan(0, {1: said(3, 4)}.get, lambda *_: True, 0) == [(1, 3)]
+
+
+def test_a_step_begins_with_what_its_requests_are_expected_to_use():
+    planner = PrefetchPlanner([4] * 3, 2, lookahead=2, max_experts=1)
+    chances = [np.array([0.2, 0.6, 0.95, 0.0]), np.array([0.7, 0.6, 0.1, 0.0])]
+    assert planner.begin_step(0, chances, lambda *_: True) == [(0, 2), (0, 1)]
+    assert planner.begin_step(0, chances, lambda key, sure: key[0] == 1) == [(1, 0)]
 
 
 def test_never_more_than_max_experts():
     planner = PrefetchPlanner([8, 8], 4, lookahead=1, max_experts=3)
-    assert len(planner.plan(0, {1: said(0, 1, 2, 3)}.get, lambda _: True, 0)) == 3
+    assert len(planner.plan(0, {1: said(0, 1, 2, 3)}.get, lambda *_: True, 0)) == 3

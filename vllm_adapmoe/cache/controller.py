@@ -207,6 +207,7 @@ class CacheController:
         for load in request.awaited:
             self.transfers.promote(load.key)
         for load in request.loads:
+            self._left(load.evicted)
             self.transfers.demand(load)
         return request
 
@@ -233,19 +234,32 @@ class CacheController:
             for entry in pool.speculative.values()
             if entry.state in (State.QUEUED, State.LOADING) and not entry.cancelled
         )
-        chosen = self.planner.plan(layer, foretell, lambda key: self.residency(key[0]).want(key), under_way)
+        chosen = self.planner.plan(layer, foretell, self._want, under_way)
         for key in chosen:
             self.transfers.speculate(key)
         return chosen
+
+    def begin_step(self, prompt_tokens: int, chances: Sequence[np.ndarray]) -> None:
+        """A step is about to run: begins to fetch for its first layers (`PrefetchPlanner.begin_step`)."""
+        if self.planner is not None:
+            for key in self.planner.begin_step(prompt_tokens, chances, self._want):
+                self.transfers.speculate(key)
+
+    def _want(self, key: ExpertKey, sure: bool) -> bool:
+        return self.residency(key[0]).want(key, sure)
 
     def start_speculation(self, key: ExpertKey) -> Load | None:
         """A transfer is free for a queued expert: its slot, or None if it is not to be loaded any more."""
         load = self.residency(key[0]).start(key)
         if load is not None:
             self.stats.prefetches += 1
-            if load.evicted is not None:
-                self.stats.wasted_bytes += self.staged.pop(load.evicted)
+            self._left(load.evicted)
         return load
+
+    def _left(self, key: ExpertKey | None) -> None:
+        """An expert has left its slot; what speculation had brought for nobody was of no use."""
+        if key is not None:
+            self.stats.wasted_bytes += self.staged.pop(key, 0)
 
     def transfer_ended(self, key: ExpertKey, moved: int, complete: bool) -> State:
         """A transfer has moved `moved` bytes, and all of them if `complete`; returns what the expert is now."""

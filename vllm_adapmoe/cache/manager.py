@@ -61,8 +61,11 @@ class ExpertCacheManager:
         self.controller = controller
         link = None if link_gbps is None else link_gbps * 1e9
         self.transfers = controller.transfers = TransferEngine(
-            controller, self.pools, self.store, self.readers, link, self.reader_cpus
+            controller, self.pools, self.store, self.readers, link, self.reader_cpus, self._left
         )
+
+    def _left(self, key: ExpertKey) -> None:
+        self._maps[key[0]][key[1]] = -1
 
     def restart(self, controller: CacheController, link_gbps: float | None) -> None:
         """Starts over between two steps: empty slots, the decisions of another controller, counters at zero."""
@@ -204,6 +207,20 @@ class ExpertCacheManager:
             if job is None:
                 return
             self.transfers.run(job)
+
+    def begin_step(self, prompt_tokens: int, chances: Sequence[np.ndarray]) -> None:
+        """`CacheController.begin_step`."""
+        with self.transfers.lock:
+            self.controller.begin_step(prompt_tokens, chances)
+        if not self.transfers.threads:
+            self._speculate_here()
+
+    def resident(self) -> np.ndarray:
+        """Bool `[layers, experts]`: who is in a slot; False beyond the experts of a layer that has fewer."""
+        resident = np.zeros((len(self._maps), max(map(len, self._maps))), dtype=bool)
+        for row, slot_map in zip(resident, self._maps, strict=True):
+            np.greater_equal(slot_map, 0, out=row[: len(slot_map)])
+        return resident
 
     def present(self, layer: int) -> torch.Tensor:
         """Bool `[num_experts]`, on the host: experts that need no fetch, resident or staged."""

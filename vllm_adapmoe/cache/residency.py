@@ -28,6 +28,8 @@ class Entry:
     state: State
     slot: int = -1
     speculative: bool = False
+    sure: bool = False
+    """Of speculation: as good as asked for."""
     cancelled: bool = False
     """A load under way that nobody wants any more; it ends at its next tile."""
     stale: bool = False
@@ -71,8 +73,9 @@ def waves(experts: Sequence[int], capacity: int) -> list[Sequence[int]]:
 class Residency:
     """Residency of one pool.
 
-    Of the `num_slots` slots, `staging` are for speculation: it never makes a resident expert leave. When a staged
-    expert is asked for, it becomes resident where it is, and the slot of the expert that leaves for it becomes free.
+    Of the `num_slots` slots, `staging` are for speculation: it makes no resident expert leave, unless it is sure of
+    what it loads. When a staged expert is asked for, it becomes resident where it is, and the slot of the expert that
+    leaves for it becomes free.
 
     Args:
         num_slots: slots of the pool.
@@ -91,6 +94,8 @@ class Residency:
         self.entries: dict[ExpertKey, Entry] = {}
         self.free = list(range(num_slots - 1, -1, -1))
         layers, experts = policy.scores().shape
+        self.most_speculating = num_slots - experts
+        """Slots that speculation may hold when it is sure: a whole layer always finds room."""
         self.evictable = np.zeros((layers, experts), dtype=bool)
         """Resident and without pins."""
         self.count = np.zeros(layers, dtype=np.int64)
@@ -149,7 +154,7 @@ class Residency:
                 continue
             self._pin(key, entry)
         for key, entry in missing:
-            evicted = self._make_room(layer)
+            evicted = self._make_room(layer, slot=entry is None)
             if entry is None:
                 entry = self.entries[key] = Entry(State.LOADING, self.free.pop())
                 request.loads.append(Load(key, entry.slot, evicted))
@@ -176,14 +181,20 @@ class Residency:
             entry.pins -= 1
             self.evictable[layer, expert] = entry.pins == 0 and entry.state is State.RESIDENT
 
-    def want(self, key: ExpertKey) -> bool:
-        """Speculation wants an expert; returns whether it has to be loaded: it was absent, and is queued now."""
+    def want(self, key: ExpertKey, sure: bool = False) -> bool:
+        """Speculation wants an expert; returns whether it has to be loaded: it was absent, and is queued now.
+
+        Args:
+            key: of the expert.
+            sure: it may take the slot of a resident one.
+        """
         entry = self.entries.get(key)
         if entry is None:
-            self.entries[key] = self.speculative[key] = Entry(State.QUEUED, speculative=True)
+            self.entries[key] = self.speculative[key] = Entry(State.QUEUED, speculative=True, sure=sure)
             return True
         entry.stale = False
         entry.cancelled = False
+        entry.sure |= sure
         return False
 
     def start(self, key: ExpertKey) -> Load | None:
@@ -192,15 +203,21 @@ class Residency:
         if entry is None or entry.state is not State.QUEUED:
             return None
         evicted = None
-        if self.speculating == self.staging:
+        if self.speculating >= self.staging:
             evicted = self._stale()
-            if evicted is None:
+            if evicted is None and not (entry.sure and self._may_displace()):
                 self._unqueue(key)
                 return None
-            self._drop(evicted)
+            if evicted is None and not self.free:
+                evicted = self._victim(key[0], spared=key[0])
+            if evicted is not None:
+                self._drop(evicted)
         self.speculating += 1
         entry.state, entry.slot = State.LOADING, self.free.pop()
         return Load(key, entry.slot, evicted)
+
+    def _may_displace(self) -> bool:
+        return self.speculating < self.most_speculating and (bool(self.free) or bool(self.evictable.any()))
 
     def loaded(self, key: ExpertKey) -> State:
         """A load has ended well; returns what the expert is now."""
@@ -239,16 +256,26 @@ class Residency:
     def _unqueue(self, key: ExpertKey) -> None:
         del self.entries[key], self.speculative[key]
 
-    def _make_room(self, layer: int) -> ExpertKey | None:
-        """Sees to it that one more expert may be resident; returns who left."""
-        if self.residents < self.capacity:
+    def _make_room(self, layer: int, slot: bool) -> ExpertKey | None:
+        """Sees to it that one more expert may be resident, and that a `slot` is free for it; returns who left."""
+        if self.residents < self.capacity and (self.free or not slot):
             return None
-        key = self._victim(layer)
+        key = None
+        if self.residents < self.capacity:
+            key = self._stale()  # speculation holds more than its own slots
+        if key is None:
+            key = self._victim(layer)
         self._drop(key)
         return key
 
-    def _victim(self, layer: int) -> ExpertKey:
+    def _victim(self, layer: int, spared: int | None = None) -> ExpertKey:
+        """Who leaves for an expert of `layer`; of the layer `spared`, nobody if anyone else can."""
         candidates = self.evictable
+        if spared is not None:
+            candidates = candidates.copy()
+            candidates[spared] = False
+            if not candidates.any():
+                candidates = self.evictable
         if self.shares is not None:
             over = self.count > self.shares
             over[layer] = self.count[layer] >= self.shares[layer]

@@ -5,7 +5,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from vllm_adapmoe.cache.controller import CacheController
@@ -76,6 +76,7 @@ class TransferEngine:
         readers: threads; 0: the thread that waits moves everything itself, in the order of submission.
         link_bytes_per_second: limit of the link; None: as fast as it goes.
         cpus: where the threads run; None: where the thread that makes them does.
+        left: told, with `lock` held, which expert speculation has taken the slot of.
     """
 
     def __init__(
@@ -86,8 +87,10 @@ class TransferEngine:
         readers: int = READERS,
         link_bytes_per_second: float | None = None,
         cpus: Collection[int] | None = None,
+        left: Callable[[ExpertKey], None] | None = None,
     ) -> None:
         self.controller = controller
+        self.left = left
         self.pools = pools
         self.store = store
         self.link = None if link_bytes_per_second is None else LinkLimit(link_bytes_per_second)
@@ -157,6 +160,8 @@ class TransferEngine:
                 if load is None:
                     continue
                 job.slot = load.slot
+                if load.evicted is not None and self.left is not None:
+                    self.left(load.evicted)
                 self._count_time()
                 self.jobs[job.key] = job
             job.beside = True

@@ -1,7 +1,7 @@
 """Foretells what layers will want from what runs through earlier ones, and records traces of it and of the routing."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.heads import chance_of_any
 from vllm_adapmoe.integration.gate_stack import GateStack, find_gate
 from vllm_adapmoe.prefetch.foresight import Foretold, foretell
+from vllm_adapmoe.scheduling.request_experts import RequestExperts
 from vllm_adapmoe.simulate.trace import SAMPLE, Step, TraceWriter, sample_rows
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Lookahead:
         lookahead: later layers to look at.
         heads: next-token heads of each layer; None: nobody asks for them.
         first: head of the first layer, `[hidden + 1, experts]`, for the end of the step before; None: there is none.
+        experts: told what every request's next token is expected to use; None: nobody asks.
         trace: where steps are recorded, with every prediction; None: nowhere.
         requests: gives the ids and the computed tokens of the step's requests, and rows of each.
     """
@@ -53,11 +55,13 @@ class Lookahead:
         lookahead: int,
         heads: Sequence[np.ndarray] | None,
         first: np.ndarray | None,
+        experts: RequestExperts | None,
         trace: TraceWriter | None,
         requests: Callable[[], list[tuple[str, int, int]]],
     ) -> None:
         self.layers = layers
         self.cache = cache
+        self.experts = experts
         self.trace = trace
         self.requests = requests
         self.lookahead = lookahead
@@ -68,10 +72,19 @@ class Lookahead:
         self.first = None if first is None else torch.from_numpy(first).to(next(model.parameters()).device)
         self.last_rows: torch.Tensor | None = None
         """Of the step under way, the last row of each request; None: every row is one."""
+        self.begun: np.ndarray | None = None
+        """What was known of the step before it began."""
         self.step: Step | None = None
         """Under way, or not in the trace yet."""
         self._whole = False
         """All layers of `step` are recorded."""
+
+    def begin_step(self, rows: Mapping[str, int]) -> None:
+        """A step with so many rows of each request is about to run: fetches for its first layers."""
+        self.begun = None if self.experts is None else self.experts.of_any(list(rows), self.lookahead)
+        if self.cache is not None:
+            prompt_tokens = sum(count for count in rows.values() if count > 1)
+            self.cache.begin_step(prompt_tokens, () if self.begun is None else list(self.begun))
 
     def foresee(
         self, index: int, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, keep: torch.Tensor
@@ -93,16 +106,22 @@ class Lookahead:
             last = self.last_rows
             heads = stack.outputs(x if last is None else x[last.to(x.device)])
             expected = chance_of_any(heads[:, stack.width :])
+            if self.experts is not None:
+                self.experts.foretold(index, heads[:, stack.width :])
             if last is None and len(x) <= SAMPLE:
                 outputs = heads
+        elif self.experts is not None:
+            self.experts.used(index, (ids if self.last_rows is None else ids[self.last_rows]).numpy())
         return Foresight(expected, partial(self._observe, index, x, weights, ids, keep, expected, outputs))
 
     def _begin_step(self, x: torch.Tensor, ids: torch.Tensor) -> None:
-        requests = self.requests() if self.heads is not None or self.trace is not None else []
+        requests = self.requests()
         rows = [rows for _, _, rows in requests]
         self.last_rows = None
-        if self.heads is not None and len(rows) < len(x) == sum(rows):
+        if len(rows) < len(x) == sum(rows):
             self.last_rows = torch.tensor(rows).cumsum(0) - 1
+        if self.experts is not None:
+            self.experts.begin([name for name, _, _ in requests])
         if self.trace is None:
             return
         self._end_trace_of_step()
@@ -114,6 +133,7 @@ class Lookahead:
             ids=np.zeros((len(self.layers), *ids.shape), dtype=np.int64),
             weights=np.zeros((len(self.layers), *ids.shape), dtype=np.float16),
             foretold={},
+            begin=self.begun,
         )
 
     def _observe(

@@ -1,21 +1,134 @@
 """vLLM's schedulers, heeding what the worker says of its expert cache."""
 
+import time
 from collections.abc import Collection
+from itertools import islice
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_adapmoe.config import AdapMoEConfig
+from vllm_adapmoe.integration.compat import adapmoe_settings
+from vllm_adapmoe.scheduling.affinity import Decoding, held_back
+from vllm_adapmoe.scheduling.prefill import Waiting, hold_prefill
+from vllm_adapmoe.scheduling.prices import StepPrices
+from vllm_adapmoe.scheduling.report import StepReport
+
 
 class ExpertCacheScheduler(Scheduler):
-    """Puts the worker's counters into the statistics of the step, and ends requests whose experts cannot be read."""
+    """Holds requests back where that saves fetches; everything else is vLLM's.
+
+    It puts the worker's counters into the statistics of the step, and ends requests whose experts cannot be read.
+    """
 
     worker_stats: dict[str, float] | None = None
+    held_prefill_steps = 0
+    """Steps that left waiting prompts out."""
+    held_tokens = 0
+    """Tokens that a step left out."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.holding = AdapMoEConfig.parse(adapmoe_settings(self.vllm_config)).scheduler
+        self.prices = StepPrices()
+        self._report: StepReport | None = None
+        """Of the last step; None until one has had a cache."""
+        self._expected: dict[str, int] = {}
+        self._waiting_since: dict[str, float] = {}
+        self._ran_at: dict[str, float] = {}
+
+    # Holding back
+
+    def schedule(self, throttle_prefills: bool = False) -> Any:
+        if not self.holding.enabled or self._report is None:
+            return super().schedule(throttle_prefills)
+        now = time.monotonic()
+        prefilling = any(request.is_prefill_chunk for request in self.running)
+        seats = self.max_num_running_reqs - len(self.running)
+        waiting = self._waiting(now, seats)
+        if waiting and not prefilling and self._hold_prefill(waiting, seats):
+            throttle_prefills = True
+            self.held_prefill_steps += 1
+        if throttle_prefills or not (prefilling or (waiting and seats)):
+            self._hold_decoding(now)
+        output = super().schedule(throttle_prefills)
+        for name in output.num_scheduled_tokens:
+            self._ran_at[name] = now
+            self._waiting_since.pop(name, None)
+        for name in output.finished_req_ids:
+            for known in (self._ran_at, self._waiting_since, self._expected):
+                known.pop(name, None)
+        return output
+
+    def _waiting(self, now: float, seats: int) -> list[Waiting]:
+        """Those that could begin now."""
+        return [
+            Waiting(
+                now - self._waiting_since.setdefault(request.request_id, now),  # new here: it was preempted
+                request.num_tokens,
+                self._priority(request),
+            )
+            for request in islice(self.waiting, seats)
+        ]
+
+    def _priority(self, request: Request) -> int:
+        return request.priority if self.policy == SchedulingPolicy.PRIORITY else 0
+
+    def _hold_prefill(self, waiting: list[Waiting], seats: int) -> bool:
+        return hold_prefill(
+            waiting,
+            [self._priority(request) for request in self.running],
+            self.prices.surcharge,
+            self.max_num_scheduled_tokens - len(self.running),
+            seats,
+            self.holding.max_prefill_delay_ms / 1000,
+        )
+
+    def _hold_decoding(self, now: float) -> None:
+        """Makes requests wait for the next step: vLLM leaves out whom it finds not eligible yet."""
+        if self.holding.max_affinity_delay_ms == 0 or len(self.running) < 2:
+            return
+        assert self._report is not None
+        requests = {request.request_id: request for request in self.running if _has_token_to_run(request)}
+        decoding = [
+            Decoding(name, self._expected.get(name), now - self._ran_at.get(name, now), self._priority(request))
+            for name, request in requests.items()
+        ]
+        held = held_back(
+            decoding,
+            self._report.resident,
+            self._report.slots,
+            self.prices.compute.value or 0.0,
+            self.prices.load.value or 0.0,
+            # Who is left out now is asked again after a step.
+            max(0.0, self.holding.max_affinity_delay_ms / 1000 - self.prices.decode_step),
+        )
+        for name in held:
+            request = requests[name]
+            request.next_decode_eligible_step = max(request.next_decode_eligible_step, self.current_step + 2)
+        self.held_tokens += len(held)
+
+    def add_request(self, request: Request) -> None:
+        self._waiting_since[request.request_id] = time.monotonic()
+        super().add_request(request)
+
+    # What comes back
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         self.worker_stats = getattr(model_runner_output, "worker_stats", None)
+        report = getattr(model_runner_output, "expert_report", None)
+        if report is not None:
+            self._report = report
+            self._expected |= {name: bits for name, bits in report.expected.items() if name in self.requests}
+            drafts = scheduler_output.scheduled_spec_decode_tokens
+            prefill = any(
+                count > 1 + len(drafts.get(name, ())) for name, count in scheduler_output.num_scheduled_tokens.items()
+            )
+            self.prices.observe(report, prefill)
         failed = self._finish_failed(getattr(model_runner_output, "failed_requests", ()))
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for request in failed:
@@ -48,3 +161,11 @@ class ExpertCacheScheduler(Scheduler):
 
 class ExpertCacheAsyncScheduler(ExpertCacheScheduler, AsyncScheduler):
     """The same where steps are scheduled ahead."""
+
+
+def _has_token_to_run(request: Request) -> bool:
+    """Whether vLLM could give a running request a token now: with steps scheduled ahead, its last may be under way."""
+    in_flight = request.num_output_placeholders
+    if request.num_tokens_with_spec + in_flight <= request.num_computed_tokens:
+        return False
+    return not in_flight or request.num_computed_tokens + 2 - in_flight < request.num_prompt_tokens + request.max_tokens

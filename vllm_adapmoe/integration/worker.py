@@ -1,7 +1,8 @@
 """vLLM's workers, with an expert cache."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ from vllm_adapmoe.integration.loading import expert_loading
 from vllm_adapmoe.integration.lookahead import Lookahead
 from vllm_adapmoe.integration.probe import RoutingProbe, plain
 from vllm_adapmoe.loss_budget import LossBudget
+from vllm_adapmoe.scheduling.report import StepReport
+from vllm_adapmoe.scheduling.request_experts import RequestExperts, bits
 from vllm_adapmoe.simulate.trace import TraceInfo, TraceWriter
 from vllm_adapmoe.store.base import ExpertsUnavailable
 
@@ -44,10 +47,13 @@ class ExpertCacheWorker(Worker):
 
     expert_cache: ExpertCacheManager | None = None
     moe_layers: list[CachedExperts]
+    _report: StepReport | None
+    """Of the step under way, until its output leaves."""
     lookahead: Lookahead | None = None
 
     def load_model(self, **kwargs: Any) -> None:
-        config = AdapMoEConfig.parse(adapmoe_settings(self.vllm_config))
+        config = self._config = AdapMoEConfig.parse(adapmoe_settings(self.vllm_config))
+        self._report, self._reported = None, CacheStats()
         with expert_loading(config, self.vllm_config) as loading:
             super().load_model(**kwargs)
             self.expert_cache = loading.finish()
@@ -99,13 +105,17 @@ class ExpertCacheWorker(Worker):
                 pool_of=list(shape.pool_of),
             )
             trace = TraceWriter(Path(config.trace_out), info, config.trace_mib << 20)
+        request_experts = None
+        if cache is not None and (prefetching or config.scheduler.enabled):
+            shape = cache.controller.shape
+            request_experts = RequestExperts(len(shape.num_experts), max(shape.num_experts), shape.top_k)
         heads = first = None
         if self.heads is not None:
-            if trace is not None or (cache is not None and config.eviction in ("auto", "next_token")):
+            if trace is not None or request_experts is not None or config.eviction in ("auto", "next_token"):
                 heads = self.heads.layers
             if trace is not None or (prefetching and config.prefetch.first_layer):
                 first = self.heads.first
-        if not prefetching and trace is None and heads is None:
+        if request_experts is None and trace is None and heads is None:
             return None
         runners = self.vllm_config.compilation_config.static_forward_context
         return Lookahead(
@@ -116,6 +126,7 @@ class ExpertCacheWorker(Worker):
             TRACE_LOOKAHEAD if trace is not None else config.prefetch.lookahead,
             heads,
             first,
+            request_experts,
             trace,
             self._requests_of_step,
         )
@@ -173,6 +184,7 @@ class ExpertCacheWorker(Worker):
         slots = [pool.num_slots for pool in cache.pools]
         setup = CacheSetup.of(config, slots, curves, self.heads is not None)
         cache.restart(CacheController(cache.controller.shape, setup), config.link_gbps)
+        self._reported = CacheStats()
         self._look_ahead(config)
 
     def start_probe(self) -> None:
@@ -220,13 +232,39 @@ class ExpertCacheWorker(Worker):
 
     def execute_model(self, scheduler_output: Any) -> Any:
         self._scheduled = scheduler_output.num_scheduled_tokens
+        if self._scheduled and self.lookahead is not None:
+            self.lookahead.begin_step(self._scheduled)
         self._in_step = True
+        start = time.perf_counter()
         try:
             output = super().execute_model(scheduler_output)
         finally:
             self._in_step = False
         self._keep_budget()
+        if self._scheduled:
+            self._report = self._report_step(time.perf_counter() - start, scheduler_output.finished_req_ids)
         return self._with_stats(output)
+
+    def _report_step(self, seconds: float, finished: Collection[str]) -> StepReport | None:
+        """What the scheduler wants to know of the step that has run."""
+        experts = None if self.lookahead is None else self.lookahead.experts
+        if experts is None or self.expert_cache is None:
+            return None
+        experts.forget(finished)
+        expected = experts.end()
+        if not self._config.scheduler.enabled:
+            return None
+        stats = self.expert_cache.stats
+        before, self._reported = self._reported, replace(stats)
+        return StepReport(
+            slots=self.expert_cache.num_slots,
+            resident=bits(self.expert_cache.resident()),
+            expected=expected,
+            seconds=seconds,
+            stall_seconds=stats.stall_seconds - before.stall_seconds,
+            loads=stats.misses - stats.late + stats.prefetches - (before.misses - before.late + before.prefetches),
+            fetch_seconds=stats.fetch_seconds - before.fetch_seconds,
+        )
 
     def _keep_budget(self) -> None:
         """Sets every gate's threshold by what the step has lost, if it decoded."""
@@ -260,6 +298,8 @@ class ExpertCacheWorker(Worker):
     def _with_stats(self, output: Any) -> Any:
         if isinstance(output, ModelRunnerOutput):
             output.worker_stats = self.expert_cache_stats()  # type: ignore[attr-defined]
+            output.expert_report = self._report  # type: ignore[attr-defined]
+            self._report = None
             if self._failed:
                 output.failed_requests = sorted(self._failed)  # type: ignore[attr-defined]
                 self._failed.clear()

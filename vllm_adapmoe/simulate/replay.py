@@ -145,6 +145,7 @@ def replay(
     foreseen = 0
     ends = [0.0]
     for step in steps:
+        controller.begin_step(step.prompt_tokens, () if step.begin is None else list(step.begin))
         for layer in range(len(info.num_experts)):
             ids, kept = step.ids[layer], step.weights[layer] > 0
             experts = np.flatnonzero(np.bincount(ids[kept], minlength=1)).tolist()

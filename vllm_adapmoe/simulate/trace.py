@@ -8,6 +8,7 @@ import json
 import os
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -69,6 +70,13 @@ class Step:
     step, for the first layer of the next."""
     expected: dict[int, np.ndarray] = field(default_factory=dict)
     """Layer -> float16 `[experts]`: chance that the layer's next event uses each (`heads.chance_of_any`)."""
+    begin: np.ndarray | None = None
+    """float16 `[layers, experts]`, of the first layers: chance that the step uses each, as known before it began."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Rows of requests that have several."""
+        return sum(rows for rows in Counter(self.requests).values() if rows > 1)
 
 
 def sample_rows(rows: int) -> slice:
@@ -142,6 +150,9 @@ def _frame(steps: Sequence[Step], info: TraceInfo) -> dict[str, np.ndarray]:
         arrays[f"{name}.rows"] = np.array([-1 if one is None else len(one.ids) for one in made], dtype=np.int32)
         arrays[f"{name}.ids"] = np.concatenate([one.ids for one in made if one is not None]).astype(ids_type)
         arrays[f"{name}.kept"] = np.concatenate([one.kept for one in made if one is not None])
+    if any(step.begin is not None for step in steps):
+        arrays["begin.of"] = np.array([step.begin is not None for step in steps])
+        arrays["begin"] = np.stack([step.begin for step in steps if step.begin is not None])
     for layer in sorted({layer for step in steps for layer in step.expected}):
         arrays[f"expected.{layer}.of"] = np.array([layer in step.expected for step in steps])
         arrays[f"expected.{layer}"] = np.stack([step.expected[layer] for step in steps if layer in step.expected])
@@ -167,6 +178,10 @@ def _steps(arrays: dict[str, np.ndarray]) -> Iterator[Step]:
             prefix = name.removesuffix(".of")
             for number, chances in zip(np.flatnonzero(arrays[name]).tolist(), arrays[prefix], strict=True):
                 expected[number][int(prefix.removeprefix("expected."))] = chances
+    begin: list[np.ndarray | None] = [None for _ in arrays["rows"]]
+    if "begin" in arrays:
+        for number, chances in zip(np.flatnonzero(arrays["begin.of"]).tolist(), arrays["begin"], strict=True):
+            begin[number] = chances
     start = 0
     for number, rows in enumerate(arrays["rows"].tolist()):
         here = slice(start, start + rows)
@@ -179,6 +194,7 @@ def _steps(arrays: dict[str, np.ndarray]) -> Iterator[Step]:
             weights=arrays["weights"][:, here],
             foretold=foretold[number],
             expected=expected[number],
+            begin=begin[number],
         )
 
 

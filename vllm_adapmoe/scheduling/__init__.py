@@ -1,0 +1,1 @@
+"""Which requests a step should hold, given what the expert cache holds: pure policy, without clocks and engines."""
