@@ -44,17 +44,11 @@ class ExpertCacheScheduler(Scheduler):
     # Holding back
 
     def schedule(self, throttle_prefills: bool = False) -> Any:
-        if not self.holding.enabled or self._report is None:
+        if not self.holding.enabled:
             return super().schedule(throttle_prefills)
         now = time.monotonic()
-        prefilling = any(request.is_prefill_chunk for request in self.running)
-        seats = self.max_num_running_reqs - len(self.running)
-        waiting = self._waiting(now, seats)
-        if waiting and not prefilling and self._hold_prefill(waiting, seats):
-            throttle_prefills = True
-            self.held_prefill_steps += 1
-        if throttle_prefills or not (prefilling or (waiting and seats)):
-            self._hold_decoding(now)
+        if self._report is not None:
+            throttle_prefills |= self._hold(now)
         output = super().schedule(throttle_prefills)
         for name in output.num_scheduled_tokens:
             self._ran_at[name] = now
@@ -63,6 +57,17 @@ class ExpertCacheScheduler(Scheduler):
             for known in (self._ran_at, self._waiting_since, self._expected):
                 known.pop(name, None)
         return output
+
+    def _hold(self, now: float) -> bool:
+        """Decides who waits for the next step; returns whether prompts do."""
+        prefilling = any(request.is_prefill_chunk for request in self.running)
+        seats = self.max_num_running_reqs - len(self.running)
+        waiting = self._waiting(now, seats)
+        hold = bool(waiting) and not prefilling and self._hold_prefill(waiting, seats)
+        self.held_prefill_steps += hold
+        if hold or not (prefilling or waiting):  # a step with a prompt sweeps over all experts anyway
+            self._hold_decoding(now)
+        return hold
 
     def _waiting(self, now: float, seats: int) -> list[Waiting]:
         """Those that could begin now."""
@@ -95,7 +100,7 @@ class ExpertCacheScheduler(Scheduler):
         assert self._report is not None
         requests = {request.request_id: request for request in self.running if _has_token_to_run(request)}
         decoding = [
-            Decoding(name, self._expected.get(name), now - self._ran_at.get(name, now), self._priority(request))
+            Decoding(name, self._expected.get(name), now - self._ran_at.setdefault(name, now), self._priority(request))
             for name, request in requests.items()
         ]
         held = held_back(

@@ -1,0 +1,254 @@
+"""vLLM's real schedulers, sync and async, with requests held back: no engine, a worker's answers are made up.
+
+The CPU platform of vLLM never schedules ahead, so this is where the async scheduler runs on this machine.
+"""
+
+import random
+from collections import deque
+from itertools import count, pairwise
+
+import pytest
+import torch
+from conftest import TINY_MIXTRAL
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+from vllm_adapmoe.integration import scheduler as ours
+from vllm_adapmoe.scheduling.report import StepReport
+
+BLOCK = 16
+STEP, SWEEP = 0.010, 0.200
+"""Seconds that a decode step and a step with a prompt wait for experts."""
+STOCK = {False: Scheduler, True: AsyncScheduler}
+OURS = {False: ours.ExpertCacheScheduler, True: ours.ExpertCacheAsyncScheduler}
+SLOTS = 8
+CLASSES = {0: 0b0000_0000_1111_1111, 1: 0b1111_1111_0000_0000}
+"""Experts of two kinds of requests: either fits the slots, both together do not."""
+
+
+class Clock:
+    """Of the scheduler's module: time passes as the made-up worker says."""
+
+    def __init__(self, monkeypatch):
+        self.now = 1000.0
+        monkeypatch.setattr(ours.time, "monotonic", lambda: self.now)
+
+
+class Server:
+    """A scheduler, and a worker that answers every step, as deep in flight as vLLM's engine core keeps it."""
+
+    def __init__(self, cls, is_async, clock, blocks=1000, policy="fcfs", seats=16, **scheduler):
+        config = EngineArgs(
+            model=str(TINY_MIXTRAL), skip_tokenizer_init=True, max_model_len=512, max_num_seqs=seats,
+            max_num_batched_tokens=256, scheduling_policy=policy, moe_method="adapmoe",
+            adapmoe_config={"cache_fraction": 0.5, "scheduler": scheduler},
+        ).create_engine_config()  # fmt: skip
+        config.cache_config.num_gpu_blocks = blocks
+        config.scheduler_config.async_scheduling = is_async
+        spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
+        cache = KVCacheConfig(blocks, [], [KVCacheGroupSpec(["layer"], spec)])
+        init_none_hash(sha256)
+        self.hasher = get_request_block_hasher(BLOCK, sha256)
+        self.scheduler = cls(config, cache, StructuredOutputManager(config), BLOCK, log_stats=True)
+        self.clock = clock
+        self.depth = 2 if is_async else 1
+        self.in_flight = deque()
+        self.tokens: dict[str, list[float]] = {}
+        """Of each request, when it got each token."""
+        self.arrived: dict[str, float] = {}
+        self.steps: list[dict[str, int]] = []
+        self.finished: dict[str, int] = {}
+        self.resident = 0
+        self.kinds: dict[str, int] = {}
+        self.ids = count()
+
+    def add(self, prompt=20, tokens=8, kind=0, priority=0, seed=None):
+        name = f"r{next(self.ids)}"
+        ids = [random.Random(name if seed is None else seed).randrange(2, 200) for _ in range(prompt)]
+        params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+        params.update_from_generation_config({}, 1)
+        self.scheduler.add_request(Request(name, ids, params, None, priority=priority, block_hasher=self.hasher))
+        self.tokens[name], self.arrived[name], self.kinds[name] = [], self.clock.now, kind
+        return name
+
+    def step(self):
+        """Schedules one step, and takes in the oldest if enough are in flight."""
+        ran = False
+        if self.scheduler.has_requests():
+            output = self.scheduler.schedule()
+            self.in_flight.append(output)
+            ran = bool(output.num_scheduled_tokens)
+            if ran:
+                self.steps.append(dict(output.num_scheduled_tokens))
+        if self.in_flight and (len(self.in_flight) >= self.depth or not ran):
+            self.answer(self.in_flight.popleft())
+
+    def answer(self, output):
+        names = list(output.num_scheduled_tokens)
+        prefill = any(rows > 1 for rows in output.num_scheduled_tokens.values())
+        seconds = SWEEP if prefill else STEP
+        self.clock.now += seconds if names else 0.001
+        for name in names:
+            self.resident = CLASSES[self.kinds[name]]
+        sampled = []
+        for name in names:
+            request = self.scheduler.requests.get(name)
+            done = request is not None and not request.is_prefill_chunk
+            sampled.append([5] if done else [])
+        answer = ModelRunnerOutput(names, {name: index for index, name in enumerate(names)}, sampled)
+        expected = {name: CLASSES[self.kinds[name]] for name in names}
+        answer.expert_report = StepReport(SLOTS, self.resident, expected, seconds, seconds * 0.9, 8, seconds * 0.8)
+        for one in self.scheduler.update_from_output(output, answer).values():
+            for result in one.outputs:
+                self.tokens[result.request_id] += [self.clock.now] * len(result.new_token_ids)
+                if result.finish_reason is not None:
+                    self.finished[result.request_id] = len(self.tokens[result.request_id])
+
+    def run(self, limit=3000):
+        for _ in range(limit):
+            if not self.scheduler.has_requests() and not self.in_flight:
+                return
+            self.step()
+        raise AssertionError(f"not finished after {limit} steps: {self.scheduler.get_request_counts()}")
+
+
+@pytest.fixture(params=[False, True], ids=["sync", "async"])
+def is_async(request):
+    return request.param
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
+
+
+def sweeps(server) -> int:
+    return sum(any(rows > 1 for rows in step.values()) for step in server.steps)
+
+
+def warm(server, decoding=4, tokens=400):
+    """Requests that decode, so that prices are known."""
+    names = [server.add(tokens=tokens) for _ in range(decoding)]
+    for _ in range(20):
+        server.step()
+    server.add(tokens=2)
+    for _ in range(20):
+        server.step()
+    assert server.scheduler.prices.surcharge > 0
+    return names
+
+
+def trickle(server, requests=12):
+    """A request arrives every other step."""
+    for _ in range(requests):
+        server.add(tokens=4)
+        for _ in range(2):
+            server.step()
+    for _ in range(60):
+        server.step()
+
+
+def test_prompts_gather(is_async, clock):
+    results = {}
+    for enabled in (False, True):
+        server = Server(OURS[is_async], is_async, clock, enabled=enabled, max_prefill_delay_ms=400)
+        if enabled:
+            warm(server)
+        else:
+            for _ in range(4):
+                server.add(tokens=400)
+            for _ in range(40):
+                server.step()
+        before = sweeps(server)
+        trickle(server)
+        results[enabled] = sweeps(server) - before
+        if enabled:
+            assert server.scheduler.held_prefill_steps > 0
+            waits = [times[0] - server.arrived[name] for name, times in server.tokens.items() if times]
+            # Asked again after a step; then its own step and, with steps scheduled ahead, the one before it.
+            assert max(waits) <= 0.4 + STEP + (1 + is_async) * SWEEP
+        server.scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED)
+    assert results[True] <= results[False] / 2
+
+
+def test_no_delay_allowed_is_vllms_own_order(is_async, clock):
+    """Step by step the same as stock, with the limits at zero, disabled, and where no expert is ever fetched."""
+
+    def steps(cls, **scheduler):
+        clock.now = 1000.0
+        server = Server(cls, is_async, clock, **scheduler)
+        for kind in (0, 1, 0, 1):
+            server.add(tokens=30, kind=kind)
+        trickle(server)
+        server.run()
+        return server.steps
+
+    stock = steps(STOCK[is_async])
+    assert steps(OURS[is_async], enabled=False) == stock
+    assert steps(OURS[is_async], max_prefill_delay_ms=0, max_affinity_delay_ms=0) == stock
+
+
+def test_requests_wait_for_their_experts_and_nobody_starves(is_async, clock):
+    """Two classes that never fit together: whoever is resident would stay for ever, but for the limit."""
+    server = Server(OURS[is_async], is_async, clock, max_affinity_delay_ms=100, max_prefill_delay_ms=0)
+    names = [server.add(tokens=150, kind=kind) for kind in (0, 0, 0, 0, 0, 0, 1, 1)]
+    server.run()
+    assert server.scheduler.held_tokens > 100
+    gaps = [max(after - before for before, after in pairwise(server.tokens[name])) for name in names]
+    assert 0.05 < max(gaps) <= 0.1 + (1 + is_async) * STEP
+    assert [server.finished[name] for name in names] == [150] * 8
+
+
+def test_urgent_requests_are_not_held_for_others(is_async, clock):
+    server = Server(OURS[is_async], is_async, clock, policy="priority", max_prefill_delay_ms=400)
+    names = [server.add(tokens=400, priority=5) for _ in range(4)]
+    for _ in range(20):
+        server.step()
+    server.add(tokens=2, priority=5)
+    for _ in range(20):
+        server.step()
+    assert server.scheduler.prices.surcharge > 0
+    urgent, patient = server.add(priority=0), server.add(priority=9)
+    server.step()
+    assert urgent in server.steps[-1]
+    for name in (*names, urgent):
+        server.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
+    server.run()
+    assert server.finished[patient] == 8
+
+
+def test_every_request_ends_under_preemption_and_with_a_shared_prefix(is_async, clock):
+    """Few blocks, so that running requests are preempted, and prompts that the prefix cache knows."""
+    server = Server(OURS[is_async], is_async, clock, blocks=24, seats=8, max_prefill_delay_ms=300)
+    chance = random.Random(1)
+    for number in range(40):
+        server.add(chance.choice((5, 40, 90)), chance.choice((3, 30, 60)), kind=number % 2, seed=number % 3)
+        for _ in range(chance.randrange(6)):
+            server.step()
+    server.run()
+    assert len(server.finished) == 40
+    for name, tokens in server.finished.items():
+        assert tokens in (3, 30, 60), name
+    scheduler = server.scheduler
+    assert not scheduler._ran_at and not scheduler._waiting_since and not scheduler._expected, "names are kept for ever"
+    assert scheduler.kv_cache_manager.usage == 0
+
+
+def test_aborted_while_held(is_async, clock):
+    server = Server(OURS[is_async], is_async, clock, max_prefill_delay_ms=10_000)
+    warm(server)
+    name = server.add()
+    server.step()
+    assert name not in server.steps[-1] and server.scheduler.held_prefill_steps > 0
+    server.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
+    other = server.add(tokens=3)
+    server.run()
+    assert server.finished[other] == 3 and name not in server.finished
