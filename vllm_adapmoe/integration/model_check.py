@@ -30,7 +30,7 @@ def check_model(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
     for setting, reason in _refused(vllm_config):
         raise AdapMoEError(f"{setting} does not work with moe_method='adapmoe': {reason}")
     layers = count_moe_layers(model.hf_text_config)
-    if layers is not None and vllm_config.parallel_config.pipeline_parallel_size == 1:
+    if layers is not None:
         expert_bytes = (
             _expert_bytes(model.hf_text_config, _itemsize(model.dtype)) if model.quantization is None else None
         )
@@ -51,6 +51,8 @@ def _refused(vllm_config: VllmConfig) -> list[tuple[str, str]]:
         (parallel.enable_dbo, "enable_dbo=True", "two micro-batches would compete for the slots; remove it"),
         (parallel.enable_expert_parallel, "enable_expert_parallel=True",
          "slots are filled by this rank's routing alone; use tensor_parallel_size"),
+        (parallel.pipeline_parallel_size > 1, f"pipeline_parallel_size={parallel.pipeline_parallel_size}",
+         "a stage does not know which of the model's layers it holds; use tensor_parallel_size"),
         (parallel.data_parallel_size > 1, f"data_parallel_size={parallel.data_parallel_size}",
          "data-parallel ranks exchange tokens between experts; run one engine per replica"),
         (vllm_config.lora_config is not None, "enable_lora=True", "adapters of experts are not cached; remove it"),

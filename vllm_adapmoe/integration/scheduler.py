@@ -8,14 +8,20 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_adapmoe.integration.stats_outbox import StatsOutbox
+
 
 class ExpertCacheScheduler(Scheduler):
     """Puts the worker's counters into the statistics of the step, and ends requests whose experts cannot be read."""
 
-    worker_stats: dict[str, float] | None = None
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.outbox = StatsOutbox()
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        self.worker_stats = getattr(model_runner_output, "worker_stats", None)
+        if self.log_stats:
+            stats = getattr(model_runner_output, "worker_stats", None)
+            self.outbox.add(stats, scheduler_output.total_num_scheduled_tokens)
         failed = self._finish_failed(getattr(model_runner_output, "failed_requests", ()))
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for request in failed:
@@ -42,7 +48,7 @@ class ExpertCacheScheduler(Scheduler):
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
-            stats.worker_stats = self.worker_stats  # type: ignore[attr-defined]
+            stats.worker_stats = self.outbox.take(idle=not self.requests)  # type: ignore[attr-defined]
         return stats
 
 

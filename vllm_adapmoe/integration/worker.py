@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import get_tensor_model_parallel_rank, get_tp_group
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
-from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_adapmoe.cache.budget import GiB
-from vllm_adapmoe.cache.controller import CacheController, CacheSetup, CacheShape, CacheStats
+from vllm_adapmoe.cache.controller import CacheController, CacheSetup, CacheShape
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.gating_plan import GatingPlan
@@ -24,6 +23,8 @@ from vllm_adapmoe.integration.layers import CachedExperts
 from vllm_adapmoe.integration.loading import expert_loading
 from vllm_adapmoe.integration.lookahead import Lookahead
 from vllm_adapmoe.integration.probe import RoutingProbe, plain
+from vllm_adapmoe.integration.switch import heeds_worker
+from vllm_adapmoe.integration.worker_stats import StepStats, total_stats, with_attributes
 from vllm_adapmoe.loss_budget import LossBudget
 from vllm_adapmoe.simulate.trace import TraceInfo, TraceWriter
 from vllm_adapmoe.store.base import ExpertsUnavailable
@@ -57,8 +58,15 @@ class ExpertCacheWorker(Worker):
         self.heads = None if heads is None else NextTokenHeads.load(Path(heads["path"]), heads["hash"])
         self._look_ahead(config)
         self._watch_the_end()
+        group = get_tp_group()
+        self.step_stats = StepStats(
+            self.expert_cache, self.moe_layers, group.cpu_group if group.world_size > 1 else None
+        )
         self._failed: set[str] = set()
-        if self.vllm_config.parallel_config.world_size == 1:  # other ranks would not know, and go on
+        # Other ranks, or another scheduler, would not know, and go on.
+        if self.vllm_config.parallel_config.world_size == 1 and heeds_worker(
+            self.vllm_config.scheduler_config.scheduler_cls
+        ):
             for layer in self.moe_layers:
                 layer.on_failure = self._fail_requests
         if self.expert_cache is not None:
@@ -258,28 +266,19 @@ class ExpertCacheWorker(Worker):
             row += rows
 
     def _with_stats(self, output: Any) -> Any:
-        if isinstance(output, ModelRunnerOutput):
-            output.worker_stats = self.expert_cache_stats()  # type: ignore[attr-defined]
-            if self._failed:
-                output.failed_requests = sorted(self._failed)  # type: ignore[attr-defined]
-                self._failed.clear()
-        return output
+        return with_attributes(output, self._report)
+
+    def _report(self) -> dict[str, Any]:
+        """What the scheduler is told beside a step's tokens."""
+        report: dict[str, Any] = {"worker_stats": self.step_stats.step()}
+        if self._failed:
+            report["failed_requests"] = sorted(self._failed)
+            self._failed.clear()
+        return report
 
     def expert_cache_stats(self) -> dict[str, float]:
-        """Counters since the start, and how many slots there are and are filled.
-
-        Empty where every expert fits and nothing is gated.
-        """
-        cache = self.expert_cache
-        gated = [layer.gate.stats for layer in self.moe_layers if layer.gate is not None]
-        if cache is None and not gated:
-            return {}
-        experts = sum(layer.local_num_experts for layer in self.moe_layers)
-        slots = {"slots": experts, "resident": experts}
-        if cache is not None:
-            slots = {"slots": cache.num_slots, "resident": cache.num_resident}
-        stats = CacheStats() if cache is None else cache.stats
-        return vars(stats) | {"demand_loads": stats.demand_loads} | slots | gates.total(gated)
+        """`total_stats` of this rank."""
+        return total_stats(self.expert_cache, self.moe_layers)
 
     def expert_bytes(self) -> int:
         """Of the largest expert."""
