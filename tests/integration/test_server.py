@@ -1,5 +1,6 @@
 """The real server and the official client: streamed tokens, metrics, aborted requests."""
 
+import json
 import os
 import signal
 import subprocess
@@ -25,6 +26,32 @@ def metrics(port: int) -> dict[str, float]:
                 name = line.split("{")[0]
                 summed[name] = summed.get(name, 0.0) + float(line.split()[-1])
     return summed
+
+
+def check_top(port: int) -> None:
+    """`adapmoe top` of the server that has just answered, beside its own counters."""
+    once = subprocess.run(
+        [Path(sys.executable).parent / "adapmoe", "top", f"127.0.0.1:{port}", "--once", "--interval", "0.2"],
+        capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"},
+    )  # fmt: skip
+    assert once.returncode == 0, once.stderr
+    lines = once.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any("of 24 slots hold an expert" in line for line in lines)
+    assert sum(line.count("/8") for line in lines) == 12, "layers"
+    told = json.loads(
+        subprocess.run(
+            [Path(sys.executable).parent / "adapmoe", "top", f"127.0.0.1:{port}", "--once", "--json"],
+            capture_output=True, text=True, check=True,
+        ).stdout
+    )  # fmt: skip
+    counted = metrics(port)
+    hits, misses = (counted[f"vllm:adapmoe_expert_{name}_total"] for name in ("hits", "misses"))
+    assert told["start"]["hit_rate"] == pytest.approx(hits / (hits + misses))
+    assert told["start"]["output_tokens"] == 96 and told["start"]["token_seconds"] > 0
+    assert told["start"]["experts_per_token"] == pytest.approx(1.6, abs=0.15)
+    assert told["interval"]["hit_rate"] is None, "nothing was asked"
+    assert sum(layer["resident"] for layer in told["layers"]) <= 24
 
 
 def test_serve_stream_abort_and_metrics(tmp_path):
@@ -55,6 +82,7 @@ def test_serve_stream_abort_and_metrics(tmp_path):
         kept = counted["vllm:adapmoe_kept_experts_total"] / counted["vllm:adapmoe_gated_tokens_total"]
         assert kept == pytest.approx(1.6, abs=0.15)
         assert counted["vllm:adapmoe_gating_loss_nats_total"] > 0
+        check_top(server.port)
         # A client that hangs up mid-stream takes nothing from the next one.
         stream = client.completions.create(model="tiny-mixtral", prompt="def ", max_tokens=900, stream=True)
         for number, _ in enumerate(stream):

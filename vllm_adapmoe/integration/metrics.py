@@ -44,6 +44,7 @@ LAYER_GAUGES = {
         "layer_resident_experts",
         "Resident experts of one MoE layer, without what waits in staging slots.",
     ),
+    "layer_experts": ("layer_experts", "Routed experts of one MoE layer."),
     "layer_floors": ("layer_slot_floor", "Slots that one MoE layer is left with while others have more than theirs."),
 }
 STALL = ("fetch_stall_seconds", "Seconds that one step waited for experts.")

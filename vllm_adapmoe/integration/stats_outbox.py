@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 Stats = dict[str, float | list[float]]
 
-GAUGES = {"slots", "resident", "layer_resident", "layer_floors"}
+GAUGES = {"slots", "resident", "layer_resident", "layer_experts", "layer_floors"}
 LAYER_SECONDS = 1.0
 """Between two reports of single layers: there are many, and nobody looks at them more often."""
 BANDWIDTH_SECONDS = 1.0

@@ -95,7 +95,8 @@ class StepStats:
         """What `_named` names: the counters' growth, then how things are."""
         controller, stats = cache.controller, cache.stats
         counted = [*vars(stats).values(), stats.demand_loads, *controller.layer_hits, *controller.layer_misses]
-        is_now = [cache.num_slots, cache.num_resident, *controller.layer_residents(), *controller.layer_floors()]
+        of_layers = [*controller.layer_residents(), *controller.shape.num_experts, *controller.layer_floors()]
+        is_now = [cache.num_slots, cache.num_resident, *of_layers]
         return np.concatenate((self._fetched(controller, counted), is_now))
 
     def _of_all_ranks(self, mine: np.ndarray, group: dist.ProcessGroup) -> np.ndarray | None:
@@ -117,9 +118,9 @@ class StepStats:
         stats["layer_hits"], stats["layer_misses"] = values[:count], values[count : 2 * count]
         stats["slots"], stats["resident"] = values[2 * count : 2 * count + 2]
         values = values[2 * count + 2 :]
-        stats["layer_resident"] = values[:count]
-        if len(values) > count:
-            stats["layer_floors"] = values[count:]
+        stats["layer_resident"], stats["layer_experts"] = values[:count], values[count : 2 * count]
+        if len(values) > 2 * count:
+            stats["layer_floors"] = values[2 * count :]
         return stats
 
     def _gate_stats(self) -> Stats:
