@@ -58,12 +58,15 @@ def test_serve_stream_abort_and_metrics(tmp_path):
     from demo import Server
     from openai import OpenAI
 
+    from tests.integration.test_dashboard import check_names
+
     config = {
         "cache_experts": 24,
         "store_dir": tmp_path / "store",
         "profile": ROOT / "configs" / "tiny_mixtral.json",
         "gating.mode": "token",
         "gating.target_experts": 1.6,
+        "allocation": "profile",
     }
     flags = [part for key, value in config.items() for part in (f"--adapmoe-config.{key}", str(value))]
     with Server("server", tmp_path, "--enforce-eager", "--moe-method", "adapmoe", *flags) as server:
@@ -83,6 +86,8 @@ def test_serve_stream_abort_and_metrics(tmp_path):
         assert kept == pytest.approx(1.6, abs=0.15)
         assert counted["vllm:adapmoe_gating_loss_nats_total"] > 0
         check_top(server.port)
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics") as answer:
+            check_names(answer.read().decode())
         # A client that hangs up mid-stream takes nothing from the next one.
         stream = client.completions.create(model="tiny-mixtral", prompt="def ", max_tokens=900, stream=True)
         for number, _ in enumerate(stream):
