@@ -14,6 +14,7 @@ from tests.integration.scenarios import ENGINE_ARGS, greedy, prompts
 from tests.integration.test_server import metrics
 from vllm_adapmoe.integration.engine import Engine
 from vllm_adapmoe.integration.metrics import ExpertCacheStatLogger
+from vllm_adapmoe.integration.worker_stats import with_attributes
 
 pytestmark = pytest.mark.engine
 
@@ -107,3 +108,27 @@ def test_two_ranks(tiny_model, monkeypatch):
         run(1)
         both = expected(again, expected(before_restart, none))
         assert told() | {"stall_seconds": 0} == both | {"stall_seconds": 0}
+
+
+def test_an_output_that_is_still_on_its_way():
+    """As a CUDA device gives it, with asynchronous scheduling: the report is of its step, and nothing is waited for."""
+    from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
+
+    class OnItsWay(AsyncModelRunnerOutput):
+        def get_output(self) -> ModelRunnerOutput:
+            waited.append(self)
+            return ModelRunnerOutput(req_ids=["a"], req_id_to_index={"a": 0})
+
+    waited: list[object] = []
+    steps = iter(range(10))
+
+    def report() -> dict[str, int]:
+        return {"worker_stats": next(steps)}
+
+    first = with_attributes(OnItsWay(), report)
+    second = with_attributes(ModelRunnerOutput(req_ids=["b"], req_id_to_index={"b": 0}), report)
+    assert with_attributes(None, report) is None, "not the end of a step"
+    third = with_attributes(EMPTY_MODEL_RUNNER_OUTPUT, report)
+    assert not waited
+    assert (first.get_output().worker_stats, second.worker_stats, third.worker_stats) == (0, 1, 2)
+    assert not hasattr(EMPTY_MODEL_RUNNER_OUTPUT, "worker_stats")

@@ -54,7 +54,7 @@ def check_top(port: int) -> None:
     assert sum(layer["resident"] for layer in told["layers"]) <= 24
 
 
-def test_serve_stream_abort_and_metrics(tmp_path):
+def test_serve_stream_abort_and_metrics(tmp_path, monkeypatch):
     from demo import Server
     from openai import OpenAI
 
@@ -69,6 +69,7 @@ def test_serve_stream_abort_and_metrics(tmp_path):
         "allocation": "profile",
     }
     flags = [part for key, value in config.items() for part in (f"--adapmoe-config.{key}", str(value))]
+    monkeypatch.setenv("VLLM_LOG_STATS_INTERVAL", "1")
     with Server("server", tmp_path, "--enforce-eager", "--moe-method", "adapmoe", *flags) as server:
         server.wait()
         client = OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none")
@@ -105,6 +106,9 @@ def test_serve_stream_abort_and_metrics(tmp_path):
     assert "Expert cache: 24 slots" in log
     assert "Packing experts" in log
     assert "Adaptive gating (token): threshold " in log
+    interval = next(line for line in log.splitlines() if "Expert cache: hit rate: " in line)
+    for part in ("while fetching", "of 24 slots", "prefetches used: ", "experts per token: 1.", "gating loss: 0.0"):
+        assert part in interval
 
 
 def test_the_demo_cleans_up_when_interrupted(tmp_path):
