@@ -8,14 +8,18 @@ import typer
 from rich.console import Console
 
 from vllm_adapmoe.bench.record import write
+from vllm_adapmoe.cli_doctor import doctor
 from vllm_adapmoe.cli_options import Batch, Model, Output, OutputTokens, PromptTokens, Rounds, Text, numbers
 from vllm_adapmoe.cli_plan import plan, transfer
+from vllm_adapmoe.cli_top import top
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Expert offloading for vLLM.")
 bench = typer.Typer(no_args_is_help=True, help="Side-by-side measurements; each writes a JSON result.")
 app.add_typer(bench, name="bench")
 app.command()(plan)
+app.command()(top)
+app.command()(doctor)
 bench.command()(transfer)
 
 

@@ -23,6 +23,8 @@ class GatingPlan(BaseModel):
     (`LossBudget`). None: the threshold stays."""
     experts: Annotated[float, Field(ge=1)] | None = None
     """`count`: experts that a token keeps, on average over tokens."""
+    loss_scale: Annotated[float, Field(gt=0)] = 1.0
+    """The profile's: what gates count as loss, times this, is what the profile foretells."""
 
 
 def plan_gating(gating: GatingConfig, profile: ModelProfile) -> GatingPlan | None:
@@ -49,6 +51,7 @@ def plan_gating(gating: GatingConfig, profile: ModelProfile) -> GatingPlan | Non
         threshold=threshold,
         nats_per_token=nats_per_token,
         sensitivity=[layer.sensitivity for layer in profile.layers],
+        loss_scale=profile.loss_scale,
     )
 
 

@@ -40,7 +40,7 @@ class Interleavings(RuleBasedStateMachine):
         """What was last written whole into each slot."""
         self.queue: list[tuple[int, int]] = []
         self.held: list[tuple[int, list[int], dict[int, int]]] = []
-        self.moved = 0
+        self.moved = self.spoilt = 0
 
     # Transfers
 
@@ -127,6 +127,8 @@ class Interleavings(RuleBasedStateMachine):
             return
         slot = self.under_way.pop(key)
         self.moved += BYTES if complete else 3
+        entry = self.pool.entries[key]
+        self.spoilt += not complete and entry.speculative and not entry.cancelled
         if complete:
             self.content[slot] = key
         else:
@@ -170,6 +172,10 @@ class Interleavings(RuleBasedStateMachine):
         assert stats.fetched_bytes == self.moved
         assert 0 <= stats.wasted_bytes <= self.moved
         assert stats.late <= stats.misses and stats.prefetch_hits <= stats.hits
+        assert sum(self.controller.layer_hits) == stats.hits and sum(self.controller.layer_misses) == stats.misses
+        # What became of every prefetch; a miss on another event's load counts as late as well.
+        ended = stats.prefetch_hits + stats.prefetches_wasted + stats.prefetches_cancelled + self.spoilt
+        assert 0 <= stats.prefetches - ended - self.pool.speculating <= stats.late
 
 
 TestInterleavings = Interleavings.TestCase

@@ -1,5 +1,6 @@
 """The real server and the official client: streamed tokens, metrics, aborted requests."""
 
+import json
 import os
 import signal
 import subprocess
@@ -17,18 +18,47 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 
 def metrics(port: int) -> dict[str, float]:
+    """Of the expert cache, by name; those with several labels summed."""
+    summed: dict[str, float] = {}
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
-        lines = answer.read().decode().splitlines()
-    return {
-        line.split("{")[0]: float(line.split()[-1])
-        for line in lines
-        if line.startswith("vllm:adapmoe_") and "{" in line
-    }
+        for line in answer.read().decode().splitlines():
+            if line.startswith("vllm:adapmoe_") and "{" in line:
+                name = line.split("{")[0]
+                summed[name] = summed.get(name, 0.0) + float(line.split()[-1])
+    return summed
 
 
-def test_serve_stream_abort_and_metrics(tmp_path):
+def check_top(port: int) -> None:
+    """`adapmoe top` of the server that has just answered, beside its own counters."""
+    once = subprocess.run(
+        [Path(sys.executable).parent / "adapmoe", "top", f"127.0.0.1:{port}", "--once", "--interval", "0.2"],
+        capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"},
+    )  # fmt: skip
+    assert once.returncode == 0, once.stderr
+    lines = once.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any("of 24 slots hold an expert" in line for line in lines)
+    assert sum(line.count("/8") for line in lines) == 12, "layers"
+    told = json.loads(
+        subprocess.run(
+            [Path(sys.executable).parent / "adapmoe", "top", f"127.0.0.1:{port}", "--once", "--json"],
+            capture_output=True, text=True, check=True,
+        ).stdout
+    )  # fmt: skip
+    counted = metrics(port)
+    hits, misses = (counted[f"vllm:adapmoe_expert_{name}_total"] for name in ("hits", "misses"))
+    assert told["start"]["hit_rate"] == pytest.approx(hits / (hits + misses))
+    assert told["start"]["output_tokens"] == 96 and told["start"]["token_seconds"] > 0
+    assert told["start"]["experts_per_token"] == pytest.approx(1.6, abs=0.15)
+    assert told["interval"]["hit_rate"] is None, "nothing was asked"
+    assert sum(layer["resident"] for layer in told["layers"]) <= 24
+
+
+def test_serve_stream_abort_and_metrics(tmp_path, monkeypatch):
     from demo import Server
     from openai import OpenAI
+
+    from tests.integration.test_dashboard import check_names
 
     config = {
         "cache_experts": 24,
@@ -36,8 +66,10 @@ def test_serve_stream_abort_and_metrics(tmp_path):
         "profile": ROOT / "configs" / "tiny_mixtral.json",
         "gating.mode": "token",
         "gating.target_experts": 1.6,
+        "allocation": "profile",
     }
     flags = [part for key, value in config.items() for part in (f"--adapmoe-config.{key}", str(value))]
+    monkeypatch.setenv("VLLM_LOG_STATS_INTERVAL", "1")
     with Server("server", tmp_path, "--enforce-eager", "--moe-method", "adapmoe", *flags) as server:
         server.wait()
         client = OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none")
@@ -49,11 +81,14 @@ def test_serve_stream_abort_and_metrics(tmp_path):
         assert counted["vllm:adapmoe_expert_misses_total"] > 0
         record = 3 * 128 * 256 * 2
         assert counted["vllm:adapmoe_fetched_bytes_total"] >= counted["vllm:adapmoe_demand_loads_total"] * record
-        assert counted["vllm:adapmoe_fetch_stall_seconds_total"] > 0
+        assert counted["vllm:adapmoe_fetch_stall_seconds_sum"] > 0
         assert counted["vllm:adapmoe_fetch_seconds_total"] > 0
         kept = counted["vllm:adapmoe_kept_experts_total"] / counted["vllm:adapmoe_gated_tokens_total"]
         assert kept == pytest.approx(1.6, abs=0.15)
         assert counted["vllm:adapmoe_gating_loss_nats_total"] > 0
+        check_top(server.port)
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics") as answer:
+            check_names(answer.read().decode())
         # A client that hangs up mid-stream takes nothing from the next one.
         stream = client.completions.create(model="tiny-mixtral", prompt="def ", max_tokens=900, stream=True)
         for number, _ in enumerate(stream):
@@ -71,6 +106,9 @@ def test_serve_stream_abort_and_metrics(tmp_path):
     assert "Expert cache: 24 slots" in log
     assert "Packing experts" in log
     assert "Adaptive gating (token): threshold " in log
+    interval = next(line for line in log.splitlines() if "Expert cache: hit rate: " in line)
+    for part in ("while fetching", "of 24 slots", "prefetches used: ", "experts per token: 1.", "gating loss: 0.0"):
+        assert part in interval
 
 
 def test_the_demo_cleans_up_when_interrupted(tmp_path):

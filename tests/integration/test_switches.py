@@ -127,12 +127,12 @@ import dataclasses, json
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
-stats = SchedulerStats(num_running_reqs=3, worker_stats={{"hits": 2.0}})
+stats = SchedulerStats(num_running_reqs=3, worker_stats={{"hits": 2.0, "layer_hits": [1.0, 1.0]}})
 back = MsgpackDecoder(SchedulerStats).decode(MsgpackEncoder().encode(stats))
 args = EngineArgs(model={str(TINY_MIXTRAL)!r}, moe_method="adapmoe")
 print(json.dumps([args.moe_method, back.worker_stats, back.num_running_reqs]))
 """
-    assert last_json(python(code)) == ["adapmoe", {"hits": 2.0}, 3]
+    assert last_json(python(code)) == ["adapmoe", {"hits": 2.0, "layer_hits": [1.0, 1.0]}, 3]
 
 
 def test_patched_vllm_uses_its_own_fields(tmp_path, unpatched):
@@ -170,6 +170,7 @@ PARSE_ERRORS = {
     "no such method": (["--moe-method", "other"], "moe_method='other'"),
     "adapters": (["--enable-lora"], "enable_lora=True"),
     "expert parallelism": (["--enable-expert-parallel"], "enable_expert_parallel=True"),
+    "pipeline parallelism": (["--pipeline-parallel-size", "2"], "pipeline_parallel_size=2"),
     "weight offloading": (["--cpu-offload-gb", "1"], "cpu_offload_gb=1"),
 }
 
@@ -243,3 +244,22 @@ for model, config in (folder / "llama", {{}}), ({str(TINY_MIXTRAL)!r}, {{"store_
     assert len(refused) == 2, run.stderr[-2000:]
     assert "has no routed experts; remove moe_method" in refused[0]
     assert "another model" in refused[1] and "store_dir" in refused[1]
+
+
+def test_a_scheduler_that_does_not_listen_is_named():
+    code = f"""
+import logging
+from vllm.engine.arg_utils import EngineArgs
+from vllm_adapmoe.integration.scheduler import ExpertCacheScheduler
+from vllm_adapmoe.integration.switch import heeds_worker
+class Derived(ExpertCacheScheduler): pass
+for scheduler in ("vllm.v1.core.sched.scheduler.Scheduler", Derived):
+    config = EngineArgs(
+        model={str(TINY_MIXTRAL)!r}, skip_tokenizer_init=True, moe_method="adapmoe", scheduler_cls=scheduler
+    ).create_engine_config()
+    print("heeds:", heeds_worker(config.scheduler_config.scheduler_cls))
+"""
+    run = python(code, VLLM_LOGGING_LEVEL="WARNING")
+    assert [line for line in run.stdout.splitlines() if line.startswith("heeds:")] == ["heeds: False", "heeds: True"]
+    warnings = [line for line in (run.stdout + run.stderr).splitlines() if "no vllm:adapmoe metrics" in line]
+    assert len(warnings) == 1 and "scheduler_cls=vllm.v1.core.sched.scheduler.Scheduler" in warnings[0]

@@ -127,6 +127,7 @@ def test_demand_overtakes_speculation_between_tiles():
     moved = 25 / 16  # the 25th tile has begun when layer 1 asks
     assert result.seconds == pytest.approx(4 + moved + 4 + 1.53)
     assert result.stats["wasted_bytes"] == 25 * LEAST_TILE_BYTES  # cancelled at its end: its layer has come
+    assert (result.stats["prefetches_cancelled"], result.stats["prefetches_wasted"]) == (1, 0)
 
 
 def test_speculation_keeps_demand_waiting_no_longer_than_a_quarter_of_a_millisecond():

@@ -42,13 +42,14 @@ def measure_link(record_bytes: int, store_dir: Path | None = None) -> tuple[floa
         AdapMoEError: that disk has no room for the temporary file, or cannot be written.
     """
     if torch.cuda.is_available():
-        return _measure_copies(record_bytes), f"copies to {torch.cuda.get_device_name()} from page-locked memory"
+        return measure_copies(record_bytes), f"copies to {torch.cuda.get_device_name()} from page-locked memory"
     folder = pack_folder(store_dir)
     there = next(one for one in (folder, *folder.absolute().parents) if one.is_dir())
-    return _measure_reads(record_bytes, there), "direct reads from the disk of the packed files"
+    return measure_reads(record_bytes, there), "direct reads from the disk of the packed files"
 
 
-def _measure_copies(record_bytes: int) -> float:
+def measure_copies(record_bytes: int) -> float:
+    """Bytes per second of copies from page-locked memory to the CUDA device."""
     count = max(RECORDS, COPY_BYTES // record_bytes)
     source = aligned_empty(record_bytes, pin=True)
     destination = torch.empty(record_bytes, dtype=torch.uint8, device="cuda")
@@ -61,7 +62,12 @@ def _measure_copies(record_bytes: int) -> float:
     return count * record_bytes / _seconds(copy, "Copying to the device")
 
 
-def _measure_reads(record_bytes: int, folder: Path) -> float:
+def measure_reads(record_bytes: int, folder: Path) -> float:
+    """Bytes per second of direct reads of a temporary file in `folder`.
+
+    Raises:
+        AdapMoEError: no room for it, or it cannot be written.
+    """
     count = max(RECORDS, COPY_BYTES // record_bytes)
     nbytes = count * record_bytes
     free = shutil.disk_usage(folder).free

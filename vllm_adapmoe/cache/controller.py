@@ -32,6 +32,10 @@ class CacheStats:
     """Speculative loads begun."""
     prefetch_hits: int = 0
     """Of the hits, those that speculation had loaded for this event or an earlier one."""
+    prefetches_wasted: int = 0
+    """Of the speculative loads, those whose expert came, and left without being asked for."""
+    prefetches_cancelled: int = 0
+    """Of the speculative loads, those that the router's word stopped on their way."""
     fetched_bytes: int = 0
     """Bytes moved, on demand or not."""
     wasted_bytes: int = 0
@@ -148,6 +152,8 @@ class CacheController:
         if any(pool.staging for pool in self.pools):
             self.planner = PrefetchPlanner(shape.num_experts, shape.top_k, setup.lookahead, setup.max_experts)
         self.stats = CacheStats()
+        self.layer_hits, self.layer_misses = [0] * len(self.pool_of), [0] * len(self.pool_of)
+        """What `stats` counts as hits and misses, of each layer."""
         self.staged: dict[ExpertKey, int] = {}
         """Bytes moved for what is staged: without a record's padding, where the store has none."""
         self.transfers: Transfers
@@ -155,6 +161,15 @@ class CacheController:
     def residency(self, layer: int) -> Residency:
         """Of the pool that holds the experts of `layer`."""
         return self.pools[self.pool_of[layer]]
+
+    def layer_residents(self) -> list[int]:
+        """Experts of each layer that are resident or on their way on demand; staged ones apart."""
+        return np.sum([pool.count for pool in self.pools], axis=0).tolist()
+
+    def layer_floors(self) -> list[int]:
+        """Slots that each layer is left with while others have more; empty where no layer has a claim."""
+        shares = [self.residency(layer).shares for layer in range(len(self.pool_of))]
+        return [int(share[layer]) for layer, share in enumerate(shares) if share is not None]
 
     def _share_out(self, curves: Sequence[np.ndarray] | None) -> None:
         """Gives every layer its floor. What one token needs stays free: a layer without a share streams through it."""
@@ -198,9 +213,12 @@ class CacheController:
             residency.policy.expect(layer, expected)
         request = residency.request(layer, experts, present)
         stats = self.stats
-        stats.hits += len(request.hits) + len(request.promoted)
+        hits, misses = len(request.hits) + len(request.promoted), len(request.loads) + len(request.awaited)
+        stats.hits += hits
+        self.layer_hits[layer] += hits
         stats.prefetch_hits += len(request.promoted)
-        stats.misses += len(request.loads) + len(request.awaited)
+        stats.misses += misses
+        self.layer_misses[layer] += misses
         stats.late += len(request.awaited)
         for load in request.promoted:
             del self.staged[load.key]
@@ -258,13 +276,15 @@ class CacheController:
 
     def _left(self, key: ExpertKey | None) -> None:
         """An expert has left its slot; what speculation had brought for nobody was of no use."""
-        if key is not None:
-            self.stats.wasted_bytes += self.staged.pop(key, 0)
+        if key in self.staged:
+            self.stats.prefetches_wasted += 1
+            self.stats.wasted_bytes += self.staged.pop(key)
 
     def transfer_ended(self, key: ExpertKey, moved: int, complete: bool) -> State:
         """A transfer has moved `moved` bytes, and all of them if `complete`; returns what the expert is now."""
         residency = self.residency(key[0])
         self.stats.fetched_bytes += moved
+        self.stats.prefetches_cancelled += residency.entries[key].cancelled
         if complete:
             state = residency.loaded(key)
         else:

@@ -26,7 +26,7 @@ class EngineFields:
 class StatsFields:
     """M2: what `SchedulerStats` gains, to carry counters of the worker to the front end."""
 
-    worker_stats: dict[str, float] | None = None
+    worker_stats: dict[str, float | list[float]] | None = None
 
 
 def adapmoe_settings(vllm_config: Any) -> Any:

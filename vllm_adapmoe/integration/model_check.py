@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 
 from vllm_adapmoe.cache.budget import ExpertShape, count_slots
@@ -27,13 +27,12 @@ def check_model(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
     experts, top_k = model.get_num_experts(), model.get_num_experts_per_tok()
     if not experts:
         raise AdapMoEError(f"model={model.model!r} has no routed experts; remove moe_method")
-    for setting, reason in _refused(vllm_config):
-        raise AdapMoEError(f"{setting} does not work with moe_method='adapmoe': {reason}")
+    for is_set, setting, reason in feature_checks(vllm_config):
+        if is_set:
+            raise AdapMoEError(f"{setting} does not work with moe_method='adapmoe': {reason}")
     layers = count_moe_layers(model.hf_text_config)
-    if layers is not None and vllm_config.parallel_config.pipeline_parallel_size == 1:
-        expert_bytes = (
-            _expert_bytes(model.hf_text_config, _itemsize(model.dtype)) if model.quantization is None else None
-        )
+    if layers is not None:
+        expert_bytes = expert_bytes_of(model)
         if expert_bytes is not None or config.cache_gb is None:
             shape = ExpertShape(layers * experts, expert_bytes or 1, top_k or 1)
             # Without a budget the worker counts, on the memory that it finds.
@@ -41,16 +40,18 @@ def check_model(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
     _check_store(config, vllm_config)
 
 
-def _refused(vllm_config: VllmConfig) -> list[tuple[str, str]]:
-    """(setting, reason and remedy) of everything set that experts in slots cannot do."""
+def feature_checks(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
+    """Everything that experts in slots cannot do: whether it is set, the setting, reason and remedy."""
     parallel, model, load = vllm_config.parallel_config, vllm_config.model_config, vllm_config.load_config
     offload, speculative = vllm_config.offload_config, vllm_config.speculative_config
     weights_move = "it moves weights that the expert cache moves already; remove it"
-    checks = [
+    return [
         (parallel.enable_eplb, "enable_eplb=True", "replicas of experts have no place in the slot map; remove it"),
         (parallel.enable_dbo, "enable_dbo=True", "two micro-batches would compete for the slots; remove it"),
         (parallel.enable_expert_parallel, "enable_expert_parallel=True",
          "slots are filled by this rank's routing alone; use tensor_parallel_size"),
+        (parallel.pipeline_parallel_size > 1, f"pipeline_parallel_size={parallel.pipeline_parallel_size}",
+         "a stage does not know which of the model's layers it holds; use tensor_parallel_size"),
         (parallel.data_parallel_size > 1, f"data_parallel_size={parallel.data_parallel_size}",
          "data-parallel ranks exchange tokens between experts; run one engine per replica"),
         (vllm_config.lora_config is not None, "enable_lora=True", "adapters of experts are not cached; remove it"),
@@ -65,17 +66,17 @@ def _refused(vllm_config: VllmConfig) -> list[tuple[str, str]]:
          f"speculative_config method={getattr(speculative, 'method', None)!r}",
          f"a draft model's experts are not cached; use one of {', '.join(sorted(DRAFTS_WITHOUT_EXPERTS))}"),
     ]  # fmt: skip
-    return [(setting, reason) for is_set, setting, reason in checks if is_set]
 
 
-def _expert_bytes(hf_config: Any, itemsize: int) -> int | None:
-    hidden = getattr(hf_config, "hidden_size", None)
-    intermediate = getattr(hf_config, "moe_intermediate_size", None) or getattr(hf_config, "intermediate_size", None)
-    return 3 * hidden * intermediate * itemsize if isinstance(hidden, int) and isinstance(intermediate, int) else None
-
-
-def _itemsize(dtype: Any) -> int:
-    return int(dtype.itemsize)
+def expert_bytes_of(model: ModelConfig) -> int | None:
+    """Of one expert, as far as the configuration tells: not where weights are quantised."""
+    config = model.hf_text_config
+    hidden = getattr(config, "hidden_size", None)
+    intermediate = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None)
+    if model.quantization is not None or not isinstance(hidden, int) or not isinstance(intermediate, int):
+        return None
+    dtype: Any = model.dtype
+    return 3 * hidden * intermediate * int(dtype.itemsize)
 
 
 def _check_store(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:

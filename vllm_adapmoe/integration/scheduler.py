@@ -13,6 +13,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_adapmoe.config import AdapMoEConfig
 from vllm_adapmoe.integration.compat import adapmoe_settings
+from vllm_adapmoe.integration.stats_outbox import StatsOutbox
 from vllm_adapmoe.scheduling.affinity import Decoding, held_back
 from vllm_adapmoe.scheduling.prefill import Waiting, hold_prefill
 from vllm_adapmoe.scheduling.prices import StepPrices
@@ -25,7 +26,6 @@ class ExpertCacheScheduler(Scheduler):
     It puts the worker's counters into the statistics of the step, and ends requests whose experts cannot be read.
     """
 
-    worker_stats: dict[str, float] | None = None
     held_prefill_steps = 0
     """Steps that left waiting prompts out."""
     held_tokens = 0
@@ -33,6 +33,7 @@ class ExpertCacheScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.outbox = StatsOutbox()
         self.holding = AdapMoEConfig.parse(adapmoe_settings(self.vllm_config)).scheduler
         self.prices = StepPrices()
         self._report: StepReport | None = None
@@ -124,7 +125,9 @@ class ExpertCacheScheduler(Scheduler):
     # What comes back
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        self.worker_stats = getattr(model_runner_output, "worker_stats", None)
+        if self.log_stats:
+            stats = getattr(model_runner_output, "worker_stats", None)
+            self.outbox.add(stats, scheduler_output.total_num_scheduled_tokens)
         report = getattr(model_runner_output, "expert_report", None)
         if report is not None:
             self._report = report
@@ -160,7 +163,7 @@ class ExpertCacheScheduler(Scheduler):
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
-            stats.worker_stats = self.worker_stats  # type: ignore[attr-defined]
+            stats.worker_stats = self.outbox.take(idle=not self.requests)  # type: ignore[attr-defined]
         return stats
 
 

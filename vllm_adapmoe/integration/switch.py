@@ -7,6 +7,7 @@ from typing import Any
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
+from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from vllm_adapmoe.allocation_plan import curves_of_profile
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
@@ -60,6 +61,20 @@ def switch_on(engine_args: Any, vllm_config: VllmConfig) -> None:
     scheduler = vllm_config.scheduler_config
     if scheduler.scheduler_cls is None:
         scheduler.scheduler_cls = SCHEDULERS[bool(scheduler.async_scheduling)]
+    elif not heeds_worker(scheduler.scheduler_cls):
+        logger.warning(
+            "scheduler_cls=%s is not one of %s: there will be no vllm:adapmoe metrics, and an expert that cannot be "
+            "read ends the engine instead of the request; derive it from one of them or remove it",
+            scheduler.scheduler_cls, ", ".join(SCHEDULERS.values()),
+        )  # fmt: skip
+
+
+def heeds_worker(scheduler_cls: Any) -> bool:
+    """Whether a scheduler, a class or the name of one, is made for what this worker reports."""
+    from vllm_adapmoe.integration.scheduler import ExpertCacheScheduler
+
+    cls = resolve_obj_by_qualname(scheduler_cls) if isinstance(scheduler_cls, str) else scheduler_cls
+    return isinstance(cls, type) and issubclass(cls, ExpertCacheScheduler)
 
 
 def _profile(config: AdapMoEConfig, vllm_config: VllmConfig) -> ModelProfile | None:

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import get_tensor_model_parallel_rank, get_tp_group
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
-from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_adapmoe.cache.budget import GiB
@@ -25,6 +24,8 @@ from vllm_adapmoe.integration.layers import CachedExperts
 from vllm_adapmoe.integration.loading import expert_loading
 from vllm_adapmoe.integration.lookahead import Lookahead
 from vllm_adapmoe.integration.probe import RoutingProbe, plain
+from vllm_adapmoe.integration.switch import heeds_worker
+from vllm_adapmoe.integration.worker_stats import StepStats, total_stats, with_attributes
 from vllm_adapmoe.loss_budget import LossBudget
 from vllm_adapmoe.scheduling.report import StepReport
 from vllm_adapmoe.scheduling.request_experts import RequestExperts, bits
@@ -47,13 +48,13 @@ class ExpertCacheWorker(Worker):
 
     expert_cache: ExpertCacheManager | None = None
     moe_layers: list[CachedExperts]
-    _report: StepReport | None
+    _step_report: StepReport | None
     """Of the step under way, until its output leaves."""
     lookahead: Lookahead | None = None
 
     def load_model(self, **kwargs: Any) -> None:
         config = self._config = AdapMoEConfig.parse(adapmoe_settings(self.vllm_config))
-        self._report, self._reported = None, CacheStats()
+        self._step_report, self._reported = None, CacheStats()
         with expert_loading(config, self.vllm_config) as loading:
             super().load_model(**kwargs)
             self.expert_cache = loading.finish()
@@ -63,8 +64,15 @@ class ExpertCacheWorker(Worker):
         self.heads = None if heads is None else NextTokenHeads.load(Path(heads["path"]), heads["hash"])
         self._look_ahead(config)
         self._watch_the_end()
+        group = get_tp_group()
+        self.step_stats = StepStats(
+            self.expert_cache, self.moe_layers, group.cpu_group if group.world_size > 1 else None
+        )
         self._failed: set[str] = set()
-        if self.vllm_config.parallel_config.world_size == 1:  # other ranks would not know, and go on
+        # Other ranks, or another scheduler, would not know, and go on.
+        if self.vllm_config.parallel_config.world_size == 1 and heeds_worker(
+            self.vllm_config.scheduler_config.scheduler_cls
+        ):
             for layer in self.moe_layers:
                 layer.on_failure = self._fail_requests
         if self.expert_cache is not None:
@@ -242,7 +250,7 @@ class ExpertCacheWorker(Worker):
             self._in_step = False
         self._keep_budget()
         if self._scheduled:
-            self._report = self._report_step(time.perf_counter() - start, scheduler_output.finished_req_ids)
+            self._step_report = self._report_step(time.perf_counter() - start, scheduler_output.finished_req_ids)
         return self._with_stats(output)
 
     def _report_step(self, seconds: float, finished: Collection[str]) -> StepReport | None:
@@ -296,30 +304,21 @@ class ExpertCacheWorker(Worker):
             row += rows
 
     def _with_stats(self, output: Any) -> Any:
-        if isinstance(output, ModelRunnerOutput):
-            output.worker_stats = self.expert_cache_stats()  # type: ignore[attr-defined]
-            output.expert_report = self._report  # type: ignore[attr-defined]
-            self._report = None
-            if self._failed:
-                output.failed_requests = sorted(self._failed)  # type: ignore[attr-defined]
-                self._failed.clear()
-        return output
+        return with_attributes(output, self._report)
+
+    def _report(self) -> dict[str, Any]:
+        """What the scheduler is told beside a step's tokens."""
+        report: dict[str, Any] = {"worker_stats": self.step_stats.step()}
+        if self._failed:
+            report["failed_requests"] = sorted(self._failed)
+            self._failed.clear()
+        if self._step_report is not None:
+            report["expert_report"], self._step_report = self._step_report, None
+        return report
 
     def expert_cache_stats(self) -> dict[str, float]:
-        """Counters since the start, and how many slots there are and are filled.
-
-        Empty where every expert fits and nothing is gated.
-        """
-        cache = self.expert_cache
-        gated = [layer.gate.stats for layer in self.moe_layers if layer.gate is not None]
-        if cache is None and not gated:
-            return {}
-        experts = sum(layer.local_num_experts for layer in self.moe_layers)
-        slots = {"slots": experts, "resident": experts}
-        if cache is not None:
-            slots = {"slots": cache.num_slots, "resident": cache.num_resident}
-        stats = CacheStats() if cache is None else cache.stats
-        return vars(stats) | {"demand_loads": stats.demand_loads} | slots | gates.total(gated)
+        """`total_stats` of this rank."""
+        return total_stats(self.expert_cache, self.moe_layers)
 
     def expert_bytes(self) -> int:
         """Of the largest expert."""

@@ -1,0 +1,53 @@
+"""`adapmoe doctor` on this machine and this installation, whole and spoilt."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY_MIXTRAL
+from transformers import LlamaConfig
+
+pytestmark = pytest.mark.engine
+
+
+def doctor(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [Path(sys.executable).parent / "adapmoe", "doctor", *map(str, arguments)],
+        capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"} | env,
+    )  # fmt: skip
+
+
+def test_plain_words(tmp_path):
+    (tmp_path / "experts-0-of-1.pack").write_bytes(b"no pack")
+    run = doctor("--model", TINY_MIXTRAL, "--store-dir", tmp_path)
+    assert run.returncode == 0, run.stdout + run.stderr[-2000:]
+    assert max(map(len, run.stdout.splitlines())) <= 80
+    words = " ".join(run.stdout.split())
+    for text in (
+        "the version that is tested", "takes --moe-method", "host memory available", "8 experts, 2 per token",
+        "passes the checks of a start", "What will work here", "What will not", "enable_lora", "first start packs anew",
+    ):  # fmt: skip
+        assert text in words
+
+
+def test_json_says_what_is_wrong(tmp_path):
+    LlamaConfig(
+        hidden_size=64, num_hidden_layers=1, intermediate_size=64, architectures=["LlamaForCausalLM"]
+    ).save_pretrained(tmp_path)
+    run = doctor("--json", "--model", tmp_path)
+    assert run.returncode == 1
+    told = json.loads(run.stdout)
+    assert told["serves"] is False
+    (problem,) = [one for one in told["findings"] if one["level"] == "problem"]
+    assert "has no routed experts" in problem["text"]
+
+
+def test_a_plugin_that_vllm_is_told_to_leave_out():
+    run = doctor("--model", "/no/such/model", VLLM_PLUGINS="another")
+    assert run.returncode == 1
+    words = " ".join(run.stdout.split())
+    assert "VLLM_PLUGINS=another leaves the plugin out" in words
+    assert "What will work here" not in words

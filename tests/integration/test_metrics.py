@@ -1,0 +1,134 @@
+"""Counters on `/metrics` are the worker's own, whatever stands between: several API servers, several ranks."""
+
+import json
+import os
+import sys
+import time
+import urllib.request
+
+import pytest
+from conftest import ROOT
+from openai import OpenAI
+
+from tests.integration.scenarios import ENGINE_ARGS, greedy, prompts
+from tests.integration.test_server import metrics
+from vllm_adapmoe.integration.engine import Engine
+from vllm_adapmoe.integration.metrics import ExpertCacheStatLogger
+from vllm_adapmoe.integration.worker_stats import with_attributes
+
+pytestmark = pytest.mark.engine
+
+sys.path.insert(0, str(ROOT / "examples"))
+
+EVENTS = {"expert_hits": "hits", "expert_misses": "misses", "prefetch_hits": "prefetch_hits", "prefetches_late": "late"}
+"""Counted within steps. A prefetch may go on after the last one, and its bytes are told with the next."""
+
+
+def of_worker(port: int) -> dict[str, float]:
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/collective_rpc", json.dumps({"method": "expert_cache_stats"}).encode(),
+        {"Content-Type": "application/json"},
+    )  # fmt: skip
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)["results"][0]
+
+
+def test_two_api_servers(tmp_path, monkeypatch):
+    """The engine tells one of them of a step. What they were told adds up."""
+    from demo import Server
+
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")  # for /collective_rpc
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    config = {"cache_experts": 24, "store_dir": str(tmp_path / "store"), "allocation": "trace"}
+    flags = ["--moe-method", "adapmoe", "--adapmoe-config", json.dumps(config), "--api-server-count", "2"]
+    with Server("server", tmp_path, "--enforce-eager", *flags) as server:
+        server.wait()
+        for number in range(12):  # each in a connection of its own, which either of the two may take
+            with OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none") as client:
+                client.completions.create(model="tiny-mixtral", prompt=f"def f{number}(", max_tokens=6, temperature=0)
+        expected = of_worker(server.port)
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            counted = metrics(server.port)
+            told = {key: counted[f"vllm:adapmoe_{name}_total"] for name, key in EVENTS.items()}
+            if told == {key: expected[key] for key in told}:
+                break
+            time.sleep(0.1)
+        assert told == {key: expected[key] for key in told}
+        assert told["hits"] > 0 and told["misses"] > 0
+        assert counted["vllm:adapmoe_layer_hits_total"] == told["hits"], "all layers together"
+        assert counted["vllm:adapmoe_layer_misses_total"] == told["misses"]
+        assert 0 < counted["vllm:adapmoe_fetched_bytes_total"] <= expected["fetched_bytes"]
+        assert counted["vllm:adapmoe_fetch_stall_seconds_sum"] == pytest.approx(expected["stall_seconds"])
+        assert counted["vllm:adapmoe_fetch_stall_seconds_count"] == 12 * 6, "steps"
+        assert counted["vllm:adapmoe_slots"] == 24
+        assert counted["vllm:adapmoe_layer_slot_floor"] > 0
+        assert 20 <= counted["vllm:adapmoe_layer_resident_experts"] <= counted["vllm:adapmoe_resident_experts"] <= 24
+        assert 1e6 < counted["vllm:adapmoe_link_bandwidth_bytes_per_second"] < 1e12
+    log = (tmp_path / "server.log").read_text()
+    assert "Started server process" in log
+    assert "hit rate" not in log, "each of two servers would log a part as if it were all"
+
+
+def test_two_ranks(tiny_model, monkeypatch):
+    """Every rank's shards count; a step waits for the slowest rank; starting over loses and repeats nothing."""
+    cores = sorted(os.sched_getaffinity(0))
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
+    config = {"cache_fraction": 0.5}
+    args = ENGINE_ARGS | {"enforce_eager": True, "tensor_parallel_size": 2}
+    with Engine(tiny_model("mixtral"), config, **args) as engine:
+        core = engine.llm.llm_engine
+        counter = ExpertCacheStatLogger(core.vllm_config)
+        counter.log_engine_initialized()
+        core.logger_manager.stat_loggers.append(counter)
+
+        def run(output_tokens: int) -> list[dict[str, float]]:
+            params = greedy()
+            params.max_tokens = output_tokens
+            engine.llm.generate([{"prompt_token_ids": prompts(1, 128, seed=4)[0]}], params, use_tqdm=False)
+            return engine.llm.collective_rpc("expert_cache_stats")
+
+        def told() -> dict[str, float]:
+            return {key: counter.counted[key] for key in ("hits", "misses", "late", "prefetch_hits", "stall_seconds")}
+
+        def expected(ranks: list[dict[str, float]], before: dict[str, float]) -> dict[str, float]:
+            return {key: before[key] + sum(one[key] for one in ranks) for key in before if key != "stall_seconds"}
+
+        first = run(8)
+        assert all(one["hits"] > 0 and one["misses"] > 0 for one in first)
+        run(1)  # a step: the ranks tell each other of the one before while it runs
+        none = dict.fromkeys(told(), 0.0)
+        assert told() | {"stall_seconds": 0} == expected(first, none) | {"stall_seconds": 0}
+        longest, all_together = (function(one["stall_seconds"] for one in first) for function in (max, sum))
+        assert longest <= told()["stall_seconds"] <= all_together
+        assert counter.gauges["slots"] == sum(one["slots"] for one in first)
+        before_restart = engine.llm.collective_rpc("expert_cache_stats")
+        engine.call("set_cache", config)
+        again = run(8)
+        run(1)
+        both = expected(again, expected(before_restart, none))
+        assert told() | {"stall_seconds": 0} == both | {"stall_seconds": 0}
+
+
+def test_an_output_that_is_still_on_its_way():
+    """As a CUDA device gives it, with asynchronous scheduling: the report is of its step, and nothing is waited for."""
+    from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
+
+    class OnItsWay(AsyncModelRunnerOutput):
+        def get_output(self) -> ModelRunnerOutput:
+            waited.append(self)
+            return ModelRunnerOutput(req_ids=["a"], req_id_to_index={"a": 0})
+
+    waited: list[object] = []
+    steps = iter(range(10))
+
+    def report() -> dict[str, int]:
+        return {"worker_stats": next(steps)}
+
+    first = with_attributes(OnItsWay(), report)
+    second = with_attributes(ModelRunnerOutput(req_ids=["b"], req_id_to_index={"b": 0}), report)
+    assert with_attributes(None, report) is None, "not the end of a step"
+    third = with_attributes(EMPTY_MODEL_RUNNER_OUTPUT, report)
+    assert not waited
+    assert (first.get_output().worker_stats, second.worker_stats, third.worker_stats) == (0, 1, 2)
+    assert not hasattr(EMPTY_MODEL_RUNNER_OUTPUT, "worker_stats")

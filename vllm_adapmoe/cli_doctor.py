@@ -1,0 +1,57 @@
+"""`adapmoe doctor`."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from vllm_adapmoe.doctor.finding import Finding, print_findings, serves
+
+
+def doctor(
+    model: Annotated[
+        str | None, typer.Option(help="Folder of a checkpoint, or the name of a downloaded model, to check as well.")
+    ] = None,
+    store_dir: Annotated[Path | None, typer.Option(help="Folder of the packed files; default: vLLM's cache.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Checks installation, machine, disk and, if named, a model: what will and will not work here, and what helps.
+
+    Exit code 1 if something keeps models from being served.
+    """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    findings = list(_findings(model, store_dir))
+    if as_json:
+        typer.echo(json.dumps({"serves": serves(findings), "findings": [asdict(one) for one in findings]}, indent=1))
+    else:
+        print_findings(findings, Console())
+    raise typer.Exit(0 if serves(findings) else 1)
+
+
+def _findings(model: str | None, store_dir: Path | None) -> Iterator[Finding]:
+    from vllm_adapmoe.doctor.disk import check_disk
+    from vllm_adapmoe.doctor.machine import check_extras, check_machine
+
+    try:
+        from vllm_adapmoe.integration.doctor import check_installation, check_model, device_type
+    except Exception as error:  # whatever an installation that does not fit raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        yield Finding(
+            "Installation", "problem", f"vLLM cannot be imported ({reason})",
+            "install it as the README says, in the environment of this command",
+        )  # fmt: skip
+        return
+    yield from check_installation()
+    device = device_type()
+    if device in ("cpu", "cuda"):
+        yield from check_machine(device)
+        yield from check_disk(store_dir, needed=device == "cpu")
+        if model is not None:
+            yield from check_model(model, store_dir)
+    yield from check_extras()

@@ -1,0 +1,1 @@
+"""`adapmoe doctor`: what will and will not work on this machine."""

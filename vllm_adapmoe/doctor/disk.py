@@ -1,0 +1,80 @@
+"""Checks of the folder that packed files are in."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from vllm_adapmoe.bench.link import measure_reads, pack_folder
+from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.doctor.finding import Finding, Level
+from vllm_adapmoe.store.direct_io import open_direct, read_full, write_full
+from vllm_adapmoe.store.record import ALIGNMENT, aligned_empty
+
+GiB = 1 << 30
+SECTION = "Disk of the packed files"
+RECORD_BYTES = 3 << 20
+SLOW = 0.5e9
+"""Bytes per second below which fetching is likely to be most of what a token takes."""
+
+
+def check_disk(store_dir: Path | None, needed: bool) -> Iterator[Finding]:
+    """Whether experts can be packed there and read past the page cache, and how fast.
+
+    Args:
+        store_dir: as in `adapmoe_config`; None: vLLM's cache.
+        needed: packed files are the default here. Otherwise what is wrong is a note.
+    """
+    folder = pack_folder(store_dir).absolute()
+    wrong: Level = "problem" if needed or store_dir is not None else "note"
+    there = next(one for one in (folder, *folder.parents) if one.exists())
+    remedy = "name another folder with --store-dir, and as store_dir in adapmoe_config"
+    try:
+        with tempfile.TemporaryDirectory(dir=there, prefix="adapmoe-doctor-") as temporary:
+            direct = _reads_directly(Path(temporary) / "block")
+    except OSError as error:
+        yield Finding(
+            SECTION, wrong, f"{folder} cannot be written ({error.strerror})", remedy,
+            fails="packed files (store=file): nowhere to write them",
+        )  # fmt: skip
+        return
+    free = shutil.disk_usage(there).free
+    exists = "" if folder == there else f", to be made in {there}"
+    yield Finding(SECTION, "ok", f"{folder}{exists}: writable, {free / GiB:.1f} GiB free")
+    if direct:
+        yield Finding(SECTION, "ok", "direct I/O works")
+    else:
+        yield Finding(
+            SECTION, "note", "no direct I/O: experts pass through the page cache, whose pages are given back at once",
+            "a file system like ext4 or xfs on a local disk has it",
+            fails="reading experts without the page cache (no direct I/O in this folder)",
+        )  # fmt: skip
+    try:
+        bandwidth = measure_reads(RECORD_BYTES, there)
+    except AdapMoEError:
+        yield Finding(SECTION, wrong, f"no room to measure: {free / GiB:.2f} GiB free", remedy)
+        return
+    how = "direct reads" if direct else "reads, perhaps from memory"
+    text = f"{bandwidth / 1e9:.2f} GB/s in {how} of 3 MiB"
+    yield Finding(
+        SECTION, "ok" if bandwidth >= SLOW else "note", text,
+        "" if bandwidth >= SLOW else "fetching will be most of what a token takes; a local NVMe disk helps",
+        works=f"experts in packed files, fetched at {bandwidth / 1e9:.2f} GB/s (store=file)",
+    )  # fmt: skip
+
+
+def _reads_directly(path: Path) -> bool:
+    """Writes a block and reads it back; whether past the page cache.
+
+    Raises:
+        OSError: neither.
+    """
+    block = aligned_empty(ALIGNMENT).fill_(7)
+    fd, direct = open_direct(path, os.O_RDWR | os.O_CREAT)
+    try:
+        write_full(fd, block, 0)
+        read_full(fd, [block], 0)
+    finally:
+        os.close(fd)
+    return direct

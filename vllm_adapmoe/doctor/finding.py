@@ -1,0 +1,62 @@
+"""What a check found, and how it is shown."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+Level = Literal["ok", "note", "problem"]
+COLOURS = {"ok": "green", "note": "yellow", "problem": "bold red"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. A `problem` keeps models from being served; a `note` does not."""
+
+    section: str
+    level: Level
+    text: str
+    remedy: str = ""
+    works: str = ""
+    """What will work for it, if that says something to a user."""
+    fails: str = ""
+    """What will not."""
+
+
+def serves(findings: Sequence[Finding]) -> bool:
+    """Whether nothing keeps models from being served."""
+    return all(finding.level != "problem" for finding in findings)
+
+
+def print_findings(findings: Sequence[Finding], console: Console) -> None:
+    """Section by section, then what will and will not work."""
+    section = ""
+    for finding in findings:
+        if finding.section != section:
+            section = finding.section
+            console.print(Text(section, "bold"))
+        table = _rows()
+        table.add_row(Text(finding.level, COLOURS[finding.level]), Text(finding.text))
+        if finding.remedy:
+            table.add_row("", Text(finding.remedy, "italic"))
+        console.print(table)
+    for title, texts in (
+        ("What will work here", [one.works for one in findings if one.works] if serves(findings) else []),
+        ("What will not", [one.fails or one.text for one in findings if one.fails or one.level == "problem"]),
+    ):
+        if texts:
+            console.print(Text(title, "bold"))
+            table = _rows()
+            for text in texts:
+                table.add_row("-", Text(text))
+            console.print(table)
+
+
+def _rows() -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    table.add_column(width=7, justify="right")
+    table.add_column()
+    return table

@@ -1,0 +1,143 @@
+"""Checks of the machine: memory, cores, limits, packages that some commands want."""
+
+import ctypes
+import importlib.util
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import torch
+
+from vllm_adapmoe.bench.link import measure_copies
+from vllm_adapmoe.doctor.finding import Finding
+
+GiB = 1 << 30
+SECTION = "Machine"
+PINNED_BYTES = 1 << 26
+SHARED_BYTES = 1 << 28
+"""What vLLM's processes pass to each other through shared memory, at most."""
+OPEN_FILES = 4096
+EXTRAS = {
+    "matplotlib": ("plots of bench, plan, evaluate and simulate", "pip install vllm-adapmoe[plot]"),
+    "llama_cpp": ("llama.cpp in adapmoe bench peers", "pip install vllm-adapmoe[peers]"),
+    "accelerate": ("transformers in adapmoe bench peers", "pip install vllm-adapmoe[peers]"),
+    "ray": ("serving with Ray Serve LLM", "pip install ray[serve]"),
+}
+
+
+def check_machine(device: str) -> Iterator[Finding]:
+    """Args: device: `cpu` or `cuda`, what vLLM runs on."""
+    yield from _device(device)
+    yield from _memory()
+    cores, nodes = len(os.sched_getaffinity(0)), len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))
+    quota = _cpu_quota()
+    limit = "" if quota is None else f", limited to the time of {quota:.1f}"
+    yield Finding(SECTION, "ok", f"{cores} cores{limit}, {max(1, nodes)} NUMA node{'s' if nodes > 1 else ''}")
+    yield from _limits()
+
+
+def _device(device: str) -> Iterator[Finding]:
+    if device == "cpu":
+        if torch.cuda.is_available():
+            yield Finding(
+                SECTION, "note", f"{torch.cuda.get_device_name()} is there, but this vLLM is for the CPU",
+                "install vLLM for CUDA to use it", fails="the GPU is not used: this vLLM is for the CPU",
+            )  # fmt: skip
+        yield Finding(SECTION, "ok", "runs on the CPU; slots are in host memory, which needs no pinning")
+        try:
+            ctypes.CDLL("libnuma.so.1")
+        except OSError:
+            yield Finding(
+                SECTION,
+                "problem",
+                "libnuma is missing, which vLLM's CPU kernels load",
+                "on Debian: apt install libnuma1",
+            )
+        return
+    free, total = torch.cuda.mem_get_info()
+    yield Finding(
+        SECTION, "ok" if free > total / 2 else "note",
+        f"runs on {torch.cuda.get_device_name()}, {free / GiB:.1f} of {total / GiB:.1f} GiB free",
+    )  # fmt: skip
+    try:
+        torch.empty(PINNED_BYTES, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError as error:
+        yield Finding(
+            SECTION, "problem", f"no page-locked host memory ({_first_line(error)})",
+            "allow the process more locked memory: ulimit -l unlimited, docker run --ulimit memlock=-1",
+        )  # fmt: skip
+        return
+    bandwidth = measure_copies(PINNED_BYTES)
+    yield Finding(
+        SECTION, "ok", f"page-locked memory works; copies to the device at {bandwidth / 1e9:.1f} GB/s",
+        works=f"experts in host memory, fetched at {bandwidth / 1e9:.1f} GB/s (store=host)",
+    )  # fmt: skip
+
+
+def _memory() -> Iterator[Finding]:
+    memory, limit = psutil.virtual_memory(), memory_limit()
+    text = f"{memory.available / GiB:.1f} of {memory.total / GiB:.1f} GiB of host memory available"
+    if limit is None:
+        yield Finding(SECTION, "ok", text)
+        return
+    yield Finding(
+        SECTION, "ok" if limit >= memory.available else "note",
+        f"{text}; the control group allows {limit / GiB:.1f} GiB, page cache included",
+        "" if limit >= memory.available else "set cache_gb so that the process stays below the limit",
+    )  # fmt: skip
+
+
+def memory_limit() -> int | None:
+    """Bytes that this process's control group, or one above it, may use; None: no limit is set."""
+    limits = []
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root = Path("/sys/fs/cgroup") / controllers
+        name = "memory.limit_in_bytes" if controllers else "memory.max"
+        folder = root / path.lstrip("/")
+        for one in (folder, *folder.parents):
+            if (one / name).is_file() and (text := (one / name).read_text().strip()) != "max":
+                limits.append(int(text))
+    least = min(limits, default=None)
+    return None if least is None or least > psutil.virtual_memory().total else least
+
+
+def _cpu_quota() -> float | None:
+    path = Path("/sys/fs/cgroup/cpu.max")
+    if not path.is_file():
+        return None
+    quota, period = path.read_text().split()
+    return None if quota == "max" else int(quota) / int(period)
+
+
+def _limits() -> Iterator[Finding]:
+    shm = os.statvfs("/dev/shm") if Path("/dev/shm").is_dir() else None
+    free = 0 if shm is None else shm.f_bavail * shm.f_frsize
+    yield Finding(
+        SECTION, "ok" if free >= SHARED_BYTES else "note", f"{free / GiB:.2f} GiB of shared memory free (/dev/shm)",
+        "" if free >= SHARED_BYTES else "vLLM's processes talk through it; docker run --shm-size 1g, or --ipc host",
+    )  # fmt: skip
+    locked, (_, files) = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0], resource.getrlimit(resource.RLIMIT_NOFILE)
+    text = "unlimited" if locked == resource.RLIM_INFINITY else f"{locked / GiB:.2f} GiB"
+    many = files == resource.RLIM_INFINITY or files >= OPEN_FILES
+    yield Finding(
+        SECTION, "ok" if many else "note", f"limits: {text} of locked memory, {files} open files",
+        "" if many else "many connections need more open files: ulimit -n 65536",
+    )  # fmt: skip
+
+
+def check_extras() -> Iterator[Finding]:
+    """Packages that single commands want."""
+    for module, (purpose, install) in EXTRAS.items():
+        if importlib.util.find_spec(module) is None:
+            yield Finding("Extras", "note", f"{module} is not installed, for {purpose}", install)
+        else:
+            yield Finding("Extras", "ok", f"{module}, for {purpose}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

