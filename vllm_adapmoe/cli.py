@@ -10,6 +10,7 @@ from rich.console import Console
 from vllm_adapmoe.bench.record import write
 from vllm_adapmoe.cli_options import Batch, Model, Output, OutputTokens, PromptTokens, Rounds, Text, numbers
 from vllm_adapmoe.cli_plan import plan, transfer
+from vllm_adapmoe.cli_serve import serve, soak
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Expert offloading for vLLM.")
@@ -17,6 +18,8 @@ bench = typer.Typer(no_args_is_help=True, help="Side-by-side measurements; each 
 app.add_typer(bench, name="bench")
 app.command()(plan)
 bench.command()(transfer)
+bench.command()(serve)
+bench.command()(soak)
 
 
 @app.command()
