@@ -120,5 +120,5 @@ def soak(
     print_soak(result, Console())
     if output is not None:
         write(output, result)
-    if not all(result["verdict"].values()):
+    if False in result["verdict"].values():
         raise typer.Exit(1)

@@ -7,7 +7,7 @@ import pytest
 from conftest import TINY_MIXTRAL
 
 from vllm_adapmoe.bench import serve_load
-from vllm_adapmoe.bench.serve import configurations, counted, point, turned
+from vllm_adapmoe.bench.serve import configurations, point, turned
 from vllm_adapmoe.bench.serve_bound import least_bytes
 from vllm_adapmoe.bench.server import parse_metrics
 from vllm_adapmoe.cache.controller import CacheSetup
@@ -99,11 +99,11 @@ vllm:iteration_tokens_total_count{{engine="0"}} {steps}
 def test_counters_of_one_load(name):
     before, after = (parse_metrics(page(*values, name)) for values in ((10, 5, 1.5, 20), (40, 15, 3.5, 70)))
     assert before["vllm:adapmoe_expert_hits_total"] == 11
-    figures = counted(before, after, {"output_tokens": 100.0, "seconds": 8.0})
+    figures = serve_load.counted(before, after, {"output_tokens": 100.0, "seconds": 8.0})
     assert figures["hit_rate"] == 0.75
     assert figures["stall_share"] == 0.25
     assert figures["steps_per_output_token"] == 0.5
-    stock = counted({}, {"vllm:iteration_tokens_total_count": 5.0}, {"output_tokens": 10.0, "seconds": 1.0})
+    stock = serve_load.counted({}, {"vllm:iteration_tokens_total_count": 5.0}, {"output_tokens": 10.0, "seconds": 1.0})
     assert stock == {"steps_per_output_token": 0.5, "preemptions": 0.0}
 
 

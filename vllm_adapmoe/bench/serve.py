@@ -1,8 +1,6 @@
 """Real servers under vLLM's own load: the plugin beside itself without its scheduler, on demand with LRU, and stock."""
 
 import math
-import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +11,9 @@ from tqdm import tqdm
 
 from vllm_adapmoe.bench.record import package_version, spread
 from vllm_adapmoe.bench.residency import ON_DEMAND
-from vllm_adapmoe.bench.serve_bound import bound
-from vllm_adapmoe.bench.serve_load import FIGURES, check_packages, domains, load, mixed_prompts, write_dataset
-from vllm_adapmoe.bench.server import Server
+from vllm_adapmoe.bench.serve_bound import bound, record, recording
+from vllm_adapmoe.bench.serve_load import FIGURES, check_packages, domains, measure, mixed_prompts
+from vllm_adapmoe.bench.server import KV_CACHE_BYTES, Server
 from vllm_adapmoe.bench.workload import ratios
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 
@@ -26,10 +24,8 @@ nothing is fetched ahead, nothing gated, vLLM's order. `stock`: without the plug
 BASELINES = ("vllm_order", "on_demand_lru", "stock")
 OVERLOAD = 1.2
 """Offered load, of what the fastest contender answers when requests wait for it: enough to keep it busy."""
-WARM_TOKENS = 8
 SPARE_TOKENS = 32
 """Of a prompt's length: text that was cut from the middle may come back from the tokenizer as more tokens."""
-KV_CACHE_BYTES = 256 << 20
 COMPARED = ("output_tokens_per_second", "ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "tpot_p99_ms", "itl_p99_ms")
 COUNTED = (
     "hit_rate", "fetched_bytes_per_output_token", "stall_share", "steps_per_output_token", "preemptions",
@@ -120,57 +116,6 @@ class Field:
             server.pause()
 
 
-def measure(
-    server: Server,
-    model: Path,
-    prompts: list[tuple[str, list[int]]],
-    tokens: int,
-    concurrency: int,
-    rate: float,
-    seed: int,
-) -> dict[str, float]:
-    """Warms a server with the beginnings of the answers, then loads it: figures, and what its counters say of them."""
-    dataset = server.log.with_name(f"{server.name}.jsonl")
-    write_dataset(dataset, model, prompts, tokens)
-    with ThreadPoolExecutor(concurrency) as pool:
-        warm = [
-            pool.submit(server.complete, prompt=ids, max_tokens=WARM_TOKENS, ignore_eos=True)
-            for _, ids in prompts[:concurrency]
-        ]
-        for one in warm:
-            one.result()
-    before = server.metrics()
-    started = time.monotonic()
-    figures = load(server, dataset, len(prompts), concurrency, rate, seed)
-    return figures | counted(before, server.metrics(), figures) | {"started": started}
-
-
-def counted(before: dict[str, float], after: dict[str, float], figures: dict[str, float]) -> dict[str, float]:
-    """What a server's counters say of a load; the cache's are left out where there is none."""
-
-    def of(*names: str) -> float | None:
-        name = next((name for name in names if name in after), None)
-        return None if name is None else after[name] - before.get(name, 0.0)
-
-    tokens = max(1.0, figures["output_tokens"])
-    result = {
-        "steps_per_output_token": (of("vllm:iteration_tokens_total_count") or 0.0) / tokens,
-        "preemptions": of("vllm:num_preemptions_total") or 0.0,
-    }
-    hits, misses = of("vllm:adapmoe_expert_hits_total"), of("vllm:adapmoe_expert_misses_total")
-    if hits is None or misses is None:
-        return result
-    stall = of("vllm:adapmoe_fetch_stall_seconds_sum", "vllm:adapmoe_fetch_stall_seconds_total") or 0.0
-    return result | {
-        "hit_rate": hits / (hits + misses) if hits + misses else 1.0,
-        "fetched_bytes_per_output_token": (of("vllm:adapmoe_fetched_bytes_total") or 0.0) / tokens,
-        "fetched_bytes": of("vllm:adapmoe_fetched_bytes_total") or 0.0,
-        "fetch_seconds": of("vllm:adapmoe_fetch_seconds_total") or 0.0,
-        "stall_seconds": stall,
-        "stall_share": stall / figures["seconds"],
-    }
-
-
 def run_serve(
     model: Path,
     cache: dict[str, Any],
@@ -210,7 +155,7 @@ def run_serve(
     rounds: dict[int, dict[str, list[dict[str, float]]]] = {
         number: {name: [] for name in configs} for number in wanted.concurrency
     }
-    bounds: dict[str, dict[str, float]] = {}
+    bounds: dict[str, dict[str, Any]] = {}
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         with ExitStack() as stack:
@@ -231,21 +176,14 @@ def run_serve(
                         )  # fmt: skip
                         progress.update()
                     turn += 1
-        if with_bound:
+        if with_bound and cache.get("cache_fraction") != 1.0:
             concurrency = min(wanted.concurrency, key=lambda one: abs(one - BOUND_CONCURRENCY))
             for name in [name for name in ("ours", "vllm_order") if name in configs]:
-                config = configs[name]
-                assert config is not None
-                trace = folder / f"{name}.trace"
-                recording = config | {"trace_out": str(trace), "trace_mib": 4096}
-                with Server(f"{name}-recorded", model, folder, recording, flags) as server:
-                    run = measure(
-                        server, model, prompts(concurrency, 0), wanted.output_tokens, concurrency, rates[concurrency], 0
-                    )
-                    slots = int(server.metrics()["vllm:adapmoe_slots"])
-                link = config.get("link_gbps")
+                made = Server(f"{name}-recorded", model, folder, recording(configs[name], folder / name), flags)
+                asked = prompts(concurrency, 0)
+                run = record(made, model, asked, wanted.output_tokens, concurrency, rates[concurrency])
                 bounds[name] = {"concurrency": concurrency} | bound(
-                    trace, slots, run, rounds[concurrency][name], None if link is None else link * 1e9
+                    folder / name, run, rounds[concurrency][name], cache.get("link_gbps")
                 )
     return {
         "benchmark": "serve",

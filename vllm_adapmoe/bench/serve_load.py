@@ -4,6 +4,8 @@ import json
 import math
 import random
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ PACKAGES = ("aiohttp", "pandas")
 """What `vllm bench serve` needs beside vLLM's own dependencies."""
 HELD_OUT = Path(__file__).parents[2] / "examples" / "tiny_mixtral" / "heldout"
 LEAST_DOMAINS = 3
+WARM_TOKENS = 8
 
 
 FIGURES = {
@@ -149,4 +152,55 @@ def parse_result(result: dict[str, Any]) -> dict[str, float]:
     return {name: float(result[key]) for name, key in FIGURES.items()} | {
         "mean_concurrency": sum(result["latencies"]) / result["duration"],
         "mean_client_queue_ms": 1e3 * sum(waited) / max(1, len(waited)),
+    }
+
+
+def measure(
+    server: Server,
+    model: Path,
+    prompts: list[tuple[str, list[int]]],
+    tokens: int,
+    concurrency: int,
+    rate: float,
+    seed: int,
+) -> dict[str, float]:
+    """Warms a server with the beginnings of the answers, then loads it: figures, and what its counters say of them."""
+    dataset = server.log.with_name(f"{server.name}.jsonl")
+    write_dataset(dataset, model, prompts, tokens)
+    with ThreadPoolExecutor(concurrency) as pool:
+        warm = [
+            pool.submit(server.complete, prompt=ids, max_tokens=WARM_TOKENS, ignore_eos=True)
+            for _, ids in prompts[:concurrency]
+        ]
+        for one in warm:
+            one.result()
+    before = server.metrics()
+    started = time.monotonic()
+    figures = load(server, dataset, len(prompts), concurrency, rate, seed)
+    return figures | counted(before, server.metrics(), figures) | {"started": started, "ended": time.monotonic()}
+
+
+def counted(before: dict[str, float], after: dict[str, float], figures: dict[str, float]) -> dict[str, float]:
+    """What a server's counters say of a load; the cache's are left out where there is none."""
+
+    def of(*names: str) -> float | None:
+        name = next((name for name in names if name in after), None)
+        return None if name is None else after[name] - before.get(name, 0.0)
+
+    tokens = max(1.0, figures["output_tokens"])
+    result = {
+        "steps_per_output_token": (of("vllm:iteration_tokens_total_count") or 0.0) / tokens,
+        "preemptions": of("vllm:num_preemptions_total") or 0.0,
+    }
+    hits, misses = of("vllm:adapmoe_expert_hits_total"), of("vllm:adapmoe_expert_misses_total")
+    if hits is None or misses is None:
+        return result
+    stall = of("vllm:adapmoe_fetch_stall_seconds_sum", "vllm:adapmoe_fetch_stall_seconds_total") or 0.0
+    return result | {
+        "hit_rate": hits / (hits + misses) if hits + misses else 1.0,
+        "fetched_bytes_per_output_token": (of("vllm:adapmoe_fetched_bytes_total") or 0.0) / tokens,
+        "fetched_bytes": of("vllm:adapmoe_fetched_bytes_total") or 0.0,
+        "fetch_seconds": of("vllm:adapmoe_fetch_seconds_total") or 0.0,
+        "stall_seconds": stall,
+        "stall_share": stall / figures["seconds"],
     }

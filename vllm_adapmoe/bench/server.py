@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,6 +22,8 @@ from vllm_adapmoe.config import AdapMoEError
 
 START_SECONDS = 900
 """That a server may take to answer: it may have to pack its experts and to compile."""
+KV_CACHE_BYTES = 256 << 20
+"""Of a server, so that several can live at once: vLLM would take nearly all memory."""
 VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 
 
@@ -42,7 +45,7 @@ class Server:
         flags: further arguments of `vllm serve`.
 
     Raises:
-        AdapMoEError: it does not start, with the last line of its log.
+        AdapMoEError: it does not start, with the first error in its log.
     """
 
     def __init__(
@@ -79,9 +82,7 @@ class Server:
                 self.children = self.processes()[1:]
                 return
             time.sleep(0.5)
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if "rror" in line]
-        why = lines[-1].strip() if lines else f"no answer after {START_SECONDS} s"
-        raise AdapMoEError(f"server {self.name} did not start: {why}; its log was {self.log}")
+        raise AdapMoEError(f"server {self.name} did not start: {first_error(self.log.read_text(errors='replace'))}")
 
     def processes(self) -> list[psutil.Process]:
         """The server and what it started, itself first."""
@@ -126,6 +127,13 @@ class Server:
         request = urllib.request.Request(f"{self.url}/v1/completions", body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=600) as answer:
             return json.load(answer)
+
+
+def first_error(log: str) -> str:
+    """What a log first says of an exception: the root cause, which the later ones point back to."""
+    lines = [line for line in log.splitlines() if " WARNING " not in line and " INFO " not in line]
+    found = re.search(r"\b[\w.]*(?:[Ee]rror|Exception): .*", "\n".join(lines))
+    return found[0].strip()[:300] if found else f"no answer after {START_SECONDS} s, and no error in its log"
 
 
 def parse_metrics(text: str) -> dict[str, float]:

@@ -115,7 +115,7 @@ class Traffic:
                 number, kind, path, body, expected="hung up", stream=True, chunks=generator.choice((0, 1, 3, 10, 30))
             )
         if kind == "hang_up_early":
-            body |= {"max_tokens": 256, "n": generator.choice((1, 2))}
+            body |= {"max_tokens": 256, "n": generator.choice((1, 2)), "temperature": 0.8}
             return self._made(
                 number, kind, path, body, expected="hung up", patience=generator.choice((0.0, 0.01, 0.1, 0.5, 1.0))
             )
