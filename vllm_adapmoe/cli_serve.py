@@ -65,7 +65,9 @@ def serve(
     """Servers under `vllm bench serve`: the plugin, the same in vLLM's order, on demand with LRU, and stock vLLM."""
     from vllm_adapmoe.bench.serve import Load, run_serve
     from vllm_adapmoe.bench.serve_table import plot_serve, print_serve
+    from vllm_adapmoe.bench.server import end_cleanly
 
+    end_cleanly()
     lengths = [int(number) for number in numbers("--prompt-tokens", prompt_tokens)]
     if len(lengths) != 2 or not 1 <= lengths[0] <= lengths[1]:
         raise AdapMoEError(f"--prompt-tokens {prompt_tokens} is not MIN,MAX; give two lengths, the shorter first")
@@ -109,8 +111,10 @@ def soak(
     serve_args: ServeArgs = "",
 ) -> None:
     """A server under high load, aborts, bad requests and clients that hang up; exit code 1 if something gave way."""
+    from vllm_adapmoe.bench.server import end_cleanly
     from vllm_adapmoe.bench.soak import Plan, print_soak, run_soak
 
+    end_cleanly()
     config = cache_settings(slots, store, link_gbps, profile)
     if profile is not None:
         config["gating"] = {"mode": "token", "max_loss_increase": max_loss_increase}

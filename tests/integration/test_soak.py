@@ -21,7 +21,7 @@ def test_forty_seconds_of_abuse(tmp_path):
         "profile": PROFILE,
         "gating": {"mode": "token", "max_loss_increase": 0.005},
     }
-    result = run_soak(TINY_MIXTRAL, config, None, Plan(40, 16, 20, 60, 0), 0, ["--enforce-eager"])
+    result = run_soak(TINY_MIXTRAL, config, None, Plan(40, 8, 20, 300, 0), 0, ["--enforce-eager"])
     ours = result["servers"]["ours"]
     assert [what for what, held in result["verdict"].items() if held is False] == [], ours["bad"]
     ended = {end for ends in ours["outcomes"].values() for end in ends}

@@ -41,12 +41,13 @@ def print_serve(result: dict[str, Any], console: Console) -> None:
     _print_ratios(result, console)
     for name, bound in result["bounds"].items():
         alone = bound["bound_tokens_per_second"]
+        most = "no limit" if alone is None else f"{alone:.1f} tokens/s"
         console.print(
-            f"{name}, {bound['concurrency']} at once: {bound['measured_tokens_per_second']:.1f} tokens/s. The "
-            f"least that any eviction moves for its steps is {bound['least_bytes_per_output_token'] / MiB:.1f} MiB per token (it "
-            f"moved {bound['moved_bytes_per_output_token'] / MiB:.1f}), at {bound['link_bytes_per_second'] / 1e9:.2f} "
-            f"GB/s {'no limit' if alone is None else f'at most {alone:.1f}'}; computing at the same time "
-            f"{bound['bound_with_compute_tokens_per_second']:.1f}, afterwards "
+            f"{name}, {bound['concurrency']} at once: {bound['measured_tokens_per_second']:.1f} tokens/s, "
+            f"{bound['moved_bytes_per_output_token'] / MiB:.1f} MiB per token; any eviction moves at least "
+            f"{bound['least_bytes_per_output_token'] / MiB:.1f} in its steps, at "
+            f"{bound['link_bytes_per_second'] / 1e9:.2f} GB/s {most}; "
+            f"computing at the same time {bound['bound_with_compute_tokens_per_second']:.1f}, afterwards "
             f"{bound['one_after_the_other_tokens_per_second']:.1f}",
             highlight=False,
         )
