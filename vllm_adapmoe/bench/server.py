@@ -115,6 +115,7 @@ class Server:
             self.process.wait(timeout=30)
         self._signal(signal.SIGKILL)
         self.process.wait()
+        psutil.wait_procs(self.children, timeout=5)
 
     def metrics(self) -> dict[str, float]:
         """Every sample of `/metrics` by name, summed over its labels."""
