@@ -16,12 +16,12 @@ from rich.table import Table
 from tqdm import tqdm
 
 from vllm_adapmoe.bench.serve_load import check_packages, domains
-from vllm_adapmoe.bench.server import KV_CACHE_BYTES, Server
+from vllm_adapmoe.bench.server import KV_CACHE_BYTES, Server, first_error
 from vllm_adapmoe.bench.soak_client import Clients, Outcome
 from vllm_adapmoe.bench.soak_replay import CHANCE, chance_of_as_many, replay
 from vllm_adapmoe.bench.soak_traffic import WEIGHTS, Traffic
 from vllm_adapmoe.bench.soak_watch import EARLY, MiB, Sample, Watch, growth, sample
-from vllm_adapmoe.config import AdapMoEConfig
+from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 
 MAX_MODEL_LEN = 1024
 BLOCKS_PER_CLIENT = 2
@@ -68,6 +68,9 @@ def run_soak(
         plan: of the plugin's soak.
         stock_seconds: of stock vLLM's; 0: none, and only large gaps are held against a replay.
         serve_args: further arguments of `vllm serve`.
+
+    Raises:
+        AdapMoEError: a server does not start, or dies.
     """
     check_packages()
     AdapMoEConfig.parse(config)
@@ -103,6 +106,9 @@ def _soak(server: Server, traffic: Traffic, plan: Plan, seconds: float) -> dict[
     with Watch(server, max(0.5, seconds / 240)) as watch:
         for part in (EARLY[0], 1 - EARLY[0]):
             asyncio.run(_with_progress(clients, part * seconds, server.name))
+            if server.process.poll() is not None:
+                said = first_error(server.log.read_text(errors="replace"))
+                raise AdapMoEError(f"server {server.name} died after {len(clients.ended.outcomes)} requests: {said}")
             watch.loaded = False
             time.sleep(REST_SECONDS)
             idle.append(sample(server, watch.started))
