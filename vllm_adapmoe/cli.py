@@ -11,6 +11,7 @@ from vllm_adapmoe.bench.record import write
 from vllm_adapmoe.cli_doctor import doctor
 from vllm_adapmoe.cli_options import Batch, Model, Output, OutputTokens, PromptTokens, Rounds, Text, numbers
 from vllm_adapmoe.cli_plan import plan, transfer
+from vllm_adapmoe.cli_serve import serve, soak
 from vllm_adapmoe.cli_top import top
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 
@@ -21,6 +22,8 @@ app.command()(plan)
 app.command()(top)
 app.command()(doctor)
 bench.command()(transfer)
+bench.command()(serve)
+bench.command()(soak)
 
 
 @app.command()

@@ -1,0 +1,61 @@
+"""A short soak of a real server, and one load of `adapmoe bench serve`."""
+
+import urllib.request
+
+import psutil
+import pytest
+from conftest import ROOT, TINY_MIXTRAL
+
+from vllm_adapmoe.bench.serve import Load, run_serve
+from vllm_adapmoe.bench.server import KV_CACHE_BYTES, Server
+from vllm_adapmoe.bench.soak import Plan, run_soak
+
+pytestmark = pytest.mark.engine
+
+PROFILE = str(ROOT / "configs" / "tiny_mixtral.json")
+
+
+def test_forty_seconds_of_abuse(tmp_path):
+    config = {
+        "cache_fraction": 0.5,
+        "store_dir": str(tmp_path),
+        "profile": PROFILE,
+        "gating": {"mode": "token", "max_loss_increase": 0.005},
+    }
+    result = run_soak(TINY_MIXTRAL, config, None, Plan(40, 8, 20, 300, 0), 0, ["--enforce-eager"])
+    ours = result["servers"]["ours"]
+    assert [what for what, held in result["verdict"].items() if held is False] == [], ours["bad"]
+    ended = {end for ends in ours["outcomes"].values() for end in ends}
+    assert ended == {"answered", "refused", "hung up"}
+    assert ours["outcomes"]["oversized"].keys() == {"refused"}
+    assert ours["replay"]["replayed"] == 20
+    assert ours["counters"]["vllm:adapmoe_fetched_bytes_total"] > 0
+
+
+def test_one_load_of_vllm_bench_serve(tmp_path):
+    cache = {"cache_fraction": 0.5, "store_dir": str(tmp_path)}
+    wanted = Load([2], 2, None, 1, 8, (16, 64), None)
+    result = run_serve(TINY_MIXTRAL, cache, None, ["ours"], wanted, ["--enforce-eager"], True)
+    point = result["loads"][0]["contenders"]["ours"]
+    assert point["completed"]["median"] == 8 and point["failed"]["median"] == 0
+    assert point["output_tokens"]["median"] == 64
+    assert 0 < point["hit_rate"]["median"] < 1
+    assert 0 < point["mean_concurrency"]["median"] <= 2
+    bound = result["bounds"]["ours"]
+    assert bound["slots"] == 48
+    assert 0 < bound["least_bytes_per_output_token"] <= bound["moved_bytes_per_output_token"]
+
+
+def test_a_paused_server_goes_on(tmp_path):
+    flags = ["--enforce-eager", "--max-model-len", "256", "--kv-cache-memory-bytes", str(KV_CACHE_BYTES)]
+    with Server("paused", TINY_MIXTRAL, tmp_path, None, flags) as server:
+        asked = {"prompt": "#include <", "max_tokens": 16, "ignore_eos": True}
+        before = server.complete(**asked)["choices"]
+        server.pause()
+        with pytest.raises(TimeoutError):
+            urllib.request.urlopen(f"{server.url}/health", timeout=2)
+        server.resume()
+        assert server.complete(**asked)["choices"] == before
+        assert server.metrics()["vllm:generation_tokens_total"] == 32
+        processes = server.processes()
+    assert [one for one in processes if one.is_running() and one.status() != psutil.STATUS_ZOMBIE] == []

@@ -1,0 +1,156 @@
+"""A real `vllm serve`, to measure: started, paused while others are measured, asked for its counters, ended."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+
+from vllm_adapmoe.config import AdapMoEError
+
+START_SECONDS = 900
+"""That a server may take to answer: it may have to pack its experts and to compile."""
+KV_CACHE_BYTES = 256 << 20
+"""Of a server, so that several can live at once: vLLM would take nearly all memory."""
+VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+class Server:
+    """`vllm serve` in a process group of its own; ends with the `with` block.
+
+    Args:
+        name: of its log file.
+        model: folder of a checkpoint.
+        folder: for the log.
+        adapmoe: configuration of the expert cache; None: stock vLLM.
+        flags: further arguments of `vllm serve`.
+
+    Raises:
+        AdapMoEError: it does not start, with the first error in its log.
+    """
+
+    def __init__(
+        self, name: str, model: Path, folder: Path, adapmoe: dict[str, Any] | None, flags: Sequence[str] = ()
+    ) -> None:
+        self.name = name
+        self.model = str(model)
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = folder / f"{name}.log"
+        self.children: list[psutil.Process] = []
+        method = () if adapmoe is None else ("--moe-method", "adapmoe", "--adapmoe-config", json.dumps(adapmoe))
+        command = [*VLLM, "serve", self.model, "--host", "127.0.0.1", "--port", str(self.port), *flags, *method]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+
+    def __enter__(self) -> Self:
+        try:
+            self._wait()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and self.process.poll() is None:
+            with suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                self.children = self.processes()[1:]
+                return
+            time.sleep(0.5)
+        raise AdapMoEError(f"server {self.name} did not start: {first_error(self.log.read_text(errors='replace'))}")
+
+    def processes(self) -> list[psutil.Process]:
+        """The server and what it started, itself first."""
+        with suppress(psutil.Error):
+            root = psutil.Process(self.process.pid)
+            return [root, *root.children(recursive=True)]
+        return []
+
+    def pause(self) -> None:
+        """Stops every process of it, until `resume`: idle workers poll, and would take time from the one measured."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Lets it go on."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+        for child in self.children:  # those that left the group
+            with suppress(psutil.Error):
+                child.send_signal(number)
+
+    def close(self) -> None:
+        """Ends it, and all that it started."""
+        self.resume()
+        self.children = self.processes()[1:] or self.children
+        self.process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=30)
+        self._signal(signal.SIGKILL)
+        self.process.wait()
+        psutil.wait_procs(self.children, timeout=5)
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample of `/metrics` by name, summed over its labels."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as answer:
+            return parse_metrics(answer.read().decode())
+
+    def complete(self, **fields: Any) -> dict[str, Any]:
+        """The answer of `/v1/completions` to a request, not streamed."""
+        body = json.dumps({"model": self.model, "temperature": 0} | fields).encode()
+        request = urllib.request.Request(f"{self.url}/v1/completions", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=600) as answer:
+            return json.load(answer)
+
+
+def end_cleanly() -> None:
+    """Lets a command that is terminated end its servers first: they are in sessions of their own, and would stay."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+
+
+def first_error(log: str) -> str:
+    """What a log first says of an exception: the root cause, which the later ones point back to."""
+    lines = [line for line in log.splitlines() if " WARNING " not in line and " INFO " not in line]
+    found = re.search(r"\b[\w.]*(?:[Ee]rror|Exception): .*", "\n".join(lines))
+    return found[0].strip()[:300] if found else f"no answer after {START_SECONDS} s, and no error in its log"
+
+
+def parse_metrics(text: str) -> dict[str, float]:
+    """Samples of a page in Prometheus' format by name, summed over their labels; buckets and dates left out."""
+    sums: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if not sample.name.endswith(("_bucket", "_created")):
+                sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
+    return sums
