@@ -170,6 +170,7 @@ PARSE_ERRORS = {
     "no such method": (["--moe-method", "other"], "moe_method='other'"),
     "adapters": (["--enable-lora"], "enable_lora=True"),
     "expert parallelism": (["--enable-expert-parallel"], "enable_expert_parallel=True"),
+    "pipeline stages": (["--pipeline-parallel-size", "2"], "pipeline_parallel_size=2"),
     "weight offloading": (["--cpu-offload-gb", "1"], "cpu_offload_gb=1"),
 }
 

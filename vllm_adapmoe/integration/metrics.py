@@ -1,5 +1,6 @@
 """Counters of the expert cache on vLLM's `/metrics`, and one log line per interval."""
 
+import sys
 import time
 from typing import Any
 
@@ -52,11 +53,12 @@ class ExpertCacheStatLogger(StatLoggerBase):
         # Not in __init__: vLLM unregisters every collector named vllm:* between the two.
         if not self.enabled:
             return
-        if not _registered(next(iter(COUNTERS.values()))[0]):
+        counter, gauge = _metric_classes()
+        if not self._collectors or (counter is Counter and not _registered(next(iter(COUNTERS.values()))[0])):
             for key, (name, text) in COUNTERS.items():
-                self._collectors[key] = Counter(name, text, LABELS)
+                self._collectors[key] = counter(name, text, LABELS)
             for key, (name, text) in GAUGES.items():
-                self._collectors[key] = Gauge(name, text, LABELS, multiprocess_mode="mostrecent")
+                self._collectors[key] = gauge(name, text, LABELS, multiprocess_mode="mostrecent")
         for collector in self._collectors.values():
             collector.labels(*self.labels)
 
@@ -96,6 +98,16 @@ class ExpertCacheStatLogger(StatLoggerBase):
         if parts:
             logger.info("Expert cache: %s", ", ".join(parts))
         self.logged, self.logged_at = dict(self.exported), now
+
+
+def _metric_classes() -> tuple[Any, Any]:
+    """Counter and gauge: Prometheus' own, or Ray's in a process of Ray, where nobody reads Prometheus' registry."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return Counter, Gauge
+    from vllm.v1.metrics.ray_wrappers import RayCounterWrapper, RayGaugeWrapper
+
+    return RayCounterWrapper, RayGaugeWrapper
 
 
 def _registered(name: str) -> bool:

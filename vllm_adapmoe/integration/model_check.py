@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
@@ -30,7 +31,7 @@ def check_model(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
     for setting, reason in _refused(vllm_config):
         raise AdapMoEError(f"{setting} does not work with moe_method='adapmoe': {reason}")
     layers = count_moe_layers(model.hf_text_config)
-    if layers is not None and vllm_config.parallel_config.pipeline_parallel_size == 1:
+    if layers is not None:
         expert_bytes = (
             _expert_bytes(model.hf_text_config, _itemsize(model.dtype)) if model.quantization is None else None
         )
@@ -53,6 +54,12 @@ def _refused(vllm_config: VllmConfig) -> list[tuple[str, str]]:
          "slots are filled by this rank's routing alone; use tensor_parallel_size"),
         (parallel.data_parallel_size > 1, f"data_parallel_size={parallel.data_parallel_size}",
          "data-parallel ranks exchange tokens between experts; run one engine per replica"),
+        (parallel.pipeline_parallel_size > 1, f"pipeline_parallel_size={parallel.pipeline_parallel_size}",
+         "packs, profiles and shares count the layers of the whole model; use tensor_parallel_size"),
+        (parallel.use_ray and current_platform.is_cpu(), "distributed_executor_backend='ray'",
+         "vLLM's Ray executor has no CPU workers; remove it, and scale with replicas (examples/ray_serve.md)"),
+        (parallel.use_ray and not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0",
+         "the old Ray executor runs the model past the worker, which would not see failed reads; unset it"),
         (vllm_config.lora_config is not None, "enable_lora=True", "adapters of experts are not cached; remove it"),
         (getattr(model, "enable_sleep_mode", False), "enable_sleep_mode=True",
          "discarding weights would empty the slots behind the cache's back; remove it"),
