@@ -5,6 +5,8 @@ serve run examples.ray_serve_app:build model=MODEL adapmoe_config='{"cache_gb": 
 What replicas share, how to scale and the Ray executor: examples/ray_serve.md.
 """
 
+from pathlib import Path
+
 from pydantic import BaseModel, ConfigDict, Field, Json
 from ray.serve import Application
 from ray.serve.llm import LLMConfig, LLMServingArgs, build_openai_app
@@ -41,6 +43,7 @@ class Arguments(BaseModel):
 
 def engine(args: Arguments) -> LLMConfig:
     """The deployment of `replicas` engines."""
+    model = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model  # replicas run elsewhere
     if args.gpus:
         # Ray Serve LLM runs the workers of an engine with GPUs by vLLM's Ray executor, on one host or on several.
         hardware = {"runtime_env": {}, "placement_group_config": {"bundle_per_worker": {"GPU": 1}}}
@@ -49,7 +52,7 @@ def engine(args: Arguments) -> LLMConfig:
         threads = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(args.cpus)}
         hardware = {"runtime_env": {"env_vars": threads}, "placement_group_config": {"bundles": [{"CPU": args.cpus}]}}
     return LLMConfig(
-        model_loading_config={"model_id": args.name, "model_source": args.model},
+        model_loading_config={"model_id": args.name, "model_source": model},
         engine_kwargs={
             "moe_method": "adapmoe",
             # In `store: host` every replica has its own copy of all experts; the packed file is one for all of a host.

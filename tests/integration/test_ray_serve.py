@@ -298,6 +298,7 @@ def test_the_old_ray_executor_is_refused(monkeypatch):
     pytest.importorskip("ray", reason="Ray is not installed; make ray")
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
+
     from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
     from vllm_adapmoe.integration.model_check import check_model
 
