@@ -144,8 +144,13 @@ class Cluster:
             psutil.wait_procs(self.processes(), timeout=10)
 
 
+def needs_ray():
+    return pytest.importorskip("ray", reason="Ray is not installed; make ray")
+
+
 @pytest.fixture(scope="module")
 def reference():
+    needs_ray()
     run = subprocess.run(
         [sys.executable, "-c", REFERENCE], capture_output=True, text=True, env=os.environ | THREADS, timeout=300
     )
@@ -158,7 +163,7 @@ def cluster(reference, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")  # else Ray writes a token into the home folder
         patch.setenv("RAYLLM_ENABLE_WORKER_PROCESS_SETUP_HOOK", "0")  # imports vLLM where nobody needs it
-        ray = pytest.importorskip("ray", reason="Ray is not installed; make ray")
+        ray = needs_ray()
         folder = Path(tempfile.mkdtemp(prefix="ray-"))  # names of sockets must be short
         cluster = Cluster(folder, tmp_path_factory.mktemp("serve"))
         try:
@@ -201,6 +206,48 @@ def misses(cluster: Cluster) -> dict[str, float]:
         lines = answer.read().decode().splitlines()
     counters = [line for line in lines if line.startswith("ray_vllm_adapmoe_expert_misses")]
     return {re.search('ReplicaId="([^"]+)"', line)[1]: float(line.split()[-1]) for line in counters}
+
+
+def test_the_ray_executor_is_refused_on_the_cpu():
+    needs_ray()
+    run = subprocess.run(
+        [BIN / "vllm", "serve", TINY_MIXTRAL, "--moe-method", "adapmoe", "--distributed-executor-backend", "ray"],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"},
+    )  # fmt: skip
+    assert run.returncode != 0
+    (line,) = [line for line in run.stderr.splitlines() if "vllm-adapmoe: error:" in line]
+    assert "distributed_executor_backend='ray' does not work with moe_method='adapmoe': vLLM's Ray executor" in line
+    assert "Traceback" not in run.stderr
+
+
+def test_engines_with_gpus_run_on_the_ray_executor():
+    """What Ray Serve LLM makes of the example with GPUs, as far as that can be seen without any."""
+    needs_ray()
+    from ray_serve_app import Arguments, engine
+
+    config = engine(Arguments(model=str(TINY_MIXTRAL), gpus=2, adapmoe_config='{"cache_gb": 1}')).get_engine_config()
+    arguments = config.get_initialization_kwargs()
+    assert arguments["distributed_executor_backend"] == "ray"
+    assert arguments["tensor_parallel_size"] == 2
+    assert arguments["adapmoe_config"] == {"store": "file", "cache_gb": 1.0}
+    assert config.placement_bundles == [{"GPU": 1}] * 2
+
+
+def test_the_old_ray_executor_is_refused(monkeypatch):
+    """On a GPU: the platform is the one thing that is not real here."""
+    needs_ray()
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+
+    from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
+    from vllm_adapmoe.integration.model_check import check_model
+
+    config = EngineArgs(model=str(TINY_MIXTRAL), distributed_executor_backend="ray").create_engine_config()
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    check_model(AdapMoEConfig(cache_experts=48), config)
+    monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "0")
+    with pytest.raises(AdapMoEError, match="VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0 does not work"):
+        check_model(AdapMoEConfig(cache_experts=48), config)
 
 
 def test_two_replicas_answer_from_one_pack(cluster, reference):
@@ -266,45 +313,3 @@ def test_a_lost_replica_comes_back(cluster, reference, lost):
     assert new.worker.pid in [ask(cluster, sign * 9)[1] for sign in NEW_SIGNS[lost]]
     assert [complete(cluster, prompt).choices[0].token_ids for prompt in PROMPTS] == [reference[p] for p in PROMPTS]
     assert {pack for replica in after for pack in replica.packs()} == packs  # nothing was packed anew
-
-
-def test_the_ray_executor_is_refused_on_the_cpu():
-    pytest.importorskip("ray", reason="Ray is not installed; make ray")
-    run = subprocess.run(
-        [BIN / "vllm", "serve", TINY_MIXTRAL, "--moe-method", "adapmoe", "--distributed-executor-backend", "ray"],
-        capture_output=True, text=True, timeout=300, env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"},
-    )  # fmt: skip
-    assert run.returncode != 0
-    (line,) = [line for line in run.stderr.splitlines() if "vllm-adapmoe: error:" in line]
-    assert "distributed_executor_backend='ray' does not work with moe_method='adapmoe': vLLM's Ray executor" in line
-    assert "Traceback" not in run.stderr
-
-
-def test_engines_with_gpus_run_on_the_ray_executor():
-    """What Ray Serve LLM makes of the example with GPUs, as far as that can be seen without any."""
-    pytest.importorskip("ray", reason="Ray is not installed; make ray")
-    from ray_serve_app import Arguments, engine
-
-    config = engine(Arguments(model=str(TINY_MIXTRAL), gpus=2, adapmoe_config='{"cache_gb": 1}')).get_engine_config()
-    arguments = config.get_initialization_kwargs()
-    assert arguments["distributed_executor_backend"] == "ray"
-    assert arguments["tensor_parallel_size"] == 2
-    assert arguments["adapmoe_config"] == {"store": "file", "cache_gb": 1.0}
-    assert config.placement_bundles == [{"GPU": 1}] * 2
-
-
-def test_the_old_ray_executor_is_refused(monkeypatch):
-    """On a GPU: the platform is the one thing that is not real here."""
-    pytest.importorskip("ray", reason="Ray is not installed; make ray")
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.platforms import current_platform
-
-    from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
-    from vllm_adapmoe.integration.model_check import check_model
-
-    config = EngineArgs(model=str(TINY_MIXTRAL), distributed_executor_backend="ray").create_engine_config()
-    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
-    check_model(AdapMoEConfig(cache_experts=48), config)
-    monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "0")
-    with pytest.raises(AdapMoEError, match="VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0 does not work"):
-        check_model(AdapMoEConfig(cache_experts=48), config)
