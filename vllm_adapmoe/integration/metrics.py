@@ -1,5 +1,6 @@
 """Counters of the expert cache on vLLM's `/metrics`, and one log line per interval."""
 
+import sys
 import time
 from typing import Any
 
@@ -26,6 +27,8 @@ COUNTERS = {
     "fetch_seconds": ("fetch_seconds", "Seconds with at least one fetch under way."),
     "gated_tokens": ("gated_tokens", "Tokens, counted once for each layer that gated them."),
     "kept_experts": ("kept_experts", "Experts that gated tokens kept."),
+    "held_prefill_steps": ("held_prompt_steps", "Steps that waiting prompts were left out of, to share a later one."),
+    "held_tokens": ("held_tokens", "Tokens put off by a step, because others' experts were there."),
     "loss_spent": ("gating_loss_nats", "Loss that gating is foretold to have cost, nats over all tokens."),
 }
 GAUGES = {
@@ -77,21 +80,22 @@ class ExpertCacheStatLogger(StatLoggerBase):
         # Not in __init__: vLLM unregisters every collector named vllm:* between the two.
         if not self.enabled:
             return
-        if PREFIX + STALL[0] not in REGISTRY._names_to_collectors:
-            self._register()
+        counter, gauge, histogram = _metric_classes()
+        if not self._collectors or (counter is Counter and PREFIX + STALL[0] not in REGISTRY._names_to_collectors):
+            self._register(counter, gauge, histogram)
         self._series = {
             key: self._collectors[key].labels(*self.labels) for key in (*COUNTERS, *GAUGES, "stall_seconds")
         }
 
-    def _register(self) -> None:
+    def _register(self, counter: Any, gauge: Any, histogram: Any) -> None:
         collectors, by_layer = self._collectors, [*LABELS, "layer"]
         for keys, labels in ((COUNTERS, LABELS), (LAYER_COUNTERS, by_layer)):
             for key, (name, text) in keys.items():
-                collectors[key] = Counter(PREFIX + name, text, labels)
+                collectors[key] = counter(PREFIX + name, text, labels)
         for keys, labels in ((GAUGES, LABELS), (LAYER_GAUGES, by_layer)):
             for key, (name, text) in keys.items():
-                collectors[key] = Gauge(PREFIX + name, text, labels, multiprocess_mode="mostrecent")
-        collectors["stall_seconds"] = Histogram(PREFIX + STALL[0], STALL[1], LABELS, buckets=STALL_BUCKETS)
+                collectors[key] = gauge(PREFIX + name, text, labels, multiprocess_mode="mostrecent")
+        collectors["stall_seconds"] = histogram(PREFIX + STALL[0], STALL[1], LABELS, buckets=STALL_BUCKETS)
 
     def record(
         self,
@@ -161,3 +165,13 @@ class ExpertCacheStatLogger(StatLoggerBase):
         if change["loss_spent"] and self.num_layers:
             parts.append(f"gating loss: {change['loss_spent'] / tokens * self.num_layers:.4f} nats/token")
         return parts
+
+
+def _metric_classes() -> tuple[Any, Any, Any]:
+    """Prometheus' own, or Ray's in a process of Ray, where nobody reads Prometheus' registry."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return Counter, Gauge, Histogram
+    from vllm.v1.metrics.ray_wrappers import RayCounterWrapper, RayGaugeWrapper, RayHistogramWrapper
+
+    return RayCounterWrapper, RayGaugeWrapper, RayHistogramWrapper

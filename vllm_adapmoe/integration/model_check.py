@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 
@@ -50,10 +51,14 @@ def feature_checks(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
         (parallel.enable_dbo, "enable_dbo=True", "two micro-batches would compete for the slots; remove it"),
         (parallel.enable_expert_parallel, "enable_expert_parallel=True",
          "slots are filled by this rank's routing alone; use tensor_parallel_size"),
-        (parallel.pipeline_parallel_size > 1, f"pipeline_parallel_size={parallel.pipeline_parallel_size}",
-         "a stage does not know which of the model's layers it holds; use tensor_parallel_size"),
         (parallel.data_parallel_size > 1, f"data_parallel_size={parallel.data_parallel_size}",
          "data-parallel ranks exchange tokens between experts; run one engine per replica"),
+        (parallel.pipeline_parallel_size > 1, f"pipeline_parallel_size={parallel.pipeline_parallel_size}",
+         "packs, profiles and shares count the layers of the whole model; use tensor_parallel_size"),
+        (parallel.use_ray and current_platform.is_cpu(), "distributed_executor_backend='ray'",
+         "vLLM's Ray executor has no CPU workers; remove it, and scale with replicas (examples/ray_serve.md)"),
+        (parallel.use_ray and not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0",
+         "the old Ray executor runs the model past the worker, which would not see failed reads; unset it"),
         (vllm_config.lora_config is not None, "enable_lora=True", "adapters of experts are not cached; remove it"),
         (getattr(model, "enable_sleep_mode", False), "enable_sleep_mode=True",
          "discarding weights would empty the slots behind the cache's back; remove it"),

@@ -13,7 +13,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_adapmoe.config import AdapMoEConfig
 from vllm_adapmoe.integration.compat import adapmoe_settings
-from vllm_adapmoe.integration.stats_outbox import StatsOutbox
+from vllm_adapmoe.integration.stats_outbox import Stats, StatsOutbox
 from vllm_adapmoe.scheduling.affinity import Decoding, held_back
 from vllm_adapmoe.scheduling.prefill import Waiting, hold_prefill
 from vllm_adapmoe.scheduling.prices import StepPrices
@@ -49,7 +49,14 @@ class ExpertCacheScheduler(Scheduler):
             return super().schedule(throttle_prefills)
         now = time.monotonic()
         if self._report is not None:
+            before = self.held_prefill_steps, self.held_tokens
             throttle_prefills |= self._hold(now)
+            if self.log_stats and before != (self.held_prefill_steps, self.held_tokens):
+                held: Stats = {
+                    "held_prefill_steps": self.held_prefill_steps - before[0],
+                    "held_tokens": self.held_tokens - before[1],
+                }
+                self.outbox.add(held, 0)
         output = super().schedule(throttle_prefills)
         for name in output.num_scheduled_tokens:
             self._ran_at[name] = now
