@@ -216,6 +216,8 @@ def _print_server(one: dict[str, Any], console: Console) -> None:
             f"{part['bytes_per_minute'] / MiB:+.2f} a minute",
             highlight=False,
         )
+    of = grown["anonymous"]["growth_bytes_of"]
+    console.print("of it: " + ", ".join(f"{name} {size / MiB:+.1f}" for name, size in of.items()), highlight=False)
     console.print(
         "idle, after the warm-up and at the end: "
         + ", ".join(

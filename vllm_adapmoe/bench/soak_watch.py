@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import linear_regression, median
 from typing import Any
 
@@ -36,21 +36,26 @@ class Sample:
     threads: int
     files: int
     processes: int
+    anonymous_of: dict[str, int] = field(default_factory=dict)
+    """`anonymous` by the name of the process."""
 
 
 def sample(server: Server, started: float) -> Sample:
     """What the server holds now."""
     seconds = time.monotonic() - started
+    of: dict[str, int] = {}
     anonymous = proportional = threads = files = processes = 0
     for process in server.processes():
         with suppress(psutil.Error, FileNotFoundError):
             memory = process.memory_full_info()
             anonymous += memory.rss - memory.shared
+            name = process.name()
+            of[name] = of.get(name, 0) + memory.rss - memory.shared
             proportional += memory.pss
             threads += process.num_threads()
             files += process.num_fds()
             processes += 1
-    return Sample(seconds, anonymous, proportional, threads, files, processes)
+    return Sample(seconds, anonymous, proportional, threads, files, processes, of)
 
 
 class Watch:
@@ -107,7 +112,16 @@ def growth(samples: Sequence[Sample], idle: Sequence[Sample]) -> dict[str, Any]:
             "bytes_per_minute": slope,
             "within": late - early <= limit,
         }
+    result["anonymous"]["growth_bytes_of"] = {name: _between(parts, name, samples) for name in samples[-1].anonymous_of}
     for key in ("threads", "files", "processes"):
         before, after = getattr(idle[0], key), getattr(idle[-1], key)
         result[key] = {"before": before, "after": after, "within": after <= before + SPARE_HANDLES}
     return result
+
+
+def _between(parts: dict[str, list[Sample]], name: str, samples: Sequence[Sample]) -> float:
+    """Growth of the processes of a name, bytes."""
+    early, late = (
+        median(one.anonymous_of.get(name, 0) for one in parts[part] or samples) for part in ("early", "late")
+    )
+    return late - early
