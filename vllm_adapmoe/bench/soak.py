@@ -30,8 +30,8 @@ REST_SECONDS = 8
 """That a server is left alone before it is looked at idle: longer than it keeps connections."""
 WRONG_GAP = 1.0
 """Nats by which a replay prefers another token that no rounding explains. bfloat16 logits are up to 0.125 apart."""
-SHORTEST_SECONDS = 600
-"""Of a soak whose memory says something: allocators take minutes to reach their level, stock vLLM's as well."""
+SHORTEST_SECONDS = 1200
+"""Of a soak whose memory says something: allocators take some four minutes to reach their level."""
 SAID = 20
 """Outcomes that should not be, in full in the result."""
 BAD = ("failed", "wrong", "timeout")
