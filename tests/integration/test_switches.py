@@ -171,6 +171,19 @@ PARSE_ERRORS = {
     "adapters": (["--enable-lora"], "enable_lora=True"),
     "expert parallelism": (["--enable-expert-parallel"], "enable_expert_parallel=True"),
     "pipeline parallelism": (["--pipeline-parallel-size", "2"], "pipeline_parallel_size=2"),
+    "gating by batch on two ranks": (
+        [
+            "--tensor-parallel-size",
+            "2",
+            "--adapmoe-config.profile",
+            str(ROOT / "configs" / "tiny_mixtral.json"),
+            "--adapmoe-config.gating.mode",
+            "batch",
+            "--adapmoe-config.gating.max_loss_increase",
+            "0.005",
+        ],
+        "gating.mode=batch does not work with tensor_parallel_size=2",
+    ),
     "weight offloading": (["--cpu-offload-gb", "1"], "cpu_offload_gb=1"),
 }
 

@@ -31,6 +31,13 @@ def check_model(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
     for is_set, setting, reason in feature_checks(vllm_config):
         if is_set:
             raise AdapMoEError(f"{setting} does not work with moe_method='adapmoe': {reason}")
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    if config.gating.mode == "batch" and ranks > 1:
+        # What a rank drops would depend on what it has resident, and the ranks' shards would not belong together.
+        raise AdapMoEError(
+            f"gating.mode=batch does not work with tensor_parallel_size={ranks}: every rank has others resident; "
+            "use gating.mode=token"
+        )
     layers = count_moe_layers(model.hf_text_config)
     if layers is not None:
         expert_bytes = expert_bytes_of(model)
