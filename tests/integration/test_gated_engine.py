@@ -172,6 +172,10 @@ def _watched_rows(worker: Any) -> dict[str, int]:
     return worker.watched
 
 
+def _looks_ahead(worker: Any) -> bool:
+    return worker.lookahead is not None
+
+
 @pytest.mark.engine
 def test_configured_gating_compiled(caplog):
     """`LLM(...)` with a loss budget and every expert resident: compiled, gated, and said in the log."""
@@ -185,6 +189,7 @@ def test_configured_gating_compiled(caplog):
     with running:
         assert running.generate(prompts(3, 2048, seed=4), 8).tokens
         stats = running.cache_stats()
+        assert running.llm.collective_rpc(_looks_ahead) == [False], "there is nothing to look ahead for"
     profile = ModelProfile.load(PROFILES[TINY_MIXTRAL])
     foretold = profile.mean_experts(profile.threshold_for_loss(0.005))
     assert stats["misses"] == 0

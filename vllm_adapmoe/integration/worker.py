@@ -119,7 +119,8 @@ class ExpertCacheWorker(Worker):
             request_experts = RequestExperts(len(shape.num_experts), max(shape.num_experts), shape.top_k)
         heads = first = None
         if self.heads is not None:
-            if trace is not None or request_experts is not None or config.eviction in ("auto", "next_token"):
+            by_next_token = cache is not None and config.eviction in ("auto", "next_token")
+            if trace is not None or request_experts is not None or by_next_token:
                 heads = self.heads.layers
             if trace is not None or (prefetching and config.prefetch.first_layer):
                 first = self.heads.first
