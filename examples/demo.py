@@ -7,7 +7,6 @@ import argparse
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,18 +20,14 @@ from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
 
+from vllm_adapmoe.bench.server import free_port
+
 MODEL = Path(__file__).parent / "tiny_mixtral" / "model"
 PROMPT = "#include <"
 OUTPUT_TOKENS = 96
 START_SECONDS = 240
 BIN = Path(sys.executable).parent
 console = Console()
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 class Server:

@@ -81,10 +81,11 @@ def chance_of_any(outputs: np.ndarray) -> np.ndarray:
     """Chance that the next step of a batch uses each expert: `1 - prod (1 - p)` over its requests.
 
     Args:
-        outputs: `[requests, experts]` of a head.
+        outputs: `[requests, experts]` of a head, or `[requests, layers, experts]` of several.
 
     Returns:
-        float16 `[experts]`, the precision that a trace keeps it in, so that a replay sees what the cache saw.
+        float16 `[experts]` or `[layers, experts]`, the precision that a trace keeps it in, so that a replay sees what
+        the cache saw.
     """
     chances = np.minimum(np.maximum(outputs, LEAST), MOST)
     if len(chances) == 1:

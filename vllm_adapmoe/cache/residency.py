@@ -258,13 +258,11 @@ class Residency:
 
     def _make_room(self, layer: int, slot: bool) -> ExpertKey | None:
         """Sees to it that one more expert may be resident, and that a `slot` is free for it; returns who left."""
-        if self.residents < self.capacity and (self.free or not slot):
+        may_grow = self.residents < self.capacity
+        if may_grow and (self.free or not slot):
             return None
-        key = None
-        if self.residents < self.capacity:
-            key = self._stale()  # speculation holds more than its own slots
-        if key is None:
-            key = self._victim(layer)
+        # Without a free slot speculation holds more than its own: what it holds for nobody goes first.
+        key = (self._stale() if may_grow else None) or self._victim(layer)
         self._drop(key)
         return key
 

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vllm_adapmoe.bench.link import measure_reads, pack_folder
+from vllm_adapmoe.cache.budget import GiB
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.doctor.finding import Finding, Level
 from vllm_adapmoe.store.direct_io import open_direct, read_full, write_full
 from vllm_adapmoe.store.record import ALIGNMENT, aligned_empty
 
-GiB = 1 << 30
 SECTION = "Disk of the packed files"
 RECORD_BYTES = 3 << 20
 SLOW = 0.5e9

@@ -11,9 +11,9 @@ import psutil
 import torch
 
 from vllm_adapmoe.bench.link import measure_copies
+from vllm_adapmoe.cache.budget import GiB
 from vllm_adapmoe.doctor.finding import Finding
 
-GiB = 1 << 30
 SECTION = "Machine"
 PINNED_BYTES = 1 << 26
 SHARED_BYTES = 1 << 28

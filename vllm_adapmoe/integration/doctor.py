@@ -13,9 +13,10 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.v1.metrics.stats import SchedulerStats
 
+from vllm_adapmoe.cache.budget import GiB
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.doctor.finding import Finding
-from vllm_adapmoe.doctor.machine import GiB, memory_limit
+from vllm_adapmoe.doctor.machine import memory_limit
 from vllm_adapmoe.integration.identity import model_identity
 from vllm_adapmoe.integration.loading import pack_folder
 from vllm_adapmoe.integration.model_check import expert_bytes_of, feature_checks

@@ -13,7 +13,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_adapmoe.config import AdapMoEConfig
 from vllm_adapmoe.integration.compat import adapmoe_settings
-from vllm_adapmoe.integration.stats_outbox import Stats, StatsOutbox
+from vllm_adapmoe.integration.stats_outbox import StatsOutbox
 from vllm_adapmoe.scheduling.affinity import Decoding, held_back
 from vllm_adapmoe.scheduling.prefill import Waiting, hold_prefill
 from vllm_adapmoe.scheduling.prices import StepPrices
@@ -49,14 +49,7 @@ class ExpertCacheScheduler(Scheduler):
             return super().schedule(throttle_prefills)
         now = time.monotonic()
         if self._report is not None:
-            before = self.held_prefill_steps, self.held_tokens
             throttle_prefills |= self._hold(now)
-            if self.log_stats and before != (self.held_prefill_steps, self.held_tokens):
-                held: Stats = {
-                    "held_prefill_steps": self.held_prefill_steps - before[0],
-                    "held_tokens": self.held_tokens - before[1],
-                }
-                self.outbox.add(held, 0)
         output = super().schedule(throttle_prefills)
         for name in output.num_scheduled_tokens:
             self._ran_at[name] = now
@@ -72,9 +65,12 @@ class ExpertCacheScheduler(Scheduler):
         seats = self.max_num_running_reqs - len(self.running)
         waiting = self._waiting(now, seats)
         hold = bool(waiting) and not prefilling and self._hold_prefill(waiting, seats)
+        # A step with a prompt sweeps over all experts anyway.
+        tokens = self._hold_decoding(now) if hold or not (prefilling or waiting) else 0
         self.held_prefill_steps += hold
-        if hold or not (prefilling or waiting):  # a step with a prompt sweeps over all experts anyway
-            self._hold_decoding(now)
+        self.held_tokens += tokens
+        if self.log_stats and (hold or tokens):
+            self.outbox.add({"held_prefill_steps": int(hold), "held_tokens": tokens}, 0)
         return hold
 
     def _waiting(self, now: float, seats: int) -> list[Waiting]:
@@ -101,10 +97,10 @@ class ExpertCacheScheduler(Scheduler):
             self.holding.max_prefill_delay_ms / 1000,
         )
 
-    def _hold_decoding(self, now: float) -> None:
-        """Makes requests wait for the next step: vLLM leaves out whom it finds not eligible yet."""
+    def _hold_decoding(self, now: float) -> int:
+        """Makes requests wait for the next step, and returns how many. vLLM leaves out whom it finds not eligible."""
         if self.holding.max_affinity_delay_ms == 0 or len(self.running) < 2:
-            return
+            return 0
         assert self._report is not None
         requests = {request.request_id: request for request in self.running if _has_token_to_run(request)}
         decoding = [
@@ -123,7 +119,7 @@ class ExpertCacheScheduler(Scheduler):
         for name in held:
             request = requests[name]
             request.next_decode_eligible_step = max(request.next_decode_eligible_step, self.current_step + 2)
-        self.held_tokens += len(held)
+        return len(held)
 
     def add_request(self, request: Request) -> None:
         self._waiting_since[request.request_id] = time.monotonic()

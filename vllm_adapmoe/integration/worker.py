@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Collection
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_adapmoe.cache.budget import GiB
-from vllm_adapmoe.cache.controller import CacheController, CacheSetup, CacheShape, CacheStats
+from vllm_adapmoe.cache.controller import CacheController, CacheSetup, CacheShape
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.gating_plan import GatingPlan
@@ -25,7 +24,7 @@ from vllm_adapmoe.integration.loading import expert_loading
 from vllm_adapmoe.integration.lookahead import Lookahead
 from vllm_adapmoe.integration.probe import RoutingProbe, plain
 from vllm_adapmoe.integration.switch import heeds_worker
-from vllm_adapmoe.integration.worker_stats import StepStats, total_stats, with_attributes
+from vllm_adapmoe.integration.worker_stats import Since, StepStats, total_stats, with_attributes
 from vllm_adapmoe.loss_budget import LossBudget
 from vllm_adapmoe.scheduling.report import StepReport
 from vllm_adapmoe.scheduling.request_experts import RequestExperts, bits
@@ -54,7 +53,7 @@ class ExpertCacheWorker(Worker):
 
     def load_model(self, **kwargs: Any) -> None:
         config = self._config = AdapMoEConfig.parse(adapmoe_settings(self.vllm_config))
-        self._step_report, self._reported = None, CacheStats()
+        self._step_report, self._since = None, Since()
         with expert_loading(config, self.vllm_config) as loading:
             super().load_model(**kwargs)
             self.expert_cache = loading.finish()
@@ -193,7 +192,6 @@ class ExpertCacheWorker(Worker):
         slots = [pool.num_slots for pool in cache.pools]
         setup = CacheSetup.of(config, slots, curves, self.heads is not None)
         cache.restart(CacheController(cache.controller.shape, setup), config.link_gbps)
-        self._reported = CacheStats()
         self._look_ahead(config)
 
     def start_probe(self) -> None:
@@ -260,19 +258,20 @@ class ExpertCacheWorker(Worker):
         if experts is None or self.expert_cache is None:
             return None
         experts.forget(finished)
-        expected = experts.end()
+        experts.end()
         if not self._config.scheduler.enabled:
             return None
         stats = self.expert_cache.stats
-        before, self._reported = self._reported, replace(stats)
+        counted = [stats.stall_seconds, stats.demand_loads + stats.prefetches, stats.fetch_seconds]
+        stall_seconds, loads, fetch_seconds = self._since(stats, counted).tolist()
         return StepReport(
             slots=self.expert_cache.num_slots,
             resident=bits(self.expert_cache.resident()),
-            expected=expected,
+            expected=experts.likeliest(),
             seconds=seconds,
-            stall_seconds=stats.stall_seconds - before.stall_seconds,
-            loads=stats.misses - stats.late + stats.prefetches - (before.misses - before.late + before.prefetches),
-            fetch_seconds=stats.fetch_seconds - before.fetch_seconds,
+            stall_seconds=stall_seconds,
+            loads=int(loads),
+            fetch_seconds=fetch_seconds,
         )
 
     def _keep_budget(self) -> None:

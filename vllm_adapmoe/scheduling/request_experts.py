@@ -4,11 +4,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from vllm_adapmoe.heads import chance_of_any
+
 REUSE = 0.45
 """Chance that a token uses an expert of its request's last token, where nothing better is known: measured on the
 bundled models, 0.25 by chance."""
-LEAST, MOST = 0.005, 0.995
-"""Chances are never surer than that."""
 
 
 def bits(experts: np.ndarray) -> int:
@@ -53,9 +53,12 @@ class RequestExperts:
         if len(ids) == len(self.names):
             self.step[np.arange(len(ids))[:, None], layer, ids] = REUSE
 
-    def end(self) -> dict[str, int]:
-        """The step has run: the bits of the experts that each of its requests is expected to use, `top_k` a layer."""
+    def end(self) -> None:
+        """The step has run."""
         self.chances.update(zip(self.names, self.step, strict=True))
+
+    def likeliest(self) -> dict[str, int]:
+        """Bits of the experts that each request of the last step is expected to use, `top_k` a layer."""
         if not len(self.step):
             return {}
         best = np.zeros(self.step.shape, dtype=bool)
@@ -69,13 +72,6 @@ class RequestExperts:
             self.chances.pop(name, None)
 
     def of_any(self, names: Sequence[str], layers: int) -> np.ndarray | None:
-        """Chance that any of the requests `names` uses each expert of the first `layers`; None: nobody knows.
-
-        Returns:
-            float16 `[layers, experts]`, the precision that a trace keeps it in, so that a replay sees what was seen.
-        """
+        """`chance_of_any` of the requests `names` for the first `layers`, `[layers, experts]`; None: nobody knows."""
         known = [self.chances[name][:layers] for name in names if name in self.chances]
-        if not known:
-            return None
-        unused = 1 - np.clip(known, LEAST, MOST)
-        return (1 - unused.prod(axis=0)).astype(np.float16)
+        return chance_of_any(np.stack(known)) if known else None
