@@ -19,6 +19,8 @@ ENGINE_ARGS = {
     "enable_prefix_caching": True,
     "kv_cache_memory_bytes": 64 << 20,
 }
+VLLM_STEPS: dict[str, Any] = {"scheduler": {"enabled": False}}
+"""For what is compared to the last bit: a step's requests decide its rounding, and holding back follows the clock."""
 
 
 def prompts(count: int, vocabulary: int, seed: int) -> list[list[int]]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY_MIXTRAL
 
-from tests.integration.scenarios import ENGINE_ARGS, answers, greedy, prompts
+from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy, prompts
 from vllm_adapmoe.cache.controller import REVISION_STEPS
 from vllm_adapmoe.calibrate.text import read_sequences
 from vllm_adapmoe.integration.engine import Engine
@@ -69,7 +69,7 @@ def stock():
 
 @pytest.fixture(scope="module")
 def engine():
-    config = {"cache_experts": SLOTS, "store": "host", "allocation": "trace", "eviction": "lru"}
+    config = VLLM_STEPS | {"cache_experts": SLOTS, "store": "host", "allocation": "trace", "eviction": "lru"}
     with Engine(TINY_MIXTRAL, config, enforce_eager=True, **ENGINE_ARGS) as running:
         yield running
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from tiny_models import CONFIGS, VOCABULARY
 
-from tests.integration.scenarios import ENGINE_ARGS, answers, greedy, hidden_states, prompts
+from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy, hidden_states, prompts
 from vllm_adapmoe.integration.engine import Engine
 
 pytestmark = pytest.mark.engine
@@ -19,7 +19,7 @@ def compare(model: Any, **args: Any) -> None:
     asked, params = prompts(8, VOCABULARY, seed=1), greedy(logprobs=1)
     with Engine(model, None, **(ARGS | args)) as engine:
         stock = answers(engine, asked, params)
-    with Engine(model, {"cache_fraction": 0.5}, **(ARGS | args)) as engine:
+    with Engine(model, VLLM_STEPS | {"cache_fraction": 0.5}, **(ARGS | args)) as engine:
         assert answers(engine, asked, params) == stock
         stats = engine.cache_stats()
         assert stats["misses"] > 0 and stats["resident"] <= stats["slots"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import TINY_MIXTRAL
 
-from tests.integration.scenarios import ENGINE_ARGS, everything, hidden_states, prompts
+from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, everything, hidden_states, prompts
 from vllm_adapmoe.integration.engine import Engine
 
 pytestmark = pytest.mark.engine
@@ -17,7 +17,7 @@ PROMPT = prompts(6, VOCABULARY, seed=9)[-1] + list(range(100, 140))
 
 
 def engine(adapmoe: dict[str, Any] | None, eager: bool) -> Engine:
-    return Engine(TINY_MIXTRAL, adapmoe, enforce_eager=eager, **ENGINE_ARGS)
+    return Engine(TINY_MIXTRAL, adapmoe and VLLM_STEPS | adapmoe, enforce_eager=eager, **ENGINE_ARGS)
 
 
 @pytest.fixture(scope="module")

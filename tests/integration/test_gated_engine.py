@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY_MIXTRAL
 
-from tests.integration.scenarios import ENGINE_ARGS, greedy, prompts
+from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, greedy, prompts
 from vllm_adapmoe.calibrate.text import read_sequences
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.gating import gate_tokens
@@ -41,7 +41,7 @@ def plan_of(model: Path, share: float, rule: str = "token") -> dict[str, Any]:
 
 
 def engine(model: Path, fraction: float) -> Engine:
-    config = {"cache_fraction": fraction, "store": "host"}
+    config = VLLM_STEPS | {"cache_fraction": fraction, "store": "host"}
     # No prefix cache: it would hand a gated run what was computed before gating was set.
     arguments = ENGINE_ARGS | {"enable_prefix_caching": False, "logits_processors": [ForcedTokens]}
     return Engine(model, config, enforce_eager=True, **arguments)
