@@ -5,76 +5,44 @@ make demo
 
 import argparse
 import json
-import os
 import signal
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
 
-from vllm_adapmoe.bench.server import free_port
+from vllm_adapmoe.bench.server import KV_CACHE_BYTES, Server
+from vllm_adapmoe.config import AdapMoEError
 
 MODEL = Path(__file__).parent / "tiny_mixtral" / "model"
+NAME = "tiny-mixtral"
 PROMPT = "#include <"
 OUTPUT_TOKENS = 96
-START_SECONDS = 240
-BIN = Path(sys.executable).parent
 console = Console()
 
 
-class Server:
-    """A real `vllm serve` in a process group of its own; ends with the `with` block."""
+class DemoServer(Server):
+    """`vllm serve` of the bundled model."""
 
-    def __init__(self, name: str, folder: Path, *flags: str) -> None:
-        self.name = name
-        self.port = free_port()
-        self.log = folder / f"{name}.log"
-        command = [
-            BIN / "vllm", "serve", MODEL, "--served-model-name", "tiny-mixtral", "--host", "127.0.0.1",
-            "--port", str(self.port), "--max-model-len", "1024", "--kv-cache-memory-bytes", str(256 << 20), *flags,
-        ]  # fmt: skip
-        console.print(f"[dim]$ vllm serve {MODEL.name} {' '.join(flags)}[/dim]", highlight=False, soft_wrap=True)
-        self.process = subprocess.Popen(
-            command, stdout=self.log.open("w"), stderr=subprocess.STDOUT, start_new_session=True
-        )
+    def __init__(self, name: str, folder: Path, adapmoe: dict[str, Any] | None, *flags: str) -> None:
+        said = "" if adapmoe is None else f" --moe-method adapmoe --adapmoe-config '{json.dumps(adapmoe)}'"
+        console.print(f"[dim]$ vllm serve {MODEL.name}{said}[/dim]", highlight=False, soft_wrap=True)
+        limits = ("--max-model-len", "1024", "--kv-cache-memory-bytes", str(KV_CACHE_BYTES))
+        super().__init__(name, MODEL, folder, adapmoe, ("--served-model-name", NAME, *limits, *flags))
 
-    def __enter__(self) -> "Server":
-        return self
+    def client(self) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
-    def __exit__(self, *exception: object) -> None:
-        for how in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(self.process.pid, how)
-                self.process.wait(timeout=20)
-            except (ProcessLookupError, subprocess.TimeoutExpired):
-                continue
-
-    def wait(self) -> None:
-        """Until the server answers; on failure its log is shown."""
-        deadline = time.monotonic() + START_SECONDS
-        with console.status(f"starting {self.name}"):
-            while time.monotonic() < deadline and self.process.poll() is None:
-                try:
-                    with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2):
-                        return
-                except OSError:
-                    time.sleep(0.5)
-        console.print(self.log.read_text()[-4000:], highlight=False, markup=False)
-        raise SystemExit(f"demo: {self.name} did not start; the end of its log is above")
-
-    def complete(self, show: bool) -> tuple[list[int], float]:
+    def stream(self, show: bool) -> tuple[list[int], float]:
         """Token ids of one streamed completion, and decoded tokens per second."""
-        client = OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none")
-        stream = client.completions.create(
-            model="tiny-mixtral", prompt=PROMPT, max_tokens=OUTPUT_TOKENS, temperature=0, stream=True,
+        stream = self.client().completions.create(
+            model=NAME, prompt=PROMPT, max_tokens=OUTPUT_TOKENS, temperature=0, stream=True,
             extra_body={"return_token_ids": True, "ignore_eos": True},
         )  # fmt: skip
         tokens: list[int] = []
@@ -90,12 +58,6 @@ class Server:
                 console.print(chunk.choices[0].text, end="", highlight=False, markup=False)
         return tokens, (len(tokens) - 1) / (time.monotonic() - first)
 
-    def metric(self, name: str) -> float:
-        """A metric of the expert cache, summed over its labels."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics") as answer:
-            lines = answer.read().decode().splitlines()
-        return sum(float(line.split()[-1]) for line in lines if line.startswith(f"vllm:adapmoe_{name}{{"))
-
 
 def stop(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
@@ -108,22 +70,23 @@ def main() -> None:
     started = time.monotonic()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="adapmoe-demo-")))
-        config = json.dumps({"cache_fraction": 0.5, "store": "file", "store_dir": str(folder / "store")})
-        offloaded = stack.enter_context(
-            Server("vllm-adapmoe", folder, "--moe-method", "adapmoe", "--adapmoe-config", config)
-        )
-        stock = stack.enter_context(Server("stock-vllm", folder))
-        offloaded.wait()
+        config = {"cache_fraction": 0.5, "store": "file", "store_dir": str(folder / "store")}
+        offloaded, stock = DemoServer("vllm-adapmoe", folder, config), DemoServer("stock-vllm", folder, None)
+        for server in (offloaded, stock):
+            stack.callback(server.close)
+        for server in (offloaded, stock):
+            with console.status(f"starting {server.name}"):
+                stack.enter_context(server)
         for line in offloaded.log.read_text().splitlines():
             if "Expert cache:" in line:
                 console.print("[dim]" + line[line.index("Expert cache:") :] + "[/dim]", highlight=False)
-        stock.wait()
         console.print()
-        tokens, speed = offloaded.complete(show=True)
+        tokens, speed = offloaded.stream(show=True)
         console.print("\n")
-        reference, reference_speed = stock.complete(show=False)
+        reference, reference_speed = stock.stream(show=False)
+        counted = offloaded.metrics()
         names = ("slots", "expert_hits_total", "expert_misses_total", "fetched_bytes_total")
-        slots, hits, misses, fetched = (offloaded.metric(name) for name in names)
+        slots, hits, misses, fetched = (counted[f"vllm:adapmoe_{name}"] for name in names)
 
         same = tokens == reference and len(tokens) == OUTPUT_TOKENS
         table = Table(title="Half of the experts resident, the rest in a packed file", show_header=False)
@@ -147,3 +110,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except AdapMoEError as error:
+        raise SystemExit(f"demo: {error}") from None

@@ -10,9 +10,8 @@ from hypothesis import settings
 settings.register_profile("shared machine", deadline=None, print_blob=True)
 settings.load_profile("shared machine")
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples")]
 TINY_MIXTRAL = ROOT / "examples" / "tiny_mixtral" / "model"
 
 

@@ -80,7 +80,7 @@ def test_the_limit_of_a_control_group():
         "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text('0')\n"
         "from vllm_adapmoe.doctor.machine import memory_limit; print(memory_limit())"
     )
-    with memory_cgroup.memory_limit(2 << 30) as group:
+    with memory_cgroup.limited_memory(2 << 30) as group:
         run = subprocess.run([sys.executable, "-c", code, str(group.procs)], capture_output=True, text=True, check=True)
     assert int(run.stdout) == 2 << 30
     assert memory_limit() == outside

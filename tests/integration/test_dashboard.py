@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.parse
@@ -14,10 +13,11 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT
+from demo import DemoServer
+
+from vllm_adapmoe.bench.server import free_port
 
 pytestmark = pytest.mark.engine
-
-sys.path.insert(0, str(ROOT / "examples"))
 
 FOLDER = ROOT / "examples" / "grafana"
 DASHBOARD = json.loads((FOLDER / "adapmoe.json").read_text())
@@ -66,9 +66,6 @@ def test_the_dashboard_is_one_that_grafana_takes():
 
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="no prometheus here")
 def test_every_query_gives_data(tmp_path):
-    from demo import Server, free_port
-    from openai import OpenAI
-
     config = {
         "cache_experts": 24,
         "store_dir": str(tmp_path / "store"),
@@ -76,9 +73,7 @@ def test_every_query_gives_data(tmp_path):
         "allocation": "profile",
         "gating": {"mode": "token", "target_experts": 1.6},
     }
-    flags = ["--enforce-eager", "--moe-method", "adapmoe", "--adapmoe-config", json.dumps(config)]
-    with Server("server", tmp_path, *flags) as server:
-        server.wait()
+    with DemoServer("server", tmp_path, config, "--enforce-eager") as server:
         port = free_port()
         scraping = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
         scraping["scrape_configs"][0]["static_configs"][0]["targets"] = [f"127.0.0.1:{server.port}"]
@@ -93,7 +88,7 @@ def test_every_query_gives_data(tmp_path):
             subprocess.Popen(command, stdout=log, stderr=log) as prometheus,
         ):
             try:
-                client = OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none")
+                client = server.client()
                 deadline = time.monotonic() + SECONDS
                 number = 0
                 while time.monotonic() < deadline or number < 3:

@@ -52,7 +52,7 @@ def test_a_model_larger_than_memory_serves_the_right_tokens(wide_model, tmp_path
     assert ALL_EXPERTS >= 1.5 * LIMIT
     small = answer(offline(TINY_MIXTRAL, None))
     config = {"cache_experts": SLOTS, "store": "file", "store_dir": str(tmp_path)}
-    with memory_cgroup.memory_limit(LIMIT) as group:
+    with memory_cgroup.limited_memory(LIMIT) as group:
         packed = offline(wide_model, config, group.procs)  # packs under the limit, too
         inode = (tmp_path / "experts-0-of-1.pack").stat().st_ino
         again = offline(wide_model, config, group.procs)

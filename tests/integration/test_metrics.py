@@ -2,23 +2,18 @@
 
 import json
 import os
-import sys
 import time
 import urllib.request
 
 import pytest
-from conftest import ROOT
-from openai import OpenAI
+from demo import DemoServer
 
 from tests.integration.scenarios import ENGINE_ARGS, greedy, prompts
-from tests.integration.test_server import metrics
 from vllm_adapmoe.integration.engine import Engine
 from vllm_adapmoe.integration.metrics import ExpertCacheStatLogger
 from vllm_adapmoe.integration.worker_stats import with_attributes
 
 pytestmark = pytest.mark.engine
-
-sys.path.insert(0, str(ROOT / "examples"))
 
 EVENTS = {"expert_hits": "hits", "expert_misses": "misses", "prefetch_hits": "prefetch_hits", "prefetches_late": "late"}
 """Counted within steps. A prefetch may go on after the last one, and its bytes are told with the next."""
@@ -35,21 +30,17 @@ def of_worker(port: int) -> dict[str, float]:
 
 def test_two_api_servers(tmp_path, monkeypatch):
     """The engine tells one of them of a step. What they were told adds up."""
-    from demo import Server
-
     monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")  # for /collective_rpc
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     config = {"cache_experts": 24, "store_dir": str(tmp_path / "store"), "allocation": "trace"}
-    flags = ["--moe-method", "adapmoe", "--adapmoe-config", json.dumps(config), "--api-server-count", "2"]
-    with Server("server", tmp_path, "--enforce-eager", *flags) as server:
-        server.wait()
+    with DemoServer("server", tmp_path, config, "--enforce-eager", "--api-server-count", "2") as server:
         for number in range(12):  # each in a connection of its own, which either of the two may take
-            with OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none") as client:
+            with server.client() as client:
                 client.completions.create(model="tiny-mixtral", prompt=f"def f{number}(", max_tokens=6, temperature=0)
         expected = of_worker(server.port)
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
-            counted = metrics(server.port)
+            counted = server.metrics()
             told = {key: counted[f"vllm:adapmoe_{name}_total"] for name, key in EVENTS.items()}
             if told == {key: expected[key] for key in told}:
                 break

@@ -18,9 +18,9 @@ import psutil
 import pytest
 from conftest import ROOT, TINY_MIXTRAL
 
-pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # Ray's own
+from vllm_adapmoe.bench.server import free_port
 
-sys.path.insert(0, str(ROOT / "examples"))
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # Ray's own
 
 BIN = Path(sys.executable).parent
 PROMPTS = ["#include <", "def main(", "import os", "class A", "for i in", "// The"]
@@ -63,8 +63,6 @@ class Cluster:
     """Ray with two CPUs, and the example on it by `serve run`, in a session of processes of its own."""
 
     def __init__(self, folder: Path, logs: Path) -> None:
-        from demo import free_port
-
         self.http, self.metrics, gcs, client = (free_port() for _ in range(4))
         self.address = f"127.0.0.1:{gcs}"
         self.log, self.store = logs / "serve.log", logs / "store"

@@ -1,27 +1,17 @@
 """A backing file that cannot be read fails the requests that need it, and nothing else."""
 
-import sys
-
 import openai
 import pytest
-from conftest import ROOT
-
-from tests.integration.test_server import metrics
+from demo import DemoServer
 
 pytestmark = pytest.mark.engine
-
-sys.path.insert(0, str(ROOT / "examples"))
 
 
 @pytest.mark.parametrize("scheduling", ["--async-scheduling", "--no-async-scheduling"])
 def test_the_server_outlives_a_broken_pack(tmp_path, scheduling):
-    from demo import Server
-
-    flags = {"cache_experts": 24, "store": "file", "store_dir": tmp_path / "store"}
-    config = [part for key, value in flags.items() for part in (f"--adapmoe-config.{key}", str(value))]
-    with Server("server", tmp_path, "--enforce-eager", scheduling, "--moe-method", "adapmoe", *config) as server:
-        server.wait()
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0)
+    config = {"cache_experts": 24, "store": "file", "store_dir": str(tmp_path / "store")}
+    with DemoServer("server", tmp_path, config, "--enforce-eager", scheduling) as server:
+        client = server.client()
 
         def ask() -> str:
             answer = client.completions.create(model="tiny-mixtral", prompt="def main(", max_tokens=24, temperature=0)
@@ -40,6 +30,6 @@ def test_the_server_outlives_a_broken_pack(tmp_path, scheduling):
         with pack.open("r+b") as file:  # the same file: the server has it open
             file.write(whole)
         assert ask() == before  # and not from a prefix that the failed request left in the cache
-        assert metrics(server.port)["vllm:adapmoe_slots"] == 24
+        assert server.metrics()["vllm:adapmoe_slots"] == 24
     log = (tmp_path / "server.log").read_text()
     assert "Expert cache: request cmpl-" in log and "fails: " in log

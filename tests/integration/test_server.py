@@ -11,27 +11,15 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY_MIXTRAL
+from demo import DemoServer
 
 pytestmark = pytest.mark.engine
 
-sys.path.insert(0, str(ROOT / "examples"))
 
-
-def metrics(port: int) -> dict[str, float]:
-    """Of the expert cache, by name; those with several labels summed."""
-    summed: dict[str, float] = {}
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
-        for line in answer.read().decode().splitlines():
-            if line.startswith("vllm:adapmoe_") and "{" in line:
-                name = line.split("{")[0]
-                summed[name] = summed.get(name, 0.0) + float(line.split()[-1])
-    return summed
-
-
-def check_top(port: int) -> None:
+def check_top(server: DemoServer) -> None:
     """`adapmoe top` of the server that has just answered, beside its own counters."""
     once = subprocess.run(
-        [Path(sys.executable).parent / "adapmoe", "top", f"127.0.0.1:{port}", "--once", "--interval", "0.2"],
+        [Path(sys.executable).parent / "adapmoe", "top", server.url, "--once", "--interval", "0.2"],
         capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"},
     )  # fmt: skip
     assert once.returncode == 0, once.stderr
@@ -41,11 +29,11 @@ def check_top(port: int) -> None:
     assert sum(line.count("/8") for line in lines) == 12, "layers"
     told = json.loads(
         subprocess.run(
-            [Path(sys.executable).parent / "adapmoe", "top", f"127.0.0.1:{port}", "--once", "--json"],
+            [Path(sys.executable).parent / "adapmoe", "top", server.url, "--once", "--json"],
             capture_output=True, text=True, check=True,
         ).stdout
     )  # fmt: skip
-    counted = metrics(port)
+    counted = server.metrics()
     hits, misses = (counted[f"vllm:adapmoe_expert_{name}_total"] for name in ("hits", "misses"))
     assert told["start"]["hit_rate"] == pytest.approx(hits / (hits + misses))
     assert told["start"]["output_tokens"] == 96 and told["start"]["token_seconds"] > 0
@@ -55,9 +43,6 @@ def check_top(port: int) -> None:
 
 
 def test_serve_stream_abort_and_metrics(tmp_path, monkeypatch):
-    from demo import Server
-    from openai import OpenAI
-
     from tests.integration.test_dashboard import check_names
 
     config = {
@@ -70,12 +55,11 @@ def test_serve_stream_abort_and_metrics(tmp_path, monkeypatch):
     }
     flags = [part for key, value in config.items() for part in (f"--adapmoe-config.{key}", str(value))]
     monkeypatch.setenv("VLLM_LOG_STATS_INTERVAL", "1")
-    with Server("server", tmp_path, "--enforce-eager", "--moe-method", "adapmoe", *flags) as server:
-        server.wait()
-        client = OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none")
-        first, _ = server.complete(show=False)
+    with DemoServer("server", tmp_path, None, "--enforce-eager", "--moe-method", "adapmoe", *flags) as server:
+        client = server.client()
+        first, _ = server.stream(show=False)
         assert len(first) == 96
-        counted = metrics(server.port)
+        counted = server.metrics()
         assert counted["vllm:adapmoe_slots"] == 24
         assert counted["vllm:adapmoe_resident_experts"] >= 23  # a slot for staging may be empty
         assert counted["vllm:adapmoe_expert_misses_total"] > 0
@@ -86,8 +70,8 @@ def test_serve_stream_abort_and_metrics(tmp_path, monkeypatch):
         kept = counted["vllm:adapmoe_kept_experts_total"] / counted["vllm:adapmoe_gated_tokens_total"]
         assert kept == pytest.approx(1.6, abs=0.15)
         assert counted["vllm:adapmoe_gating_loss_nats_total"] > 0
-        check_top(server.port)
-        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics") as answer:
+        check_top(server)
+        with urllib.request.urlopen(f"{server.url}/metrics") as answer:
             check_names(answer.read().decode())
         # A client that hangs up mid-stream takes nothing from the next one.
         stream = client.completions.create(model="tiny-mixtral", prompt="def ", max_tokens=900, stream=True)
@@ -99,9 +83,9 @@ def test_serve_stream_abort_and_metrics(tmp_path, monkeypatch):
             model="tiny-mixtral", messages=[{"role": "user", "content": "import os"}], max_tokens=8
         )
         assert chat.usage.completion_tokens > 0
-        again, _ = server.complete(show=False)
+        again, _ = server.stream(show=False)
         assert again == first
-        assert metrics(server.port)["vllm:adapmoe_expert_hits_total"] > counted["vllm:adapmoe_expert_hits_total"]
+        assert server.metrics()["vllm:adapmoe_expert_hits_total"] > counted["vllm:adapmoe_expert_hits_total"]
     log = (tmp_path / "server.log").read_text()
     assert "Expert cache: 24 slots" in log
     assert "Packing experts" in log

@@ -55,7 +55,7 @@ def _numbers(path: Path) -> dict[str, int]:
 
 
 @contextmanager
-def memory_limit(nbytes: int) -> Iterator[MemoryGroup]:
+def limited_memory(nbytes: int) -> Iterator[MemoryGroup]:
     """A group whose processes together may use `nbytes`, page cache included, and no swap."""
     v1 = V1.exists()
     group = MemoryGroup((V1 if v1 else ROOT) / f"adapmoe-{os.getpid()}", v1)

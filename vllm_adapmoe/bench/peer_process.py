@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from vllm_adapmoe.bench.memory_cgroup import MemoryGroup, memory_limit
+from vllm_adapmoe.bench.memory_cgroup import MemoryGroup, limited_memory
 from vllm_adapmoe.bench.peer_worker import Spec
 from vllm_adapmoe.store.direct_io import drop_cached
 
@@ -49,7 +49,7 @@ def run_worker(spec: Spec, memory: int | None, timeout: float) -> dict[str, Any]
     """
     drop_files(spec.model, spec.files)
     with ExitStack() as stack:
-        group = None if memory is None else stack.enter_context(memory_limit(memory))
+        group = None if memory is None else stack.enter_context(limited_memory(memory))
         output, errors = stack.enter_context(TemporaryFile("w+")), stack.enter_context(TemporaryFile("w+"))
 
         def enter() -> None:

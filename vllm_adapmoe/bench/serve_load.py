@@ -183,9 +183,8 @@ def measure(
 def counted(before: dict[str, float], after: dict[str, float], figures: dict[str, float]) -> dict[str, float]:
     """What a server's counters say of a load; the cache's are left out where there is none."""
 
-    def of(*names: str) -> float | None:
-        name = next((name for name in names if name in after), None)
-        return None if name is None else after[name] - before.get(name, 0.0)
+    def of(name: str) -> float | None:
+        return after[name] - before.get(name, 0.0) if name in after else None
 
     tokens = max(1.0, figures["output_tokens"])
     result = {
@@ -195,7 +194,7 @@ def counted(before: dict[str, float], after: dict[str, float], figures: dict[str
     hits, misses = of("vllm:adapmoe_expert_hits_total"), of("vllm:adapmoe_expert_misses_total")
     if hits is None or misses is None:
         return result
-    stall = of("vllm:adapmoe_fetch_stall_seconds_sum", "vllm:adapmoe_fetch_stall_seconds_total") or 0.0
+    stall = of("vllm:adapmoe_fetch_stall_seconds_sum") or 0.0
     return result | {
         "hit_rate": hits / (hits + misses) if hits + misses else 1.0,
         "fetched_bytes_per_output_token": (of("vllm:adapmoe_fetched_bytes_total") or 0.0) / tokens,
