@@ -65,8 +65,9 @@ LOAD, COMPUTE = 1e-3, 2e-3
 """Seconds of one load, and of a step."""
 
 
-def serve(max_delay: float, classes: list[int], steps: int = 2000):
-    """Requests of classes that use different halves of every layer's experts, too many for the slots together.
+def serve(max_delay: float, classes: list[int | None], steps: int = 2000):
+    """Requests of classes that use different halves of every layer's experts (None: all of them), too many for the
+    slots together.
 
     The cache is the worker's own, on a virtual link. Returns seconds per token, and by request the longest time
     between two of its tokens, both after a warm-up.
@@ -79,10 +80,11 @@ def serve(max_delay: float, classes: list[int], steps: int = 2000):
     last, longest = [0.0] * len(classes), [0.0] * len(classes)
     half = EXPERTS // 2
 
-    def draw(kind: int) -> np.ndarray:
+    def draw(kind: int | None) -> np.ndarray:
         experts = np.zeros((LAYERS, EXPERTS), dtype=bool)
+        among = range(EXPERTS) if kind is None else range(kind * half, (kind + 1) * half)
         for layer in range(LAYERS):
-            experts[layer, [kind * half + one for one in chance.sample(range(half), TOP_K)]] = True
+            experts[layer, chance.sample(among, TOP_K)] = True
         return experts
 
     for step in range(steps):
@@ -120,6 +122,14 @@ def test_affinity_saves_loads_and_the_age_bound_holds():
     longest_step = COMPUTE + LOAD * LAYERS * EXPERTS
     assert max(longest) <= 0.05 + 2 * longest_step
     assert max(longest[8:]) > 0.05 * 0.9, "the rare class was never held: nothing was tried"
+
+
+@pytest.mark.parametrize("requests", [4, 8, 12])
+def test_nobody_is_held_for_nothing(requests):
+    """One kind of requests: what is not fetched for one now is fetched for it later."""
+    plain, _ = serve(0.0, [None] * requests)
+    kept, _ = serve(0.05, [None] * requests)
+    assert kept <= 1.01 * plain
 
 
 @pytest.mark.parametrize("max_delay", [0.02, 0.1])

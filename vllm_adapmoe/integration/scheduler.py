@@ -15,6 +15,7 @@ from vllm_adapmoe.config import AdapMoEConfig
 from vllm_adapmoe.integration.compat import adapmoe_settings
 from vllm_adapmoe.integration.stats_outbox import StatsOutbox
 from vllm_adapmoe.scheduling.affinity import Decoding, held_back
+from vllm_adapmoe.scheduling.arrivals import Arrivals
 from vllm_adapmoe.scheduling.prefill import Waiting, hold_prefill
 from vllm_adapmoe.scheduling.prices import StepPrices
 from vllm_adapmoe.scheduling.report import StepReport
@@ -36,6 +37,9 @@ class ExpertCacheScheduler(Scheduler):
         self.outbox = StatsOutbox()
         self.holding = AdapMoEConfig.parse(adapmoe_settings(self.vllm_config)).scheduler
         self.prices = StepPrices()
+        self.arrivals = Arrivals()
+        self._begun = 0
+        """Prompts, those that were preempted and began again included."""
         self._report: StepReport | None = None
         """Of the last step; None until one has had a cache."""
         self._expected: dict[str, int] = {}
@@ -51,6 +55,7 @@ class ExpertCacheScheduler(Scheduler):
         if self._report is not None:
             throttle_prefills |= self._hold(now)
         output = super().schedule(throttle_prefills)
+        self._begun += len(output.scheduled_new_reqs) + len(output.scheduled_cached_reqs.resumed_req_ids)
         for name in output.num_scheduled_tokens:
             self._ran_at[name] = now
             self._waiting_since.pop(name, None)
@@ -64,7 +69,8 @@ class ExpertCacheScheduler(Scheduler):
         prefilling = any(request.is_prefill_chunk for request in self.running)
         seats = self.max_num_running_reqs - len(self.running)
         waiting = self._waiting(now, seats)
-        hold = bool(waiting) and not prefilling and self._hold_prefill(waiting, seats)
+        self.arrivals.observe(now, self._begun + len(waiting))
+        hold = bool(waiting) and not prefilling and self._hold_prefill(waiting, now)
         # A step with a prompt sweeps over all experts anyway.
         tokens = self._hold_decoding(now) if hold or not (prefilling or waiting) else 0
         self.held_prefill_steps += hold
@@ -77,7 +83,7 @@ class ExpertCacheScheduler(Scheduler):
         """Those that could begin now."""
         return [
             Waiting(
-                now - self._waiting_since.setdefault(request.request_id, now),  # new here: it was preempted
+                now - self._waiting_since.setdefault(request.request_id, now),
                 request.num_tokens,
                 self._priority(request),
             )
@@ -87,13 +93,13 @@ class ExpertCacheScheduler(Scheduler):
     def _priority(self, request: Request) -> int:
         return request.priority if self.policy == SchedulingPolicy.PRIORITY else 0
 
-    def _hold_prefill(self, waiting: list[Waiting], seats: int) -> bool:
+    def _hold_prefill(self, waiting: list[Waiting], now: float) -> bool:
         return hold_prefill(
             waiting,
             [self._priority(request) for request in self.running],
             self.prices.surcharge,
+            self.arrivals.gap(now),
             self.max_num_scheduled_tokens - len(self.running),
-            seats,
             self.holding.max_prefill_delay_ms / 1000,
         )
 
@@ -120,10 +126,6 @@ class ExpertCacheScheduler(Scheduler):
             request = requests[name]
             request.next_decode_eligible_step = max(request.next_decode_eligible_step, self.current_step + 2)
         return len(held)
-
-    def add_request(self, request: Request) -> None:
-        self._waiting_since[request.request_id] = time.monotonic()
-        super().add_request(request)
 
     # What comes back
 

@@ -3,6 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+WORTH = 0.9
+"""Of a token's price with everybody, the most that it may be without those held back. Prices are estimates, and a
+request that is held gets its tokens less evenly: for less than a tenth nobody waits."""
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -30,7 +34,7 @@ def held_back(
     While everything that the batch is expected to use fits, a missing expert is fetched once, and waiting would save
     nothing. Beyond that, a step with the experts U costs about `compute + load * max(missing, |U| - slots)` seconds:
     what is missing now, or what has to leave and come back every time. Of the requests ordered by what each of them
-    misses, the step takes as many as give the most tokens a second. (Ours.)
+    misses, the step takes as many as give the most tokens a second, or all, if that is not much worse. (Ours.)
 
     Args:
         decoding: all that could be part of the step, in the scheduler's order.
@@ -62,4 +66,6 @@ def held_back(
         price = seconds_per_token(union, len(due) + number)
         if price <= best:
             best, taken = price, number
+    if best > WORTH * seconds_per_token(everything, len(decoding)):
+        return set()
     return {one.name for one in others[taken:]}
