@@ -10,14 +10,13 @@ import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
 
-from vllm_adapmoe.bench.server import KV_CACHE_BYTES, Server
+from vllm_adapmoe.bench.server import KV_CACHE_BYTES, Server, end_cleanly
 from vllm_adapmoe.config import AdapMoEError
 
 MODEL = Path(__file__).parent / "tiny_mixtral" / "model"
@@ -59,20 +58,16 @@ class DemoServer(Server):
         return tokens, (len(tokens) - 1) / (time.monotonic() - first)
 
 
-def stop(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell started us with interrupts ignored
-        signal.signal(number, stop)
+    end_cleanly()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started us with interrupts ignored
     started = time.monotonic()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="adapmoe-demo-")))
         config = {"cache_fraction": 0.5, "store": "file", "store_dir": str(folder / "store")}
         offloaded, stock = DemoServer("vllm-adapmoe", folder, config), DemoServer("stock-vllm", folder, None)
-        for server in (offloaded, stock):
+        for server in (offloaded, stock):  # they start at once, and both end if one of them does not
             stack.callback(server.close)
         for server in (offloaded, stock):
             with console.status(f"starting {server.name}"):

@@ -62,7 +62,7 @@ def test_begins_at_the_best_number(decoding, surcharge, gap):
 
 
 def cost_per_prompt(gaps: list[float], sweep: float, hold) -> float:
-    """Waits and sweeps of prompts that come so far apart; `hold(now, since)`, asked every ten milliseconds."""
+    """Waits and sweeps of prompts that come so far apart; `hold(waiting, gap)`, asked every ten milliseconds."""
     coming = [sum(gaps[: end + 1]) for end in range(len(gaps))]
     arrivals, cost, now, waiting, seen = Arrivals(), 0.0, 0.0, [], 0
     while seen < len(coming) or waiting:

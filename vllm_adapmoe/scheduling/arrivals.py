@@ -18,11 +18,10 @@ class Arrivals:
         now: seconds, never less than before.
         count: prompts so far that could begin, whether they have or not.
         """
-        if self._count is not None:
-            for _ in range(count - self._count):
-                self._gap.add(now - self._last)
-                self._last = now
-        else:
+        if self._count is None:  # nobody knows how long those have been there
+            self._count, self._last = count, now
+        for _ in range(count - self._count):
+            self._gap.add(now - self._last)
             self._last = now
         self._count = count
 
