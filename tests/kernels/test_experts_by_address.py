@@ -1,0 +1,123 @@
+"""The kernel on tables of addresses, in Triton's interpreter against float64, and compiled for every GPU."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_adapmoe.kernels.experts_by_address import MAX_TOKENS, experts_by_address
+
+TOLERANCE = 2**-9
+"""Of the largest output: what float16 (the interpreter has no bf16) loses between the two projections."""
+
+
+def reference(
+    x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    output = torch.zeros(x.shape, dtype=torch.float64)
+    for token, choice in (ids >= 0).nonzero().tolist():
+        expert = int(ids[token, choice])
+        gate, up = (gate_up[expert].double() @ x[token].double()).chunk(2)
+        output[token] += weights[token, choice].double() * (
+            down[expert].double() @ (torch.nn.functional.silu(gate) * up)
+        )
+    return output
+
+
+def case(tokens: int, top_k: int, experts: int, hidden: int, inner: int, dropped: float, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    x = normal(tokens, hidden).half()
+    gate_up = (normal(experts, 2 * inner, hidden) / hidden**0.5).half()
+    down = (normal(experts, hidden, inner) / inner**0.5).half()
+    ids = torch.stack([torch.randperm(experts, generator=generator)[:top_k] for _ in range(tokens)]).int()
+    ids[torch.rand(ids.shape, generator=generator) < dropped] = -1
+    return x, torch.rand(tokens, top_k, generator=generator), ids, gate_up, down
+
+
+def addresses(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([one.data_ptr() for one in tensor])
+
+
+def run(x, weights, ids, gate_up, down) -> torch.Tensor:
+    return experts_by_address(x, weights, ids, addresses(gate_up), addresses(down), down.shape[2])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts", "hidden", "inner", "dropped"),
+    [
+        pytest.param(1, 2, 8, 256, 128, 0.0, id="decode, top-2"),
+        pytest.param(3, 4, 16, 200, 72, 0.2, id="sizes that no block divides"),
+        pytest.param(20, 8, 32, 64, 48, 0.3, id="many tokens of an expert"),
+        pytest.param(MAX_TOKENS, 2, 2, 64, 32, 0.0, id="every token wants both"),
+        pytest.param(2, 2, 8, 64, 32, 1.0, id="all dropped"),
+    ],
+)
+def test_equals_float64(tokens, top_k, experts, hidden, inner, dropped):
+    inputs = case(tokens, top_k, experts, hidden, inner, dropped, seed=tokens)
+    expected = reference(*inputs)
+    error = (run(*inputs).double() - expected).abs().max()
+    assert error <= TOLERANCE * max(1.0, expected.abs().max())
+
+
+def test_place_and_neighbours_change_nothing():
+    """Bit for bit: where an expert is, and which tokens are beside one."""
+    x, weights, ids, gate_up, down = case(5, 3, 8, 96, 40, 0.2, seed=1)
+    together = run(x, weights, ids, gate_up, down)
+    elsewhere = gate_up.clone(), down.clone()
+    half = [addresses(one) for one in (gate_up, down)], [addresses(one) for one in elsewhere]
+    mixed = [torch.where(torch.arange(8) % 2 == 0, one, two) for one, two in zip(*half, strict=True)]
+    assert torch.equal(experts_by_address(x, weights, ids, *mixed, 40), together)
+    for token in range(5):
+        one = slice(token, token + 1)
+        assert torch.equal(run(x[one], weights[one], ids[one], gate_up, down), together[one])
+
+
+@given(tokens=st.integers(1, 6), top_k=st.integers(1, 4), dropped=st.sampled_from((0.0, 0.5)), seed=st.integers(0, 99))
+@settings(max_examples=15)
+def test_any_routing(tokens, top_k, dropped, seed):
+    inputs = case(tokens, top_k, 5, 32, 16, dropped, seed)
+    expected = reference(*inputs)
+    assert (run(*inputs).double() - expected).abs().max() <= TOLERANCE * max(1.0, expected.abs().max())
+
+
+def test_too_many_tokens():
+    with pytest.raises(ValueError, match="65 tokens"):
+        run(*case(MAX_TOKENS + 1, 1, 2, 32, 16, 0.0, seed=0))
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from vllm_adapmoe.kernels import experts_by_address as kernels
+
+pointers = {"x": "*bf16", "ids": "*i32", "addresses": "*i64", "activated": "*bf16", "outputs": "*fp32",
+            "weights": "*fp32"}
+tile = {"BLOCK_N": kernels.BLOCK_N, "BLOCK_K": kernels.BLOCK_K}
+for pairs, rows in ((16, 16), (512, 64)):
+    tile |= {"PAIRS": pairs, "ROWS": rows}
+    for kernel, out, constants in ((kernels._gate_and_up, "*bf16", tile), (kernels._down, "*fp32", tile),
+                                   (kernels._combine, "*bf16", {"BLOCK": 1024})):
+        kinds = pointers | {"out": out} | dict.fromkeys(constants, "constexpr")
+        signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}
+        source = ASTSource(kernel, signature=signature, constexprs=constants)
+        binary = triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32))
+        assert binary.asm["cubin"] and binary.metadata.shared <= 99 << 10, (kernel, binary.metadata.shared)
+"""
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90, 120])
+def test_compiles_for(capability):
+    """To machine code, with the assembler that Triton brings; shared memory for the smallest of these GPUs."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    code = COMPILE.replace("CAPABILITY", str(capability))
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
