@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, TINY_MIXTRAL
+from tiny_models import VOCABULARY
 
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy, hidden_states, prompts
 from tests.integration.test_gated_engine import assert_equal_but_for_rounding, plan_of
@@ -26,6 +27,7 @@ CONFIG = VLLM_STEPS | {"profile": str(ROOT / "configs" / "tiny_mixtral.json")}
 ARGS = ENGINE_ARGS | {"enforce_eager": True, "tensor_parallel_size": 2, "enable_prefix_caching": False}
 EXPERT_PARALLEL = ARGS | {"enable_expert_parallel": True}
 PROMPT = prompts(4, 2048, seed=6)[-1]
+PROMPT_OF_TINY = prompts(4, VOCABULARY, seed=6)[-1]
 SEQUENCES = read_sequences(TINY_MIXTRAL, HELDOUT, 128, 8, seed=3)
 
 
@@ -179,3 +181,19 @@ def test_expert_parallel(stock, tmp_path):
             assert answers(engine, prompts(8, 2048, seed=1), greedy(logprobs=1)) == mine["answers"]
             engine.call("set_gating", plan)
             assert answers(engine, prompts(8, 2048, seed=1), greedy(logprobs=1)) == gated
+
+
+def test_expert_parallel_round_robin(tiny_model):
+    """Every other expert, beside a shared one, and in waves: fewer slots than a layer has experts on a rank."""
+    model = tiny_model("deepseek_v3")
+    with Engine(model, None, **ARGS) as engine:
+        stock = hidden_states(engine, PROMPT_OF_TINY)[0].float()
+    config, placement = VLLM_STEPS | {"cache_experts": 3}, {"expert_placement_strategy": "round_robin"}
+    with Engine(model, config, **EXPERT_PARALLEL, **placement) as engine:
+        mine = hidden_states(engine, PROMPT_OF_TINY)[0].float()
+        assert engine.llm.collective_rpc(_held) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert 0 < (mine - stock).abs().max() <= 2**-6 * stock.abs().max()
+
+
+def _held(worker: Any) -> list[int]:
+    return worker.expert_cache.controller.held[0].nonzero()[0].tolist()
