@@ -1,6 +1,5 @@
 """Each architecture, as a tiny random model: the tokens of stock vLLM with half of the experts resident, and gated."""
 
-import os
 from typing import Any
 
 import pytest
@@ -51,11 +50,3 @@ def test_architecture(architecture, tiny_model):
 
 def test_transformers_backend(tiny_model):
     compare(tiny_model("qwen3_moe"), model_impl="transformers")
-
-
-def test_two_ranks(tiny_model, monkeypatch):
-    """Every rank caches its own shard of every expert, and packs a file of its own."""
-    cores = sorted(os.sched_getaffinity(0))
-    # vLLM places one rank on each NUMA node; on a machine with one, it wants to be told the cores.
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
-    compare(tiny_model("mixtral"), tensor_parallel_size=2)

@@ -169,7 +169,26 @@ PARSE_ERRORS = {
     "store_dir is a file": (["--adapmoe-config.store_dir", __file__], "store_dir="),
     "no such method": (["--moe-method", "other"], "moe_method='other'"),
     "adapters": (["--enable-lora"], "enable_lora=True"),
-    "expert parallelism": (["--enable-expert-parallel"], "enable_expert_parallel=True"),
+    "trace of half of the experts": (
+        ["--tensor-parallel-size", "2", "--enable-expert-parallel", "--adapmoe-config.trace_out", "/tmp/trace"],
+        "trace_out='/tmp/trace' does not work with enable_expert_parallel=True",
+    ),
+    "shares of whole layers": (
+        [
+            "--tensor-parallel-size",
+            "2",
+            "--enable-expert-parallel",
+            "--adapmoe-config.profile",
+            str(ROOT / "configs" / "tiny_mixtral.json"),
+            "--adapmoe-config.allocation",
+            "profile",
+        ],
+        "allocation='profile' does not work with enable_expert_parallel=True",
+    ),
+    "more slots than a rank has experts": (
+        ["--tensor-parallel-size", "2", "--enable-expert-parallel", "--adapmoe-config.cache_experts", "49"],
+        "cache_experts=49",
+    ),
     "pipeline parallelism": (["--pipeline-parallel-size", "2"], "pipeline_parallel_size=2"),
     "gating by batch on two ranks": (
         [

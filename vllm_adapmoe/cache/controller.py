@@ -69,6 +69,8 @@ class CacheShape:
     """Pool of each MoE layer: layers whose experts have one shape share one."""
     expert_bytes: Sequence[int]
     """Bytes of an expert of each MoE layer."""
+    held: Sequence[Sequence[int]] | None = None
+    """Experts of each MoE layer that this rank holds, the others being other ranks' to fetch and to run. None: all."""
 
 
 @dataclass(frozen=True)
@@ -138,11 +140,17 @@ class CacheController:
         self.shape, self.setup = shape, setup
         self.pool_of = list(shape.pool_of)
         self.expert_bytes = list(shape.expert_bytes)
+        held = [range(count) for count in shape.num_experts] if shape.held is None else shape.held
+        self.held = np.zeros((len(held), max(shape.num_experts)), dtype=bool)
+        """`[layers, experts]`: who can be here at all."""
+        for row, its in zip(self.held, held, strict=True):
+            row[list(its)] = True
+        self.num_held = [len(its) for its in held]
         policy: Callable[[int, int], EvictionPolicy] = eviction or POLICIES[setup.eviction]
         self.pools = [
             Residency(
                 slots,
-                setup.staging(slots, max(shape.num_experts)),
+                setup.staging(slots, max(self.num_held)),
                 policy(len(shape.num_experts), max(shape.num_experts)),
             )
             for slots in setup.slots
@@ -187,7 +195,7 @@ class CacheController:
         shares = [0] * len(self.pool_of)
         for pool, residency in enumerate(self.pools):
             layers = [layer for layer, one in enumerate(self.pool_of) if one == pool]
-            experts = [self.shape.num_experts[layer] for layer in layers]
+            experts = [self.num_held[layer] for layer in layers]
             chosen = None if curves is None else [curves[layer] for layer in layers]
             floors = share_out(chosen, experts, residency.capacity - self.shape.top_k)
             for layer, share in zip(layers, floors, strict=True):
@@ -315,7 +323,7 @@ class CacheController:
                 self.transfers.speculate(key)
 
     def _want(self, key: ExpertKey, sure: bool) -> bool:
-        return self.residency(key[0]).want(key, sure)
+        return bool(self.held[key]) and self.residency(key[0]).want(key, sure)
 
     def start_speculation(self, key: ExpertKey) -> Load | None:
         """A transfer is free for a queued expert: its slot, or None if it is not to be loaded any more."""

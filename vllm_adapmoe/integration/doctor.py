@@ -28,8 +28,8 @@ from vllm_adapmoe.store.file import PackMissing, open_pack
 TESTED = "0.32"
 GROUPS = ("vllm.platform_plugins", "vllm.general_plugins", "vllm.stat_logger_plugins")
 SECTION = "Installation"
-IN_PART = {"load_format", "speculative_config"}
-"""Settings of which some values work."""
+IN_PART = {"load_format", "speculative_config", "enable_expert_parallel"}
+"""Settings of which some values work, or which work on some devices."""
 
 
 def device_type() -> str:

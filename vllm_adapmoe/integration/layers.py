@@ -53,7 +53,8 @@ class CachedExperts(StreamedExperts):
         shared_experts: Any = None,
         shared_experts_input: torch.Tensor | None = None,
     ) -> Any:
-        if self.cache is None and self.gate is None and self.probe is None and self.lookahead is None:
+        stock = self.expert_map is None  # vLLM's CPU kernels take no map, and crash over experts of other ranks
+        if stock and self.cache is None and self.gate is None and self.probe is None and self.lookahead is None:
             return super().forward_modular(x, topk_weights, topk_ids, shared_experts, shared_experts_input)
         # Opaque to torch.compile: what is missing or dropped is known only when the ids and weights are.
         return torch.ops.vllm.adapmoe_routed_experts(x, topk_weights, topk_ids, self.layer_name)
@@ -128,7 +129,7 @@ class CachedExperts(StreamedExperts):
         if step.keep is not None:
             return self._run_kept(step, step.keep, foresight)
         experts = _distinct(step.ids if step.real is None else step.ids[step.real], self.local_num_experts)
-        if len(experts) > self.slots:
+        if len(experts) > self.slots or self.expert_map is not None:
             return self._run_kept(step, step.all_kept(), foresight)
         ids = step.ids if step.real is None else step.ids * step.real.unsqueeze(1)
         slots = self._acquire(experts, foresight).index_select(0, ids.view(-1)).view_as(ids)
@@ -181,9 +182,11 @@ class CachedExperts(StreamedExperts):
             yield experts
 
     def _slot_map(self) -> torch.Tensor:
-        """int32 `[local experts]`, on the host: row of each expert in the parameters, -1 for one that is absent."""
+        """int32 `[experts]`, on the host: row of each expert in the parameters, -1 for one that is absent."""
         if self.cache is not None:
             return self.cache.slot_maps[self.cache_layer]
+        if self.expert_map is not None:
+            return self.expert_map.cpu()
         return torch.arange(self.local_num_experts, dtype=torch.int32)
 
     def _release(self, experts: Sequence[int]) -> None:
@@ -194,9 +197,12 @@ class CachedExperts(StreamedExperts):
         """The kept pairs of token and expert (`keep`: bool `[tokens, top_k]`, on the host).
 
         Kernels take neither a map nor an absent expert on the CPU: each pair becomes a row with one expert, and what
-        is dropped costs no work.
+        is dropped costs no work. Under expert parallelism this rank's sum is over its own experts, and vLLM adds the
+        ranks' up, as under tensor parallelism.
         """
         x = step.x
+        if self.expert_map is not None:
+            keep = keep & (self.expert_map.cpu()[step.ids.long()] >= 0)
         token, choice = keep.nonzero(as_tuple=True)
         weights = step.weights[token.to(x.device), choice.to(x.device)].unsqueeze(1)
         total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
@@ -223,10 +229,10 @@ class CachedExperts(StreamedExperts):
         """Runs pairs of token and expert, each expert loaded once; yields which of the pairs, and their outputs."""
         experts = _distinct(ids, self.local_num_experts)
         groups = waves(experts, self.slots)
-        if len(groups) == 1:
+        if len(groups) <= 1:  # none: all are other ranks'; still an event, that others follow
             yield slice(None), self._run_wave(x, weights, token, ids, experts, foresight, ())
             return
-        wave_of = torch.zeros(self.local_num_experts, dtype=torch.int64)
+        wave_of = torch.zeros(experts[-1] + 1, dtype=torch.int64)
         for number, group in enumerate(groups):
             wave_of[list(group)] = number
         for number, group in enumerate(groups):

@@ -30,6 +30,7 @@ from vllm_adapmoe.store.file import PackInvalid, PackMissing, PackOfAnother, ope
 from vllm_adapmoe.store.host import HostStore
 from vllm_adapmoe.store.pack_writer import PackWriter
 from vllm_adapmoe.store.record import RecordLayout
+from vllm_adapmoe.store.shard import StoreShard
 
 logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
 
@@ -169,14 +170,21 @@ class ExpertLoading:
 
     def pack_path(self) -> Path:
         """The packed file of this rank: in `store_dir`, or in a folder of the model's own in vLLM's cache."""
-        rank, ranks = get_tensor_model_parallel_rank(), self.vllm_config.parallel_config.tensor_parallel_size
-        return pack_folder(self.config, self.vllm_config) / f"experts-{rank}-of-{ranks}.pack"
+        ranks = self.vllm_config.parallel_config.tensor_parallel_size
+        return pack_folder(self.config, self.vllm_config) / f"experts-{self._shard()}-of-{ranks}.pack"
+
+    def _shard(self) -> str:
+        """What this rank has of the experts: its part of each, or, under expert parallelism, some of them whole."""
+        rank = get_tensor_model_parallel_rank()
+        if self.layers[0].expert_map is None:
+            return str(rank)
+        return f"{self.layers[0].expert_placement_strategy}-{rank}"
 
     def _identity(self) -> dict[str, str]:
         method = self.layers[0].quant_method
         kernel = getattr(method, "experts_cls", None)
         return model_identity(self.vllm_config) | {
-            "tensor_parallel_rank": str(get_tensor_model_parallel_rank()),
+            "tensor_parallel_rank": self._shard(),
             "method": type(method).__name__,
             "kernel": kernel.__name__ if kernel is not None else "",
             "layers": str(len(self.layers)),
@@ -208,6 +216,12 @@ class ExpertLoading:
             return None
         store = self._store if self._writer is None else self._writer.seal()
         assert store is not None
+        held = None
+        maps = [layer.expert_map for layer in self.layers]
+        if maps[0] is not None:
+            records = [one.tolist() for one in maps if one is not None]
+            store = StoreShard(store, records)
+            held = [[expert for expert, record in enumerate(its) if record >= 0] for its in records]
         pool_of = [0] * len(self.layers)
         for pool, group in enumerate(self._groups):
             for index in group:
@@ -217,6 +231,7 @@ class ExpertLoading:
             top_k=max(layer.top_k for layer in self.layers),
             pool_of=pool_of,
             expert_bytes=[layout.nbytes for layout in store.layouts],
+            held=held,
         )
         setup = CacheSetup.of(
             self.config,

@@ -38,11 +38,22 @@ def check_model(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
             f"gating.mode=batch does not work with tensor_parallel_size={ranks}: every rank has others resident; "
             "use gating.mode=token"
         )
+    experts_of_rank = experts
+    if vllm_config.parallel_config.enable_expert_parallel and ranks > 1:
+        experts_of_rank = -(-experts // ranks)
+        for is_set, setting, reason in (
+            (config.trace_out is not None, f"trace_out={config.trace_out!r}",
+             "a replay would need the experts of all ranks; record with tensor_parallel_size alone"),
+            (config.allocation == "profile", "allocation='profile'",
+             "a profile's curves are of whole layers; use pool, uniform or trace"),
+        ):  # fmt: skip
+            if is_set:
+                raise AdapMoEError(f"{setting} does not work with enable_expert_parallel=True: {reason}")
     layers = count_moe_layers(model.hf_text_config)
     if layers is not None:
         expert_bytes = expert_bytes_of(model)
         if expert_bytes is not None or config.cache_gb is None:
-            shape = ExpertShape(layers * experts, expert_bytes or 1, top_k or 1)
+            shape = ExpertShape(layers * experts_of_rank, expert_bytes or 1, top_k or 1)
             # Without a budget the worker counts, on the memory that it finds.
             count_slots(config, [shape], free_bytes=shape.num_experts * shape.bytes_per_expert)
     _check_store(config, vllm_config)
@@ -56,8 +67,8 @@ def feature_checks(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
     return [
         (parallel.enable_eplb, "enable_eplb=True", "replicas of experts have no place in the slot map; remove it"),
         (parallel.enable_dbo, "enable_dbo=True", "two micro-batches would compete for the slots; remove it"),
-        (parallel.enable_expert_parallel, "enable_expert_parallel=True",
-         "slots are filled by this rank's routing alone; use tensor_parallel_size"),
+        (parallel.enable_expert_parallel and not current_platform.is_cpu(), "enable_expert_parallel=True on a GPU",
+         "its kernels take vLLM's expert map, which knows nothing of slots; use tensor_parallel_size alone"),
         (parallel.data_parallel_size > 1, f"data_parallel_size={parallel.data_parallel_size}",
          "data-parallel ranks exchange tokens between experts; run one engine per replica"),
         (parallel.pipeline_parallel_size > 1, f"pipeline_parallel_size={parallel.pipeline_parallel_size}",

@@ -90,7 +90,7 @@ class ExpertCacheWorker(Worker):
         if self.expert_cache is not None:
             cache = self.expert_cache
             slot_bytes = sum(pool.num_slots * pool.layout.nbytes for pool in cache.pools)
-            experts = sum(cache.store.num_experts(layer) for layer in range(cache.store.num_layers))
+            experts = sum(cache.controller.num_held)
             logger.info(
                 "Expert cache: %d slots (%.2f GiB) for %d experts, backed by the %s store",
                 cache.num_slots, slot_bytes / GiB, experts, loading.store_kind,
@@ -296,7 +296,8 @@ class ExpertCacheWorker(Worker):
         else:
             yield
             if self.deferred.layers:  # that were resident as a whole
-                self.deferred.close_step(tokens, np.zeros((len(self.moe_layers), 1), dtype=np.int32), None)
+                experts = max(layer.local_num_experts for layer in self.moe_layers)
+                self.deferred.close_step(tokens, np.zeros((len(self.moe_layers), experts), dtype=np.int32), None)
 
     def _take_in(self) -> None:
         """Tells the cache, the gates and the scheduler's report of steps that have run without the host."""
@@ -324,10 +325,11 @@ class ExpertCacheWorker(Worker):
         stats = self.expert_cache.stats
         counted = [stats.stall_seconds, stats.demand_loads + stats.prefetches, stats.fetch_seconds]
         stall_seconds, loads, fetch_seconds = self._since(stats, counted).tolist()
+        held = bits(self.expert_cache.controller.held)  # what other ranks hold takes no slot here
         return StepReport(
             slots=self.expert_cache.num_slots,
             resident=bits(self.expert_cache.resident()),
-            expected=experts.likeliest(),
+            expected={name: its & held for name, its in experts.likeliest().items()},
             seconds=seconds,
             stall_seconds=stall_seconds,
             loads=int(loads),

@@ -95,7 +95,7 @@ class StepStats:
         """What `_named` names: the counters' growth, then how things are."""
         controller, stats = cache.controller, cache.stats
         counted = [*vars(stats).values(), stats.demand_loads, *controller.layer_hits, *controller.layer_misses]
-        of_layers = [*controller.layer_residents(), *controller.shape.num_experts, *controller.layer_floors()]
+        of_layers = [*controller.layer_residents(), *controller.num_held, *controller.layer_floors()]
         is_now = [cache.num_slots, cache.num_resident, *of_layers]
         return np.concatenate((self._fetched(controller, counted), is_now))
 
