@@ -21,13 +21,22 @@ def test_the_transport_is_plain_json_and_holds_only_what_was_set():
     assert AdapMoEConfig.parse(None).transport() == {}
 
 
+def test_an_automatic_budget_is_none():
+    for given in (None, {"cache_gb": "auto"}, '{"cache_gb": "auto"}'):
+        config = AdapMoEConfig.parse(given)
+        assert config.automatic and config.transport() == {}
+    assert AdapMoEConfig.parse({"cache_gb": "auto", "cache_experts": 3}).transport() == {"cache_experts": 3}
+    assert not AdapMoEConfig.parse({"cache_experts": 3}).automatic
+
+
 @pytest.mark.parametrize(
     ("value", "named"),
     [
         ({"cache_gbs": 1}, "'cache_gbs'"),
         ({"cache_gb": -1}, "cache_gb=-1"),
         ({"cache_gb": float("nan")}, "cache_gb=nan"),
-        ({"cache_gb": "8"}, "cache_gb='8'"),
+        ({"cache_gb": "8"}, "cache_gb='8' is not usable: input should be a valid number or input should be 'auto'"),
+        ({"cache_gb": None}, "cache_gb=None"),
         ({"cache_gb": True}, "cache_gb=True"),
         ({"cache_fraction": 1.5}, "cache_fraction=1.5"),
         ({"cache_experts": 2.5}, "cache_experts=2.5"),

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -68,12 +68,12 @@ class SchedulerConfig(BaseModel):
 
 
 class AdapMoEConfig(BaseModel):
-    """Expert cache and gating. At most one budget may be set; none means: as many experts as memory allows."""
+    """Expert cache and gating. At most one budget may be set; none is `cache_gb: auto`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    cache_gb: float | None = Field(None, gt=0, strict=True)
-    """Memory for expert slots per worker, GiB."""
+    cache_gb: Annotated[float, Field(gt=0, strict=True)] | Literal["auto"] = "auto"
+    """Memory for expert slots per worker, GiB. `auto`: what `gpu_memory_utilization` leaves after everything else."""
     cache_fraction: float | None = Field(None, gt=0, le=1, strict=True)
     """Slots as a share of all routed experts of the model."""
     cache_experts: int | None = Field(None, ge=1, strict=True)
@@ -106,7 +106,7 @@ class AdapMoEConfig(BaseModel):
 
     @model_validator(mode="after")
     def consistent(self) -> Self:
-        given = [key for key in BUDGETS if getattr(self, key) is not None]
+        given = self._budgets()
         if len(given) > 1:
             values = ", ".join(f"{key}={getattr(self, key)}" for key in given)
             raise ValueError(f"{values} are {len(given)} budgets for one cache; keep one of them")
@@ -144,6 +144,14 @@ class AdapMoEConfig(BaseModel):
         except ValidationError as error:
             raise AdapMoEError(_one_line(error, cls)) from None
 
+    @property
+    def automatic(self) -> bool:
+        """Whether no budget is set."""
+        return not self._budgets()
+
+    def _budgets(self) -> list[str]:
+        return [key for key in BUDGETS if getattr(self, key) not in (None, "auto")]
+
     def transport(self) -> dict[str, Any]:
         """The plain JSON form carried to every process in `additional_config["adapmoe"]`."""
         return self.model_dump(mode="json", exclude_defaults=True)
@@ -166,18 +174,23 @@ def _read(value: str | Path) -> Any:
 
 
 def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    errors = error.errors()
+    first = errors[0]
+    owners: dict[str, type[BaseModel]] = {
+        "gating": GatingConfig,
+        "prefetch": PrefetchConfig,
+        "scheduler": SchedulerConfig,
+    }
+    # Below any other key pydantic names the alternatives of its type, each with an error of its own.
+    alternatives = bool(first["loc"]) and first["loc"][0] not in owners
+    key = ".".join(str(part) for part in (first["loc"][:1] if alternatives else first["loc"]))
     if first["type"] == "extra_forbidden":
-        owners: dict[str, type[BaseModel]] = {
-            "gating": GatingConfig,
-            "prefetch": PrefetchConfig,
-            "scheduler": SchedulerConfig,
-        }
         owner = owners.get(str(first["loc"][0]), model) if len(first["loc"]) > 1 else model
         return f"adapmoe_config key {key!r} is not known; known keys: {', '.join(owner.model_fields)}"
     if first["type"] == "value_error" and key in ("gating", "prefetch"):
         return f"adapmoe_config {key}: " + first["msg"].removeprefix("Value error, ")
     if not key:
         return "adapmoe_config: " + first["msg"].removeprefix("Value error, ")
-    return f"adapmoe_config {key}={first['input']!r} is not usable: {first['msg'][0].lower()}{first['msg'][1:]}"
+    told = [one["msg"] for one in errors if one is first or (alternatives and one["loc"][:1] == (key,))]
+    reasons = " or ".join(message[0].lower() + message[1:] for message in told)
+    return f"adapmoe_config {key}={first['input']!r} is not usable: {reasons}"

@@ -1,6 +1,6 @@
 """One engine in this process, for tests that watch a whole process: prints tokens, peak anonymous memory, statistics.
 
-python run_offline.py MODEL CONFIG-OR-null
+python run_offline.py MODEL CONFIG-OR-null [ENGINE-ARGUMENTS]
 """
 
 import json
@@ -36,7 +36,8 @@ def main() -> None:
     from vllm_adapmoe.integration.engine import Engine
 
     model, config = sys.argv[1], json.loads(sys.argv[2])
-    engine = Engine(model, config, enforce_eager=True, max_model_len=128, max_num_seqs=4, kv_cache_memory_bytes=8 << 20)
+    args = {"kv_cache_memory_bytes": 8 << 20} if len(sys.argv) < 4 else json.loads(sys.argv[3])
+    engine = Engine(model, config, enforce_eager=True, max_model_len=128, max_num_seqs=4, **args)
     prompts = [[5 + number, 17, 301, 42, 88, 7] * 4 for number in range(3)]
     run = engine.generate(prompts, 24)
     print(json.dumps({"tokens": run.tokens, "peak": peak.bytes, "stats": engine.cache_stats()}))

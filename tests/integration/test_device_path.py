@@ -81,5 +81,5 @@ def test_in_place(as_on_gpu, monkeypatch):
         stats = engine.cache_stats()
         again = short(engine)
     print(stats, fetched == first, first == again)
-    for (tokens, _), (expected, _) in zip(first, fetched):
+    for (tokens, _), (expected, _) in zip(first, fetched, strict=True):
         print(tokens, expected)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, TINY_MIXTRAL
+from vllm.platforms import current_platform
 
 from vllm_adapmoe.bench import memory_cgroup
 
@@ -16,7 +18,7 @@ pytestmark = pytest.mark.engine
 
 FACTOR = 128
 EXPERT_BYTES = 3 * 128 * 256 * FACTOR * 2
-LAYERS, EXPERTS = 12, 8
+LAYERS, EXPERTS, TOP_K = 12, 8, 2
 ALL_EXPERTS = LAYERS * EXPERTS * EXPERT_BYTES
 LIMIT = 3 << 29
 SLOTS = 16
@@ -31,15 +33,16 @@ def wide_model(tmp_path_factory):
     return folder
 
 
-def offline(model: Path, config: dict[str, Any] | None, procs: Path | None = None) -> subprocess.CompletedProcess[str]:
+def offline(
+    model: Path, config: dict[str, Any] | None, procs: Path | None = None, **args: Any
+) -> subprocess.CompletedProcess[str]:
     def enter() -> None:
         if procs is not None:
             procs.write_text(str(os.getpid()))
 
     script = Path(__file__).parent / "run_offline.py"
-    return subprocess.run(
-        [sys.executable, script, model, json.dumps(config)], capture_output=True, text=True, preexec_fn=enter
-    )
+    command = [sys.executable, script, model, json.dumps(config), *([json.dumps(args)] if args else [])]
+    return subprocess.run(command, capture_output=True, text=True, preexec_fn=enter)
 
 
 def answer(run: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -47,10 +50,15 @@ def answer(run: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.fixture(scope="module")
+def small():
+    """What stock vLLM answers and takes with the bundled model."""
+    return answer(offline(TINY_MIXTRAL, None))
+
+
 @pytest.mark.skipif(memory_cgroup.why_not() is not None, reason=str(memory_cgroup.why_not()))
-def test_a_model_larger_than_memory_serves_the_right_tokens(wide_model, tmp_path):
+def test_a_model_larger_than_memory_serves_the_right_tokens(wide_model, small, tmp_path):
     assert ALL_EXPERTS >= 1.5 * LIMIT
-    small = answer(offline(TINY_MIXTRAL, None))
     config = {"cache_experts": SLOTS, "store": "file", "store_dir": str(tmp_path)}
     with memory_cgroup.limited_memory(LIMIT) as group:
         packed = offline(wide_model, config, group.procs)  # packs under the limit, too
@@ -65,9 +73,8 @@ def test_a_model_larger_than_memory_serves_the_right_tokens(wide_model, tmp_path
     assert stock.returncode == -9, f"stock vLLM was not killed: {stock.stderr[-2000:]}"
 
 
-def test_packing_and_serving_need_two_layers_beside_the_slots(wide_model, tmp_path):
+def test_packing_and_serving_need_two_layers_beside_the_slots(wide_model, small, tmp_path):
     """Peak anonymous memory, against that of stock vLLM with the small model."""
-    small = answer(offline(TINY_MIXTRAL, None))
     config = {"cache_experts": SLOTS, "store": "file", "store_dir": str(tmp_path)}
     packed = answer(offline(wide_model, config))
     restored = answer(offline(wide_model, config))
@@ -76,3 +83,26 @@ def test_packing_and_serving_need_two_layers_beside_the_slots(wide_model, tmp_pa
     assert packed["peak"] < small["peak"] + other_weights + SLOTS * EXPERT_BYTES + 2 * layer
     assert restored["peak"] < small["peak"] + other_weights + SLOTS * EXPERT_BYTES + 2 * layer
     assert packed["tokens"] == restored["tokens"] == small["tokens"]
+
+
+def test_an_automatic_budget_stays_within_what_vllm_may_use(wide_model, small, tmp_path):
+    """Slots are there before vLLM profiles memory, so they and a KV cache of all the rest fit into it together."""
+    usable = 5 << 29
+    share = {
+        "gpu_memory_utilization": usable / current_platform.get_device_total_memory(),
+        "kv_cache_memory_bytes": None,
+    }
+    config = {"store": "file", "store_dir": str(tmp_path)}
+    run = offline(wide_model, config | {"cache_gb": "auto"}, **share)
+    result = answer(run)
+    assert result["tokens"] == small["tokens"]
+    assert TOP_K <= result["stats"]["slots"] < LAYERS * EXPERTS
+    assert result["stats"]["resident"] > 0.9 * result["stats"]["slots"], "what is not filled takes no memory"
+    slot_bytes = result["stats"]["slots"] * EXPERT_BYTES
+    assert usable - slot_bytes < result["peak"] <= usable
+    (line,) = [line for line in run.stdout.splitlines() + run.stderr.splitlines() if "for slots of" in line]
+    assert "KV cache (one request of 128 tokens)" in line
+
+    refused = offline(wide_model, config | {"cache_gb": 2.2}, **share)
+    assert refused.returncode != 0
+    assert re.search(r"cache_gb=2.2 takes 2.180 GiB for 93 expert slots, \d+ bytes \(", refused.stderr)

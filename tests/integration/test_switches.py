@@ -162,6 +162,7 @@ def test_patched_vllm_uses_its_own_fields(tmp_path, unpatched):
 PARSE_ERRORS = {
     "unknown key": (["--adapmoe-config", '{"cache": 1}'], "'cache'"),
     "wrong type": (["--adapmoe-config.cache_gb", "big"], "cache_gb='big'"),
+    "larger than the device": (["--adapmoe-config.cache_experts", "48", "--kv-cache-memory-bytes", "1T"], " bytes ("),
     "two budgets": (["--adapmoe-config", '{"cache_gb": 1, "cache_experts": 8}'], "cache_gb=1.0, cache_experts=8"),
     "missing file": (["--adapmoe-config", "/no/such.json"], "/no/such.json"),
     "too few slots": (["--adapmoe-config.cache_experts", "1"], "cache_experts=1"),

@@ -6,6 +6,13 @@ from dataclasses import dataclass
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 
 GiB = 1 << 30
+RUNTIME_BYTES = 512 << 20
+"""Left for what no formula gives: the allocator's fragments, compiled code, workspaces of kernels."""
+STREAM_ROWS = 8
+"""Rows of the hidden size that a token has at once outside the experts: hidden state, residual, its norm, queries,
+keys, values, and what attention and the layer put out."""
+LOGIT_BYTES = 4 + 4 + 8 + 4
+"""Of a logit in the sampler: float32, sorted for top-p with its int64 index, and its probability."""
 
 
 @dataclass(frozen=True)
@@ -19,13 +26,71 @@ class ExpertShape:
     """Slots that one token needs in one layer: the least a pool can work with."""
 
 
-def count_slots(config: AdapMoEConfig, shapes: Sequence[ExpertShape], free_bytes: int) -> list[int]:
-    """Slots of each pool under the configured budget, or, without one, under `free_bytes` of memory.
+@dataclass(frozen=True)
+class DeviceMemory:
+    """What a worker's memory goes to, bytes. What is left is for slots."""
+
+    usable: int
+    """What vLLM may use, with what is in use already."""
+    in_use: int = 0
+    """Counted against `usable` before the weights."""
+    other_weights: int = 0
+    """Weights that are no routed experts."""
+    activations: int = 0
+    kv_cache: int = 0
+    """The least that vLLM starts with."""
+    kv_cache_of: str = ""
+    """What that is for."""
+    remedy: str = "use a device with more memory"
+    """What leaves more for slots."""
+
+    @property
+    def left(self) -> int:
+        """For slots; below zero: not even the rest fits."""
+        return self.usable - self.in_use - self.other_weights - self.activations - self.kv_cache
+
+    def __str__(self) -> str:
+        parts = {
+            "in use": self.in_use,
+            "other weights": self.other_weights,
+            "activations": self.activations,
+            "KV cache" + (f" ({self.kv_cache_of})" if self.kv_cache_of else ""): self.kv_cache,
+        }
+        spent = "".join(f" - {nbytes / GiB:.2f} {part}" for part, nbytes in parts.items() if nbytes)
+        return f"{self.usable / GiB:.2f} usable{spent}"
+
+
+def activation_bytes(
+    *, tokens: int, logit_rows: int, hidden: int, vocabulary: int, inner: int, top_k: int, dtype_bytes: int
+) -> int:
+    """Peak memory of a step beside weights and KV cache, estimated from above.
+
+    Every token has `STREAM_ROWS` rows. Every pair of token and expert has its input, gate and up projections, their
+    product and its output, and the output once more in float32, for the sum. Every row that is sampled from has logits
+    in the model's dtype, and `LOGIT_BYTES` for each. `RUNTIME_BYTES` beside that.
+
+    Args:
+        tokens: of a step at most (`max_num_batched_tokens`).
+        logit_rows: rows that are sampled from at most.
+        hidden: hidden size.
+        vocabulary: logits of a row.
+        inner: intermediate size of an expert, as far as this worker has it.
+        top_k: experts of a token.
+        dtype_bytes: of one number of the model's dtype.
+    """
+    stream = tokens * STREAM_ROWS * hidden * dtype_bytes
+    pairs = tokens * top_k * ((2 * inner + inner + 2 * hidden) * dtype_bytes + 4 * hidden)
+    logits = logit_rows * vocabulary * (dtype_bytes + LOGIT_BYTES)
+    return stream + pairs + logits + RUNTIME_BYTES
+
+
+def count_slots(config: AdapMoEConfig, shapes: Sequence[ExpertShape], memory: DeviceMemory) -> list[int]:
+    """Slots of each pool under the configured budget, or, where it is `auto`, in what is left of the memory.
 
     Pools share the budget in proportion to their experts' bytes.
 
     Raises:
-        AdapMoEError: the budget is below top-k slots, or names more slots than there are experts.
+        AdapMoEError: the budget is below top-k slots, names more slots than there are experts, or does not fit.
     """
     experts = sum(shape.num_experts for shape in shapes)
     total_bytes = sum(shape.num_experts * shape.bytes_per_expert for shape in shapes)
@@ -35,10 +100,10 @@ def count_slots(config: AdapMoEConfig, shapes: Sequence[ExpertShape], free_bytes
             raise AdapMoEError(f"{key} is more than the {experts} routed experts of this model; set at most {experts}")
     elif config.cache_fraction is not None:
         key, fraction = f"cache_fraction={config.cache_fraction}", config.cache_fraction
-    elif config.cache_gb is not None:
+    elif config.cache_gb != "auto":
         key, fraction = f"cache_gb={config.cache_gb}", min(1.0, config.cache_gb * GiB / total_bytes)
     else:
-        key, fraction = f"free memory of {free_bytes / GiB:.2f} GiB", min(1.0, max(0, free_bytes) / total_bytes)
+        return _slots_in(shapes, total_bytes, memory)
     slots = [int(shape.num_experts * fraction + 1e-9) for shape in shapes]
     for shape, count in zip(shapes, slots, strict=True):
         if count < shape.top_k:
@@ -48,4 +113,38 @@ def count_slots(config: AdapMoEConfig, shapes: Sequence[ExpertShape], free_bytes
                 f"{shape.top_k} at once; set at least cache_gb={needed * total_bytes / GiB:.3f} "
                 f"or cache_fraction={needed:.3f}"
             )
+    slot_bytes = bytes_of(shapes, slots)
+    if slot_bytes > memory.left:
+        fits = memory.left >= _least_bytes(shapes, total_bytes)
+        smaller = f"set at most cache_gb={memory.left * 1000 // GiB / 1000:.3f}, or " if fits else ""
+        raise AdapMoEError(
+            f"{key} takes {slot_bytes / GiB:.3f} GiB for {sum(slots)} expert slots, {_missing(slot_bytes, memory)}; "
+            f"{smaller}{memory.remedy}"
+        )
     return slots
+
+
+def _slots_in(shapes: Sequence[ExpertShape], total_bytes: int, memory: DeviceMemory) -> list[int]:
+    needed = _least_bytes(shapes, total_bytes)
+    if memory.left < needed:
+        raise AdapMoEError(
+            f"cache_gb=auto needs {needed / GiB:.3f} GiB for the expert slots of one token, "
+            f"{_missing(needed, memory)}; {memory.remedy}"
+        )
+    nbytes = min(memory.left, total_bytes)
+    return [shape.num_experts * nbytes // total_bytes for shape in shapes]
+
+
+def _least_bytes(shapes: Sequence[ExpertShape], total_bytes: int) -> int:
+    """Budget that gives every pool top-k slots."""
+    return max(-(-shape.top_k * total_bytes // shape.num_experts) for shape in shapes)
+
+
+def _missing(nbytes: int, memory: DeviceMemory) -> str:
+    missing = nbytes - memory.left
+    return f"{missing} bytes ({missing / GiB:.3f} GiB) more than the {memory.left / GiB:.3f} GiB left: {memory}"
+
+
+def bytes_of(shapes: Sequence[ExpertShape], slots: Sequence[int]) -> int:
+    """Memory of so many slots in each pool."""
+    return sum(count * shape.bytes_per_expert for shape, count in zip(shapes, slots, strict=True))

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -17,7 +18,7 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.model_loader.utils import get_model_architecture
 from vllm.platforms import current_platform
 
-from vllm_adapmoe.cache.budget import ExpertShape, GiB, count_slots
+from vllm_adapmoe.cache.budget import DeviceMemory, ExpertShape, GiB, bytes_of, count_slots
 from vllm_adapmoe.cache.controller import CacheController, CacheSetup, CacheShape
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
@@ -25,6 +26,7 @@ from vllm_adapmoe.integration.compat import expected_loads_settings, heads_setti
 from vllm_adapmoe.integration.identity import model_identity
 from vllm_adapmoe.integration.layers import CachedExperts
 from vllm_adapmoe.integration.mapped_experts import MappedExperts
+from vllm_adapmoe.integration.memory import ModelWatch, least_kv_cache, step_bytes, usable_memory
 from vllm_adapmoe.store.base import ExpertStore, StoreWriter
 from vllm_adapmoe.store.file import PackInvalid, PackMissing, PackOfAnother, open_pack
 from vllm_adapmoe.store.host import HostStore
@@ -33,9 +35,6 @@ from vllm_adapmoe.store.record import RecordLayout
 from vllm_adapmoe.store.shard import StoreShard
 
 logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
-
-WORKING_BYTES = 1 * GiB
-"""Left for activations, compilation and the allocator when the budget is automatic."""
 
 
 class ExpertLoading:
@@ -50,6 +49,7 @@ class ExpertLoading:
         self.config = config
         self.vllm_config = vllm_config
         self.layers: list[CachedExperts] = []
+        self.model = ModelWatch()
         self._began = False
         self._restored = False
         self._slots: list[int] = []
@@ -85,7 +85,10 @@ class ExpertLoading:
             return
         self._began = True
         shapes = self._shapes()
-        self._slots = count_slots(self.config, shapes, self._free_bytes(shapes))
+        memory = self._memory()
+        self._slots = count_slots(self.config, shapes, memory)
+        slot_bytes = bytes_of(shapes, self._slots)
+        logger.info("Expert cache: %.2f GiB for slots of %.2f left: %s", slot_bytes / GiB, memory.left / GiB, memory)
         experts = sum(shape.num_experts for shape in shapes)
         if not self.all_resident and any(layer.quant_method.is_monolithic for layer in self.layers):
             method = type(self.layers[0].quant_method).__name__
@@ -143,30 +146,22 @@ class ExpertLoading:
             )
         return shapes
 
-    def _free_bytes(self, shapes: list[ExpertShape]) -> int:
-        """Memory for slots when no budget is set: what vLLM may use, less what else it needs."""
-        config, model = self.vllm_config, self.vllm_config.model_config
-        total = current_platform.get_device_total_memory()
-        kv_cache = config.cache_config.kv_cache_memory_bytes
-        if kv_cache is None:  # at least one request of full length
-            heads = model.get_num_kv_heads(config.parallel_config)
-            layers = model.get_num_layers(config.parallel_config)
-            kv_cache = 2 * layers * heads * model.get_head_size() * model.max_model_len * 2
-        return int(
-            total * config.cache_config.gpu_memory_utilization / config.parallel_config.tensor_parallel_size
-            - psutil.Process().memory_info().rss
-            - self._other_weights()
-            - kv_cache
-            - WORKING_BYTES
+    def _memory(self) -> DeviceMemory:
+        """What this worker may use, and what of it goes to anything but slots."""
+        weights = self.model.other_weights([p for layer in self.layers for p in layer.expert_parameters().values()])
+        kv_cache, kv_cache_of = least_kv_cache(self.vllm_config)
+        return replace(
+            usable_memory(self.config, self.vllm_config),
+            in_use=self.model.bytes_in_use(weights),
+            other_weights=sum(weight.nbytes for weight in weights),
+            activations=step_bytes(
+                self.vllm_config,
+                max(layer.moe_config.intermediate_size_per_partition for layer in self.layers),
+                max(layer.top_k for layer in self.layers),
+            ),
+            kv_cache=kv_cache,
+            kv_cache_of=kv_cache_of,
         )
-
-    def _other_weights(self) -> int:
-        experts = {id(p) for layer in self.layers for p in layer.expert_parameters().values()}
-        model = self.vllm_config.compilation_config.static_forward_context
-        parameters = {
-            id(p): p for module in model.values() if isinstance(module, torch.nn.Module) for p in module.parameters()
-        }
-        return sum(p.numel() * p.element_size() for key, p in parameters.items() if key not in experts)
 
     def pack_path(self) -> Path:
         """The packed file of this rank: in `store_dir`, or in a folder of the model's own in vLLM's cache."""
@@ -290,7 +285,8 @@ def expert_loading(config: AdapMoEConfig, vllm_config: VllmConfig) -> Iterator[E
         PluggableLayer.register_oot(cached, name=cls.__name__)
         names.append(cls.__name__)
     try:
-        yield loading
+        with loading.model.watching():
+            yield loading
     except BaseException:
         loading.abort()
         raise

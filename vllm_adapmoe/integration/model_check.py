@@ -1,5 +1,7 @@
 """Refuses, before any weight is read, what cannot work: by name, with the reason and the remedy."""
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +9,10 @@ from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 
-from vllm_adapmoe.cache.budget import ExpertShape, count_slots
+from vllm_adapmoe.cache.budget import DeviceMemory, ExpertShape, count_slots
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.integration.identity import model_identity
+from vllm_adapmoe.integration.memory import usable_memory
 from vllm_adapmoe.integration.model_info import count_moe_layers
 from vllm_adapmoe.store.base import StoreError
 from vllm_adapmoe.store.file import PackInvalid, PackMissing, open_pack
@@ -52,11 +55,20 @@ def check_model(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
     layers = count_moe_layers(model.hf_text_config)
     if layers is not None:
         expert_bytes = expert_bytes_of(model)
-        if expert_bytes is not None or config.cache_gb is None:
-            shape = ExpertShape(layers * experts_of_rank, expert_bytes or 1, top_k or 1)
-            # Without a budget the worker counts, on the memory that it finds.
-            count_slots(config, [shape], free_bytes=shape.num_experts * shape.bytes_per_expert)
+        if expert_bytes is not None or config.cache_gb == "auto":
+            whole = ranks == 1 or vllm_config.parallel_config.enable_expert_parallel
+            of_rank = 1 if expert_bytes is None else expert_bytes if whole else expert_bytes // ranks
+            shape = ExpertShape(layers * experts_of_rank, of_rank, top_k or 1)
+            count_slots(config, [shape], _device_memory(config, vllm_config))
     _check_store(config, vllm_config)
+
+
+def _device_memory(config: AdapMoEConfig, vllm_config: VllmConfig) -> DeviceMemory:
+    """As far as it is known before there is a model; what else is needed the worker knows."""
+    if vllm_config.parallel_config.use_ray:  # the workers are on other machines, and this one may have no device
+        return DeviceMemory(sys.maxsize)
+    kv_cache = vllm_config.cache_config.kv_cache_memory_bytes
+    return replace(usable_memory(config, vllm_config), kv_cache=kv_cache or 0, kv_cache_of="kv_cache_memory_bytes")
 
 
 def feature_checks(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:

@@ -16,8 +16,13 @@ def pack_experts(model: str, store_dir: str | None, **engine_args: Any) -> Path:
     Raises:
         AdapMoEError: as when serving.
     """
-    # One slot short of everything would do as well: any cache that is not complete has a store behind it.
-    config = {"cache_fraction": 0.5, "store": "file"} | ({} if store_dir is None else {"store_dir": store_dir})
+    described = EngineArgs(model=model, **engine_args).create_model_config()
+    experts, top_k = described.get_num_experts(), described.get_num_experts_per_tok() or 1
+    # The fewest slots that a token can do with: any cache that is not complete has a store behind it.
+    fraction = top_k / experts if top_k < experts else 0.5
+    config: dict[str, Any] = {"cache_fraction": fraction, "store": "file"}
+    if store_dir is not None:
+        config["store_dir"] = store_dir
     engine_args |= {"moe_method": "adapmoe", "adapmoe_config": config, "enforce_eager": True}
     engine_args["kv_cache_memory_bytes"] = 1 << 20  # never allocated; without it vLLM wants most of the memory free
     arguments = EngineArgs(model=model, **engine_args)

@@ -50,6 +50,11 @@ TRACE_LOOKAHEAD = 4
 logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
 
 
+def slot_bytes(cache: ExpertCacheManager) -> int:
+    """Memory of all slots."""
+    return sum(pool.num_slots * pool.layout.nbytes for pool in cache.pools)
+
+
 class ExpertCacheWorker(Worker):
     """Mixin: builds the cache while the model loads, and reports what it did with every step."""
 
@@ -64,6 +69,7 @@ class ExpertCacheWorker(Worker):
     """Of steps, or of layers, that run without the host."""
 
     def load_model(self, **kwargs: Any) -> None:
+        """Loads the model and makes its slots: before vLLM profiles memory, so the KV cache gets what they leave."""
         config = self._config = AdapMoEConfig.parse(adapmoe_settings(self.vllm_config))
         self._step_report, self._since = None, Since()
         with expert_loading(config, self.vllm_config) as loading:
@@ -89,11 +95,10 @@ class ExpertCacheWorker(Worker):
                 layer.on_failure = self._fail_requests
         if self.expert_cache is not None:
             cache = self.expert_cache
-            slot_bytes = sum(pool.num_slots * pool.layout.nbytes for pool in cache.pools)
             experts = sum(cache.controller.num_held)
             logger.info(
                 "Expert cache: %d slots (%.2f GiB) for %d experts, backed by the %s store",
-                cache.num_slots, slot_bytes / GiB, experts, loading.store_kind,
+                cache.num_slots, slot_bytes(cache) / GiB, experts, loading.store_kind,
             )  # fmt: skip
 
     def _leave_the_host(self) -> None:
@@ -409,3 +414,12 @@ class AdapMoEWorker(ExpertCacheWorker, Worker):
 
 class AdapMoECPUWorker(ExpertCacheWorker, CPUWorker):
     """Worker of the CPU."""
+
+    def determine_available_memory(self) -> int:
+        """Bytes for the KV cache. vLLM counts what is resident, and slots become that only as they are filled."""
+        available = super().determine_available_memory()
+        if self.expert_cache is None or self.cache_config.kv_cache_memory_bytes is not None:
+            return available
+        available -= slot_bytes(self.expert_cache)
+        logger.info("Expert cache: %.2f GiB of that for the KV cache, the rest for slots", available / GiB)
+        return available

@@ -38,6 +38,9 @@ class StoreShard:
     def read_tiles(self, key: ExpertKey, into: Sequence[torch.Tensor], tile_bytes: int) -> Iterator[int]:
         return self.store.read_tiles(self._record(key), into, tile_bytes)
 
+    def page_locked(self, key: ExpertKey) -> torch.Tensor | None:
+        return self.store.page_locked(self._record(key))
+
     def close(self) -> None:
         self.store.close()
 
