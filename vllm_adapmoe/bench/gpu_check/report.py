@@ -1,0 +1,58 @@
+"""Rows of the check: what was looked at, what came of it, what was expected."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+MET, MISSED, NOT_RUN, NO_TARGET = "met", "missed", "not run", ""
+CORRECTNESS = "correctness"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    section: str
+    what: str
+    figure: str
+    target: str = ""
+    verdict: str = NO_TARGET
+    """Empty where there is no target: the figure is for the reader to judge."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """For the JSON only."""
+
+
+def verdict(met: bool) -> str:
+    """Of a row with a target."""
+    return MET if met else MISSED
+
+
+def attempt(section: str, what: str, action: Callable[[], Iterable[Row]]) -> list[Row]:
+    """The rows of an action, up to where it fails: that becomes a row of one line, and others go on."""
+    rows: list[Row] = []
+    try:
+        rows.extend(action())
+    except Exception as error:  # whatever it is, it belongs to this part of the check alone
+        lines = str(error).strip().splitlines() or [""]
+        rows.append(Row(section, what, f"{type(error).__name__}: {lines[0]}"[:160], "", NOT_RUN))
+    return rows
+
+
+def failed(rows: Iterable[Row]) -> bool:
+    """Whether any row of correctness is not met; one that could not be run is not."""
+    return any(row.section == CORRECTNESS and row.verdict != MET for row in rows)
+
+
+def render(rows: Sequence[Row], title: str) -> str:
+    """A table in plain text."""
+    cells = [("section", "what", "figure", "target", "verdict")]
+    cells += [(row.section, row.what, row.figure, row.target or "-", row.verdict or "-") for row in rows]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join([title, "", *lines])
+
+
+def to_json(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """The rows with their details."""
+    return [asdict(row) for row in rows]
