@@ -6,7 +6,7 @@ import torch
 
 from vllm_adapmoe.bench.gpu_check.device import Device
 from vllm_adapmoe.bench.gpu_check.kernel_rows import draw
-from vllm_adapmoe.bench.gpu_check.records import PinnedRecords, expert
+from vllm_adapmoe.bench.gpu_check.records import BLOCK_BYTES, PinnedRecords, expert
 from vllm_adapmoe.bench.gpu_check.report import Row, verdict
 from vllm_adapmoe.bench.gpu_check.shapes import Shape
 from vllm_adapmoe.bench.gpu_check.slot_rows import open_cache, slot_addresses
@@ -42,20 +42,21 @@ def plain_copy(store: PinnedRecords, device: Device) -> Callable[[], float]:
 def check_copies(shape: Shape, device: Device, dtype: torch.dtype, seed: int, rounds: int = ROUNDS) -> Iterator[Row]:
     """Bandwidth of requests of one, `top_k` and all experts at a time, then overlap."""
     shape = shape.with_layers(LAYERS)
-    store = pinned_model(shape, dtype, device, min(12, LAYERS * shape.experts), seed)
+    records = min(max(1, BLOCK_BYTES // shape.layout(dtype).nbytes), LAYERS * shape.experts)
+    store = pinned_model(shape, dtype, device, records, seed)
     plain = plain_copy(store, device)
     cache = open_cache(store, shape, CacheSetup([2 * shape.experts]), device)
     sizes = sorted({1, shape.top_k, shape.experts})
     try:
         found: dict[int, list[float]] = {size: [] for size in sizes}
         bandwidths = []
-        _pass(cache, shape, shape.experts)
+        fetch_all(cache, shape, shape.experts)
         plain()
         for number in range(rounds):
             bandwidths.append(plain())
             for size in sizes[number % len(sizes) :] + sizes[: number % len(sizes)]:
                 before = cache.stats.fetched_bytes
-                seconds = device.seconds(lambda: _pass(cache, shape, size))  # noqa: B023 - called at once
+                seconds = device.seconds(lambda: fetch_all(cache, shape, size))  # noqa: B023 - called at once
                 found[size].append((cache.stats.fetched_bytes - before) / seconds)
         speed = spread([one / 1e9 for one in bandwidths])
         details = {"plain_gbps": speed, "plain_bytes": len(store.blocks[0]), "record_bytes": store.layouts[0].nbytes}
@@ -72,8 +73,8 @@ def check_copies(shape: Shape, device: Device, dtype: torch.dtype, seed: int, ro
         cache.close()
 
 
-def _pass(cache: ExpertCacheManager, shape: Shape, together: int) -> None:
-    """Every expert once, so many at a time."""
+def fetch_all(cache: ExpertCacheManager, shape: Shape, together: int) -> None:
+    """Asks for every expert once, so many at a time."""
     for layer in range(shape.layers):
         for start in range(0, shape.experts, together):
             experts = list(range(start, min(start + together, shape.experts)))

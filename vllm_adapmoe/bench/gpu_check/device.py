@@ -97,7 +97,10 @@ def available_memory() -> int:
     info = Path("/proc/meminfo").read_text()
     free = 1024 * int(next(line.split()[1] for line in info.splitlines() if line.startswith("MemAvailable")))
     groups = Path("/sys/fs/cgroup")
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
         with suppress(OSError, ValueError):
             free = min(free, int((groups / limit).read_text()) - int((groups / used).read_text()))
     return free

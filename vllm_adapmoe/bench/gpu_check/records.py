@@ -17,7 +17,9 @@ def expert(shape: Shape, dtype: torch.dtype, device: Device, seed: int, key: Exp
     """The weights of an expert, on the device; the same each time."""
     generator = torch.Generator(device.torch).manual_seed(seed + key[0] * shape.experts + key[1])
     return {
-        piece.name: (torch.randn(piece.shape, generator=generator, device=device.torch) / piece.shape[-1] ** 0.5).to(dtype)
+        piece.name: (torch.randn(piece.shape, generator=generator, device=device.torch) / piece.shape[-1] ** 0.5).to(
+            dtype
+        )
         for piece in shape.layout(dtype).pieces
     }
 

@@ -1,7 +1,9 @@
 """Rows of the check: what was looked at, what came of it, what was expected."""
 
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 MET, MISSED, NOT_RUN, NO_TARGET = "met", "missed", "not run", ""
@@ -31,9 +33,11 @@ def attempt(section: str, what: str, action: Callable[[], Iterable[Row]]) -> lis
     """The rows of an action, up to where it fails: that becomes a row of one line, and others go on."""
     rows: list[Row] = []
     try:
-        rows.extend(action())
+        for row in action():
+            rows.append(row)
     except Exception as error:  # whatever it is, it belongs to this part of the check alone
-        lines = str(error).strip().splitlines() or [""]
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        lines = str(error).strip().splitlines() or [f"line {place.lineno} of {Path(place.filename).name}"]
         rows.append(Row(section, what, f"{type(error).__name__}: {lines[0]}"[:160], "", NOT_RUN))
     return rows
 

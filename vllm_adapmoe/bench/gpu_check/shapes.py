@@ -30,9 +30,7 @@ class Shape:
     def layout(self, dtype: torch.dtype) -> RecordLayout:
         """Of one expert's record."""
         pieces = {GATE_UP: (1, 2 * self.inner, self.hidden), DOWN: (1, self.hidden, self.inner)}
-        return RecordLayout.of(
-            {name: torch.empty(size, dtype=dtype, device="meta") for name, size in pieces.items()}
-        )
+        return RecordLayout.of({name: torch.empty(size, dtype=dtype, device="meta") for name, size in pieces.items()})
 
     def with_layers(self, count: int) -> "Shape":
         """Fewer layers, evenly spread, with their statistics."""

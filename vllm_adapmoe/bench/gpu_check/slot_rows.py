@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -44,9 +45,7 @@ def host_store(shape: Shape, device: Device, dtype: torch.dtype, seed: int) -> H
 
 def open_cache(store: ExpertStore, shape: Shape, setup: CacheSetup, device: Device) -> ExpertCacheManager:
     """The shipped cache."""
-    return ExpertCacheManager(
-        store, CacheController(cache_shape(shape, store.layouts[0].nbytes), setup), device.torch
-    )
+    return ExpertCacheManager(store, CacheController(cache_shape(shape, store.layouts[0].nbytes), setup), device.torch)
 
 
 def slot_addresses(cache: ExpertCacheManager, layer: int, device: Device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,6 +57,7 @@ def slot_addresses(cache: ExpertCacheManager, layer: int, device: Device) -> tup
 
 def check_slots(shape: Shape, device: Device, dtype: torch.dtype, seed: int) -> Iterator[Row]:
     """Random events with speculation beside them: after each, and at the end, slots hold what the store was given."""
+    shape = shape.with_layers(2)
     store = host_store(shape, device, dtype, seed)
     setup = CacheSetup([shape.experts + max(8, shape.experts // 4)], "lru", lookahead=1, max_experts=shape.top_k)
     cache = open_cache(store, shape, setup, device)
@@ -107,10 +107,11 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def check_waves(shape: Shape, device: Device, dtype: torch.dtype, seed: int) -> Iterator[Row]:
     """A step that wants more experts than there are slots, against one kernel on all of them."""
-    store = host_store(shape.with_layers(1), device, dtype, seed)
+    shape = shape.with_layers(1)
+    store = host_store(shape, device, dtype, seed)
     x, weights, ids = draw(shape, WAVE_TOKENS, dtype, device, seed)
     experts = sorted(set(ids.view(-1).tolist()) - {-1})
-    cache = open_cache(store, shape.with_layers(1), CacheSetup([max(1, len(experts) // 3)]), device)
+    cache = open_cache(store, shape, CacheSetup([max(1, len(experts) // 3)]), device)
     total = torch.zeros(x.shape, dtype=torch.float32, device=device.torch)
     groups = waves(experts, cache.capacity(0))
     try:
@@ -135,8 +136,8 @@ def check_waves(shape: Shape, device: Device, dtype: torch.dtype, seed: int) -> 
 
 def check_refills(shape: Shape, device: Device, dtype: torch.dtype, seed: int) -> Iterator[Row]:
     """A kernel that has yet to run reads the only slot, whose expert leaves for another meanwhile."""
-    one_layer = shape.with_layers(1)
-    cache = open_cache(host_store(one_layer, device, dtype, seed), one_layer, CacheSetup([1]), device)
+    shape = replace(shape, layers=1, experts=2, top_k=1)
+    cache = open_cache(host_store(shape, device, dtype, seed), shape, CacheSetup([1]), device)
     x, weights, _ = draw(shape, WAVE_TOKENS, dtype, device, seed)
     old = beside = 0
     device.keep_busy()
