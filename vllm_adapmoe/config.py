@@ -88,6 +88,10 @@ class AdapMoEConfig(BaseModel):
     allocation: Literal["pool", "uniform", "profile", "trace"] = "pool"
     """Slots that a layer is left with while others have more than theirs: none, the same for each, by the profile, or
     by the traffic as it goes."""
+    decode: Literal["auto", "fetch", "in_place"] = "auto"
+    """What a decode step on a GPU does about absent experts. `fetch`: waits until they are in slots. `in_place`: reads
+    them in host memory over the link, waits for nothing, and the cache catches up behind it. `auto`: what a measurement
+    at start finds to be faster; on the CPU, `fetch`."""
     prefetch: PrefetchConfig = Field(default_factory=lambda: PrefetchConfig(**{}))
     link_gbps: float | None = Field(None, gt=0, strict=True)
     """Fetches no faster than a link of so many 1e9 bytes per second: to study one that this machine does not have."""
@@ -110,6 +114,13 @@ class AdapMoEConfig(BaseModel):
             raise ValueError(f"gating.mode={self.gating.mode} needs a profile; set profile, see adapmoe calibrate")
         if self.allocation == "profile" and self.profile is None:
             raise ValueError("allocation=profile needs a profile; set profile, see adapmoe calibrate")
+        if self.decode == "in_place":
+            if self.gating.mode == "batch":
+                raise ValueError("decode=in_place does not know what a batch would save; set gating.mode=token")
+            if self.store == "file":
+                raise ValueError("decode=in_place reads experts in host memory; set store=host")
+            if self.trace_out is not None:
+                raise ValueError("decode=in_place leaves the host nothing to record; remove trace_out")
         if self.eviction == "next_token" and self.profile is None:
             raise ValueError("eviction=next_token needs a profile; set profile, see adapmoe calibrate")
         return self

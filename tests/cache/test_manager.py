@@ -32,7 +32,7 @@ POOL_OF = [0, 0, 0, 1]
 
 
 def host_store() -> HostStore:
-    store = HostStore()
+    store = HostStore(torch.device("cpu"))
     for index, tensors in enumerate(LAYERS):
         store.put_layer(index, tensors)
     return store.seal()

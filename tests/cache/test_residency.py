@@ -96,13 +96,31 @@ class Interleavings(RuleBasedStateMachine):
         if self.pool.staging and self.pool.want(key, sure):
             self.speculate(key)
 
+    @precondition(lambda self: not self.held)
+    @rule(layer=st.integers(0, LAYERS - 1), chosen=st.sets(st.integers(0, EXPERTS - 1), min_size=1))
+    def pass_by(self, layer, chosen):
+        """One event that waited for nothing; some of what it missed is loaded after it."""
+        entries = self.pool.entries
+        there = {
+            expert
+            for expert in chosen
+            if (layer, expert) in entries and entries[layer, expert].state in (State.RESIDENT, State.STAGED)
+        }
+        self.controller.passed(layer, sorted(chosen), there)
+        self.moved += BYTES * len(chosen - there)
+        for expert in there:
+            entry = entries.get((layer, expert))
+            assert entry is None or entry.state is State.RESIDENT, "staged no more; one may have left for another"
+        self.controller.catch_up([(layer, expert) for expert in sorted(chosen - there)])
+
     @precondition(lambda self: self.queue)
     @rule()
     def start(self):
         key = self.queue.pop(0)
         pinned = {entry.slot for entry in self.pool.entries.values() if entry.pins}
         resident = {key for key, entry in self.pool.entries.items() if not entry.speculative}
-        sure = key in self.pool.entries and self.pool.entries[key].sure
+        entry = self.pool.entries.get(key)
+        sure = entry is not None and (entry.sure or entry.used)
         load = self.controller.start_speculation(key)
         if load is not None:
             assert load.slot not in pinned and (sure or load.evicted not in resident)
@@ -167,11 +185,17 @@ class Interleavings(RuleBasedStateMachine):
         assert {tuple(key) for key in np.argwhere(self.pool.evictable).tolist()} == evictable
 
     @invariant()
+    def catching_up_adds_up(self):
+        loading = [entry for entry in self.pool.entries.values() if entry.used and entry.slot >= 0]
+        assert self.pool.catching_up == len(loading) <= max(0, self.pool.most_catching_up)
+
+    @invariant()
     def bytes_add_up(self):
         stats = self.controller.stats
         assert stats.fetched_bytes == self.moved
         assert 0 <= stats.wasted_bytes <= self.moved
-        assert stats.late <= stats.misses and stats.prefetch_hits <= stats.hits
+        assert stats.late + stats.in_place <= stats.misses and stats.caught_up <= stats.in_place
+        assert stats.prefetch_hits <= stats.hits
         assert sum(self.controller.layer_hits) == stats.hits and sum(self.controller.layer_misses) == stats.misses
         # What became of every prefetch; a miss on another event's load counts as late as well.
         ended = stats.prefetch_hits + stats.prefetches_wasted + stats.prefetches_cancelled + self.spoilt
@@ -273,6 +297,44 @@ def test_no_share_streams_through():
     for expert in range(4):
         ask(pool, 1, expert, (expert + 1) % 4)
     assert {(0, 0), (0, 1)} <= residents(pool)
+
+
+def used(pool: Residency, *key: int) -> tuple[int, int] | str | None:
+    """An expert that was read where it was: who left for it, if it came."""
+    if not pool.want_used((key[0], key[1])):
+        return "there"
+    load = pool.start((key[0], key[1]))
+    if load is None:
+        return "stays out"
+    assert pool.loaded(load.key) is State.RESIDENT
+    return load.evicted
+
+
+def test_used_in_place_comes_if_it_is_wanted_more():
+    pool = Residency(6, 0, LFRU(2, 4))
+    for layer, expert in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1)):
+        ask(pool, layer, expert)
+        ask(pool, layer, expert)
+    assert pool.passed(1, [2]) == [] and used(pool, 1, 2) is None, "a slot was free"
+    assert used(pool, 1, 2) == "there"
+    for _ in range(3):
+        pool.passed(0, [0, 1, 2])
+    pool.passed(0, [3])
+    assert used(pool, 0, 3) == (1, 2), "used once, and long ago"
+    pool.passed(0, [0])
+    assert used(pool, 1, 3) == "stays out", "never used: not even asked for"
+    assert (1, 3) not in pool.entries
+
+
+def test_staged_becomes_resident_without_anybody_waiting():
+    pool = Residency(6, 1, LRU(2, 4))
+    for expert in range(4):
+        ask(pool, 0, expert)
+    ask(pool, 1, 0)
+    assert pool.want((1, 1)) and pool.start((1, 1)) is not None and pool.loaded((1, 1)) is State.STAGED
+    (load,) = pool.passed(1, [1])
+    assert load.key == (1, 1) and load.evicted == (0, 0)
+    assert pool.state((1, 1)) is State.RESIDENT and pool.speculating == 0
 
 
 def test_too_many_pinned():

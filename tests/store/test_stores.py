@@ -83,7 +83,7 @@ def test_layouts_are_aligned_and_stores_round_trip(tmp_path_factory, pieces, exp
     ends = [0] + [piece.offset + piece.nbytes for piece in layout.pieces]
     for piece, end in zip(layout.pieces, ends, strict=False):
         assert piece.offset % ALIGNMENT == 0 and piece.offset >= end
-    host = HostStore()
+    host = HostStore(torch.device("cpu"))
     host.put_layer(0, tensors)
     path = tmp_path_factory.mktemp("pack") / "experts.pack"
     for store in (host.seal(), pack(path, [tensors])):
@@ -96,7 +96,7 @@ def test_layouts_are_aligned_and_stores_round_trip(tmp_path_factory, pieces, exp
 def test_a_record_is_read_into_tensors_of_its_own_dtypes(tmp_path, dtype):
     generator = torch.Generator().manual_seed(0)
     tensors = {name: random_tensor((3, 64, 64), dtype, generator) for name in ("w13", "w2")}
-    host = HostStore()
+    host = HostStore(torch.device("cpu"))
     host.put_layer(0, tensors)
     for store in (host.seal(), pack(tmp_path / "experts.pack", [tensors])):
         (layout,) = store.layouts

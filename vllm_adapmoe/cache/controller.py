@@ -1,6 +1,7 @@
 """What an expert cache decides, event by event: the same object in a worker and in the simulator."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, Self
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:  # a cache runs with torch and numpy alone
 
 MEMORY = 1024.0
 """Events of a layer after which its stack distances have faded to 1/e."""
+CATCH_UP = 0.25
+"""Of the experts that a step has read in place, the share that is loaded after it at most."""
 REVISION_STEPS = 256
 """Steps between two revisions of floors that follow the traffic."""
 
@@ -29,7 +32,11 @@ class CacheStats:
     misses: int = 0
     """Experts that had to be waited for: loaded on demand, or late."""
     late: int = 0
-    """Of the misses, those that speculation had begun to load."""
+    """Of the misses, those that were on their way, though nobody had asked for them."""
+    in_place: int = 0
+    """Of the misses, those that the kernel read where they were: nobody waited for them."""
+    caught_up: int = 0
+    """Of those, the ones that were then loaded, in the place of an expert wanted less."""
     prefetches: int = 0
     """Speculative loads begun."""
     prefetch_hits: int = 0
@@ -50,7 +57,7 @@ class CacheStats:
     @property
     def demand_loads(self) -> int:
         """Experts that were loaded because a layer asked for them."""
-        return self.misses - self.late
+        return self.misses - self.late - self.in_place
 
 
 @dataclass(frozen=True)
@@ -130,7 +137,7 @@ class CacheController:
     def __init__(
         self, shape: CacheShape, setup: CacheSetup, eviction: Callable[[int, int], EvictionPolicy] | None = None
     ) -> None:
-        self.shape = shape
+        self.shape, self.setup = shape, setup
         self.pool_of = list(shape.pool_of)
         self.expert_bytes = list(shape.expert_bytes)
         policy: Callable[[int, int], EvictionPolicy] = eviction or POLICIES[setup.eviction]
@@ -159,6 +166,10 @@ class CacheController:
         self.staged: dict[ExpertKey, int] = {}
         """Bytes moved for what is staged: without a record's padding, where the store has none."""
         self.transfers: Transfers
+
+    def anew(self) -> "CacheController":
+        """The same, with nothing resident and nothing counted."""
+        return CacheController(self.shape, self.setup)
 
     def residency(self, layer: int) -> Residency:
         """Of the pool that holds the experts of `layer`."""
@@ -231,6 +242,46 @@ class CacheController:
             self.transfers.demand(load)
         return request
 
+    def passed(self, layer: int, experts: Sequence[int], there: Collection[int]) -> list[Load]:
+        """One event that has run without waiting (`DeferredRouting`).
+
+        Args:
+            layer: MoE layer index.
+            experts: distinct ids.
+            there: those that it found in slots; the others it read where they were.
+
+        Returns:
+            What speculation had staged, and is resident now.
+        """
+        if self.allocation == "trace":
+            self._follow_traffic(layer, experts)
+        promoted = self.residency(layer).passed(layer, experts)
+        stats, hits = self.stats, len(there)
+        misses = len(experts) - hits
+        stats.hits += hits
+        stats.misses += misses
+        stats.in_place += misses
+        stats.fetched_bytes += misses * self.expert_bytes[layer]
+        self.layer_hits[layer] += hits
+        self.layer_misses[layer] += misses
+        for load in promoted:
+            self._left(load.evicted)
+            stats.prefetch_hits += load.key[1] in there
+            del self.staged[load.key]
+        return promoted
+
+    def catch_up(self, missed: Sequence[ExpertKey]) -> None:
+        """Begins to load some of the experts that a step has read where they were, the soonest needed first.
+
+        Their copies share the link with what later steps read in place, so it is not all of them.
+        """
+        most = math.ceil(len(missed) * CATCH_UP)
+        scores = {key: self.residency(key[0]).policy.scores()[key] for key in missed}
+        for key in sorted(missed, key=lambda key: (-scores[key], key)):
+            if most and self.residency(key[0]).want_used(key):
+                self.transfers.speculate(key)
+                most -= 1
+
     def release(self, layer: int, experts: Sequence[int]) -> None:
         """The kernel that read these experts has run: they may leave."""
         self.residency(layer).release(layer, experts)
@@ -270,9 +321,12 @@ class CacheController:
 
     def start_speculation(self, key: ExpertKey) -> Load | None:
         """A transfer is free for a queued expert: its slot, or None if it is not to be loaded any more."""
-        load = self.residency(key[0]).start(key)
+        residency = self.residency(key[0])
+        load = residency.start(key)
         if load is not None:
-            self.stats.prefetches += 1
+            speculative = residency.entries[key].speculative
+            self.stats.prefetches += speculative
+            self.stats.caught_up += not speculative
             self._left(load.evicted)
         return load
 

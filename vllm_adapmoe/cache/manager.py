@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
 from vllm_adapmoe.cache.controller import CacheController, CacheStats
 from vllm_adapmoe.cache.eviction import ExpertKey
+from vllm_adapmoe.cache.residency import State
 from vllm_adapmoe.cache.slots import SlotPool
 from vllm_adapmoe.cache.transfer import READERS, CacheClosed, TransferEngine
 from vllm_adapmoe.prefetch.planner import Foretell
@@ -61,11 +63,14 @@ class ExpertCacheManager:
         self.controller = controller
         link = None if link_gbps is None else link_gbps * 1e9
         self.transfers = controller.transfers = TransferEngine(
-            controller, self.pools, self.store, self.readers, link, self.reader_cpus, self._left
+            controller, self.pools, self.store, self.readers, link, self.reader_cpus, self._left, self._arrived
         )
 
     def _left(self, key: ExpertKey) -> None:
         self._maps[key[0]][key[1]] = -1
+
+    def _arrived(self, key: ExpertKey, slot: int) -> None:
+        self._maps[key[0]][key[1]] = slot
 
     def restart(self, controller: CacheController, link_gbps: float | None) -> None:
         """Starts over between two steps: empty slots, the decisions of another controller, counters at zero."""
@@ -192,6 +197,52 @@ class ExpertCacheManager:
         self.pool(layer).mark_used()
         with self.transfers.lock:
             self.controller.release(layer, experts)
+
+    def hold_all(self, layer: int) -> bool:
+        """Acquires every expert of `layer`, if all are resident; they stay until `release`."""
+        with self.transfers.lock:
+            return self.controller.residency(layer).pin_all(layer, self.store.num_experts(layer))
+
+    @contextmanager
+    def frozen(self) -> Iterator[np.ndarray]:
+        """While it lasts no expert leaves its slot, and what kernels launched in it read is not overwritten later on
+        before they have run.
+
+        Yields:
+            int32 `[layers, experts]`: slot of every expert that is there, resident or staged; -1 otherwise.
+        """
+        with self.transfers.lock:
+            self.transfers.frozen = True
+            slots = np.full((len(self._maps), max(map(len, self._maps))), -1, dtype=np.int32)
+            for pool in self.controller.pools:
+                for key, entry in pool.entries.items():
+                    if entry.state in (State.RESIDENT, State.STAGED):
+                        slots[key] = entry.slot
+        try:
+            yield slots
+        finally:
+            for pool_of_slots in self.pools:
+                pool_of_slots.mark_used()
+            with self.transfers.changed:
+                self.transfers.frozen = False
+                self.transfers.changed.notify_all()
+
+    def passed(self, events: Sequence[tuple[int, Sequence[int], Collection[int]]]) -> None:
+        """Events that have run without waiting, in order: layer, distinct experts, and which of them were in slots.
+
+        Some of the others are loaded now.
+        """
+        missed = []
+        with self.transfers.lock:
+            for layer, experts, there in events:
+                for load in self.controller.passed(layer, experts, there):
+                    if load.evicted is not None:
+                        self._left(load.evicted)
+                    self._arrived(load.key, load.slot)
+                missed += [(layer, expert) for expert in experts if expert not in there]
+            self.controller.catch_up(missed)
+        if not self.transfers.threads:
+            self._speculate_here()
 
     def look_ahead(self, layer: int, routing: tuple[np.ndarray, np.ndarray] | None, foretell: Foretell) -> None:
         """`CacheController.look_ahead`."""

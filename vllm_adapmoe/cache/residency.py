@@ -30,6 +30,8 @@ class Entry:
     speculative: bool = False
     sure: bool = False
     """Of speculation: as good as asked for."""
+    used: bool = False
+    """Queued because it was used where it was: a load that nobody waits for, and no guess."""
     cancelled: bool = False
     """A load under way that nobody wants any more; it ends at its next tile."""
     stale: bool = False
@@ -105,6 +107,9 @@ class Residency:
         """Queued, loading or staged for nobody yet."""
         self.speculating = 0
         """Slots that those hold."""
+        self.catching_up = 0
+        """Loads under way of experts that were used where they were."""
+        self.most_catching_up = self.capacity - experts
         self.set_shares(shares)
 
     @property
@@ -172,6 +177,50 @@ class Residency:
             self._pin(key, entry)
         return request
 
+    def passed(self, layer: int, experts: Sequence[int]) -> list[Load]:
+        """One event that has run without waiting, with absent experts read where they were. Pins nothing.
+
+        Returns:
+            Those that speculation had staged, and are resident now.
+        """
+        self.policy.record(layer, experts)
+        promoted = []
+        for expert in experts:
+            key = layer, expert
+            entry = self.entries.get(key)
+            if entry is None or entry.state is not State.STAGED:
+                continue
+            self.evictable[key] = False  # it cannot be its own victim
+            evicted = self._make_room(layer, slot=False)
+            del self.speculative[key]
+            self.speculating -= 1
+            entry.state, entry.speculative, entry.stale = State.RESIDENT, False, False
+            self.residents += 1
+            self.count[layer] += 1
+            self.evictable[key] = entry.pins == 0
+            promoted.append(Load(key, entry.slot, evicted))
+        return promoted
+
+    def pin_all(self, layer: int, experts: int) -> bool:
+        """Pins all `experts` of `layer` until `release`, if every one of them is resident."""
+        entries = [self.entries.get((layer, expert)) for expert in range(experts)]
+        whole = [entry for entry in entries if entry is not None and entry.state is State.RESIDENT]
+        if len(whole) < experts:
+            return False
+        for expert, entry in enumerate(whole):
+            self._pin((layer, expert), entry)
+        return True
+
+    def want_used(self, key: ExpertKey) -> bool:
+        """An expert was used where it was: returns whether it is queued now, for the slot of one that is wanted less.
+
+        Whether there is such a one is seen when its load starts.
+        """
+        if key in self.entries:
+            return False
+        self.entries[key] = self.speculative[key] = Entry(State.QUEUED, speculative=True, used=True)
+        return True
+
     def release(self, layer: int, experts: Sequence[int]) -> None:
         """The kernel that read these experts has run."""
         for expert in experts:
@@ -202,6 +251,8 @@ class Residency:
         entry = self.entries.get(key)
         if entry is None or entry.state is not State.QUEUED:
             return None
+        if entry.used:
+            return self._start_used(key, entry)
         evicted = None
         if self.speculating >= self.staging:
             evicted = self._stale()
@@ -216,8 +267,30 @@ class Residency:
         entry.state, entry.slot = State.LOADING, self.free.pop()
         return Load(key, entry.slot, evicted)
 
+    def _start_used(self, key: ExpertKey, entry: Entry) -> Load | None:
+        evicted = None
+        held = self.speculating + self.catching_up
+        if self.catching_up >= self.most_catching_up or held >= self.most_speculating:
+            self._unqueue(key)
+            return None
+        if self.residents >= self.capacity or not self.free:
+            scores = self.policy.scores()
+            evicted = self._victim(key[0]) if self.evictable.any() else None
+            if evicted is None or scores[evicted] >= scores[key]:
+                self._unqueue(key)
+                return None
+            self._drop(evicted)
+        del self.speculative[key]
+        entry.speculative = False
+        self.catching_up += 1
+        self.residents += 1
+        self.count[key[0]] += 1
+        entry.state, entry.slot = State.LOADING, self.free.pop()
+        return Load(key, entry.slot, evicted)
+
     def _may_displace(self) -> bool:
-        return self.speculating < self.most_speculating and (bool(self.free) or bool(self.evictable.any()))
+        held = self.speculating + self.catching_up
+        return held < self.most_speculating and (bool(self.free) or bool(self.evictable.any()))
 
     def loaded(self, key: ExpertKey) -> State:
         """A load has ended well; returns what the expert is now."""
@@ -226,6 +299,8 @@ class Residency:
         if entry.cancelled:
             self._drop(key)
             return State.ABSENT
+        self.catching_up -= entry.used
+        entry.used = False
         entry.state = State.STAGED if entry.speculative else State.RESIDENT
         self.evictable[key] = not entry.speculative and entry.pins == 0
         return entry.state
@@ -296,6 +371,7 @@ class Residency:
 
     def _drop(self, key: ExpertKey) -> None:
         entry = self.entries.pop(key)
+        self.catching_up -= entry.used
         self.free.append(entry.slot)
         self.evictable[key] = False
         if entry.speculative:

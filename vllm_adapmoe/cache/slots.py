@@ -1,11 +1,15 @@
 """The memory of a pool: one tensor `[slots, ...]` for each piece of an expert."""
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from vllm_adapmoe.store.record import RecordLayout, aligned_empty
+
+IN_FLIGHT = 2
+"""Copies given to the device at a time: with one, the link would idle until the host has seen it end."""
 
 
 class SlotPool:
@@ -40,25 +44,46 @@ class SlotPool:
         """Puts a record into a slot, tile by tile; yields the bytes of each.
 
         `read` fills host memory: uint8, flat, one tensor a piece in layout order. On the CPU that is the slot itself;
-        for a device it is page-locked memory, copied from there on a stream of its own. The slot is filled when the
-        iterator has ended.
+        for a device it is a page-locked buffer, copied from there. The slot is filled when the iterator has ended.
         """
-        slot_bytes = self._bytes_of_slot[slot]
         if self.device.type == "cpu":
-            yield from read(slot_bytes)
+            yield from read(self._bytes_of_slot[slot])
             return
         staging = self._staging.pop() if self._staging else aligned_empty(self.layout.nbytes, pin=True)
         try:
-            pieces = [staging[p.offset : p.offset + p.nbytes] for p in self.layout.pieces]
-            yield from read(pieces)
-            with torch.cuda.stream(self._copy_stream()):
-                if self._used is not None:  # a kernel may still read what was in the slot
-                    self._copy_stream().wait_event(self._used)
-                for destination, source in zip(slot_bytes, pieces, strict=True):
-                    destination.copy_(source, non_blocking=True)
-            self._copy_stream().synchronize()
+            yield from read([staging[p.offset : p.offset + p.nbytes] for p in self.layout.pieces])
+            for _ in self.copy(slot, staging, self.layout.nbytes):
+                pass
         finally:
             self._staging.append(staging)
+
+    def copy(self, slot: int, record: torch.Tensor, tile_bytes: int) -> Iterator[int]:
+        """Copies a page-locked record, uint8 `[record bytes]`, to a slot on a device; yields the bytes of each tile.
+
+        On a stream of the thread's own, after all kernels that may read what was in the slot. The slot is filled when
+        the iterator has ended, and whichever way it ends, nothing is under way to the slot any more.
+        """
+        stream = self._copy_stream()
+        if self._used is not None:
+            stream.wait_event(self._used)
+        under_way: deque[tuple[torch.cuda.Event, int]] = deque()
+        try:
+            for piece, destination in zip(self.layout.pieces, self._bytes_of_slot[slot], strict=True):
+                for start in range(0, piece.nbytes, tile_bytes):
+                    stop = min(start + tile_bytes, piece.nbytes)
+                    with torch.cuda.stream(stream):
+                        source = record[piece.offset + start : piece.offset + stop]
+                        destination[start:stop].copy_(source, non_blocking=True)
+                    event = torch.cuda.Event()
+                    event.record(stream)
+                    under_way.append((event, stop - start))
+                    if len(under_way) == IN_FLIGHT:
+                        yield _wait(*under_way.popleft())
+            while under_way:
+                yield _wait(*under_way.popleft())
+        finally:
+            if under_way:
+                under_way[-1][0].synchronize()
 
     def mark_used(self) -> None:
         """Every kernel that reads slots has been launched; nothing is copied over them before it has run."""
@@ -70,3 +95,8 @@ class SlotPool:
         if not hasattr(self._streams, "stream"):
             self._streams.stream = torch.cuda.Stream(self.device)
         return self._streams.stream
+
+
+def _wait(event: torch.cuda.Event, nbytes: int) -> int:
+    event.synchronize()
+    return nbytes

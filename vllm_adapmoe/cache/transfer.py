@@ -77,6 +77,7 @@ class TransferEngine:
         link_bytes_per_second: limit of the link; None: as fast as it goes.
         cpus: where the threads run; None: where the thread that makes them does.
         left: told, with `lock` held, which expert speculation has taken the slot of.
+        arrived: told, with `lock` held, which expert is resident, and in which slot, without anybody having waited.
     """
 
     def __init__(
@@ -88,9 +89,10 @@ class TransferEngine:
         link_bytes_per_second: float | None = None,
         cpus: Collection[int] | None = None,
         left: Callable[[ExpertKey], None] | None = None,
+        arrived: Callable[[ExpertKey, int], None] | None = None,
     ) -> None:
         self.controller = controller
-        self.left = left
+        self.left, self.arrived = left, arrived
         self.pools = pools
         self.store = store
         self.link = None if link_bytes_per_second is None else LinkLimit(link_bytes_per_second)
@@ -107,6 +109,8 @@ class TransferEngine:
         self.errors: dict[ExpertKey, Exception] = {}
         """Of demand loads that failed, until the waiting layer takes them."""
         self.closing = False
+        self.frozen = False
+        """No expert may leave: nothing speculative starts."""
         self.cpus = cpus
         self._counted_until = 0.0
         """Up to when `fetch_seconds` is counted, of `time.perf_counter`."""
@@ -154,6 +158,8 @@ class TransferEngine:
         while (
             self.idle and not self.closing and (beside_demand or not self.demanding) and self.speculating < SPECULATORS
         ):
+            if self.frozen and self.idle[0].tiles is None:
+                return None
             job = self.idle.popleft()
             if job.tiles is None:
                 load = self.controller.start_speculation(job.key)
@@ -206,6 +212,9 @@ class TransferEngine:
         pool = self.pools[self.controller.pool_of[job.key[0]]]
         limit = None if self.link is None else self.link.bytes_per_second
         tile = tile_bytes(pool.layout.nbytes, job.urgent, limit)
+        record = self.store.page_locked(job.key) if pool.device.type == "cuda" else None
+        if record is not None:
+            return pool.copy(job.slot, record, tile)
         return pool.fill(job.slot, lambda buffers: self.store.read_tiles(job.key, buffers, tile))
 
     def _move(self, job: Job, tiles: Iterator[int]) -> bool:
@@ -239,12 +248,14 @@ class TransferEngine:
             job.tiles.close()  # type: ignore[attr-defined]
         if job.urgent:
             self.demanding -= 1
-        wanted = self.controller.transfer_ended(job.key, job.moved, complete) is not State.ABSENT
+        state = self.controller.transfer_ended(job.key, job.moved, complete)
+        if state is State.RESIDENT and not job.urgent and self.arrived is not None:
+            self.arrived(job.key, job.slot)
         if job.urgent and not complete:
             self.errors[job.key] = error or CacheClosed()
         elif error is not None:
             logger.warning("Expert cache: a prefetch failed and is dropped: %s", error)
-        assert wanted or not complete or not job.urgent
+        assert state is not State.ABSENT or not complete or not job.urgent
 
     def close(self) -> None:
         """Ends the threads after their tile; whatever is under way comes to nothing, and who waits for it is told.

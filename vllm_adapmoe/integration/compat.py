@@ -54,6 +54,22 @@ def heads_settings(vllm_config: Any) -> Any:
     return additional.get("adapmoe_heads") if isinstance(additional, dict) else None
 
 
+def requests_of_step(runner: Any, scheduler_output: Any) -> list[tuple[str, int, int]]:
+    """Id, first position and rows of each request of the step under way, in the order of its rows."""
+    scheduled = scheduler_output.num_scheduled_tokens
+    if hasattr(runner, "req_states"):  # model runner V2, which keeps its batch to itself while the model runs
+        from vllm.v1.worker.gpu.model_runner import sort_batch_req_ids
+
+        names = sort_batch_req_ids(scheduled, scheduler_output.scheduled_spec_decode_tokens, runner.decode_query_len)
+        states = runner.req_states
+        computed = [states.num_computed_tokens_np[states.req_id_to_index[name]] for name in names]
+    else:
+        batch = runner.input_batch
+        there = [(name, batch.num_computed_tokens_cpu[i]) for i, name in enumerate(batch.req_ids) if name in scheduled]
+        names, computed = [name for name, _ in there], [count for _, count in there]
+    return [(name, int(count), scheduled[name]) for name, count in zip(names, computed, strict=True)]
+
+
 def add_fields(cls: Any, fields: type) -> bool:
     """Adds the fields of the dataclass `fields` to the dataclass `cls` as keyword arguments.
 

@@ -54,10 +54,14 @@ class GateStack:
         self.weight = torch.cat(weights, 1).contiguous() if weights else None
         self.bias = torch.cat(biases) if biases else None
 
-    def outputs(self, x: torch.Tensor) -> np.ndarray:
-        """float32 `[tokens, width + the head's experts]` for `x` `[tokens, hidden]`."""
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """float32 `[tokens, width + the head's experts]`, on the device, for `x` `[tokens, hidden]`."""
         assert self.weight is not None and self.bias is not None
-        return torch.addmm(self.bias, x.float(), self.weight).cpu().numpy()
+        return torch.addmm(self.bias, x.float(), self.weight)
+
+    def outputs(self, x: torch.Tensor) -> np.ndarray:
+        """`product`, on the host."""
+        return self.product(x).cpu().numpy()
 
 
 def _logits(gate: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:

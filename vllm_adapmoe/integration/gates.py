@@ -35,44 +35,42 @@ class LayerGate:
         self.stats = GateStats()
         self._generator = torch.Generator().manual_seed(layer)
 
-    def apply(
-        self,
-        weights: torch.Tensor,
-        ids: torch.Tensor,
-        real: torch.Tensor | None,
-        present: Callable[[], torch.Tensor],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights after gating, and the mask of what is kept.
+    def alone(self, weights: torch.Tensor) -> Gated | None:
+        """What each token keeps by itself, on the device of `weights` `[tokens, top_k]`; None: it takes the batch."""
+        plan = self.plan
+        if plan.rule == "token":
+            return gate_tokens(weights, self.sensitivity, self.threshold)
+        if plan.rule == "weight":
+            return gate_by_weight(weights, self.threshold)
+        if plan.rule == "batch":
+            return None
+        assert plan.experts is not None
+        return gate_to_count(weights, plan.experts, self._generator)
+
+    def with_batch(self, weights: torch.Tensor, ids: torch.Tensor, present: Callable[[], torch.Tensor]) -> Gated:
+        """What the batch keeps.
 
         Args:
-            weights: `[tokens, top_k]`, float32.
+            weights: `[tokens, top_k]`, float32, on the host.
             ids: `[tokens, top_k]`, on the host.
-            real: bool `[tokens]`, on the host; False for padding, which keeps nothing. None: all are real.
             present: gives bool `[experts]`, on the host: those that need no fetch.
-
-        Returns:
-            Rescaled weights, on their device, and bool `[tokens, top_k]`, on the host.
         """
-        gated = self._gate(weights, ids, present)
-        keep, cost = gated.keep.cpu(), gated.cost.cpu()
+        return gate_batch(weights, ids, self.sensitivity, self.threshold, present())
+
+    def count(self, keep: torch.Tensor, cost: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+        """Counts what has been gated; returns what real tokens keep.
+
+        Args:
+            keep: bool `[tokens, top_k]`, on the host.
+            cost: float64 `[tokens]`, on the host.
+            real: bool `[tokens]`, on the host; False for padding, which keeps nothing. None: all are real.
+        """
         if real is not None:
             keep, cost = keep & real.unsqueeze(1), cost[real]
         self.stats.gated_tokens += len(cost)
         self.stats.kept_experts += int(keep.count_nonzero())
         self.stats.loss_spent += self.sensitivity * float(cost.sum())
-        return gated.weights, keep
-
-    def _gate(self, weights: torch.Tensor, ids: torch.Tensor, present: Callable[[], torch.Tensor]) -> Gated:
-        plan = self.plan
-        if plan.rule == "token":
-            return gate_tokens(weights, self.sensitivity, self.threshold)
-        if plan.rule == "batch":
-            gated = gate_batch(weights.cpu(), ids, self.sensitivity, self.threshold, present())
-            return Gated(*(tensor.to(weights.device) for tensor in gated))
-        if plan.rule == "weight":
-            return gate_by_weight(weights, self.threshold)
-        assert plan.experts is not None
-        return gate_to_count(weights, plan.experts, self._generator)
+        return keep
 
 
 def total(stats: Sequence[GateStats]) -> dict[str, float]:

@@ -1,21 +1,21 @@
 """Routed experts whose weights live in the expert cache: vLLM's layer, with its parameters replaced by slots."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.forward_context import ForwardContext, get_forward_context
-from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.cache.residency import waves
 from vllm_adapmoe.integration.gates import LayerGate
+from vllm_adapmoe.integration.step_routing import StepRouting, read_together
 from vllm_adapmoe.integration.streamed_experts import StreamedExperts
 from vllm_adapmoe.store.base import ExpertsUnavailable
 
 if TYPE_CHECKING:
-    from vllm_adapmoe.integration.loading import ExpertLoading
     from vllm_adapmoe.integration.lookahead import Foresight, Lookahead
     from vllm_adapmoe.integration.probe import LayerProbe
 
@@ -71,65 +71,82 @@ class CachedExperts(StreamedExperts):
             pairs of token and expert are summed in float32, so that a token's output does not depend on its batch.
         """
         context = get_forward_context()
-        if _is_dummy_run(context):
-            return self._run_kernel(x, topk_weights, torch.zeros_like(topk_ids))
-        topk_ids = topk_ids.cpu()  # the one read of a step's routing; on a device it waits for the router
-        padding = context.is_padding
-        real = None if padding is None else ~padding[: topk_ids.shape[0]].cpu()
+        if is_dummy_run(context):
+            return self._run_dummy(x, topk_weights, topk_ids)
+        padding = None if context.is_padding is None else context.is_padding[: len(x)]
+        if self.probe is not None:
+            real = None if padding is None else ~padding.cpu()
+            topk_weights = self.probe.observe(x, topk_weights, topk_ids.cpu(), real)
+        step = self._read_step(x, topk_weights, topk_ids, padding)
         while True:
             try:
-                return self._run_step(x, topk_weights, topk_ids, real)
+                return self._run_step(step)
             except ExpertsUnavailable as error:
                 if self.on_failure is None:
                     raise
-                spoilt = torch.isin(topk_ids, torch.tensor(error.experts, dtype=topk_ids.dtype)).any(1)
+                spoilt = torch.isin(step.ids, torch.tensor(error.experts, dtype=step.ids.dtype)).any(1)
                 self.on_failure(spoilt, error)
                 if spoilt.all():
                     return torch.zeros_like(x)
                 # Their requests fail. The others go on, and must not need those experts.
                 healthy = int((~spoilt).nonzero()[0])
-                topk_ids = torch.where(spoilt.unsqueeze(1), topk_ids[healthy], topk_ids)
+                step = replace(step, ids=torch.where(spoilt.unsqueeze(1), step.ids[healthy], step.ids))
 
-    def _run_step(
-        self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, real: torch.Tensor | None
-    ) -> torch.Tensor:
-        if self.probe is not None:
-            topk_weights = self.probe.observe(x, topk_weights, topk_ids, real)
-        if self.gate is not None:
-            topk_weights, keep = self.gate.apply(topk_weights, topk_ids, real, self._present)
-            foresight = self._foresee(x, topk_weights, topk_ids, keep, real)
-            return self._run_pairs(x, topk_weights, topk_ids, keep, foresight)
-        foresight = self._foresee(x, topk_weights, topk_ids, None, real)
-        experts = _distinct(topk_ids if real is None else topk_ids[real], self.local_num_experts)
+    def _run_dummy(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
+        return self._run_kernel(x, topk_weights, torch.zeros_like(topk_ids))
+
+    def _read_step(
+        self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, padding: torch.Tensor | None
+    ) -> StepRouting:
+        """What the host has to know of a step's routing, read from the device at once."""
+        gate = self.gate
+        gated = None if gate is None else gate.alone(weights)
+        on_host = weights if gate is not None and gated is None else None
+        keep, cost = (None, None) if gated is None else (gated.keep, gated.cost)
+        product = self._product(x)
+        read = read_together(ids, padding, keep, cost, on_host, product)
+        host_ids, padding, keep, cost, on_host, product = read
+        assert host_ids is not None
+        real = None if padding is None else ~padding
+        if gate is not None and on_host is not None:
+            batch = gate.with_batch(on_host, host_ids, self._present)
+            keep, cost = batch.keep, batch.cost
+            weights = batch.weights.to(x.device)
+        elif gated is not None:
+            weights = gated.weights
+        if gate is not None:
+            assert keep is not None and cost is not None
+            keep = gate.count(keep, cost, real)
+        return StepRouting(x, weights, host_ids, real, keep, product)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor | None:
+        """What later layers are foretold from, if it has to be read with the routing."""
+        return None
+
+    def _run_step(self, step: StepRouting) -> torch.Tensor:
+        foresight = self._foresee(step)
+        if step.keep is not None:
+            return self._run_kept(step, step.keep, foresight)
+        experts = _distinct(step.ids if step.real is None else step.ids[step.real], self.local_num_experts)
         if len(experts) > self.slots:
-            keep = torch.ones_like(topk_ids, dtype=torch.bool)
-            keep = keep if real is None else keep & real.unsqueeze(1)
-            return self._run_pairs(x, topk_weights, topk_ids, keep, foresight)
-        if real is not None:
-            topk_ids = topk_ids * real.unsqueeze(1)
-        slots = self._acquire(experts, foresight).index_select(0, topk_ids.view(-1)).view_as(topk_ids)
-        if real is not None:
+            return self._run_kept(step, step.all_kept(), foresight)
+        ids = step.ids if step.real is None else step.ids * step.real.unsqueeze(1)
+        slots = self._acquire(experts, foresight).index_select(0, ids.view(-1)).view_as(ids)
+        if step.real is not None:
             slots.clamp_(min=0)
-        output = self._run_kernel(x, topk_weights, slots.to(x.device))
+        output = self._run_kernel(step.x, step.weights, slots.to(step.x.device))
         self._release(experts)
         return output
 
-    def _foresee(
-        self,
-        x: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        keep: torch.Tensor | None,
-        real: torch.Tensor | None,
-    ) -> "Foresight | None":
+    def _foresee(self, step: StepRouting) -> "Foresight | None":
         if self.lookahead is None:
             return None
-        if keep is None:
-            keep = torch.ones_like(topk_ids, dtype=torch.bool)
-        if real is not None:
-            x, topk_weights = x[real.to(x.device)], topk_weights[real.to(x.device)]
-            topk_ids, keep = topk_ids[real], keep[real]
-        return self.lookahead.foresee(self.cache_layer, x, topk_weights, topk_ids, keep)
+        keep = step.all_kept() if step.keep is None else step.keep
+        count = len(keep) if step.real is None else int(step.real.sum())  # padding comes last
+        product = None if step.product is None else step.product[:count]
+        return self.lookahead.foresee(
+            self.cache_layer, step.x[:count], step.weights[:count], step.ids[:count], keep[:count], product
+        )
 
     @property
     def slots(self) -> int:
@@ -173,23 +190,17 @@ class CachedExperts(StreamedExperts):
         if self.cache is not None:
             self.cache.release(self.cache_layer, experts)
 
-    def _run_pairs(
-        self,
-        x: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        keep: torch.Tensor,
-        foresight: "Foresight | None",
-    ) -> torch.Tensor:
+    def _run_kept(self, step: StepRouting, keep: torch.Tensor, foresight: "Foresight | None") -> torch.Tensor:
         """The kept pairs of token and expert (`keep`: bool `[tokens, top_k]`, on the host).
 
         Kernels take neither a map nor an absent expert on the CPU: each pair becomes a row with one expert, and what
         is dropped costs no work.
         """
+        x = step.x
         token, choice = keep.nonzero(as_tuple=True)
-        weights = topk_weights[token.to(x.device), choice.to(x.device)].unsqueeze(1)
+        weights = step.weights[token.to(x.device), choice.to(x.device)].unsqueeze(1)
         total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        for rows, outputs in self._run_rows(x, weights, token, topk_ids[token, choice].long(), foresight):
+        for rows, outputs in self._run_rows(x, weights, token, step.ids[token, choice].long(), foresight):
             total.index_add_(0, token[rows].to(x.device), outputs.float())
         return total.to(x.dtype)
 
@@ -278,8 +289,8 @@ def _where(ids: torch.Tensor, experts: Sequence[int]) -> torch.Tensor:
     return torch.isin(ids, torch.tensor(experts, dtype=ids.dtype)).nonzero().view(-1)
 
 
-def _is_dummy_run(context: ForwardContext) -> bool:
-    # Profiling and warm-up run without attention metadata: their ids mean nothing and must load nothing.
+def is_dummy_run(context: ForwardContext) -> bool:
+    """Profiling and warm-up run without attention metadata: their ids mean nothing and must load nothing."""
     return not context.attn_metadata
 
 
@@ -297,8 +308,3 @@ def _routed_experts_fake(
 
 
 direct_register_custom_op(op_name="adapmoe_routed_experts", op_func=_routed_experts, fake_impl=_routed_experts_fake)
-
-
-def cached_class(cls: type[RoutedExperts], loading: "ExpertLoading") -> type[RoutedExperts]:
-    """`cls` with its experts in the cache that `loading` fills."""
-    return type(f"Cached{cls.__name__}", (CachedExperts, cls), {"loading": loading})

@@ -23,7 +23,8 @@ from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.integration.compat import expected_loads_settings, heads_settings
 from vllm_adapmoe.integration.identity import model_identity
-from vllm_adapmoe.integration.layers import CachedExperts, cached_class
+from vllm_adapmoe.integration.layers import CachedExperts
+from vllm_adapmoe.integration.mapped_experts import MappedExperts
 from vllm_adapmoe.store.base import ExpertStore, StoreWriter
 from vllm_adapmoe.store.file import PackInvalid, PackMissing, PackOfAnother, open_pack
 from vllm_adapmoe.store.host import HostStore
@@ -94,7 +95,7 @@ class ExpertLoading:
         expert_bytes = sum(shape.num_experts * shape.bytes_per_expert for shape in shapes)
         if self.store_kind == "host":
             _check_host_memory(expert_bytes)
-            self._writer = HostStore()
+            self._writer = HostStore(torch.device(current_platform.device_type))
             action = "Loading experts"
         else:
             path, identity = self.pack_path(), self._identity()
@@ -268,8 +269,10 @@ def expert_loading(config: AdapMoEConfig, vllm_config: VllmConfig) -> Iterator[E
     get_model_architecture(vllm_config.model_config)  # imports the model, so that its own expert classes are known
     loading = ExpertLoading(config, vllm_config)
     names = []
+    base = experts_base()
     for cls in _expert_classes(RoutedExperts):
-        PluggableLayer.register_oot(cached_class(cls, loading), name=cls.__name__)
+        cached = type(f"Cached{cls.__name__}", (base, cls), {"loading": loading})
+        PluggableLayer.register_oot(cached, name=cls.__name__)
         names.append(cls.__name__)
     try:
         yield loading
@@ -279,6 +282,11 @@ def expert_loading(config: AdapMoEConfig, vllm_config: VllmConfig) -> Iterator[E
     finally:
         for name in names:
             del op_registry_oot[name]
+
+
+def experts_base() -> type[CachedExperts]:
+    """What holds and runs experts on this platform."""
+    return CachedExperts if current_platform.is_cpu() else MappedExperts
 
 
 def _expert_classes(cls: type[RoutedExperts]) -> list[type[RoutedExperts]]:

@@ -74,6 +74,8 @@ class Lookahead:
         """Of the step under way, the last row of each request; None: every row is one."""
         self.begun: np.ndarray | None = None
         """What was known of the step before it began."""
+        self._at_the_end: tuple[torch.cuda.Event, torch.Tensor] | None = None
+        """Of a GPU's last step, what its hidden states foretell, on its way to the host."""
         self.step: Step | None = None
         """Under way, or not in the trace yet."""
         self._whole = False
@@ -81,13 +83,22 @@ class Lookahead:
 
     def begin_step(self, rows: Mapping[str, int]) -> None:
         """A step with so many rows of each request is about to run: fetches for its first layers."""
+        if self._at_the_end is not None and self._at_the_end[0].query():
+            self._foretell_first(self._at_the_end[1])
+        self._at_the_end = None
         self.begun = None if self.experts is None else self.experts.of_any(list(rows), self.lookahead)
         if self.cache is not None:
             prompt_tokens = sum(count for count in rows.values() if count > 1)
             self.cache.begin_step(prompt_tokens, () if self.begun is None else list(self.begun))
 
     def foresee(
-        self, index: int, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, keep: torch.Tensor
+        self,
+        index: int,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        ids: torch.Tensor,
+        keep: torch.Tensor,
+        product: torch.Tensor | None = None,
     ) -> Foresight:
         """One event of layer `index`.
 
@@ -97,14 +108,19 @@ class Lookahead:
             weights: `[tokens, top_k]`, after gating.
             ids: `[tokens, top_k]`, on the host.
             keep: bool of the same shape, on the host.
+            product: what `product` gave for this input, on the host.
         """
         if index == 0:
             self._begin_step(x, ids)
         stack = self._stack(index, x)
-        outputs = expected = None
+        outputs = None if product is None else product.numpy()
+        expected = None
         if self.heads is not None:  # who leaves for this event depends on it, so it cannot wait
             last = self.last_rows
-            heads = stack.outputs(x if last is None else x[last.to(x.device)])
+            if outputs is not None:
+                heads = outputs if last is None else outputs[last.numpy()]
+            else:
+                heads = stack.outputs(x if last is None else x[last.to(x.device)])
             expected = chance_of_any(heads[:, stack.width :])
             if self.experts is not None:
                 self.experts.foretold(index, heads[:, stack.width :])
@@ -113,6 +129,12 @@ class Lookahead:
         elif self.experts is not None:
             self.experts.used(index, (ids if self.last_rows is None else ids[self.last_rows]).numpy())
         return Foresight(expected, partial(self._observe, index, x, weights, ids, keep, expected, outputs))
+
+    def product(self, index: int, x: torch.Tensor) -> torch.Tensor | None:
+        """What `foresee` will want of a decode step's input, on the device, to be read with the routing at once."""
+        stack = self._stack(index, x)
+        wanted = self.heads is not None or ((self.cache is not None or self.trace is not None) and any(stack.slices))
+        return stack.product(x) if wanted and len(x) <= SAMPLE else None
 
     def _begin_step(self, x: torch.Tensor, ids: torch.Tensor) -> None:
         requests = self.requests()
@@ -179,7 +201,18 @@ class Lookahead:
         """
         if self.first is None or len(hidden) > SAMPLE:
             return
-        chances = torch.addmm(self.first[-1], hidden.float(), self.first[:-1]).cpu().numpy()
+        chances = torch.addmm(self.first[-1], hidden.float(), self.first[:-1])
+        if not chances.is_cuda:
+            self._foretell_first(chances)
+            return
+        # Nobody waits for it: it is taken in when the next step begins.
+        host = torch.empty(chances.shape, pin_memory=True).copy_(chances, non_blocking=True)
+        ended = torch.cuda.Event()
+        ended.record()
+        self._at_the_end = ended, host
+
+    def _foretell_first(self, logits: torch.Tensor) -> None:
+        chances = logits.numpy()
         ids = np.argsort(-chances, axis=1, kind="stable")[:, : self.layers[0].top_k]
         foretold = Foretold(ids, np.ones(ids.shape, dtype=bool))
         if self.cache is not None:
@@ -187,6 +220,21 @@ class Lookahead:
         if self.step is not None:
             self.step.foretold[-1, 1] = foretold
             self._end_trace_of_step()
+
+    def passed(self, requests: Sequence[tuple[str, int, int]], ids: np.ndarray) -> None:
+        """A step has run without the host: remembers what its requests used.
+
+        Args:
+            requests: id, first position and rows of each.
+            ids: integer `[layers, tokens, top_k]`, -1: dropped.
+        """
+        if self.experts is None:
+            return
+        last = np.cumsum([rows for _, _, rows in requests]) - 1
+        self.experts.begin([name for name, _, _ in requests])
+        for index, layer_ids in enumerate(ids[:, last]):
+            self.experts.used(index, np.where(layer_ids < 0, layer_ids.max(1, keepdims=True), layer_ids))
+        self.experts.end()
 
     def _stack(self, index: int, x: torch.Tensor) -> GateStack:
         stack = self.stacks[index]

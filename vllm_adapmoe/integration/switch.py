@@ -4,7 +4,7 @@ import sys
 from types import TracebackType
 from typing import Any
 
-from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
@@ -56,8 +56,7 @@ def switch_on(engine_args: Any, vllm_config: VllmConfig) -> None:
     vllm_config.additional_config = additional
     vllm_config.parallel_config.worker_cls = WORKERS[device]
     if device == "cuda":
-        # A fetch reads the routing on the host, which a captured graph cannot.
-        vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+        _prepare_graphs(vllm_config)
     scheduler = vllm_config.scheduler_config
     if scheduler.scheduler_cls is None:
         scheduler.scheduler_cls = SCHEDULERS[bool(scheduler.async_scheduling)]
@@ -67,6 +66,18 @@ def switch_on(engine_args: Any, vllm_config: VllmConfig) -> None:
             "read ends the engine instead of the request; derive it from one of them or remove it",
             scheduler.scheduler_cls, ", ".join(SCHEDULERS.values()),
         )  # fmt: skip
+
+
+def _prepare_graphs(vllm_config: VllmConfig) -> None:
+    """Lets a compiled model be split at MoE blocks; which of them ask the host, the worker knows."""
+    from vllm_adapmoe.integration.graph_break import OPS
+
+    compilation = vllm_config.compilation_config
+    if compilation.splitting_ops:
+        compilation.splitting_ops += [op for op in OPS if op not in compilation.splitting_ops]
+    kernel = vllm_config.kernel_config
+    if kernel.moe_backend == "auto" and vllm_config.model_config.quantization is None:
+        kernel.moe_backend = "triton"  # others do not skip absent experts, or route by themselves
 
 
 def heeds_worker(scheduler_cls: Any) -> bool:

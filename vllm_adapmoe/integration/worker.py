@@ -1,10 +1,12 @@
 """vLLM's workers, with an expert cache."""
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from vllm.distributed import get_tensor_model_parallel_rank, get_tp_group
 from vllm.logger import init_logger
@@ -13,18 +15,24 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_adapmoe.cache.budget import GiB
 from vllm_adapmoe.cache.controller import CacheController, CacheSetup, CacheShape
+from vllm_adapmoe.cache.deferred import DeferredRouting
+from vllm_adapmoe.cache.in_place import InPlaceDecode
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.gating_plan import GatingPlan
 from vllm_adapmoe.heads import NextTokenHeads
 from vllm_adapmoe.integration import gates
-from vllm_adapmoe.integration.compat import adapmoe_settings, gating_settings, heads_settings
+from vllm_adapmoe.integration.compat import adapmoe_settings, gating_settings, heads_settings, requests_of_step
+from vllm_adapmoe.integration.decode_path import choose_decode
+from vllm_adapmoe.integration.graph_break import break_graph_at, graphs_in_pieces, graphs_without_host
 from vllm_adapmoe.integration.layers import CachedExperts
 from vllm_adapmoe.integration.loading import expert_loading
 from vllm_adapmoe.integration.lookahead import Lookahead
+from vllm_adapmoe.integration.mapped_experts import MappedExperts
 from vllm_adapmoe.integration.probe import RoutingProbe, plain
 from vllm_adapmoe.integration.switch import heeds_worker
 from vllm_adapmoe.integration.worker_stats import Since, StepStats, total_stats, with_attributes
+from vllm_adapmoe.kernels import MAX_TOKENS
 from vllm_adapmoe.loss_budget import LossBudget
 from vllm_adapmoe.scheduling.report import StepReport
 from vllm_adapmoe.scheduling.request_experts import RequestExperts, bits
@@ -50,6 +58,10 @@ class ExpertCacheWorker(Worker):
     _step_report: StepReport | None
     """Of the step under way, until its output leaves."""
     lookahead: Lookahead | None = None
+    in_place: InPlaceDecode | None
+    """If decode steps read experts where they are."""
+    deferred: DeferredRouting | None
+    """Of steps, or of layers, that run without the host."""
 
     def load_model(self, **kwargs: Any) -> None:
         config = self._config = AdapMoEConfig.parse(adapmoe_settings(self.vllm_config))
@@ -59,6 +71,7 @@ class ExpertCacheWorker(Worker):
             self.expert_cache = loading.finish()
         self.moe_layers = loading.layers
         self.set_gating(gating_settings(self.vllm_config))
+        self._leave_the_host()
         heads = heads_settings(self.vllm_config)
         self.heads = None if heads is None else NextTokenHeads.load(Path(heads["path"]), heads["hash"])
         self._look_ahead(config)
@@ -82,6 +95,29 @@ class ExpertCacheWorker(Worker):
                 "Expert cache: %d slots (%.2f GiB) for %d experts, backed by the %s store",
                 cache.num_slots, slot_bytes / GiB, experts, loading.store_kind,
             )  # fmt: skip
+
+    def _leave_the_host(self) -> None:
+        """On a GPU: which steps run without the host, and where its graphs end for the others."""
+        self.in_place, self.deferred = None, None
+        layers = [layer for layer in self.moe_layers if isinstance(layer, MappedExperts)]
+        if not layers or (self.expert_cache is None and layers[0].gate is None):
+            return
+        runners = self.vllm_config.compilation_config.static_forward_context
+        for layer in layers:
+            layer.check_kernel()
+            break_graph_at(runners[layer.layer_name])
+        device = layers[0].get_parameter("w13_weight").device
+        if self.expert_cache is not None:
+            self.in_place = choose_decode(self.vllm_config, layers, self.expert_cache, device)
+        if self.in_place is not None:
+            self.deferred = self.in_place.routing
+            graphs_without_host(self.vllm_config.compilation_config, self.deferred.tokens)
+        else:
+            top_k = max(layer.top_k for layer in layers)
+            self.deferred = DeferredRouting(len(layers), MAX_TOKENS, top_k, device)
+            graphs_in_pieces(self.vllm_config.compilation_config)
+        for layer in layers:
+            layer.in_place, layer.deferred = self.in_place, self.deferred
 
     def _look_ahead(self, config: AdapMoEConfig) -> None:
         """Lets every layer prefetch and record as configured from here on."""
@@ -143,10 +179,11 @@ class ExpertCacheWorker(Worker):
         """Shows the lookahead the hidden states that tokens are sampled from, as soon as they are there."""
         model: Any = self.model_runner.get_model()
         compute_logits = model.compute_logits
-        self._in_step = False
+        self._awaits_logits = False
 
         def watched(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self._in_step and self.lookahead is not None:  # and not for the log probabilities of prompts
+            if self._awaits_logits and self.lookahead is not None:  # later ones are log probabilities of prompts
+                self._awaits_logits = False
                 self.lookahead.end_step(hidden)
             return compute_logits(hidden, *args, **kwargs)
 
@@ -154,13 +191,7 @@ class ExpertCacheWorker(Worker):
 
     def _requests_of_step(self) -> list[tuple[str, int, int]]:
         """Id, first position and rows of each request of the step under way."""
-        batch = self.model_runner.input_batch
-        scheduled = self._scheduled
-        return [
-            (name, int(batch.num_computed_tokens_cpu[index]), scheduled[name])
-            for index, name in enumerate(batch.req_ids)
-            if name in scheduled
-        ]
+        return requests_of_step(self.model_runner, self._scheduler_output)
 
     def set_gating(self, plan: dict[str, Any] | None) -> None:
         """Gates every layer by the plan (`GatingPlan`, as a dict) from the next step on; None: as vLLM's router says.
@@ -238,19 +269,48 @@ class ExpertCacheWorker(Worker):
         return dict(self.seconds)
 
     def execute_model(self, scheduler_output: Any) -> Any:
+        self._scheduler_output = scheduler_output
         self._scheduled = scheduler_output.num_scheduled_tokens
+        self._take_in()
         if self._scheduled and self.lookahead is not None:
             self.lookahead.begin_step(self._scheduled)
-        self._in_step = True
+        self._awaits_logits = bool(self._scheduled)
         start = time.perf_counter()
-        try:
+        with self._deferring(scheduler_output.total_num_scheduled_tokens):
             output = super().execute_model(scheduler_output)
-        finally:
-            self._in_step = False
         self._keep_budget()
         if self._scheduled:
             self._step_report = self._report_step(time.perf_counter() - start, scheduler_output.finished_req_ids)
         return self._with_stats(output)
+
+    @contextmanager
+    def _deferring(self, tokens: int) -> Iterator[None]:
+        """A step is launched within: layers may leave it to `_take_in` what they have chosen."""
+        if self.deferred is None or not tokens:
+            yield
+        elif self.in_place is not None and tokens <= self.deferred.tokens:
+            about: list[tuple[str, int, int]] = []
+            with self.in_place.step(tokens, about):
+                yield
+                about += self._requests_of_step()
+        else:
+            yield
+            if self.deferred.layers:  # that were resident as a whole
+                self.deferred.close_step(tokens, np.zeros((len(self.moe_layers), 1), dtype=np.int32), None)
+
+    def _take_in(self) -> None:
+        """Tells the cache, the gates and the scheduler's report of steps that have run without the host."""
+        if self.deferred is None:
+            return
+        for step in self.deferred.finished():
+            if self.expert_cache is not None:
+                self.expert_cache.passed(list(step.events()))
+            for index in step.layers:
+                gate = self.moe_layers[index].gate
+                if gate is not None:
+                    gate.count(torch.from_numpy(step.ids[index] >= 0), torch.from_numpy(step.costs[index]), None)
+            if step.about and self.lookahead is not None:
+                self.lookahead.passed(step.about, step.ids)
 
     def _report_step(self, seconds: float, finished: Collection[str]) -> StepReport | None:
         """What the scheduler wants to know of the step that has run."""
@@ -318,6 +378,7 @@ class ExpertCacheWorker(Worker):
 
     def expert_cache_stats(self) -> dict[str, float]:
         """`total_stats` of this rank."""
+        self._take_in()
         return total_stats(self.expert_cache, self.moe_layers)
 
     def expert_bytes(self) -> int:

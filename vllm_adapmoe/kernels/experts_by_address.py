@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-MAX_TOKENS = 64
-"""Of one call: all tokens of an expert are rows of one tile."""
+from vllm_adapmoe.kernels import MAX_TOKENS
+
 BLOCK_N, BLOCK_K = 32, 128
 """Of the weights' tile: `BLOCK_K` values in a row are what one reads over the link at a time, 256 bytes of bf16."""
 

@@ -54,6 +54,10 @@ class ExpertStore(Protocol):
         """
         ...
 
+    def page_locked(self, key: ExpertKey) -> torch.Tensor | None:
+        """A record where the device of the slots can read it itself, uint8 `[record bytes]`; None: it cannot."""
+        ...
+
     def close(self) -> None:
         """Lets go of files and memory."""
         ...

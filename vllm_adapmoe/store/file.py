@@ -165,6 +165,9 @@ class FileStore:
             return f"delete the pack ({error.strerror} when moving it aside) and start again to pack anew"
         return "the pack was moved aside or replaced already, start again"
 
+    def page_locked(self, key: ExpertKey) -> torch.Tensor | None:
+        return None
+
     def close(self) -> None:
         self._file.close()
 

@@ -5,23 +5,35 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from vllm_adapmoe.cache.eviction import ExpertKey
+from vllm_adapmoe.store.page_lock import page_lock, page_unlock
 from vllm_adapmoe.store.record import RecordLayout, aligned_empty
 
 
 class HostStore:
-    """One buffer `[experts, record bytes]` a layer. Its own writer."""
+    """One buffer `[experts, record bytes]` a layer. Its own writer.
 
-    def __init__(self) -> None:
+    Args:
+        device: that the slots will be on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._layers: dict[int, tuple[RecordLayout, torch.Tensor]] = {}
+        self._lockable = device.type == "cuda"
+        self._locked: list[torch.Tensor] = []
         self.layouts: list[RecordLayout] = []
 
     def put_layer(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
         layout = RecordLayout.of(tensors)
         experts = next(iter(tensors.values())).shape[0]
-        records = aligned_empty(experts * layout.nbytes, pin=torch.cuda.is_available()).view(experts, layout.nbytes)
+        records = aligned_empty(experts * layout.nbytes).view(experts, layout.nbytes)
         for piece in layout.pieces:
             source = tensors[piece.name].reshape(experts, -1).view(torch.uint8).view(experts, piece.nbytes)
             records[:, piece.offset : piece.offset + piece.nbytes] = source
+        if self._lockable:
+            self._lockable = page_lock(records)  # once it has failed, it will again
+            if self._lockable:
+                self._locked.append(records)
         self._layers[layer] = (layout, records)
 
     def seal(self) -> "HostStore":
@@ -38,6 +50,11 @@ class HostStore:
     def num_experts(self, layer: int) -> int:
         return self._layers[layer][1].shape[0]
 
+    def page_locked(self, key: ExpertKey) -> torch.Tensor | None:
+        if self.device.type == "cuda" and len(self._locked) < len(self._layers):
+            return None
+        return self._layers[key[0]][1][key[1]]
+
     def read(self, key: ExpertKey, into: Sequence[torch.Tensor]) -> None:
         for _ in self.read_tiles(key, into, self.layouts[key[0]].nbytes):
             pass
@@ -52,4 +69,7 @@ class HostStore:
                 yield stop - start
 
     def close(self) -> None:
+        for records in self._locked:
+            page_unlock(records)
+        self._locked.clear()
         self._layers.clear()

@@ -1,0 +1,110 @@
+"""MoE blocks between CUDA graphs: the op at which vLLM splits a compiled model, for blocks that ask the host."""
+
+import torch
+from vllm.config import CompilationConfig, CUDAGraphMode
+from vllm.model_executor.layers.fused_moe.runner import moe_runner
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+from vllm.utils.torch_utils import direct_register_custom_op
+
+OPS = ["vllm::adapmoe_moe_into", "vllm::adapmoe_moe_shared_into"]
+
+LayerName = moe_runner._layer_name_type
+
+
+def _moe_into(
+    hidden_states: torch.Tensor,
+    router_logits: torch.Tensor,
+    shared_experts_input: torch.Tensor | None,
+    input_ids: torch.Tensor | None,
+    output: torch.Tensor,
+    layer_name: LayerName,
+) -> None:
+    routed = moe_runner._moe_forward(hidden_states, router_logits, shared_experts_input, input_ids, layer_name, 0)
+    output.copy_(routed)
+
+
+def _moe_shared_into(
+    hidden_states: torch.Tensor,
+    router_logits: torch.Tensor,
+    shared_experts_input: torch.Tensor | None,
+    input_ids: torch.Tensor | None,
+    shared_output: torch.Tensor,
+    output: torch.Tensor,
+    layer_name: LayerName,
+) -> None:
+    shared, routed = moe_runner._moe_forward_shared(
+        hidden_states, router_logits, shared_experts_input, input_ids, layer_name, 0
+    )
+    shared_output.copy_(shared)
+    output.copy_(routed)
+
+
+def _nothing(*args: object, **kwargs: object) -> None:
+    return None
+
+
+direct_register_custom_op(
+    op_name="adapmoe_moe_into", op_func=_moe_into, mutates_args=["hidden_states", "output"], fake_impl=_nothing
+)
+direct_register_custom_op(
+    op_name="adapmoe_moe_shared_into",
+    op_func=_moe_shared_into,
+    mutates_args=["hidden_states", "shared_output", "output"],
+    fake_impl=_nothing,
+)
+
+
+def break_graph_at(runner: MoERunner) -> None:
+    """Lets a block run between two CUDA graphs, if vLLM splits the model at `OPS`.
+
+    The later graph reads the block's output where it was when the graph was captured. So the op does not return it: it
+    writes into memory that the earlier graph has allocated, as attention does.
+    """
+    runner._forward_entry = _entry_shared if runner.shared_experts is not None else _entry
+
+
+def _entry(
+    hidden_states: torch.Tensor,
+    router_logits: torch.Tensor,
+    shared_experts_input: torch.Tensor | None,
+    input_ids: torch.Tensor | None,
+    layer_name: LayerName,
+    hidden_dim_unpadded: int,
+) -> torch.Tensor:
+    output = torch.empty_like(hidden_states)
+    torch.ops.vllm.adapmoe_moe_into(hidden_states, router_logits, shared_experts_input, input_ids, output, layer_name)
+    return output
+
+
+def _entry_shared(
+    hidden_states: torch.Tensor,
+    router_logits: torch.Tensor,
+    shared_experts_input: torch.Tensor | None,
+    input_ids: torch.Tensor | None,
+    layer_name: LayerName,
+    hidden_dim_unpadded: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    output = torch.empty_like(hidden_states)
+    shared_output = torch.empty_like(hidden_states if shared_experts_input is None else shared_experts_input)
+    torch.ops.vllm.adapmoe_moe_shared_into(
+        hidden_states, router_logits, shared_experts_input, input_ids, shared_output, output, layer_name
+    )
+    return shared_output, output
+
+
+def graphs_without_host(config: CompilationConfig, most_tokens: int) -> None:
+    """Graphs of whole decode steps of at most `most_tokens`, and pieces of other steps."""
+    if config.cudagraph_mode == CUDAGraphMode.FULL:  # of prompts too
+        config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    if config.cudagraph_mode.has_full_cudagraphs() and config.cudagraph_capture_sizes:
+        sizes = [size for size in config.cudagraph_capture_sizes if size <= most_tokens]
+        config.cudagraph_capture_sizes = sizes
+        config.max_cudagraph_capture_size = max(sizes, default=0)
+
+
+def graphs_in_pieces(config: CompilationConfig) -> None:
+    """Every step asks the host: no graph of a whole one."""
+    mode = config.cudagraph_mode
+    if mode.has_full_cudagraphs():
+        pieces = mode == CUDAGraphMode.FULL or mode.has_piecewise_cudagraphs()
+        config.cudagraph_mode = CUDAGraphMode.PIECEWISE if pieces else CUDAGraphMode.NONE

@@ -1,0 +1,198 @@
+"""Routed experts of a GPU: kernels that skip what a map leaves out, and steps that do not wait for the host."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import ForwardContext, get_forward_context
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+from vllm_adapmoe.cache.deferred import DeferredRouting
+from vllm_adapmoe.cache.in_place import DOWN, GATE_UP, InPlaceDecode
+from vllm_adapmoe.cache.manager import ExpertCacheManager
+from vllm_adapmoe.cache.residency import waves
+from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.integration.layers import CachedExperts, _distinct, is_dummy_run
+from vllm_adapmoe.integration.step_routing import StepRouting
+
+if TYPE_CHECKING:
+    from vllm_adapmoe.integration.lookahead import Foresight
+
+KERNELS = {"TritonExperts", "TritonWNA16Experts", "MarlinExperts"}
+"""Of vLLM: those that take a map and skip what it leaves out."""
+
+
+class MappedExperts(CachedExperts):
+    """`CachedExperts` on a GPU.
+
+    Ids stay those of the layer's experts. With every call goes a map from expert to row of the slots, as under expert
+    parallelism, in which what is absent, in another wave or dropped has no row; what is dropped has an id of its own,
+    one more than there are experts. Slots as ids would be simpler, but vLLM sorts pairs for fewer than 1024 experts
+    only, and a pool for all layers has more slots than that.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.deferred: DeferredRouting | None = None
+        self.in_place: InPlaceDecode | None = None
+        self._row_of: torch.Tensor | None = None
+        """int32 `[experts + 1]`, on the device, while a kernel runs that is to use it."""
+        self._whole: tuple[bytes, torch.Tensor] | None = None
+        """Slots of a layer that is resident as a whole, and its map."""
+        super().__init__(*args, **kwargs)
+
+    def use_cache(self, cache: ExpertCacheManager) -> None:
+        native = self.global_num_experts
+        super().use_cache(cache)
+        self.global_num_experts = native
+
+    def check_kernel(self) -> None:
+        """Whether the kernel that vLLM has chosen can work on slots.
+
+        Raises:
+            AdapMoEError: it takes no map.
+        """
+        name = kernel_name(self)
+        if name not in KERNELS:
+            raise AdapMoEError(
+                f"moe_backend: vLLM has chosen {name}, which does not skip absent experts; "
+                "set moe_backend=triton, or marlin for 4-bit weights"
+            )
+
+    @property
+    def expert_map(self) -> torch.Tensor | None:
+        return super().expert_map if self._row_of is None else self._row_of
+
+    def run_experts(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
+        context = get_forward_context()
+        if self.in_place is not None and self._reads_in_place(context, self.in_place, len(x)):
+            weights, ids, costs = self._choose(topk_weights, topk_ids, context)
+            return self.in_place.experts(self.cache_layer, x, weights, ids, costs)
+        if not is_dummy_run(context) and self._may_defer(len(x)):
+            assert self.cache is not None
+            if self.cache.hold_all(self.cache_layer):
+                return self._run_whole_layer(x, topk_weights, topk_ids, context)
+        return super().run_experts(x, topk_weights, topk_ids)
+
+    def _reads_in_place(self, context: ForwardContext, in_place: InPlaceDecode, tokens: int) -> bool:
+        # A graph of whole steps calls this only when it is captured, or warmed up for that.
+        captured = context.cudagraph_runtime_mode == CUDAGraphMode.FULL
+        if captured and tokens > in_place.routing.tokens:
+            raise RuntimeError(
+                f"a CUDA graph of {tokens} tokens; experts are read in place for {in_place.routing.tokens}"
+            )
+        return in_place.running or captured
+
+    def _may_defer(self, tokens: int) -> bool:
+        alone = self.gate is None or self.gate.plan.rule != "batch"
+        return (
+            self.cache is not None
+            and self.deferred is not None
+            and self.probe is None
+            and alone
+            and tokens <= self.deferred.tokens
+        )
+
+    def _choose(
+        self, weights: torch.Tensor, ids: torch.Tensor, context: ForwardContext
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Weights after gating, int32 ids with -1 for what is dropped or padding, and what dropping costs."""
+        ids, costs = ids.int(), None
+        if self.gate is not None:
+            gated = self.gate.alone(weights)
+            assert gated is not None
+            weights, costs = gated.weights, gated.cost
+            ids = ids.masked_fill(~gated.keep, -1)
+        if context.is_padding is not None:
+            ids = ids.masked_fill(context.is_padding[: len(ids)].unsqueeze(1), -1)
+        return weights, ids, costs
+
+    def _run_whole_layer(
+        self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, context: ForwardContext
+    ) -> torch.Tensor:
+        """Every expert is resident: nobody on the host has to know now what was chosen."""
+        assert self.cache is not None and self.deferred is not None
+        weights, ids, costs = self._choose(topk_weights, topk_ids, context)
+        self.deferred.record(self.cache_layer, ids, costs)
+        slot_map = self._slot_map()
+        slots = slot_map.numpy().tobytes()
+        if self._whole is None or self._whole[0] != slots:
+            self._whole = slots, self._rows(slot_map, x.device)
+        ids = torch.where(ids < 0, self.local_num_experts, ids)
+        output = self._run_mapped(x, weights, ids.to(topk_ids.dtype), self._whole[1])
+        self._release(range(self.local_num_experts))
+        return output
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor | None:
+        return None if self.lookahead is None else self.lookahead.product(self.cache_layer, x)
+
+    def _run_step(self, step: StepRouting) -> torch.Tensor:
+        foresight = self._foresee(step)
+        return self._run_kept(step, step.all_kept() if step.keep is None else step.keep, foresight)
+
+    def _run_kept(self, step: StepRouting, keep: torch.Tensor, foresight: "Foresight | None") -> torch.Tensor:
+        """The kept pairs of token and expert, wave by wave; a wave runs when all of it is there."""
+        x, experts = step.x, _distinct(step.ids[keep], self.local_num_experts)
+        ids = to_device(torch.where(keep, step.ids, self.local_num_experts), x.device)
+        groups = waves(experts, self.slots)
+        if len(groups) == 1:
+            return self._run_group(x, step.weights, ids, experts, foresight, ())
+        total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for number, group in enumerate(groups):
+            total += self._run_group(x, step.weights, ids, group, foresight if number == 0 else None, experts)
+        return total.to(x.dtype)
+
+    def _run_group(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        ids: torch.Tensor,
+        group: Any,
+        foresight: "Foresight | None",
+        others: Any,
+    ) -> torch.Tensor:
+        slots = self._acquire(group, foresight, others)
+        chosen = torch.full_like(slots, -1)
+        chosen[group] = slots[group]
+        output = self._run_mapped(x, weights, ids, self._rows(chosen, x.device))
+        self._release(group)
+        return output
+
+    def _rows(self, slots: torch.Tensor, device: torch.device) -> torch.Tensor:
+        return to_device(torch.cat((slots, slots.new_full((1,), -1))), device)
+
+    def _run_mapped(
+        self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, row_of: torch.Tensor
+    ) -> torch.Tensor:
+        native = self.global_num_experts
+        self.global_num_experts, self._row_of = self.local_num_experts + 1, row_of
+        try:
+            return self._run_kernel(x, weights, ids)
+        finally:
+            self.global_num_experts, self._row_of = native, None
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small host tensor on the device, without waiting for what the device is at."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def kernel_name(layer: CachedExperts) -> str:
+    """Class of the kernel that vLLM has chosen for a layer."""
+    kernel = getattr(layer.quant_method, "moe_kernel", None)
+    return type(layer.quant_method if kernel is None else kernel.fused_experts).__name__
+
+
+def in_place_obstacle(layer: CachedExperts, cache: ExpertCacheManager) -> str | None:
+    """Why a layer's experts cannot be read in place; None: they can."""
+    layout = {piece.name: piece for piece in cache.store.layouts[layer.cache_layer].pieces}
+    if set(layout) != {GATE_UP, DOWN} or layout[DOWN].dtype not in (torch.bfloat16, torch.float16):
+        return "its experts are quantised, or have biases"
+    if layer.activation != MoEActivation.SILU:
+        return f"its activation is {layer.activation}"
+    if layer.apply_router_weight_on_input:
+        return "its router's weights go on the input"
+    if layout[GATE_UP].shape != (2 * layout[DOWN].shape[1], layout[DOWN].shape[0]):
+        return f"its kernel's weights are {layout[GATE_UP].shape} and {layout[DOWN].shape}"
+    if cache.store.page_locked((layer.cache_layer, 0)) is None:
+        return "its backing copies are not in page-locked memory"
+    return None
