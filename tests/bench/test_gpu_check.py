@@ -15,12 +15,11 @@ from vllm_adapmoe.bench.gpu_check.__main__ import main
 from vllm_adapmoe.bench.gpu_check.decode import Limits, check_decode
 from vllm_adapmoe.bench.gpu_check.device import Device
 from vllm_adapmoe.bench.gpu_check.engine_process import MARK
-from vllm_adapmoe.bench.gpu_check.report import MET, MISSED, NOT_RUN, attempt, failed, render, to_json
+from vllm_adapmoe.bench.gpu_check.report import MET, MISSED, NOT_RUN, Result, attempt, failed, render
 from vllm_adapmoe.bench.gpu_check.routing import curves, draw_tokens
 from vllm_adapmoe.bench.gpu_check.shapes import MIXTRAL, QWEN3, Shape
-from vllm_adapmoe.bench.record import write
 from vllm_adapmoe.cache.controller import CacheSetup
-from vllm_adapmoe.cache.slots import SlotPool
+from vllm_adapmoe.cache.manager import ExpertCacheManager
 
 CPU = Device("cpu")
 TINY = Shape("tiny", 3, 8, 2, 64, 32, recall=(0.0, 0.8, 0.8), single=(0.1, 0.5, 0.9))
@@ -42,14 +41,24 @@ def test_all_of_it(tmp_path):
     assert [row.verdict for row in rows if row.section == "correctness"] == [MET] * 5
     assert [row.section for row in rows if row.verdict == NOT_RUN] == ["vllm"]
     assert not failed(rows)
-    decoded = [row.details for row in rows if "bytes_per_token" in row.details]
+    decoded = [row.details for row in rows if "per_token" in row.details]
     assert len(decoded) == 3 * (4 + 2)
     assert all(len(one["seconds"]) == 2 and one["floor_seconds"] > 0 for one in decoded)
+    (slots,) = (row.details for row in rows if "slots hold" in row.what)
+    assert slots["misses"] > slots["slots"], "slots were refilled"
+    read = [one["per_token"] for one in decoded if one["per_token"]["in_place"]]
+    assert read and all(one["fetched_bytes"] > 0 for one in read)
     lines = render(rows, "title").splitlines()
     assert len(lines) == len(rows) + 4 and "kernel, slots and host mixed" in lines[4]
-    write(tmp_path / "result.json", {"rows": to_json(rows)})
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert len(result["rows"]) == len(rows) and "commit" in result["environment"]
+    path = tmp_path / "result.json"
+    result = Result(path, "title", {"command": "this", "device": {"name": "cpu"}}, 7)
+    result.add(rows[:3])
+    assert json.loads(path.read_text())["complete"] is False
+    result.add(rows[3:])
+    assert result.end() == 0
+    said = json.loads(path.read_text())
+    assert said["complete"] and len(said["rows"]) == len(rows) and said["environment"]["command"] == "this"
+    assert "commit" in said["environment"] and said["seed"] == 7
 
 
 def test_few_layers_fit_and_experts_share_records():
@@ -85,16 +94,17 @@ def test_host_copy_of_another_expert(monkeypatch):
 
 
 def test_one_byte_of_a_slot_is_wrong(monkeypatch):
-    fill = SlotPool.fill
-    filled = []
+    acquire = ExpertCacheManager.acquire
+    events = []
 
-    def spoil(self, slot, read):
-        yield from fill(self, slot, read)
-        filled.append(slot)
-        if len(filled) == 9:
-            self.tensors["w2_weight"][slot].view(torch.uint8).view(-1)[17] ^= 1
+    def spoil(self, layer, experts, **others):
+        slots = acquire(self, layer, experts, **others)
+        events.append(layer)
+        if len(events) == 9:
+            self.pool(layer).tensors["w2_weight"][slots[experts[0]]].view(torch.uint8).view(-1)[17] ^= 1
+        return slots
 
-    monkeypatch.setattr(SlotPool, "fill", spoil)
+    monkeypatch.setattr(ExpertCacheManager, "acquire", spoil)
     row = next(slot_rows.check_slots(TINY, CPU, torch.float16, 3))
     assert row.verdict == MISSED and not row.figure.startswith("0 of")
 
@@ -136,6 +146,23 @@ def test_a_part_that_fails_leaves_the_others(monkeypatch):
     assert failed(rows), "correctness that could not be run is not met"
 
 
+HANGS = """
+import sys, time
+from pathlib import Path
+from vllm_adapmoe.bench.gpu_check.report import Result
+result = Result(Path(sys.argv[1]), "title", {}, 1)
+with result.ended_after(0.5):
+    time.sleep(60)
+"""
+
+
+def test_a_device_path_that_hangs(tmp_path):
+    path = tmp_path / "result.json"
+    done = subprocess.run([sys.executable, "-c", HANGS, str(path)], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1 and "still running after" in done.stdout and "most recent call first" in done.stderr
+    assert json.loads(path.read_text())["rows"][0]["verdict"] == NOT_RUN
+
+
 # What is drawn
 
 
@@ -161,7 +188,7 @@ def test_tokens_follow_the_published_statistics():
 
 
 def test_store_of_shared_records():
-    store = records.PinnedRecords(TINY.layout(torch.float16), 3, 8, 5, pin=False)
+    store = records.PinnedRecords(TINY.layout(torch.float16), 3, 8, 5, CPU)
     weights = records.expert(TINY, torch.float16, CPU, 1, (1, 2))
     store.put(0, weights)
     into = [torch.empty_like(one) for one in weights.values()]
@@ -193,17 +220,18 @@ class Nothing:
 sys.meta_path.insert(0, Nothing())
 assert not there & {"pydantic", "typer", "rich", "vllm", "transformers", "psutil", "blake3"}, there
 
-from vllm_adapmoe.bench.gpu_check import check, kernel_rows, slot_rows
+from vllm_adapmoe.bench.gpu_check import check, decode, engines, kernel_rows, slot_rows
 from vllm_adapmoe.bench.gpu_check.__main__ import main
 from vllm_adapmoe.bench.gpu_check.device import Device
 from vllm_adapmoe.bench.gpu_check.shapes import Shape
 from vllm_adapmoe.bench.record import environment
 
 torch.set_num_threads(1)
-shape, device = Shape("tiny", 2, 4, 2, 32, 16), Device("cpu")
+shape, device = Shape("tiny", 2, 8, 2, 32, 16), Device("cpu")
 common = shape, device, torch.float16, 1
 for one in (kernel_rows.check_kernel(*common, (1,)), slot_rows.check_slots(*common)):
     assert all(row.verdict == "met" for row in one)
+assert list(decode.check_decode(*common, decode.Limits(1 << 20, 1 << 20), 0, 1))
 environment()
 try:
     import pydantic
@@ -248,6 +276,7 @@ def test_engines_on_random_weights():
     assert row.details["ratio"]["runs"] == 2
 
 
+@pytest.mark.engine
 def test_engines_offload_the_same_bytes():
     from vllm.config.offload import OffloadConfig, PrefetchOffloadConfig, UVAOffloadConfig
 

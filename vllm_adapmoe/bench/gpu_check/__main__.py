@@ -7,6 +7,8 @@ from pathlib import Path
 
 NAME = "gpu-check"
 OLDEST_PYTHON = (3, 11)
+LAST_SECOND = 475
+"""A device path that hangs must not hang the check."""
 
 
 def main() -> int:
@@ -43,21 +45,18 @@ def run(output: Path, seed: int) -> int:
 
     from vllm_adapmoe.bench.gpu_check.check import run_check
     from vllm_adapmoe.bench.gpu_check.device import Device
-    from vllm_adapmoe.bench.gpu_check.report import failed, render, to_json
+    from vllm_adapmoe.bench.gpu_check.report import Result
     from vllm_adapmoe.bench.gpu_check.shapes import MIXTRAL, QWEN3
-    from vllm_adapmoe.bench.record import environment, write
 
     device = Device("cuda")
     described = device.describe() | {"triton": triton.__version__}
-    rows = []
-    for part in run_check(device, (MIXTRAL, QWEN3), torch.bfloat16, seed):
-        rows += part
-        for row in part:
-            print(f"{NAME}: {row.what}: {row.figure}", file=sys.stderr, flush=True)
-    print(render(rows, f"{described['name']}, torch {torch.__version__}, Triton {triton.__version__}, seed {seed}"))
-    made = environment() | {"command": f"python -m {__package__} {' '.join(sys.argv[1:])}", "device": described}
-    write(output, {"environment": made, "benchmark": "gpu_check", "seed": seed, "rows": to_json(rows)})
-    return int(failed(rows))
+    title = f"{described['name']}, torch {torch.__version__}, Triton {triton.__version__}, seed {seed}"
+    command = f"python -m {__package__} {' '.join(sys.argv[1:])}"
+    result = Result(output, title, {"command": command, "device": described}, seed)
+    with result.ended_after(LAST_SECOND):
+        for part in run_check(device, (MIXTRAL, QWEN3), torch.bfloat16, seed):
+            result.add(part)
+    return result.end()
 
 
 if __name__ == "__main__":

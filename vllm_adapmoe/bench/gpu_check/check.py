@@ -64,9 +64,9 @@ def run_check(
             lambda: check_decode(shape, device, dtype, seed, _limits(device, ends), warm, tokens),  # noqa: B023
         )  # fmt: skip
     if device.cuda:
-        if device.free_bytes():  # gives back what is not used: the engines are other processes
-            reduced = replace(shapes[-1], layers=LAYERS)
-            yield attempt(ENGINES, "engines", lambda: check_engines(reduced, start + SECONDS))
+        device.give_back()  # the engines are other processes
+        reduced = replace(shapes[-1], layers=LAYERS)
+        yield attempt(ENGINES, "engines", lambda: check_engines(reduced, start + SECONDS))
     else:
         yield [Row(ENGINES, "adapmoe in vLLM", "no CUDA device", "", NOT_RUN)]
 

@@ -6,7 +6,7 @@ import torch
 
 from vllm_adapmoe.bench.gpu_check.device import Device
 from vllm_adapmoe.bench.gpu_check.kernel_rows import draw
-from vllm_adapmoe.bench.gpu_check.records import BLOCK_BYTES, PinnedRecords, expert
+from vllm_adapmoe.bench.gpu_check.records import PinnedRecords, expert
 from vllm_adapmoe.bench.gpu_check.report import Row, verdict
 from vllm_adapmoe.bench.gpu_check.shapes import Shape
 from vllm_adapmoe.bench.gpu_check.slot_rows import open_cache, slot_addresses
@@ -19,13 +19,15 @@ SECTION = "copies"
 ROUNDS = 5
 TARGET = 0.95
 """Of the plain copy's bandwidth."""
+PLAIN_BYTES = 4 << 30
+"""Of a plain copy, at most."""
 LAYERS = 3
 """Of the model that is copied; two of them have slots, so that every request misses."""
 
 
 def pinned_model(shape: Shape, dtype: torch.dtype, device: Device, records: int, seed: int) -> PinnedRecords:
     """Page-locked records of random weights for all experts of a model."""
-    store = PinnedRecords(shape.layout(dtype), shape.layers, shape.experts, records, pin=device.cuda)
+    store = PinnedRecords(shape.layout(dtype), shape.layers, shape.experts, records, device)
     weights = expert(shape, dtype, device, seed, (0, 0))  # one for all: a copy engine does not look
     for index in range(records):
         store.put(index, weights)
@@ -33,8 +35,8 @@ def pinned_model(shape: Shape, dtype: torch.dtype, device: Device, records: int,
 
 
 def plain_copy(store: PinnedRecords, device: Device) -> Callable[[], float]:
-    """One plain copy of the store's first block of page-locked memory: gives its bytes per second, each time anew."""
-    source = store.blocks[0]
+    """One plain copy of the store's memory, up to `PLAIN_BYTES`: gives its bytes per second, each time anew."""
+    source = store.memory[:PLAIN_BYTES]
     destination = torch.empty_like(source, device=device.torch)
     return lambda: len(source) / device.seconds(lambda: destination.copy_(source, non_blocking=True))
 
@@ -42,7 +44,7 @@ def plain_copy(store: PinnedRecords, device: Device) -> Callable[[], float]:
 def check_copies(shape: Shape, device: Device, dtype: torch.dtype, seed: int, rounds: int = ROUNDS) -> Iterator[Row]:
     """Bandwidth of requests of one, `top_k` and all experts at a time, then overlap."""
     shape = shape.with_layers(LAYERS)
-    records = min(max(1, BLOCK_BYTES // shape.layout(dtype).nbytes), LAYERS * shape.experts)
+    records = min(max(1, PLAIN_BYTES // shape.layout(dtype).nbytes), LAYERS * shape.experts)
     store = pinned_model(shape, dtype, device, records, seed)
     plain = plain_copy(store, device)
     cache = open_cache(store, shape, CacheSetup([2 * shape.experts]), device)
@@ -59,7 +61,7 @@ def check_copies(shape: Shape, device: Device, dtype: torch.dtype, seed: int, ro
                 seconds = device.seconds(lambda: fetch_all(cache, shape, size))  # noqa: B023 - called at once
                 found[size].append((cache.stats.fetched_bytes - before) / seconds)
         speed = spread([one / 1e9 for one in bandwidths])
-        details = {"plain_gbps": speed, "plain_bytes": len(store.blocks[0]), "record_bytes": store.layouts[0].nbytes}
+        details = {"plain_gbps": speed, "plain_bytes": len(store.memory), "record_bytes": store.layouts[0].nbytes}
         yield Row(SECTION, "plain page-locked copy", f"{speed['median']:.2f} GB/s", details=details)
         for size, ones in found.items():
             ratio = spread([one / base for one, base in zip(ones, bandwidths, strict=True)])
@@ -98,8 +100,8 @@ def _overlap(
     def fetch(layer: int) -> Callable[[], object]:
         return lambda: cache.acquire(layer, everyone)
 
-    def both(layer: int, count: int) -> None:
-        kernels(count)
+    def both(layer: int, busy: Callable[[], object]) -> None:
+        busy()
         cache.acquire(layer, everyone)
 
     kernels(1)
@@ -119,13 +121,14 @@ def _overlap(
     layer = other_layer()
     copy = timed(fetch(layer), layer)
     count = max(1, round(copy / (device.seconds(lambda: kernels(16)) / 16)))
+    busy = device.capture(lambda: kernels(count))  # launched at once, so that the copy need not wait for the host
     shares, times = [], []
     for _ in range(rounds):
-        compute = device.seconds(lambda: kernels(count))
+        compute = device.seconds(busy)
         layer = other_layer()
         copy = timed(fetch(layer), layer)
         layer = other_layer()
-        together = timed(lambda: both(layer, count), layer)  # noqa: B023 - called at once
+        together = timed(lambda: both(layer, busy), layer)  # noqa: B023 - called at once
         times.append({"compute": compute, "copy": copy, "both": together})
         shares.append((compute + copy - together) / min(compute, copy))
     cache.release(0, everyone)

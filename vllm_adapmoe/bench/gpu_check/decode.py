@@ -4,15 +4,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
 
 from vllm_adapmoe.bench.gpu_check.copies import fetch_all, pinned_model, plain_copy
-from vllm_adapmoe.bench.gpu_check.decoding import InPlace, Inputs, OnDemand, record_addresses
+from vllm_adapmoe.bench.gpu_check.decoding import InPlace, Inputs, OnDemand
 from vllm_adapmoe.bench.gpu_check.device import Device
-from vllm_adapmoe.bench.gpu_check.records import PinnedRecords
 from vllm_adapmoe.bench.gpu_check.report import NOT_RUN, Row
 from vllm_adapmoe.bench.gpu_check.routing import curves, draw_tokens
 from vllm_adapmoe.bench.gpu_check.shapes import Shape
@@ -22,7 +20,7 @@ from vllm_adapmoe.cache.manager import ExpertCacheManager
 
 SECTION = "decode"
 FRACTIONS = (0.75, 0.5, 0.25)
-WARM, TOKENS = 8, 20
+WARM, TOKENS = 4, 20
 PLAIN_COPIES = 3
 
 
@@ -71,8 +69,10 @@ def check_decode(
     """Every variant at 25, 50 and 75 % of the experts resident, as far as time goes.
 
     The floor is the greater of two times: of the same kernels with every expert resident, in a graph, and of the
-    variant's bytes at the bandwidth of a plain copy.
+    variant's bytes, those that it read in place among them, at the bandwidth of a plain copy.
     """
+    if not device.reads_host():
+        raise RuntimeError("this device cannot use the host's addresses of page-locked memory")
     nbytes = shape.layout(dtype).nbytes
     whole = shape.layers
     fits = int(limits.device_bytes // nbytes // (max(FRACTIONS) * shape.experts))
@@ -100,44 +100,38 @@ def check_decode(
         gated = (False, True) if shape.single is not None else (False,)
         floors = {}
         for one in gated:
-            everywhere = InPlace(_addresses(cache, store, shape, 1.0, seed), shape, inputs[one], device)
-            floors[one] = median(_timed(everywhere.step, device, warm, tokens))
+            everywhere = InPlace(cache, shape, inputs[one], device)
+            everywhere.step_resident(0)
+            floors[one] = median(_timed(everywhere.step_resident, device, 0, tokens))
             what = f"{shape.name}: every expert resident{', gated' if one else ''}"
             yield Row(SECTION, what, f"{floors[one] * 1e3:.2f} ms", details={"seconds": floors[one]})
 
-        def row(what: str, seconds: list[float], moved: float, compute: float, stats: dict[str, Any]) -> Row:
-            floor = max(compute, moved / bandwidth)
-            times, name = median(seconds), f"{shape.name}, {what}"
-            figure = f"{times * 1e3:.2f} ms, {times / floor:.2f} of the floor of {floor * 1e3:.2f} ms"
-            details = {"seconds": seconds, "floor_seconds": floor, "bytes_per_token": moved} | stats
+        def measure(what: str, variant: Variant, fraction: float, in_place: bool) -> Row:
+            name = f"{shape.name}, {fraction:.0%}: {what}"
+            if time.monotonic() > limits.ends:
+                return Row(SECTION, name, "out of time", "", NOT_RUN)
+            setup = variant.setup(shape, _slots(shape, fraction))
+            cache.restart(CacheController(cache_shape(shape, nbytes), setup), None)
+            way = InPlace if in_place else OnDemand
+            step = way(cache, shape, inputs[variant.gating], device).step
+            _fill(cache, shape, fraction, seed)
+            for number in range(warm):
+                step(number)
+            before = _stats(cache)
+            seconds = _timed(step, device, warm, tokens)
+            after = _stats(cache)
+            stats = {key: (after[key] - before[key]) / tokens for key in after}
+            floor = max(floors[variant.gating], stats["fetched_bytes"] / bandwidth)
+            middle = median(seconds)
+            figure = f"{middle * 1e3:.2f} ms, {middle / floor:.2f} of the floor of {floor * 1e3:.2f} ms"
+            details = {"seconds": seconds, "floor_seconds": floor, "slots": setup.slots[0], "per_token": stats}
             return Row(SECTION, name, figure, details=details)
 
         for fraction in FRACTIONS:
-            slots = _slots(shape, fraction)
             for variant in PUBLISHED if shape.single is not None else BASE:
-                what = f"{fraction:.0%}: {variant.name}"
-                if time.monotonic() > limits.ends:
-                    yield Row(SECTION, f"{shape.name}, {what}", "out of time", "", NOT_RUN)
-                    continue
-                cache.restart(CacheController(cache_shape(shape, nbytes), variant.setup(shape, slots)), None)
-                demand = OnDemand(cache, shape, inputs[variant.gating], device)
-                _timed(demand.step, device, 0, warm)
-                before = _stats(cache)
-                seconds = _timed(lambda number: demand.step(warm + number), device, 0, tokens)  # noqa: B023
-                after = _stats(cache)
-                stats = {key: (after[key] - before[key]) / tokens for key in after}
-                yield row(what, seconds, stats["fetched_bytes"], floors[variant.gating], stats)
-            cache.restart(CacheController(cache_shape(shape, nbytes), BASE[0].setup(shape, slots)), None)  # idle
+                yield measure(variant.name, variant, fraction, in_place=False)
             for one in gated:
-                what = f"{fraction:.0%}: in place, in a graph{', gated' if one else ''}"
-                if time.monotonic() > limits.ends:
-                    yield Row(SECTION, f"{shape.name}, {what}", "out of time", "", NOT_RUN)
-                    continue
-                absent = _absent(shape, fraction, seed)
-                runs = InPlace(_addresses(cache, store, shape, fraction, seed), shape, inputs[one], device)
-                seconds = _timed(runs.step, device, warm, tokens)
-                moved = float(np.mean([_bytes_in_place(ids, absent, nbytes) for ids in inputs[one].host_ids[warm:]]))
-                yield row(what, seconds, moved, floors[one], {})
+                yield measure(f"in place{', gated' if one else ''}", Variant("in place", gating=one), fraction, True)
     finally:
         cache.close()
 
@@ -146,42 +140,33 @@ def _slots(shape: Shape, fraction: float) -> int:
     return max(shape.top_k + 1, round(fraction * shape.layers * shape.experts))
 
 
-def _timed(step: Callable[[int], None], device: Device, warm: int, tokens: int) -> list[float]:
+def _fill(cache: ExpertCacheManager, shape: Shape, fraction: float, seed: int) -> None:
+    """The share of each layer's experts that the slots are for, drawn at random: no way has to begin empty."""
+    order = np.random.default_rng(seed).random((shape.layers, shape.experts)).argsort(1)
+    for layer in range(shape.layers):
+        chosen = order[layer, : round(fraction * shape.experts)].tolist()
+        for start in range(0, len(chosen), shape.top_k):
+            experts = sorted(chosen[start : start + shape.top_k])
+            cache.acquire(layer, experts)
+            cache.release(layer, experts)
+
+
+def _timed(step: Callable[[int], None], device: Device, first: int, count: int) -> list[float]:
     """Seconds of each token; the host waits for a token's end, as it does to sample."""
-    for number in range(warm):
+    seconds = []
+    device.synchronize()
+    for number in range(first, first + count):
+        start = time.perf_counter()
         step(number)
-    return [device.seconds(lambda: step(number)) for number in range(warm, warm + tokens)]  # noqa: B023
+        device.finish()
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 def _stats(cache: ExpertCacheManager) -> dict[str, float]:
     stats = cache.stats
-    names = ("hits", "misses", "late", "prefetches", "prefetch_hits", "fetched_bytes", "wasted_bytes", "stall_seconds")
+    names = (
+        "hits", "misses", "late", "prefetches", "prefetch_hits", "in_place", "caught_up", "fetched_bytes",
+        "wasted_bytes", "stall_seconds",
+    )  # fmt: skip
     return {name: getattr(stats, name) for name in names}
-
-
-def _absent(shape: Shape, fraction: float, seed: int) -> np.ndarray:
-    """Bool `[layers, experts]`: the same number of each layer, drawn at random."""
-    order = np.random.default_rng(seed).random((shape.layers, shape.experts)).argsort(1).argsort(1)
-    return order >= round(fraction * shape.experts)
-
-
-def _addresses(cache: ExpertCacheManager, store: PinnedRecords, shape: Shape, fraction: float, seed: int) -> np.ndarray:
-    """Table int64 `[layers, 2, experts]`: slots one after the other (with every expert resident, used several times,
-    which no cache of the device is big enough to profit from), and host records for those that are absent."""
-    pool, absent = cache.pool(0), _absent(shape, fraction, seed)
-    pieces = list(pool.tensors.values())
-    table = np.zeros((shape.layers, 2, shape.experts), dtype=np.int64)
-    slot = 0
-    for layer, one in np.ndindex(absent.shape):
-        if absent[layer, one]:
-            table[layer, :, one] = record_addresses(pool.layout, store.page_locked((layer, one)))
-        else:
-            table[layer, :, one] = [piece[slot % pool.num_slots].data_ptr() for piece in pieces]
-            slot += 1
-    return table
-
-
-def _bytes_in_place(ids: np.ndarray, absent: np.ndarray, record_bytes: int) -> int:
-    """That one token reads over the link; ids `[layers, top_k]`."""
-    layers = np.arange(len(ids))[:, None]
-    return int((absent[layers, ids] & (ids >= 0)).sum()) * record_bytes

@@ -7,10 +7,11 @@ import torch
 
 from vllm_adapmoe.bench.gpu_check.device import Device
 from vllm_adapmoe.bench.gpu_check.routing import Token
-from vllm_adapmoe.bench.gpu_check.shapes import DOWN, GATE_UP, Shape
+from vllm_adapmoe.bench.gpu_check.shapes import Shape
+from vllm_adapmoe.cache.in_place import DOWN, GATE_UP, InPlaceDecode
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.kernels.experts_by_address import experts_by_address
-from vllm_adapmoe.store.record import RecordLayout, aligned_empty
+from vllm_adapmoe.store.record import aligned_empty
 
 
 class Inputs:
@@ -21,7 +22,6 @@ class Inputs:
         self.gated = gated
         self.kept = np.stack([token.kept if gated else np.ones_like(token.kept) for token in tokens])
         ids = np.where(self.kept, np.stack([token.ids for token in tokens]), -1).astype(np.int32)
-        self.host_ids = ids
         self.ids = torch.from_numpy(ids).to(device.torch).unsqueeze(2)
         self.weights = torch.full((1, shape.top_k), 1 / shape.top_k, device=device.torch)
         self.x = torch.ones(1, shape.hidden, dtype=dtype, device=device.torch)
@@ -77,34 +77,39 @@ class OnDemand:
 
 
 class InPlace:
-    """No host in between: one table says where every expert is, in a slot or in page-locked memory, and a graph runs.
+    """The plugin's other path, without the host: experts are read where they are, and a graph holds all layers.
 
     Args:
-        addresses: int64 `[layers, 2, experts]`.
+        cache: the shipped one, idle.
         shape: of the model.
         inputs: of the tokens to decode.
-        device: that runs it.
+        device: of the slots.
     """
 
-    def __init__(self, addresses: np.ndarray, shape: Shape, inputs: Inputs, device: Device) -> None:
-        self.inputs, self.shape = inputs, shape
-        self.table = torch.from_numpy(addresses).to(device.torch)
+    def __init__(self, cache: ExpertCacheManager, shape: Shape, inputs: Inputs, device: Device) -> None:
+        self.cache, self.inputs, self.shape = cache, inputs, shape
+        self.decode = InPlaceDecode(cache, shape.top_k, device.torch)
         self.ids = inputs.ids[0].clone()
         self.replay = device.capture(self._layers)
 
     def _layers(self) -> None:
         x = self.inputs.x
         for layer in range(self.shape.layers):
-            table = self.table[layer]
-            x = experts_by_address(x, self.inputs.weights, self.ids[layer], table[0], table[1], self.shape.inner)
+            x = self.decode.experts(layer, x, self.inputs.weights, self.ids[layer], None)
 
     def step(self, number: int) -> None:
-        """Decodes one token; nothing is waited for."""
+        """Decodes one token; the cache first takes in what the tokens before it have used."""
+        for passed in self.decode.routing.finished():
+            self.cache.passed(list(passed.events()))
+        with self.decode.step(1, None):
+            self._run(number)
+
+    def step_resident(self, number: int) -> None:
+        """One token as if every expert were in a slot; several share one, which no cache of the device profits from."""
+        size = self.shape.layers, self.shape.experts
+        self.decode.addresses.publish(np.arange(np.prod(size), dtype=np.int32).reshape(size) % self.cache.num_slots)
+        self._run(number)
+
+    def _run(self, number: int) -> None:
         self.ids.copy_(self.inputs.ids[number])
         self.replay()
-
-
-def record_addresses(layout: RecordLayout, record: torch.Tensor) -> list[int]:
-    """Of the two pieces of a record in host memory."""
-    offsets = {piece.name: piece.offset for piece in layout.pieces}
-    return [record.data_ptr() + offsets[name] for name in (GATE_UP, DOWN)]

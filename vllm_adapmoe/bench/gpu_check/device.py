@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from vllm_adapmoe.store.page_lock import readable_in_place
+
 BUSY_PRODUCTS = 48
 """Queued by `keep_busy`; each takes at least a millisecond on any GPU up to now."""
 BUSY_SIZE = 8192
@@ -26,6 +28,11 @@ class Device:
         """Waits for everything that was launched."""
         if self.cuda:
             torch.cuda.synchronize()
+
+    def finish(self) -> None:
+        """Waits for what was launched, as a sampler does, but not for copies on other streams."""
+        if self.cuda:
+            torch.cuda.current_stream().synchronize()
 
     def seconds(self, action: Callable[[], Any]) -> float:
         """From an idle device to an idle device."""
@@ -68,8 +75,17 @@ class Device:
         """Memory that can be allocated."""
         if not self.cuda:
             return available_memory()
-        torch.cuda.empty_cache()
+        self.give_back()
         return torch.cuda.mem_get_info(self.torch)[0]
+
+    def give_back(self) -> None:
+        """Memory that torch keeps for later."""
+        if self.cuda:
+            torch.cuda.empty_cache()
+
+    def reads_host(self) -> bool:
+        """Whether kernels may use the host's addresses of page-locked memory."""
+        return not self.cuda or readable_in_place()
 
     def describe(self) -> dict[str, Any]:
         """Name, compute capability, memory, and, as far as `nvidia-smi` tells, the driver and the link."""
@@ -85,7 +101,7 @@ class Device:
         uuid = getattr(properties, "uuid", None)
         which = [] if uuid is None else [f"--id=GPU-{uuid}"]
         command = ["nvidia-smi", *which, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader"]
-        with suppress(OSError, subprocess.SubprocessError):
+        with suppress(OSError, subprocess.SubprocessError, IndexError, ValueError):
             said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
             values = [value.strip() for value in said.strip().splitlines()[0].split(",")]
             described |= dict(zip(("driver", "link_generation", "link_width"), values, strict=True))

@@ -7,7 +7,8 @@ import torch
 from vllm_adapmoe.bench.gpu_check.device import Device
 from vllm_adapmoe.bench.gpu_check.records import PinnedRecords, addresses, expert, pieces_of
 from vllm_adapmoe.bench.gpu_check.report import CORRECTNESS, Row, verdict
-from vllm_adapmoe.bench.gpu_check.shapes import DOWN, GATE_UP, Shape
+from vllm_adapmoe.bench.gpu_check.shapes import Shape
+from vllm_adapmoe.cache.in_place import DOWN, GATE_UP
 from vllm_adapmoe.kernels.experts_by_address import experts_by_address
 
 BATCHES = (1, 4, 16, 64)
@@ -62,20 +63,25 @@ def check_kernel(
     shape: Shape, device: Device, dtype: torch.dtype, seed: int, batches: tuple[int, ...] = BATCHES
 ) -> Iterator[Row]:
     """Every second expert is read from page-locked memory, the others from slots."""
+    if not device.reads_host():
+        raise RuntimeError("this device cannot use the host's addresses of page-locked memory")
     layout = shape.layout(dtype)
     slots = [expert(shape, dtype, device, seed, (0, one)) for one in range(shape.experts)]
-    store = PinnedRecords(layout, 1, shape.experts, shape.experts, pin=device.cuda)
+    store = PinnedRecords(layout, 1, shape.experts, shape.experts, device)
     for one in range(1, shape.experts, 2):
         store.put(one, slots[one])
     hosts = [pieces_of(layout, store.page_locked((0, one))) for one in range(shape.experts)]
     resident = addresses(slots, device)
     mixed = addresses([hosts[one] if one % 2 else slots[one] for one in range(shape.experts)], device)
     errors, same = {}, {}
-    for tokens in batches:
-        routing = draw(shape, tokens, dtype, device, seed + tokens)
-        output = experts_by_address(*routing, *mixed, shape.inner)
-        errors[tokens] = difference(output, reference(routing, slots.__getitem__))
-        same[tokens] = torch.equal(output, experts_by_address(*routing, *resident, shape.inner))
+    try:
+        for tokens in batches:
+            routing = draw(shape, tokens, dtype, device, seed + tokens)
+            output = experts_by_address(*routing, *mixed, shape.inner)
+            errors[tokens] = difference(output, reference(routing, slots.__getitem__))
+            same[tokens] = torch.equal(output, experts_by_address(*routing, *resident, shape.inner))
+    finally:
+        store.close()
     most, limit = max(errors.values()), tolerance(dtype)
     batch = ", ".join(map(str, batches))
     details = {"seed": seed, "dropped": DROPPED, "errors_by_batch": errors, "same_by_batch": same}

@@ -5,12 +5,11 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from vllm_adapmoe.bench.gpu_check.device import Device
-from vllm_adapmoe.bench.gpu_check.shapes import DOWN, GATE_UP, Shape
+from vllm_adapmoe.bench.gpu_check.shapes import Shape
 from vllm_adapmoe.cache.eviction import ExpertKey
-from vllm_adapmoe.store.record import ALIGNMENT, RecordLayout, aligned_empty
-
-BLOCK_BYTES = (4 << 30) - ALIGNMENT
-"""Of page-locked memory at a time; torch rounds it up to a power of two."""
+from vllm_adapmoe.cache.in_place import DOWN, GATE_UP
+from vllm_adapmoe.store.page_lock import page_lock, page_unlock
+from vllm_adapmoe.store.record import RecordLayout, aligned_empty
 
 
 def expert(shape: Shape, dtype: torch.dtype, device: Device, seed: int, key: ExpertKey) -> dict[str, torch.Tensor]:
@@ -42,19 +41,21 @@ class PinnedRecords:
     """An `ExpertStore` of `records` page-locked records; where there are fewer than experts, experts share them.
 
     A model bigger than the host's memory can be copied from it: the bytes that move are real, their values repeat.
+
+    Raises:
+        MemoryError: the memory cannot be page-locked.
     """
 
-    def __init__(self, layout: RecordLayout, layers: int, experts: int, records: int, pin: bool) -> None:
+    def __init__(self, layout: RecordLayout, layers: int, experts: int, records: int, device: Device) -> None:
         self.layouts = [layout] * layers
         self.experts = experts
-        self.records: list[torch.Tensor] = []
-        self.blocks: list[torch.Tensor] = []
-        """Page-locked memory as it was allocated, several records each."""
-        block = max(1, BLOCK_BYTES // layout.nbytes)
-        for start in range(0, records, block):
-            count = min(block, records - start)
-            self.blocks.append(aligned_empty(count * layout.nbytes, pin=pin))
-            self.records += self.blocks[-1].view(count, layout.nbytes).unbind()
+        self.memory = aligned_empty(records * layout.nbytes)
+        """All records, one after the other."""
+        self.records = self.memory.view(records, layout.nbytes)
+        self._locked = device.cuda
+        if device.cuda and not page_lock(self.memory):
+            self._locked = False
+            raise MemoryError(f"{len(self.memory)} bytes of host memory cannot be page-locked")
 
     def put(self, index: int, weights: dict[str, torch.Tensor]) -> None:
         """Fills a record."""
@@ -85,5 +86,6 @@ class PinnedRecords:
                 yield stop - start
 
     def close(self) -> None:
-        self.records.clear()
-        self.blocks.clear()
+        if self._locked:
+            page_unlock(self.memory)
+            self._locked = False

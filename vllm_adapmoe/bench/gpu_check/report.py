@@ -1,10 +1,17 @@
 """Rows of the check: what was looked at, what came of it, what was expected."""
 
+import faulthandler
+import os
+import sys
+import threading
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from vllm_adapmoe.bench.record import environment, write
 
 MET, MISSED, NOT_RUN, NO_TARGET = "met", "missed", "not run", ""
 CORRECTNESS = "correctness"
@@ -57,6 +64,59 @@ def render(rows: Sequence[Row], title: str) -> str:
     return "\n".join([title, "", *lines])
 
 
-def to_json(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """The rows with their details."""
-    return [asdict(row) for row in rows]
+class Result:
+    """The rows so far. The file is written after every part: whatever ends the check, what it found is there.
+
+    Args:
+        output: the file.
+        title: of the table.
+        made: what the environment has besides, for the JSON.
+        seed: of everything drawn.
+    """
+
+    def __init__(self, output: Path, title: str, made: dict[str, Any], seed: int) -> None:
+        self.output, self.title, self.seed = output, title, seed
+        self.environment = environment() | made
+        self.rows: list[Row] = []
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """One part's."""
+        self.rows += rows
+        for row in rows:
+            print(f"gpu-check: {row.what}: {row.figure}", file=sys.stderr, flush=True)
+        self._write(complete=False)
+
+    def end(self) -> int:
+        """Prints the table; returns the exit status."""
+        print(render(self.rows, self.title), flush=True)
+        self._write(complete=True)
+        return int(failed(self.rows))
+
+    def _write(self, complete: bool) -> None:
+        write(
+            self.output,
+            {
+                "environment": self.environment,
+                "benchmark": "gpu_check",
+                "seed": self.seed,
+                "complete": complete,
+                "rows": [asdict(row) for row in self.rows],
+            },
+        )
+
+    @contextmanager
+    def ended_after(self, seconds: float) -> Iterator[None]:
+        """Ends the process, with the table, if what is within takes longer: it hangs, and nobody could tell it so."""
+        timer = threading.Timer(seconds, self._give_up, [seconds])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _give_up(self, seconds: float) -> None:
+        faulthandler.dump_traceback()
+        what = "the part after the last row here"
+        self.add([Row(CORRECTNESS, what, f"still running after {seconds:.0f} s", "", NOT_RUN)])
+        os._exit(self.end())

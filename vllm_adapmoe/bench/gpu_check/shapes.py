@@ -6,10 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from vllm_adapmoe.bench.gpu_check.published import PREFETCH_RECALL, SINGLE_EXPERT_RATIO
+from vllm_adapmoe.cache.in_place import DOWN, GATE_UP
 from vllm_adapmoe.store.record import RecordLayout
-
-GATE_UP, DOWN = "w13_weight", "w2_weight"
-"""Pieces of a record: `[2 * inner, hidden]` and `[hidden, inner]`."""
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from vllm_adapmoe.bench.gpu_check.device import Device
 from vllm_adapmoe.bench.gpu_check.kernel_rows import difference, draw, tolerance
 from vllm_adapmoe.bench.gpu_check.records import addresses, expert
 from vllm_adapmoe.bench.gpu_check.report import CORRECTNESS, NOT_RUN, Row, verdict
-from vllm_adapmoe.bench.gpu_check.shapes import DOWN, GATE_UP, Shape
+from vllm_adapmoe.bench.gpu_check.shapes import Shape
 from vllm_adapmoe.cache.controller import CacheController, CacheSetup, CacheShape
+from vllm_adapmoe.cache.in_place import DOWN, GATE_UP
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.cache.residency import waves
 from vllm_adapmoe.kernels.experts_by_address import experts_by_address
@@ -33,7 +34,7 @@ def cache_shape(shape: Shape, record_bytes: int) -> CacheShape:
 
 def host_store(shape: Shape, device: Device, dtype: torch.dtype, seed: int) -> HostStore:
     """The shipped store, filled with experts whose values are known."""
-    store = HostStore()
+    store = HostStore(device.torch)
     for layer in range(shape.layers):
         pieces: dict[str, torch.Tensor] = {}
         for one in range(shape.experts):
@@ -59,7 +60,7 @@ def check_slots(shape: Shape, device: Device, dtype: torch.dtype, seed: int) -> 
     """Random events with speculation beside them: after each, and at the end, slots hold what the store was given."""
     shape = shape.with_layers(2)
     store = host_store(shape, device, dtype, seed)
-    setup = CacheSetup([shape.experts + max(8, shape.experts // 4)], "lru", lookahead=1, max_experts=shape.top_k)
+    setup = CacheSetup([shape.experts + max(2, shape.experts // 4)], "lru", lookahead=1, max_experts=shape.top_k)
     cache = open_cache(store, shape, setup, device)
     chance = random.Random(seed)
     compared = differing = 0
@@ -82,7 +83,7 @@ def check_slots(shape: Shape, device: Device, dtype: torch.dtype, seed: int) -> 
     try:
         for event in range(EVENTS):
             layer = event % shape.layers
-            experts = sorted(chance.sample(range(shape.experts), chance.randint(1, min(shape.experts, 16))))
+            experts = sorted(chance.sample(range(shape.experts), chance.randint(1, min(shape.experts, 64))))
             cache.acquire(layer, experts, meanwhile=lambda: ahead(layer, experts))  # noqa: B023 - called at once
             compare(layer, experts)
             cache.release(layer, experts)
