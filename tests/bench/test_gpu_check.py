@@ -14,7 +14,7 @@ from vllm_adapmoe.bench.gpu_check import check, engines, kernel_rows, published,
 from vllm_adapmoe.bench.gpu_check.__main__ import main
 from vllm_adapmoe.bench.gpu_check.decode import Limits, check_decode
 from vllm_adapmoe.bench.gpu_check.device import Device
-from vllm_adapmoe.bench.gpu_check.engine_process import MARK
+from vllm_adapmoe.bench.gpu_check.engine_process import MARK, EngineFailed, EngineProcess
 from vllm_adapmoe.bench.gpu_check.report import MET, MISSED, NOT_RUN, Result, attempt, failed, render
 from vllm_adapmoe.bench.gpu_check.routing import curves, draw_tokens
 from vllm_adapmoe.bench.gpu_check.shapes import MIXTRAL, QWEN3, Shape
@@ -258,9 +258,20 @@ def test_says_that_there_is_no_device(tmp_path, capsys, monkeypatch):
 
 
 def test_skipped_without_vllm(monkeypatch):
-    monkeypatch.setattr(engines, "is_there", lambda: False)
+    monkeypatch.setattr(engines, "entry_points", lambda group: [])
+    (row,) = engines.check_engines(TINY, time.monotonic() + 1)
+    assert "not installed beside vLLM" in row.figure
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
     (row,) = engines.check_engines(TINY, time.monotonic() + 1)
     assert (row.figure, row.verdict) == ("vLLM not importable: skipped", NOT_RUN)
+
+
+def test_an_engine_that_ends_says_why(tmp_path):
+    """Here: an argument is missing."""
+    process = EngineProcess([str(tmp_path), "stock", "1.0", "1"], time.monotonic() + 60)
+    with pytest.raises(EngineFailed, match="required: tokens"):
+        process.decode()
+    process.close()
 
 
 @pytest.mark.engine

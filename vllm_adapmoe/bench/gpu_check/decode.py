@@ -19,8 +19,9 @@ from vllm_adapmoe.cache.controller import CacheController, CacheSetup
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 
 SECTION = "decode"
-FRACTIONS = (0.75, 0.5, 0.25)
-WARM, TOKENS = 4, 20
+FRACTIONS = (0.5, 0.75, 0.25)
+"""In the order of interest, should time run out."""
+WARM, TOKENS = 3, 20
 PLAIN_COPIES = 3
 
 

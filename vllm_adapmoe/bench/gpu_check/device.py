@@ -14,7 +14,8 @@ from vllm_adapmoe.store.page_lock import readable_in_place
 BUSY_PRODUCTS = 48
 """Queued by `keep_busy`; each takes at least a millisecond on any GPU up to now."""
 BUSY_SIZE = 8192
-QUERY = ("driver_version", "pcie.link.gen.current", "pcie.link.width.current")
+QUERY = ("driver_version", "pcie.link.gen.max", "pcie.link.width.current")
+"""Of `nvidia-smi`; an idle link reports a lower generation than it has."""
 
 
 class Device:

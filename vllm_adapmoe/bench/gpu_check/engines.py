@@ -3,8 +3,9 @@
 import importlib.util
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
+from importlib.metadata import entry_points
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,15 +19,20 @@ SECTION = "vllm"
 LAYERS = 8
 """Of the reduced model: two groups of vLLM's prefetch offloading."""
 ROUNDS, TOKENS = 5, 65
-FRACTIONS = (0.75, 0.5, 0.25)
+FRACTIONS = (0.5, 0.25, 0.75)
+"""In the order of interest, should time run out."""
 TARGET = 0.97
 """Of stock vLLM's decode, with every expert resident."""
 OTHERS = {"uva": "cpu_offload_gb", "prefetch": "prefetch offloading"}
 
 
-def is_there() -> bool:
-    """Whether there is a vLLM to import."""
-    return importlib.util.find_spec("vllm") is not None
+def obstacle() -> str | None:
+    """Why there are no engines to run."""
+    if importlib.util.find_spec("vllm") is None:
+        return "vLLM not importable: skipped"
+    if not any(one.name == "adapmoe" for one in entry_points(group="vllm.general_plugins")):
+        return "vllm-adapmoe not installed beside vLLM (pip install --no-deps .): skipped"
+    return None
 
 
 def model_config(shape: Shape, vocabulary: int = 151936) -> dict[str, Any]:
@@ -57,8 +63,8 @@ def check_engines(
         fractions: of experts on the device.
         vocabulary: of the model.
     """
-    if not is_there():
-        yield Row(SECTION, "adapmoe in vLLM", "vLLM not importable: skipped", "", NOT_RUN)
+    if (reason := obstacle()) is not None:
+        yield Row(SECTION, "adapmoe in vLLM", reason, "", NOT_RUN)
         return
     expert_bytes = shape.layers * shape.experts * 3 * shape.hidden * shape.inner * 2
     with TemporaryDirectory(prefix="adapmoe-gpu-check-") as folder:
@@ -75,7 +81,9 @@ def check_engines(
                 yield _row(f"{what}: adapmoe / {name}", speeds["adapmoe"], speeds[kind], kind == "stock")
 
 
-def _measure(kinds: list[str], arguments: Any, ends: float, rounds: int) -> dict[str, list[float] | EngineFailed]:
+def _measure(
+    kinds: list[str], arguments: Callable[[str], list[str]], ends: float, rounds: int
+) -> dict[str, list[float] | EngineFailed]:
     """Tokens per second of each engine, round by round, or why there are none."""
     speeds: dict[str, list[float] | EngineFailed] = {}
     with ExitStack() as stack:
