@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_adapmoe.bench.gpu_check import check, engines, kernel_rows, published, records, slot_rows
+from vllm_adapmoe.bench.gpu_check import check, engines, in_place_rows, kernel_rows, published, records, slot_rows
 from vllm_adapmoe.bench.gpu_check.__main__ import main
 from vllm_adapmoe.bench.gpu_check.decode import Limits, check_decode
 from vllm_adapmoe.bench.gpu_check.device import Device
@@ -18,6 +18,7 @@ from vllm_adapmoe.bench.gpu_check.engine_process import MARK, EngineFailed, Engi
 from vllm_adapmoe.bench.gpu_check.report import MET, MISSED, NOT_RUN, Result, attempt, failed, render
 from vllm_adapmoe.bench.gpu_check.routing import curves, draw_tokens
 from vllm_adapmoe.bench.gpu_check.shapes import MIXTRAL, QWEN3, Shape
+from vllm_adapmoe.cache.addresses import AddressTable
 from vllm_adapmoe.cache.controller import CacheSetup
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 
@@ -38,7 +39,7 @@ def test_all_of_it(tmp_path):
     """Correctness is met, everything but vLLM is run, and table and JSON can be read."""
     rows = [row for part in check.run_check(CPU, (TINY,), torch.float16, 7, (1, 4), 1, 2) for row in part]
     assert {row.section for row in rows} == {"correctness", "copies", "decode", "vllm"}
-    assert [row.verdict for row in rows if row.section == "correctness"] == [MET] * 5
+    assert [row.verdict for row in rows if row.section == "correctness"] == [MET] * 6
     assert [row.section for row in rows if row.verdict == NOT_RUN] == ["vllm"]
     assert not failed(rows)
     decoded = [row.details for row in rows if "per_token" in row.details]
@@ -46,6 +47,8 @@ def test_all_of_it(tmp_path):
     assert all(len(one["seconds"]) == 2 and one["floor_seconds"] > 0 for one in decoded)
     (slots,) = (row.details for row in rows if "slots hold" in row.what)
     assert slots["misses"] > slots["slots"], "slots were refilled"
+    (in_place,) = (row.details for row in rows if "in place, in a graph, has" in row.what)
+    assert in_place["in_place"] > in_place["caught_up"] > 0 and in_place["hits"] > 0
     read = [one["per_token"] for one in decoded if one["per_token"]["in_place"]]
     assert read and all(one["fetched_bytes"] > 0 for one in read)
     lines = render(rows, "title").splitlines()
@@ -113,6 +116,18 @@ def test_a_wave_reads_other_slots(monkeypatch):
     right = slot_rows.slot_addresses
     monkeypatch.setattr(slot_rows, "slot_addresses", lambda *args: [table.flip(0) for table in right(*args)])
     assert next(slot_rows.check_waves(TINY, CPU, torch.float16, 3)).verdict == MISSED
+
+
+def test_in_place_reads_another_expert(monkeypatch):
+    table = AddressTable.publish
+
+    def wrong(self, slots):
+        table(self, slots)
+        self.table[:, 1] = self.table[:, 1].roll(1, dims=1)
+
+    monkeypatch.setattr(AddressTable, "publish", wrong)
+    row = next(in_place_rows.check_in_place(TINY, CPU, torch.float16, 3))
+    assert row.verdict == MISSED
 
 
 def test_a_slot_is_refilled_too_early(monkeypatch):

@@ -13,6 +13,7 @@ from vllm_adapmoe.bench.gpu_check.decode import TOKENS, WARM, Limits, check_deco
 from vllm_adapmoe.bench.gpu_check.device import Device, available_memory
 from vllm_adapmoe.bench.gpu_check.engines import LAYERS, check_engines
 from vllm_adapmoe.bench.gpu_check.engines import SECTION as ENGINES
+from vllm_adapmoe.bench.gpu_check.in_place_rows import check_in_place
 from vllm_adapmoe.bench.gpu_check.kernel_rows import BATCHES, check_kernel
 from vllm_adapmoe.bench.gpu_check.report import CORRECTNESS, NOT_RUN, Row, attempt
 from vllm_adapmoe.bench.gpu_check.shapes import Shape
@@ -55,6 +56,7 @@ def run_check(
         yield attempt(CORRECTNESS, f"{shape.name}: slots", lambda: check_slots(*common))  # noqa: B023
         yield attempt(CORRECTNESS, f"{shape.name}: waves", lambda: check_waves(*common))  # noqa: B023
         yield attempt(CORRECTNESS, f"{shape.name}: refills", lambda: check_refills(*common))  # noqa: B023
+        yield attempt(CORRECTNESS, f"{shape.name}: in place", lambda: check_in_place(*common))  # noqa: B023
     for shape in shapes:
         yield attempt(COPIES, shape.name, lambda: check_copies(shape, device, dtype, seed))  # noqa: B023
     for seconds, shape in zip(DECODE_SECONDS, shapes, strict=False):

@@ -152,7 +152,7 @@ def _fill(cache: ExpertCacheManager, shape: Shape, fraction: float, seed: int) -
             cache.release(layer, experts)
 
 
-def _timed(step: Callable[[int], None], device: Device, first: int, count: int) -> list[float]:
+def _timed(step: Callable[[int], object], device: Device, first: int, count: int) -> list[float]:
     """Seconds of each token; the host waits for a token's end, as it does to sample."""
     seconds = []
     device.synchronize()

@@ -54,8 +54,8 @@ class OnDemand:
         self.host_table = rows.view(torch.int64).view(size)
         self.table = torch.zeros(size, dtype=torch.int64, device=device.torch)
 
-    def step(self, number: int) -> None:
-        """Decodes one token; launches are not waited for, but for what routing and transfers need."""
+    def step(self, number: int) -> torch.Tensor:
+        """Output of one token; launches are not waited for, but for what routing and transfers need."""
         inputs, cache = self.inputs, self.cache
         token, x = inputs.tokens[number], inputs.x
         for layer in range(self.shape.layers):
@@ -66,6 +66,7 @@ class OnDemand:
             self.table[layer].copy_(self.host_table[layer], non_blocking=True)
             x = experts_by_address(x, inputs.weights, ids, self.table[layer, 0], self.table[layer, 1], self.shape.inner)
             cache.release(layer, experts)
+        return x
 
     def _look_ahead(self, layer: int, token: Token) -> None:
         kept = token.kept[layer] if self.inputs.gated else np.ones_like(token.kept[layer])
@@ -96,20 +97,22 @@ class InPlace:
         x = self.inputs.x
         for layer in range(self.shape.layers):
             x = self.decode.experts(layer, x, self.inputs.weights, self.ids[layer], None)
+        self.output = x
 
-    def step(self, number: int) -> None:
-        """Decodes one token; the cache first takes in what the tokens before it have used."""
+    def step(self, number: int) -> torch.Tensor:
+        """Output of one token, until the next one's; the cache first takes in what the tokens before it have used."""
         for passed in self.decode.routing.finished():
             self.cache.passed(list(passed.events()))
         with self.decode.step(1, None):
-            self._run(number)
+            return self._run(number)
 
-    def step_resident(self, number: int) -> None:
+    def step_resident(self, number: int) -> torch.Tensor:
         """One token as if every expert were in a slot; several share one, which no cache of the device profits from."""
         size = self.shape.layers, self.shape.experts
         self.decode.addresses.publish(np.arange(np.prod(size), dtype=np.int32).reshape(size) % self.cache.num_slots)
-        self._run(number)
+        return self._run(number)
 
-    def _run(self, number: int) -> None:
+    def _run(self, number: int) -> torch.Tensor:
         self.ids.copy_(self.inputs.ids[number])
         self.replay()
+        return self.output

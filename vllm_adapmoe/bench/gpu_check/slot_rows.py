@@ -163,5 +163,5 @@ def check_refills(shape: Shape, device: Device, dtype: torch.dtype, seed: int) -
     judged = verdict(old == REFILLS) if old < REFILLS or beside or not device.cuda else NOT_RUN
     yield Row(
         CORRECTNESS, f"{shape.name}: a slot is refilled after the kernel that reads it, not before",
-        f"{old} of {REFILLS} as before, {beside} refilled while the kernel waited", "all", judged, {"seed": seed},
+        f"{old} of {REFILLS} as before, {beside} with the kernel still to run", "all", judged, {"seed": seed},
     )  # fmt: skip
