@@ -16,7 +16,7 @@ TOKENS = 12
 
 
 def check_in_place(shape: Shape, device: Device, dtype: torch.dtype, seed: int) -> Iterator[Row]:
-    """The same tokens twice through two layers with slots for three quarters of the experts, the second time in place."""
+    """The same tokens twice through two layers with slots for three quarters of the experts, then in place."""
     if not device.reads_host():
         raise RuntimeError("this device cannot use the host's addresses of page-locked memory")
     shape = shape.with_layers(2)
