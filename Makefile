@@ -7,8 +7,10 @@ TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install --no-deps
 SOURCES := vllm_adapmoe tests examples
+# For `gpu-check` alone: a Python that has torch with CUDA and Triton.
+GPU_PYTHON ?= python3
 
-.PHONY: install ray demo test unit quality style clean
+.PHONY: install ray demo test unit quality style gpu-check clean
 
 install: $(VENV)/.installed
 
@@ -47,6 +49,9 @@ quality: install
 style: install
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+
+gpu-check:
+	$(GPU_PYTHON) -m vllm_adapmoe.bench.gpu_check -o examples/benchmarks/gpu_check.json
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -23,7 +24,9 @@ def package_version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout this package runs from, with "+" if it was changed since."""
+    """The commit of the checkout this package runs from, with "+" if it was changed since; None: not known."""
+    if shutil.which("git") is None:
+        return None
     here = Path(__file__).parent
     git = ["git", "-C", str(here)]
     found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)

@@ -3,15 +3,17 @@
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 
 from vllm_adapmoe.cache.allocation import StackDistances, share_out
 from vllm_adapmoe.cache.eviction import POLICIES, EvictionPolicy, ExpertKey
 from vllm_adapmoe.cache.residency import Load, Request, Residency, State
-from vllm_adapmoe.config import AdapMoEConfig
 from vllm_adapmoe.prefetch.planner import Foretell, PrefetchPlanner
+
+if TYPE_CHECKING:  # a cache runs with torch and numpy alone
+    from vllm_adapmoe.config import AdapMoEConfig
 
 MEMORY = 1024.0
 """Events of a layer after which its stack distances have faded to 1/e."""
@@ -93,7 +95,7 @@ class CacheSetup:
     @classmethod
     def of(
         cls,
-        config: AdapMoEConfig,
+        config: "AdapMoEConfig",
         slots: Sequence[int],
         curves: Sequence[Sequence[float]] | None,
         heads: bool = False,

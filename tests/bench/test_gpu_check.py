@@ -1,0 +1,316 @@
+"""The GPU check on the CPU, in Triton's interpreter: what it finds, and that planted faults do not pass."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_adapmoe.bench.gpu_check import check, engines, in_place_rows, kernel_rows, published, records, slot_rows
+from vllm_adapmoe.bench.gpu_check.__main__ import main
+from vllm_adapmoe.bench.gpu_check.decode import Limits, check_decode
+from vllm_adapmoe.bench.gpu_check.device import Device
+from vllm_adapmoe.bench.gpu_check.engine_process import MARK, EngineFailed, EngineProcess
+from vllm_adapmoe.bench.gpu_check.report import MET, MISSED, NOT_RUN, Result, attempt, failed, render
+from vllm_adapmoe.bench.gpu_check.routing import curves, draw_tokens
+from vllm_adapmoe.bench.gpu_check.shapes import MIXTRAL, QWEN3, Shape
+from vllm_adapmoe.cache.addresses import AddressTable
+from vllm_adapmoe.cache.controller import CacheSetup
+from vllm_adapmoe.cache.manager import ExpertCacheManager
+
+CPU = Device("cpu")
+TINY = Shape("tiny", 3, 8, 2, 64, 32, recall=(0.0, 0.8, 0.8), single=(0.1, 0.5, 0.9))
+PUBLISHED = json.loads((Path(__file__).parents[1] / "data" / "adapmoe_published.json").read_text())["mixtral_8x7b"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_all_of_it(tmp_path):
+    """Correctness is met, everything but vLLM is run, and table and JSON can be read."""
+    rows = [row for part in check.run_check(CPU, (TINY,), torch.float16, 7, (1, 4), 1, 2) for row in part]
+    assert {row.section for row in rows} == {"correctness", "copies", "decode", "vllm"}
+    assert [row.verdict for row in rows if row.section == "correctness"] == [MET] * 6
+    assert [row.section for row in rows if row.verdict == NOT_RUN] == ["vllm"]
+    assert not failed(rows)
+    decoded = [row.details for row in rows if "per_token" in row.details]
+    assert len(decoded) == 3 * (4 + 2)
+    assert all(len(one["seconds"]) == 2 and one["floor_seconds"] > 0 for one in decoded)
+    (slots,) = (row.details for row in rows if "slots hold" in row.what)
+    assert slots["misses"] > slots["slots"], "slots were refilled"
+    (in_place,) = (row.details for row in rows if "in place, in a graph, has" in row.what)
+    assert in_place["in_place"] > in_place["caught_up"] > 0 and in_place["hits"] > 0
+    read = [one["per_token"] for one in decoded if one["per_token"]["in_place"]]
+    assert read and all(one["fetched_bytes"] > 0 for one in read)
+    lines = render(rows, "title").splitlines()
+    assert len(lines) == len(rows) + 4 and "kernel, slots and host mixed" in lines[4]
+    path = tmp_path / "result.json"
+    result = Result(path, "title", {"command": "this", "device": {"name": "cpu"}}, 7)
+    result.add(rows[:3])
+    assert json.loads(path.read_text())["complete"] is False
+    result.add(rows[3:])
+    assert result.end() == 0
+    said = json.loads(path.read_text())
+    assert said["complete"] and len(said["rows"]) == len(rows) and said["environment"]["command"] == "this"
+    assert "commit" in said["environment"] and said["seed"] == 7
+
+
+def test_few_layers_fit_and_experts_share_records():
+    nbytes = TINY.layout(torch.float16).nbytes
+    rows = list(check_decode(TINY, CPU, torch.float16, 1, Limits(5 * nbytes, 12 * nbytes), 0, 1))
+    assert "2 of 3 layers, 16 experts" in rows[0].what and "sharing 5 host records" in rows[0].figure
+    assert rows[0].details["layers_of_the_model"] == 3
+    late = list(check_decode(TINY, CPU, torch.float16, 1, Limits(5 * nbytes, 12 * nbytes, time.monotonic()), 0, 1))
+    assert [row.figure for row in late if row.verdict == NOT_RUN] == ["out of time"] * 18
+    no_room = attempt("decode", "tiny", lambda: check_decode(TINY, CPU, torch.float16, 1, Limits(0, 0)))
+    assert [(row.verdict, row.figure) for row in no_room] == [
+        (NOT_RUN, "MemoryError: no room for one layer of tiny and one record")
+    ]
+
+
+# Planted faults
+
+
+def test_two_addresses_swapped(monkeypatch):
+    def swapped(places, device):
+        return records.addresses([places[1], places[0], *places[2:]], device)
+
+    monkeypatch.setattr(kernel_rows, "addresses", swapped)
+    rows = list(kernel_rows.check_kernel(TINY, CPU, torch.float16, 3, (4,)))
+    assert rows[0].verdict == MISSED and failed(rows)
+
+
+def test_host_copy_of_another_expert(monkeypatch):
+    put = records.PinnedRecords.put
+    monkeypatch.setattr(records.PinnedRecords, "put", lambda self, index, weights: put(self, index ^ 2, weights))
+    rows = list(kernel_rows.check_kernel(TINY, CPU, torch.float16, 3, (16,)))
+    assert [row.verdict for row in rows] == [MISSED, MISSED]
+
+
+def test_one_byte_of_a_slot_is_wrong(monkeypatch):
+    acquire = ExpertCacheManager.acquire
+    events = []
+
+    def spoil(self, layer, experts, **others):
+        slots = acquire(self, layer, experts, **others)
+        events.append(layer)
+        if len(events) == 9:
+            self.pool(layer).tensors["w2_weight"][slots[experts[0]]].view(torch.uint8).view(-1)[17] ^= 1
+        return slots
+
+    monkeypatch.setattr(ExpertCacheManager, "acquire", spoil)
+    row = next(slot_rows.check_slots(TINY, CPU, torch.float16, 3))
+    assert row.verdict == MISSED and not row.figure.startswith("0 of")
+
+
+def test_a_wave_reads_other_slots(monkeypatch):
+    right = slot_rows.slot_addresses
+    monkeypatch.setattr(slot_rows, "slot_addresses", lambda *args: [table.flip(0) for table in right(*args)])
+    assert next(slot_rows.check_waves(TINY, CPU, torch.float16, 3)).verdict == MISSED
+
+
+def test_in_place_reads_another_expert(monkeypatch):
+    table = AddressTable.publish
+
+    def wrong(self, slots):
+        table(self, slots)
+        self.table[:, 1] = self.table[:, 1].roll(1, dims=1)
+
+    monkeypatch.setattr(AddressTable, "publish", wrong)
+    row = next(in_place_rows.check_in_place(TINY, CPU, torch.float16, 3))
+    assert row.verdict == MISSED
+
+
+def test_a_slot_is_refilled_too_early(monkeypatch):
+    caches, busy = [], []
+
+    def remember(*args):
+        caches.append(open_cache(*args))
+        return caches[-1]
+
+    class Early(Device):
+        def keep_busy(self):
+            busy.append(True)
+            if len(busy) == 3:
+                caches[0].pool(0).tensors["w2_weight"].zero_()
+
+    open_cache = slot_rows.open_cache
+    monkeypatch.setattr(slot_rows, "open_cache", remember)
+    row = next(slot_rows.check_refills(TINY, Early("cpu"), torch.float16, 3))
+    assert row.verdict == MISSED and row.figure.startswith("3 of 4")
+
+
+def test_a_part_that_fails_leaves_the_others(monkeypatch):
+    def fail(*args):
+        raise RuntimeError("no such slot\nand more")
+
+    for name in ("check_kernel", "check_copies", "check_decode"):
+        monkeypatch.setattr(check, name, fail)
+    rows = [row for part in check.run_check(CPU, (TINY,), torch.float16, 7) for row in part]
+    assert [row.figure for row in rows].count("RuntimeError: no such slot") == 3
+    assert [row.verdict for row in rows if "slots hold" in row.what or "waves" in row.what] == [MET, MET]
+    assert failed(rows), "correctness that could not be run is not met"
+
+
+HANGS = """
+import sys, time
+from pathlib import Path
+from vllm_adapmoe.bench.gpu_check.report import Result
+result = Result(Path(sys.argv[1]), "title", {}, 1)
+with result.ended_after(0.5):
+    time.sleep(60)
+"""
+
+
+def test_a_device_path_that_hangs(tmp_path):
+    path = tmp_path / "result.json"
+    done = subprocess.run([sys.executable, "-c", HANGS, str(path)], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1 and "still running after" in done.stdout and "most recent call first" in done.stderr
+    assert json.loads(path.read_text())["rows"][0]["verdict"] == NOT_RUN
+
+
+# What is drawn
+
+
+def test_published_figures():
+    assert list(published.PREFETCH_RECALL) == PUBLISHED["prefetch_recall"]
+    assert list(published.SINGLE_EXPERT_RATIO) == PUBLISHED["single_expert_ratio"]
+    assert MIXTRAL.layout(torch.bfloat16).nbytes == 336 << 20
+    assert QWEN3.layout(torch.bfloat16).nbytes == 9 << 20
+
+
+def test_tokens_follow_the_published_statistics():
+    tokens = draw_tokens(MIXTRAL, 2000, 5)
+    kept = np.stack([token.kept for token in tokens])
+    assert kept[:, :, 0].all()
+    assert np.abs((~kept[:, :, 1]).mean(0) - MIXTRAL.single).max() < 0.05
+    ids, said = np.stack([token.ids for token in tokens]), np.stack([token.said for token in tokens])
+    right = (ids[..., :, None] == said[..., None, :]).any(-1)
+    assert np.abs(right.mean((0, 2)) - MIXTRAL.recall).max() < 0.05
+    assert all(len(set(row)) == 2 for row in said.reshape(-1, 2).tolist())
+    assert np.bincount(ids.ravel()).std() < 0.02 * ids.size / 8
+    loads = sum(curve[4] for curve in curves(MIXTRAL, True, 1))
+    assert loads == pytest.approx(8.95872546515454), "the published cost of four slots a layer"
+
+
+def test_store_of_shared_records():
+    store = records.PinnedRecords(TINY.layout(torch.float16), 3, 8, 5, CPU)
+    weights = records.expert(TINY, torch.float16, CPU, 1, (1, 2))
+    store.put(0, weights)
+    into = [torch.empty_like(one) for one in weights.values()]
+    store.read((0, 5), into)
+    assert all(torch.equal(one, other) for one, other in zip(into, weights.values(), strict=True))
+    assert store.page_locked((0, 5)).data_ptr() == store.page_locked((1, 2)).data_ptr()
+    slots = CacheSetup([8], "lru")
+    cache = slot_rows.open_cache(store, TINY, slots, CPU)
+    cache.acquire(2, [4])
+    assert torch.equal(cache.pool(2).tensors["w2_weight"][cache.slot_maps[2][4]], weights["w2_weight"])
+    cache.close()
+
+
+# The command
+
+BARE = """
+import sys
+import numpy, torch, triton
+import torch.nn.functional
+
+for name in [name for name in sys.modules if name.partition(".")[0] == "tqdm"]:
+    del sys.modules[name]  # torch takes it where it is
+there = {name.partition(".")[0] for name in sys.modules}
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        if top not in sys.stdlib_module_names and top != "vllm_adapmoe" and top not in there:
+            raise ImportError(f"{name} is not on a bare machine")
+sys.meta_path.insert(0, Nothing())
+assert not there & {"pydantic", "typer", "rich", "vllm", "transformers", "psutil", "blake3"}, there
+
+from vllm_adapmoe.bench.gpu_check import check, decode, engines, kernel_rows, slot_rows
+from vllm_adapmoe.bench.gpu_check.__main__ import main
+from vllm_adapmoe.bench.gpu_check.device import Device
+from vllm_adapmoe.bench.gpu_check.shapes import Shape
+from vllm_adapmoe.bench.record import environment
+
+torch.set_num_threads(1)
+shape, device = Shape("tiny", 2, 8, 2, 32, 16), Device("cpu")
+common = shape, device, torch.float16, 1
+for one in (kernel_rows.check_kernel(*common, (1,)), slot_rows.check_slots(*common)):
+    assert all(row.verdict == "met" for row in one)
+assert list(decode.check_decode(*common, decode.Limits(1 << 20, 1 << 20), 0, 1))
+environment()
+try:
+    import pydantic
+except ImportError:
+    print("bare")
+"""
+
+
+def test_needs_torch_triton_and_numpy_only():
+    done = subprocess.run([sys.executable, "-c", BARE], capture_output=True, text=True)
+    assert done.stdout == "bare\n", done.stderr[-2000:]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_says_that_there_is_no_device(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "-o", str(tmp_path / "result.json")])
+    assert main() == 2
+    said = capsys.readouterr().err
+    assert said == f"gpu-check: no CUDA device found by torch {torch.__version__}; nothing was run\n"
+    assert not list(tmp_path.iterdir())
+
+
+# vLLM
+
+
+def test_skipped_without_vllm(monkeypatch):
+    monkeypatch.setattr(engines, "entry_points", lambda group: [])
+    (row,) = engines.check_engines(TINY, time.monotonic() + 1)
+    assert "not installed beside vLLM" in row.figure
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+    (row,) = engines.check_engines(TINY, time.monotonic() + 1)
+    assert (row.figure, row.verdict) == ("vLLM not importable: skipped", NOT_RUN)
+
+
+def test_an_engine_that_ends_says_why(tmp_path):
+    """Here: an argument is missing."""
+    process = EngineProcess([str(tmp_path), "stock", "1.0", "1"], time.monotonic() + 60)
+    with pytest.raises(EngineFailed, match="required: tokens"):
+        process.decode()
+    process.close()
+
+
+@pytest.mark.engine
+def test_engines_on_random_weights():
+    """The processes of the check, on the CPU."""
+    from vllm_adapmoe.integration import gpu_check
+
+    assert gpu_check.MARK == MARK
+    shape = Shape("Qwen3-MoE", 2, 8, 2, 128, 64)
+    ends = time.monotonic() + 300
+    (row,) = engines.check_engines(shape, ends, rounds=2, tokens=5, fractions=(), vocabulary=512)
+    assert row.verdict in (MET, MISSED), row.figure
+    assert row.details["ratio"]["runs"] == 2
+
+
+@pytest.mark.engine
+def test_engines_offload_the_same_bytes():
+    from vllm.config.offload import OffloadConfig, PrefetchOffloadConfig, UVAOffloadConfig
+
+    from vllm_adapmoe.integration.gpu_check import engine_arguments
+
+    uva, prefetch = (engine_arguments(kind, 0.25, 8 << 30) for kind in ("uva", "prefetch"))
+    assert uva[0] is None and OffloadConfig(uva=UVAOffloadConfig(**uva[1])).uva.cpu_offload_gb == 6
+    assert prefetch[0] is None
+    chosen = OffloadConfig(prefetch=PrefetchOffloadConfig(**prefetch[1])).prefetch
+    assert (chosen.offload_num_in_group, chosen.offload_group_size) == (3, 4)
+    assert engine_arguments("adapmoe", 0.25, 8 << 30) == ({"cache_fraction": 0.25, "store": "host"}, {})

@@ -1,0 +1,123 @@
+"""All that the check asks of CUDA itself, and what takes its place on the CPU."""
+
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_adapmoe.store.page_lock import readable_in_place
+
+BUSY_PRODUCTS = 48
+"""Queued by `keep_busy`; each takes at least a millisecond on any GPU up to now."""
+BUSY_SIZE = 8192
+QUERY = ("driver_version", "pcie.link.gen.max", "pcie.link.width.current")
+"""Of `nvidia-smi`; an idle link reports a lower generation than it has."""
+
+
+class Device:
+    """A CUDA device, or the CPU, where nothing is asynchronous."""
+
+    def __init__(self, name: str) -> None:
+        self.torch = torch.device(name)
+        self.cuda = self.torch.type == "cuda"
+
+    def synchronize(self) -> None:
+        """Waits for everything that was launched."""
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def finish(self) -> None:
+        """Waits for what was launched, as a sampler does, but not for copies on other streams."""
+        if self.cuda:
+            torch.cuda.current_stream().synchronize()
+
+    def seconds(self, action: Callable[[], Any]) -> float:
+        """From an idle device to an idle device."""
+        self.synchronize()
+        start = time.perf_counter()
+        action()
+        self.synchronize()
+        return time.perf_counter() - start
+
+    def capture(self, action: Callable[[], Any]) -> Callable[[], Any]:
+        """The action as a CUDA graph: returns what replays it. It runs once before, so that kernels are compiled."""
+        if not self.cuda:
+            return action
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            action()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            action()
+        return graph.replay
+
+    def keep_busy(self) -> None:
+        """Queues work for some tens of milliseconds or more, and returns at once."""
+        if self.cuda:
+            square = torch.zeros(BUSY_SIZE, BUSY_SIZE, dtype=torch.bfloat16, device=self.torch)
+            for _ in range(BUSY_PRODUCTS):
+                torch.mm(square, square)
+
+    def mark(self) -> Callable[[], bool]:
+        """Marks this point of the queue; returns what tells whether the device has passed it."""
+        if not self.cuda:
+            return lambda: True
+        event = torch.cuda.Event()
+        event.record()
+        return event.query
+
+    def free_bytes(self) -> int:
+        """Memory that can be allocated."""
+        if not self.cuda:
+            return available_memory()
+        self.give_back()
+        return torch.cuda.mem_get_info(self.torch)[0]
+
+    def give_back(self) -> None:
+        """Memory that torch keeps for later."""
+        if self.cuda:
+            torch.cuda.empty_cache()
+
+    def reads_host(self) -> bool:
+        """Whether kernels may use the host's addresses of page-locked memory."""
+        return not self.cuda or readable_in_place()
+
+    def describe(self) -> dict[str, Any]:
+        """Name, compute capability, memory, and, as far as `nvidia-smi` tells, the driver and the link."""
+        if not self.cuda:
+            return {"name": "cpu"}
+        properties = torch.cuda.get_device_properties(self.torch)
+        described: dict[str, Any] = {
+            "name": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "cuda": torch.version.cuda,
+        }
+        uuid = getattr(properties, "uuid", None)
+        which = [] if uuid is None else [f"--id=GPU-{uuid}"]
+        command = ["nvidia-smi", *which, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader"]
+        with suppress(OSError, subprocess.SubprocessError, IndexError, ValueError):
+            said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+            values = [value.strip() for value in said.strip().splitlines()[0].split(",")]
+            described |= dict(zip(("driver", "link_generation", "link_width"), values, strict=True))
+        return described
+
+
+def available_memory() -> int:
+    """Host memory, bytes, that can still be used: of the machine, and of this process's cgroup."""
+    info = Path("/proc/meminfo").read_text()
+    free = 1024 * int(next(line.split()[1] for line in info.splitlines() if line.startswith("MemAvailable")))
+    groups = Path("/sys/fs/cgroup")
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with suppress(OSError, ValueError):
+            free = min(free, int((groups / limit).read_text()) - int((groups / used).read_text()))
+    return free
