@@ -111,7 +111,7 @@ class Lookahead:
             product: what `product` gave for this input, on the host.
         """
         if index == 0:
-            self._begin_step(x, ids)
+            self._begin_step(len(x), ids.shape)
         stack = self._stack(index, x)
         outputs = None if product is None else product.numpy()
         expected = None
@@ -136,15 +136,20 @@ class Lookahead:
         wanted = self.heads is not None or ((self.cache is not None or self.trace is not None) and any(stack.slices))
         return stack.product(x) if wanted and len(x) <= SAMPLE else None
 
-    def _begin_step(self, x: torch.Tensor, ids: torch.Tensor) -> None:
+    def pass_first_layer(self) -> None:
+        """A step begins whose first layer has left nothing to foresee."""
+        self._begin_step(None, None)
+
+    def _begin_step(self, tokens: int | None, shape: Sequence[int] | None) -> None:
+        """Of so many rows without padding (None: those of the step's requests), and ids `[tokens, top_k]`."""
         requests = self.requests()
         rows = [rows for _, _, rows in requests]
         self.last_rows = None
-        if len(rows) < len(x) == sum(rows):
+        if len(rows) < (sum(rows) if tokens is None else tokens) == sum(rows):
             self.last_rows = torch.tensor(rows).cumsum(0) - 1
         if self.experts is not None:
             self.experts.begin([name for name, _, _ in requests])
-        if self.trace is None:
+        if self.trace is None or shape is None:
             return
         self._end_trace_of_step()
         self._whole = False
@@ -152,8 +157,8 @@ class Lookahead:
             seconds=time.monotonic(),
             requests=[name for name, _, rows in requests for _ in range(rows)],
             positions=np.concatenate([np.arange(start, start + rows) for _, start, rows in requests]),
-            ids=np.zeros((len(self.layers), *ids.shape), dtype=np.int64),
-            weights=np.zeros((len(self.layers), *ids.shape), dtype=np.float16),
+            ids=np.zeros((len(self.layers), *shape), dtype=np.int64),
+            weights=np.zeros((len(self.layers), *shape), dtype=np.float16),
             foretold={},
             begin=self.begun,
         )

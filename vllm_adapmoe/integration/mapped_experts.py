@@ -88,6 +88,7 @@ class MappedExperts(CachedExperts):
             self.cache is not None
             and self.deferred is not None
             and self.probe is None
+            and (self.lookahead is None or self.lookahead.trace is None)
             and alone
             and tokens <= self.deferred.tokens
         )
@@ -111,6 +112,8 @@ class MappedExperts(CachedExperts):
     ) -> torch.Tensor:
         """Every expert is resident: nobody on the host has to know now what was chosen."""
         assert self.cache is not None and self.deferred is not None
+        if self.lookahead is not None and self.cache_layer == 0:
+            self.lookahead.pass_first_layer()
         weights, ids, costs = self._choose(topk_weights, topk_ids, context)
         self.deferred.record(self.cache_layer, ids, costs)
         slot_map = self._slot_map()
