@@ -107,7 +107,6 @@ class Interleavings(RuleBasedStateMachine):
             if (layer, expert) in entries and entries[layer, expert].state in (State.RESIDENT, State.STAGED)
         }
         self.controller.passed(layer, sorted(chosen), there)
-        self.moved += BYTES * len(chosen - there)
         for expert in there:
             entry = entries.get((layer, expert))
             assert entry is None or entry.state is State.RESIDENT, "staged no more; one may have left for another"

@@ -269,7 +269,6 @@ class CacheController:
         stats.hits += hits
         stats.misses += misses
         stats.in_place += misses
-        stats.fetched_bytes += misses * self.expert_bytes[layer]
         self.layer_hits[layer] += hits
         self.layer_misses[layer] += misses
         for load in promoted:

@@ -15,8 +15,10 @@ logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its le
 
 COUNTERS = {
     "hits": ("expert_hits", "Experts that a layer's step asked for and that were resident."),
-    "misses": ("expert_misses", "Experts that a layer's step asked for and had to wait for."),
+    "misses": ("expert_misses", "Experts that a layer's step asked for and that were not resident."),
     "demand_loads": ("demand_loads", "Experts that nobody had begun to fetch when they were asked for."),
+    "in_place": ("reads_in_place", "Misses that a GPU read in host memory: nobody waited for them."),
+    "caught_up": ("reads_caught_up", "Experts fetched after they had been read in place."),
     "prefetches": ("prefetches", "Fetches begun before anyone asked for the expert."),
     "prefetch_hits": ("prefetch_hits", "Hits on experts that a prefetch had brought."),
     "late": ("prefetches_late", "Misses on experts that a prefetch had begun to bring."),
