@@ -49,8 +49,7 @@ def test_all_of_it(tmp_path):
     assert slots["misses"] > slots["slots"], "slots were refilled"
     (in_place,) = (row.details for row in rows if "in place, in a graph, has" in row.what)
     assert in_place["in_place"] > in_place["caught_up"] > 0 and in_place["hits"] > 0
-    read = [one["per_token"] for one in decoded if one["per_token"]["in_place"]]
-    assert read and all(one["fetched_bytes"] > 0 for one in read)
+    assert any(one["per_token"]["in_place"] for one in decoded)
     lines = render(rows, "title").splitlines()
     assert len(lines) == len(rows) + 4 and "kernel, slots and host mixed" in lines[4]
     path = tmp_path / "result.json"

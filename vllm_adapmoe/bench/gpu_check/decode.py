@@ -11,7 +11,7 @@ import torch
 from vllm_adapmoe.bench.gpu_check.copies import fetch_all, pinned_model, plain_copy
 from vllm_adapmoe.bench.gpu_check.decoding import InPlace, Inputs, OnDemand
 from vllm_adapmoe.bench.gpu_check.device import Device
-from vllm_adapmoe.bench.gpu_check.report import NOT_RUN, Row
+from vllm_adapmoe.bench.gpu_check.report import NOT_RUN, Row, verdict
 from vllm_adapmoe.bench.gpu_check.routing import curves, draw_tokens
 from vllm_adapmoe.bench.gpu_check.shapes import Shape
 from vllm_adapmoe.bench.gpu_check.slot_rows import cache_shape, open_cache
@@ -21,6 +21,8 @@ from vllm_adapmoe.cache.manager import ExpertCacheManager
 SECTION = "decode"
 FRACTIONS = (0.5, 0.75, 0.25)
 """In the order of interest, should time run out."""
+MOST_OF_FLOOR, JUDGED_AT = 1.25, 0.5
+"""Of all parts together, and of reading in place."""
 WARM, TOKENS = 3, 20
 PLAIN_COPIES = 3
 
@@ -122,11 +124,16 @@ def check_decode(
             seconds = _timed(step, device, warm, tokens)
             after = _stats(cache)
             stats = {key: (after[key] - before[key]) / tokens for key in after}
-            floor = max(floors[variant.gating], stats["fetched_bytes"] / bandwidth)
+            moved = stats["fetched_bytes"] + stats["in_place"] * nbytes
+            floor = max(floors[variant.gating], moved / bandwidth)
             middle = median(seconds)
+            judged = fraction == JUDGED_AT and (in_place or variant is PUBLISHED[-1])
             figure = f"{middle * 1e3:.2f} ms, {middle / floor:.2f} of the floor of {floor * 1e3:.2f} ms"
             details = {"seconds": seconds, "floor_seconds": floor, "slots": setup.slots[0], "per_token": stats}
-            return Row(SECTION, name, figure, details=details)
+            target = f"<= {MOST_OF_FLOOR} of the floor" if judged else ""
+            return Row(
+                SECTION, name, figure, target, verdict(middle <= MOST_OF_FLOOR * floor) if judged else "", details
+            )
 
         for fraction in FRACTIONS:
             for variant in PUBLISHED if shape.single is not None else BASE:

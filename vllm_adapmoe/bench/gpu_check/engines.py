@@ -21,8 +21,8 @@ LAYERS = 8
 ROUNDS, TOKENS = 5, 65
 FRACTIONS = (0.5, 0.25, 0.75)
 """In the order of interest, should time run out."""
-TARGET = 0.97
-"""Of stock vLLM's decode, with every expert resident."""
+LEAST_OF_STOCK, LEAST_OF_OTHERS = 0.97, 1.0
+"""Of stock vLLM's decode, with every expert resident; of its own ways of offloading, in the same device memory."""
 OTHERS = {"uva": "cpu_offload_gb", "prefetch": "prefetch offloading"}
 
 
@@ -78,7 +78,8 @@ def check_engines(
             rest = (str(fraction), str(expert_bytes), str(tokens))
             speeds = _measure(["adapmoe", *contenders], lambda kind: [folder, kind, *rest], ends, rounds)  # noqa: B023
             for kind, name in contenders.items():
-                yield _row(f"{what}: adapmoe / {name}", speeds["adapmoe"], speeds[kind], kind == "stock")
+                least = LEAST_OF_STOCK if kind == "stock" else LEAST_OF_OTHERS
+                yield _row(f"{what}: adapmoe / {name}", speeds["adapmoe"], speeds[kind], least)
 
 
 def _measure(
@@ -106,8 +107,8 @@ def _measure(
     return speeds
 
 
-def _row(what: str, ours: list[float] | EngineFailed, theirs: list[float] | EngineFailed, judged: bool) -> Row:
-    target = f">= {TARGET}" if judged else ""
+def _row(what: str, ours: list[float] | EngineFailed, theirs: list[float] | EngineFailed, least: float) -> Row:
+    target = f">= {least}"
     for name, one in (("adapmoe", ours), ("the other", theirs)):
         if isinstance(one, EngineFailed):
             return Row(SECTION, what, f"{name}: {one}", target, NOT_RUN)
@@ -117,4 +118,4 @@ def _row(what: str, ours: list[float] | EngineFailed, theirs: list[float] | Engi
     figure = (
         f"{ratio['median']:.3f} ({ratio['min']:.3f} .. {ratio['max']:.3f}), {details['adapmoe']['median']:.1f} tokens/s"
     )
-    return Row(SECTION, what, figure, target, verdict(ratio["median"] >= TARGET) if judged else "", details)
+    return Row(SECTION, what, figure, target, verdict(ratio["median"] >= least), details)

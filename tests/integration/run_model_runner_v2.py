@@ -1,0 +1,44 @@
+"""Stock vLLM and the plugin under model runner V2 on the CPU: prints tokens and counters as JSON.
+
+vLLM takes Triton for missing on a CPU without Triton's CPU backend. The interpreter does as well, for the few small
+kernels of this runner; so that backend is announced, before vLLM looks for it.
+"""
+
+import json
+import os
+import sys
+from types import SimpleNamespace
+
+os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+               "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}  # fmt: skip
+
+from triton.backends import backends
+
+backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
+
+from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy, prompts  # noqa: E402
+from vllm_adapmoe.integration.compat import requests_of_step  # noqa: E402
+from vllm_adapmoe.integration.engine import Engine  # noqa: E402
+
+ARGS = ENGINE_ARGS | {"enforce_eager": True}
+ASKED, PARAMS = prompts(4, 2048, seed=4), greedy(logprobs=2)
+
+
+def order_of_rows(worker):
+    runner = worker.model_runner
+    states = SimpleNamespace(req_id_to_index={"a": 0, "b": 1, "c": 2}, num_computed_tokens_np=[0, 2, 5])
+    fake = SimpleNamespace(req_states=states, decode_query_len=runner.decode_query_len)
+    scheduled = SimpleNamespace(num_scheduled_tokens={"a": 3, "b": 1, "c": 1}, scheduled_spec_decode_tokens={})
+    return requests_of_step(fake, scheduled)
+
+
+model, profile = sys.argv[1:]
+results = {}
+with Engine(model, None, **ARGS) as engine:
+    results["stock"] = [tokens for tokens, _ in answers(engine, ASKED, PARAMS)]
+with Engine(model, VLLM_STEPS | {"cache_fraction": 0.5, "profile": profile}, **ARGS) as engine:
+    results["cached"] = [tokens for tokens, _ in answers(engine, ASKED, PARAMS)]
+    results["stats"] = engine.cache_stats()
+    results["runner"] = engine.llm.collective_rpc(lambda worker: type(worker.model_runner).__module__)[0]
+    results["requests"] = engine.llm.collective_rpc(order_of_rows)[0]
+print(json.dumps(results))
