@@ -99,7 +99,7 @@ class ExpertLoading:
         expert_bytes = sum(shape.num_experts * shape.bytes_per_expert for shape in shapes)
         if self.store_kind == "host":
             _check_host_memory(expert_bytes)
-            self._writer = HostStore(torch.device(current_platform.device_type))
+            self._writer = HostStore(slots_device())
             action = "Loading experts"
         else:
             path, identity = self.pack_path(), self._identity()
@@ -234,12 +234,11 @@ class ExpertLoading:
             expected_loads_settings(self.vllm_config),
             heads_settings(self.vllm_config) is not None,
         )
-        device = torch.device(current_platform.device_type)
         # The CPU worker's main thread is bound to the first core of its OpenMP threads, and a thread inherits that:
         # readers would take turns with the kernels there. Its parent has the cores that the user gave.
         cpus = os.sched_getaffinity(os.getppid())
         cache = ExpertCacheManager(
-            store, CacheController(shape, setup), device, link_gbps=self.config.link_gbps, reader_cpus=cpus
+            store, CacheController(shape, setup), slots_device(), link_gbps=self.config.link_gbps, reader_cpus=cpus
         )
         for layer in self.layers:
             layer.use_cache(cache)
@@ -293,6 +292,12 @@ def expert_loading(config: AdapMoEConfig, vllm_config: VllmConfig) -> Iterator[E
     finally:
         for name in names:
             del op_registry_oot[name]
+
+
+def slots_device() -> torch.device:
+    """Where this worker's slots are. With its number: a thread's own current GPU is the first one."""
+    kind = current_platform.device_type
+    return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
 
 
 def experts_base() -> type[CachedExperts]:

@@ -11,7 +11,9 @@ from vllm.platforms import current_platform
 
 from vllm_adapmoe.cache.budget import DeviceMemory, ExpertShape, count_slots
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
+from vllm_adapmoe.integration import loading
 from vllm_adapmoe.integration.identity import model_identity
+from vllm_adapmoe.integration.layers import CachedExperts
 from vllm_adapmoe.integration.memory import usable_memory
 from vllm_adapmoe.integration.model_info import count_moe_layers
 from vllm_adapmoe.store.base import StoreError
@@ -34,6 +36,8 @@ def check_model(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
     for is_set, setting, reason in feature_checks(vllm_config):
         if is_set:
             raise AdapMoEError(f"{setting} does not work with moe_method='adapmoe': {reason}")
+    if config.decode == "in_place" and loading.experts_base() is CachedExperts:
+        raise AdapMoEError("decode=in_place needs a GPU, which reads host memory over a link; set decode=fetch")
     ranks = vllm_config.parallel_config.tensor_parallel_size
     if config.gating.mode == "batch" and ranks > 1:
         # What a rank drops would depend on what it has resident, and the ranks' shards would not belong together.

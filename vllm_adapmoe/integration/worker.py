@@ -26,7 +26,7 @@ from vllm_adapmoe.integration.compat import adapmoe_settings, gating_settings, h
 from vllm_adapmoe.integration.decode_path import choose_decode
 from vllm_adapmoe.integration.graph_break import break_graph_at, graphs_in_pieces, graphs_without_host
 from vllm_adapmoe.integration.layers import CachedExperts
-from vllm_adapmoe.integration.loading import expert_loading
+from vllm_adapmoe.integration.loading import expert_loading, slots_device
 from vllm_adapmoe.integration.lookahead import Lookahead
 from vllm_adapmoe.integration.mapped_experts import MappedExperts
 from vllm_adapmoe.integration.probe import RoutingProbe, plain
@@ -111,7 +111,7 @@ class ExpertCacheWorker(Worker):
         for layer in layers:
             layer.check_kernel()
             break_graph_at(runners[layer.layer_name])
-        device = layers[0].get_parameter("w13_weight").device
+        device = slots_device()
         if self.expert_cache is not None:
             self.in_place = choose_decode(self.vllm_config, layers, self.expert_cache, device)
         if self.in_place is not None:
