@@ -5,6 +5,7 @@ is a few lines of PyTorch that know its map; Triton's interpreter runs the kerne
 """
 
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
