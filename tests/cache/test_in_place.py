@@ -127,14 +127,18 @@ def test_table_follows_slots(cache):
     assert torch.equal(table.table, homes)
 
 
-def test_a_layer_is_held_only_as_a_whole(cache):
-    assert not cache.hold_all(0)
+def test_a_layer_is_frozen_only_as_a_whole(cache):
+    assert not cache.freeze_whole(0)
     cache.acquire(0, list(range(EXPERTS)))
+    assert not cache.freeze_whole(0), "in use"
     cache.release(0, list(range(EXPERTS)))
-    assert cache.hold_all(0) and not cache.hold_all(1)
-    with pytest.raises(LookupError):
-        cache.controller.begin(1, list(range(4)))
-    cache.release(0, range(EXPERTS))
+    assert cache.freeze_whole(0) and cache.transfers.frozen
+    cache.passed([(1, [0, 1, 2], set())] * 3)
+    time.sleep(0.02)
+    assert cache.resident()[0].all() and cache.stats.caught_up == 0
+    cache.release_whole(0)
+    settle(cache)
+    assert cache.stats.caught_up > 0
 
 
 def test_only_layers_that_recorded_are_taken_in():

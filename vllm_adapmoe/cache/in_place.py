@@ -62,5 +62,12 @@ class InPlaceDecode:
     ) -> torch.Tensor:
         """`experts_by_address` for one layer of the step; `costs` are those of gating, `[tokens]`."""
         self.routing.record(layer, ids, costs)
+        return self._run(layer, x, weights, ids)
+
+    def warm_up(self, layer: int, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Compiles what a step of that many tokens needs; no expert is read, and the output is zero."""
+        return self._run(layer, x, weights, torch.full_like(ids, -1, dtype=torch.int32))
+
+    def _run(self, layer: int, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         gate_up, down = self.addresses.table[:, layer]
         return self.kernel(x, weights, ids, gate_up, down, self.inner[layer])

@@ -198,11 +198,6 @@ class ExpertCacheManager:
         with self.transfers.lock:
             self.controller.release(layer, experts)
 
-    def hold_all(self, layer: int) -> bool:
-        """Acquires every expert of `layer`, if all are resident; they stay until `release`."""
-        with self.transfers.lock:
-            return self.controller.residency(layer).pin_all(layer, self.store.num_experts(layer))
-
     @contextmanager
     def frozen(self) -> Iterator[np.ndarray]:
         """While it lasts no expert leaves its slot, and what kernels launched in it read is not overwritten later on
@@ -214,18 +209,33 @@ class ExpertCacheManager:
         with self.transfers.lock:
             self.transfers.frozen = True
             slots = np.full((len(self._maps), max(map(len, self._maps))), -1, dtype=np.int32)
+            for row, slot_map in zip(slots, self._maps, strict=True):
+                row[: len(slot_map)] = slot_map
             for pool in self.controller.pools:
-                for key, entry in pool.entries.items():
-                    if entry.state in (State.RESIDENT, State.STAGED):
+                for key, entry in pool.speculative.items():
+                    if entry.state is State.STAGED:
                         slots[key] = entry.slot
         try:
             yield slots
         finally:
-            for pool_of_slots in self.pools:
-                pool_of_slots.mark_used()
-            with self.transfers.changed:
-                self.transfers.frozen = False
-                self.transfers.changed.notify_all()
+            self._thaw(self.pools)
+
+    def freeze_whole(self, layer: int) -> bool:
+        """Sees to it that no expert leaves until `release_whole`, if all of `layer` are resident; returns whether."""
+        with self.transfers.lock:
+            self.transfers.frozen = self.controller.residency(layer).is_whole(layer, self.store.num_experts(layer))
+            return self.transfers.frozen
+
+    def release_whole(self, layer: int) -> None:
+        """The kernel that reads the experts of `layer` has been launched."""
+        self._thaw([self.pool(layer)])
+
+    def _thaw(self, pools: Sequence[SlotPool]) -> None:
+        for pool in pools:
+            pool.mark_used()
+        with self.transfers.changed:
+            self.transfers.frozen = False
+            self.transfers.changed.notify_all()
 
     def passed(self, events: Sequence[tuple[int, Sequence[int], Collection[int]]]) -> None:
         """Events that have run without waiting, in order: layer, distinct experts, and which of them were in slots.

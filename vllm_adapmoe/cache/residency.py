@@ -201,15 +201,9 @@ class Residency:
             promoted.append(Load(key, entry.slot, evicted))
         return promoted
 
-    def pin_all(self, layer: int, experts: int) -> bool:
-        """Pins all `experts` of `layer` until `release`, if every one of them is resident."""
-        entries = [self.entries.get((layer, expert)) for expert in range(experts)]
-        whole = [entry for entry in entries if entry is not None and entry.state is State.RESIDENT]
-        if len(whole) < experts:
-            return False
-        for expert, entry in enumerate(whole):
-            self._pin((layer, expert), entry)
-        return True
+    def is_whole(self, layer: int, experts: int) -> bool:
+        """Whether all `experts` of `layer` are resident, and none is in use."""
+        return bool(self.evictable[layer, :experts].all())
 
     def want_used(self, key: ExpertKey) -> bool:
         """An expert was used where it was: returns whether it is queued now, for the slot of one that is wanted less.

@@ -30,7 +30,7 @@ class SlotPool:
             if device.type == "cpu":
                 memory = aligned_empty(num_slots * size)
             else:
-                memory = torch.empty(num_slots * size, dtype=torch.uint8, device=device)
+                memory = torch.zeros(num_slots * size, dtype=torch.uint8, device=device)  # warm-up reads them
             self.tensors[piece.name] = memory.view(piece.dtype).view(num_slots, *piece.shape)
             for slot in range(num_slots):
                 bytes_of_slot[slot].append(memory[slot * size : (slot + 1) * size])

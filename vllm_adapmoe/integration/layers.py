@@ -72,7 +72,7 @@ class CachedExperts(StreamedExperts):
             pairs of token and expert are summed in float32, so that a token's output does not depend on its batch.
         """
         context = get_forward_context()
-        if is_dummy_run(context):
+        if self._is_dummy_run(context):
             return self._run_dummy(x, topk_weights, topk_ids)
         padding = None if context.is_padding is None else context.is_padding[: len(x)]
         if self.probe is not None:
@@ -92,6 +92,10 @@ class CachedExperts(StreamedExperts):
                 # Their requests fail. The others go on, and must not need those experts.
                 healthy = int((~spoilt).nonzero()[0])
                 step = replace(step, ids=torch.where(spoilt.unsqueeze(1), step.ids[healthy], step.ids))
+
+    def _is_dummy_run(self, context: ForwardContext) -> bool:
+        """Profiling, warm-up and the capture of graphs: their ids mean nothing and must load nothing."""
+        return not context.attn_metadata or not self.loading.in_step
 
     def _run_dummy(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         return self._run_kernel(x, topk_weights, torch.zeros_like(topk_ids))
@@ -293,11 +297,6 @@ def _distinct(ids: torch.Tensor, num_experts: int) -> list[int]:
 def _where(ids: torch.Tensor, experts: Sequence[int]) -> torch.Tensor:
     """Rows of `ids` `[pairs]` that name one of `experts`."""
     return torch.isin(ids, torch.tensor(experts, dtype=ids.dtype)).nonzero().view(-1)
-
-
-def is_dummy_run(context: ForwardContext) -> bool:
-    """Profiling and warm-up run without attention metadata: their ids mean nothing and must load nothing."""
-    return not context.attn_metadata
 
 
 def _routed_experts(

@@ -49,6 +49,8 @@ class ExpertLoading:
         self.config = config
         self.vllm_config = vllm_config
         self.layers: list[CachedExperts] = []
+        self.in_step = False
+        """The worker runs a step of requests."""
         self.model = ModelWatch()
         self._began = False
         self._restored = False

@@ -12,7 +12,7 @@ from vllm_adapmoe.cache.in_place import DOWN, GATE_UP, InPlaceDecode
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.cache.residency import waves
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.integration.layers import CachedExperts, _distinct, is_dummy_run
+from vllm_adapmoe.integration.layers import CachedExperts, _distinct
 from vllm_adapmoe.integration.step_routing import StepRouting
 
 if TYPE_CHECKING:
@@ -67,9 +67,9 @@ class MappedExperts(CachedExperts):
         if self.in_place is not None and self._reads_in_place(context, self.in_place, len(x)):
             weights, ids, costs = self._choose(topk_weights, topk_ids, context)
             return self.in_place.experts(self.cache_layer, x, weights, ids, costs)
-        if not is_dummy_run(context) and self._may_defer(len(x)):
+        if not self._is_dummy_run(context) and self._may_defer(len(x)):
             assert self.cache is not None
-            if self.cache.hold_all(self.cache_layer):
+            if self.cache.freeze_whole(self.cache_layer):
                 return self._run_whole_layer(x, topk_weights, topk_ids, context)
         return super().run_experts(x, topk_weights, topk_ids)
 
@@ -122,13 +122,25 @@ class MappedExperts(CachedExperts):
             self._whole = slots, self._rows(slot_map, x.device)
         ids = torch.where(ids < 0, self.local_num_experts, ids)
         output = self._run_mapped(x, weights, ids.to(topk_ids.dtype), self._whole[1])
-        self._release(range(self.local_num_experts))
+        self.cache.release_whole(self.cache_layer)
         return output
+
+    def _run_dummy(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
+        """Warms up and takes the memory of what a step of so many tokens runs, whatever is in the slots."""
+        if self.in_place is not None and len(x) <= self.in_place.routing.tokens:
+            return self.in_place.warm_up(self.cache_layer, x, topk_weights, topk_ids)
+        rows = torch.arange(self.local_num_experts, dtype=torch.int32).clamp(max=len(self._any_weight()) - 1)
+        return self._run_mapped(x, topk_weights, topk_ids, self._rows(rows, x.device))
+
+    def _any_weight(self) -> torch.Tensor:
+        return next(iter(self.expert_parameters().values()))
 
     def _product(self, x: torch.Tensor) -> torch.Tensor | None:
         return None if self.lookahead is None else self.lookahead.product(self.cache_layer, x)
 
     def _run_step(self, step: StepRouting) -> torch.Tensor:
+        if step.real is not None and not step.real.any():
+            return torch.zeros_like(step.x)
         foresight = self._foresee(step)
         return self._run_kept(step, step.all_kept() if step.keep is None else step.keep, foresight)
 

@@ -75,7 +75,7 @@ class ExpertCacheWorker(Worker):
         with expert_loading(config, self.vllm_config) as loading:
             super().load_model(**kwargs)
             self.expert_cache = loading.finish()
-        self.moe_layers = loading.layers
+        self.moe_layers, self._loading = loading.layers, loading
         self.set_gating(gating_settings(self.vllm_config))
         self._leave_the_host()
         heads = heads_settings(self.vllm_config)
@@ -281,8 +281,12 @@ class ExpertCacheWorker(Worker):
             self.lookahead.begin_step(self._scheduled)
         self._awaits_logits = bool(self._scheduled)
         start = time.perf_counter()
-        with self._deferring(scheduler_output.total_num_scheduled_tokens):
-            output = super().execute_model(scheduler_output)
+        self._loading.in_step = True
+        try:
+            with self._deferring(scheduler_output.total_num_scheduled_tokens):
+                output = super().execute_model(scheduler_output)
+        finally:
+            self._loading.in_step = False
         self._keep_budget()
         if self._scheduled:
             self._step_report = self._report_step(time.perf_counter() - start, scheduler_output.finished_req_ids)
@@ -299,6 +303,7 @@ class ExpertCacheWorker(Worker):
                 yield
                 about += self._requests_of_step()
         else:
+            self.deferred.layers.clear()  # those of graphs that were captured
             yield
             if self.deferred.layers:  # that were resident as a whole
                 experts = max(layer.local_num_experts for layer in self.moe_layers)
