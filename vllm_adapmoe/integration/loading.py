@@ -1,8 +1,9 @@
 """Takes a model's experts from the checkpoint into a store while vLLM loads it, then makes the expert cache."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -82,8 +83,9 @@ class ExpertLoading:
         if self._began:
             return
         self._began = True
-        shapes = self._shapes()
-        self._slots = count_slots(self.config, shapes, self._free_bytes(shapes))
+        shapes = self._loaded_shapes = self._shapes()
+        self._free = self._free_bytes(shapes)
+        self._slots = count_slots(self.config, shapes, self._free)
         experts = sum(shape.num_experts for shape in shapes)
         if not self.all_resident and any(layer.quant_method.is_monolithic for layer in self.layers):
             method = type(self.layers[0].quant_method).__name__
@@ -141,6 +143,13 @@ class ExpertLoading:
             )
         return shapes
 
+    def _shapes_in(self, store: ExpertStore) -> list[ExpertShape]:
+        """The same in the kernel's format: online quantisation halves an expert, padding may make it bigger."""
+        return [
+            replace(shape, bytes_per_expert=sum(piece.nbytes for piece in store.layouts[group[0]].pieces))
+            for shape, group in zip(self._loaded_shapes, self._groups, strict=True)
+        ]
+
     def _free_bytes(self, shapes: list[ExpertShape]) -> int:
         """Memory for slots when no budget is set: what vLLM may use, less what else it needs."""
         config, model = self.vllm_config, self.vllm_config.model_config
@@ -181,14 +190,27 @@ class ExpertLoading:
             "layers": str(len(self.layers)),
         }
 
-    def put(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
+    def put(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Stores the experts of a layer, one tensor `[experts, ...]` in kernel format for each parameter."""
         assert self._writer is not None
         self._writer.put_layer(layer, {name: tensor.contiguous() for name, tensor in tensors.items()})
         if self._progress is not None:
             self._progress.update()
 
-    def check(self, layer: int, blank: dict[str, torch.Tensor]) -> None:
+    def check_shared(self, layer: CachedExperts, names: Sequence[str]) -> None:
+        """Refuses parameters that a layer's experts share: a pack holds experts, and would not bring them back."""
+        if names and self.store_kind == "file":
+            raise AdapMoEError(
+                f"store=file does not hold {names[0]}, which {type(layer.quant_method).__name__} makes from all experts "
+                "of a layer; set store='host'"
+            )
+
+    def record_names(self, layer: int) -> list[str]:
+        """The names of what the pack holds of each expert of a layer."""
+        assert self._store is not None
+        return [piece.name for piece in self._store.layouts[layer].pieces]
+
+    def check(self, layer: int, blank: Mapping[str, torch.Tensor]) -> None:
         """Compares the kernel format of one expert with that of the pack.
 
         Raises:
@@ -207,6 +229,7 @@ class ExpertLoading:
             return None
         store = self._store if self._writer is None else self._writer.seal()
         assert store is not None
+        self._slots = count_slots(self.config, self._shapes_in(store), self._free)
         pool_of = [0] * len(self.layers)
         for pool, group in enumerate(self._groups):
             for index in group:
