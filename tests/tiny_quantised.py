@@ -1,4 +1,4 @@
-"""Tiny Mixtral checkpoints with quantised experts, in the formats that others write."""
+"""Tiny checkpoints with quantised experts, in the formats that others write: Mixtral, and gpt-oss in its own MXFP4."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import save_tiny_model
+from tiny_models import COMMON, save_tiny_model
+from transformers import AutoModelForCausalLM, GptOssConfig
 
 Tensors = dict[str, torch.Tensor]
 BLOCK = 128
@@ -92,7 +93,7 @@ FORMATS: dict[str, tuple[Callable[[torch.Tensor], Tensors], dict[str, Any]]] = {
     )),
     "fp8_blocks": (_fp8_blocks, {
         "quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK],
-        "ignored_layers": [],
+        "ignored_layers": [f"model.layers.{n}.self_attn.{proj}_proj" for n in range(3) for proj in "qkvo"],
     }),
     "gptq": (_gptq, {
         "quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True, "lm_head": False,
@@ -107,20 +108,55 @@ FORMATS: dict[str, tuple[Callable[[torch.Tensor], Tensors], dict[str, Any]]] = {
 
 
 def save_quantised_model(name: str, folder: Path) -> Path:
-    """Writes a random Mixtral whose experts are in the format `name` into `folder`, and returns the folder."""
+    """Writes a random model whose experts are in the format `name` into `folder`, and returns the folder."""
+    if name == "mxfp4":
+        _save_gpt_oss(folder)
+        return folder
     quantise, config = FORMATS[name]
     save_tiny_model("mixtral", folder)
-    tensors = load_file(folder / "model.safetensors")
-    save_file(dict(_quantised(tensors, quantise)), folder / "model.safetensors", metadata={"format": "pt"})
-    settings = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(settings | {"quantization_config": config}))
+    _rewrite(folder, config, lambda tensor_name, tensor: _quantised(tensor_name, tensor, quantise))
     return folder
 
 
-def _quantised(tensors: Tensors, quantise: Callable[[torch.Tensor], Tensors]) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in tensors.items():
-        if ".experts." not in name:
-            yield name, tensor
-            continue
-        for suffix, part in quantise(tensor.float()).items():
-            yield f"{name.removesuffix('.weight')}.{suffix}", part.contiguous()
+def _rewrite(
+    folder: Path, config: dict[str, Any], convert: Callable[[str, torch.Tensor], Iterator[tuple[str, torch.Tensor]]]
+) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    converted = {name: part.contiguous() for item in tensors.items() for name, part in convert(*item)}
+    save_file(converted, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"quantization_config": config}))
+
+
+def _quantised(
+    name: str, tensor: torch.Tensor, quantise: Callable[[torch.Tensor], Tensors]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    if ".experts." not in name:
+        yield name, tensor
+        return
+    for suffix, part in quantise(tensor.float()).items():
+        yield f"{name.removesuffix('.weight')}.{suffix}", part
+
+
+def _save_gpt_oss(folder: Path) -> None:
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        **COMMON, intermediate_size=128, head_dim=32, num_local_experts=8, num_experts_per_tok=2, sliding_window=64,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            torch.nn.init.normal_(parameter, std=0.15 if "embed" not in name else 1.0)
+    model.save_pretrained(folder)
+    _rewrite(folder, {"quant_method": "mxfp4", "modules_to_not_convert": _OTHERS}, _mxfp4)
+
+
+def _mxfp4(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Random codes, two to a byte, and exponents, for blocks of 32 along the input dimension."""
+    if not name.endswith(("gate_up_proj", "down_proj")):
+        yield name, tensor
+        return
+    experts, columns, rows = tensor.shape
+    yield f"{name}_blocks", torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8)
+    yield f"{name}_scales", torch.randint(120, 124, (experts, rows, columns // 32), dtype=torch.uint8)

@@ -197,12 +197,12 @@ class ExpertLoading:
         if self._progress is not None:
             self._progress.update()
 
-    def check_shared(self, layer: CachedExperts, names: Sequence[str]) -> None:
+    def check_shared(self, layer: RoutedExperts, names: Sequence[str]) -> None:
         """Refuses parameters that a layer's experts share: a pack holds experts, and would not bring them back."""
         if names and self.store_kind == "file":
             raise AdapMoEError(
-                f"store=file does not hold {names[0]}, which {type(layer.quant_method).__name__} makes from all experts "
-                "of a layer; set store='host'"
+                f"store=file does not hold {names[0]}, which {type(layer.quant_method).__name__} makes from all "
+                "experts of a layer; set store='host'"
             )
 
     def record_names(self, layer: int) -> list[str]:
