@@ -38,12 +38,11 @@ class CachedExperts(StreamedExperts):
         super().__init__(*args, **kwargs)
 
     def use_cache(self, cache: ExpertCacheManager) -> None:
-        """Serves from the slots of `cache`. The parameters stay the same objects, for kernels hold on to them."""
+        """Serves from the slots of `cache`. The tensors stay the same objects, for kernels hold on to them."""
         self.cache = cache
         pool = cache.pool(self.cache_layer)
         self.global_num_experts = pool.num_slots  # kernels count the rows of the weights, which are slots now
-        for name, tensor in pool.tensors.items():
-            self.get_parameter(name).data = tensor
+        self.expert_tensors.replace(pool.tensors)
 
     def forward_modular(
         self,

@@ -1,7 +1,7 @@
 """Takes a model's experts from the checkpoint into a store while vLLM loads it, then makes the expert cache."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -86,8 +86,8 @@ class ExpertLoading:
         if self._began:
             return
         self._began = True
-        shapes = self._shapes()
-        memory = self._memory()
+        shapes = self._loaded_shapes = self._shapes()
+        memory = self._memory_before = self._memory()
         self._slots = count_slots(self.config, shapes, memory)
         slot_bytes = bytes_of(shapes, self._slots)
         logger.info("Expert cache: %.2f GiB for slots of %.2f left: %s", slot_bytes / GiB, memory.left / GiB, memory)
@@ -148,6 +148,13 @@ class ExpertLoading:
             )
         return shapes
 
+    def _shapes_in(self, store: ExpertStore) -> list[ExpertShape]:
+        """The same in the kernel's format: online quantisation halves an expert, padding may make it bigger."""
+        return [
+            replace(shape, bytes_per_expert=sum(piece.nbytes for piece in store.layouts[group[0]].pieces))
+            for shape, group in zip(self._loaded_shapes, self._groups, strict=True)
+        ]
+
     def _memory(self) -> DeviceMemory:
         """What this worker may use, and what of it goes to anything but slots."""
         weights = self.model.other_weights([p for layer in self.layers for p in layer.expert_parameters().values()])
@@ -187,14 +194,27 @@ class ExpertLoading:
             "layers": str(len(self.layers)),
         }
 
-    def put(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
+    def put(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Stores the experts of a layer, one tensor `[experts, ...]` in kernel format for each parameter."""
         assert self._writer is not None
         self._writer.put_layer(layer, {name: tensor.contiguous() for name, tensor in tensors.items()})
         if self._progress is not None:
             self._progress.update()
 
-    def check(self, layer: int, blank: dict[str, torch.Tensor]) -> None:
+    def check_shared(self, layer: RoutedExperts, names: Sequence[str]) -> None:
+        """Refuses parameters that a layer's experts share: a pack holds experts, and would not bring them back."""
+        if names and self.store_kind == "file":
+            raise AdapMoEError(
+                f"store=file does not hold {names[0]}, which {type(layer.quant_method).__name__} makes from all "
+                "experts of a layer; set store='host'"
+            )
+
+    def record_names(self, layer: int) -> list[str]:
+        """The names of what the pack holds of each expert of a layer."""
+        assert self._store is not None
+        return [piece.name for piece in self._store.layouts[layer].pieces]
+
+    def check(self, layer: int, blank: Mapping[str, torch.Tensor]) -> None:
         """Compares the kernel format of one expert with that of the pack.
 
         Raises:
@@ -213,6 +233,7 @@ class ExpertLoading:
             return None
         store = self._store if self._writer is None else self._writer.seal()
         assert store is not None
+        self._slots = count_slots(self.config, self._shapes_in(store), self._memory_before)
         held = None
         maps = [layer.expert_map for layer in self.layers]
         if maps[0] is not None:

@@ -1,10 +1,12 @@
 """Refuses, before any weight is read, what cannot work: by name, with the reason and the remedy."""
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
@@ -20,6 +22,8 @@ from vllm_adapmoe.store.base import StoreError
 from vllm_adapmoe.store.file import PackInvalid, PackMissing, open_pack
 
 LOAD_FORMATS = {"auto", "hf", "safetensors", "fastsafetensors", "pt", "mistral", "npcache", "dummy", "runai_streamer"}
+BITS = {"fp8": 8, "experts_int8": 8, "mxfp4": 4, "gpt_oss_mxfp4": 4}
+"""Of one weight, under quantisations whose settings need not name them."""
 DRAFTS_WITHOUT_EXPERTS = {"ngram", "ngram_gpu", "suffix"}
 
 
@@ -101,6 +105,9 @@ def feature_checks(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
         (offload.uva.cpu_offload_gb > 0, f"cpu_offload_gb={offload.uva.cpu_offload_gb}", weights_move),
         (offload.prefetch.offload_group_size > 0, f"offload_group_size={offload.prefetch.offload_group_size}",
          weights_move),
+        (current_platform.is_zen_cpu() and os.environ.get("ZENDNNL_MATMUL_WEIGHT_CACHE") != "0",
+         "zentorch with its cache of weights",
+         "it goes by addresses, and would compute with experts that have left; set ZENDNNL_MATMUL_WEIGHT_CACHE=0"),
         (load.load_format not in LOAD_FORMATS, f"load_format={load.load_format!r}",
          "it does not load expert by expert; use auto"),
         (speculative is not None and speculative.method not in DRAFTS_WITHOUT_EXPERTS,
@@ -110,14 +117,31 @@ def feature_checks(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
 
 
 def expert_bytes_of(model: ModelConfig) -> int | None:
-    """Of one expert, as far as the configuration tells: not where weights are quantised."""
+    """Of one expert's weights, as far as the configuration tells: not the scales of quantised ones."""
     config = model.hf_text_config
     hidden = getattr(config, "hidden_size", None)
     intermediate = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None)
-    if model.quantization is not None or not isinstance(hidden, int) or not isinstance(intermediate, int):
+    bits = _weight_bits(model)
+    if bits is None or not isinstance(hidden, int) or not isinstance(intermediate, int):
         return None
+    return 3 * hidden * intermediate * bits // 8
+
+
+def _weight_bits(model: ModelConfig) -> int | None:
+    """Of one weight of an expert at least: a quantisation may leave experts out."""
     dtype: Any = model.dtype
-    return 3 * hidden * intermediate * int(dtype.itemsize)
+    if model.quantization is None:
+        return int(dtype.itemsize) * 8
+    online = getattr(model.quantization_config, "moe", None)
+    if online is not None:
+        return 8 if online.weight.dtype in (torch.int8, torch.float8_e4m3fn) else None
+    settings = getattr(model.hf_config, "quantization_config", None)
+    if not isinstance(settings, dict):
+        settings = {}
+    if isinstance(settings.get("bits"), int):
+        return settings["bits"]
+    weights = [group.get("weights") or {} for group in settings.get("config_groups", {}).values()]
+    return min((weight["num_bits"] for weight in weights if "num_bits" in weight), default=BITS.get(model.quantization))
 
 
 def _check_store(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:

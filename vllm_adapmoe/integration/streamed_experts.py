@@ -1,12 +1,16 @@
 """Routed experts whose weights stream into a store while vLLM loads them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
+
+from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.integration.expert_tensors import ExpertTensors, held_tensors
 
 if TYPE_CHECKING:
     from vllm_adapmoe.integration.loading import ExpertLoading
@@ -18,9 +22,11 @@ class StreamedExperts(RoutedExperts):
     loading: "ExpertLoading"
     cache_layer: int
     """Index among the model's MoE layers."""
+    expert_tensors: ExpertTensors
+    """What slots take the place of; made when loading has finished, unless every expert is resident."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._arrived: set[tuple[int, int, str]] = set()
+        self._arrived: set[tuple[str, int | None, str]] = set()
         self._finished = False
         super().__init__(*args, **kwargs)
 
@@ -67,20 +73,47 @@ class StreamedExperts(RoutedExperts):
     ) -> bool | None:
         if self.loading.restored:
             return True if return_success else None
+        if self._finished:
+            raise AdapMoEError(
+                f"{self.layer_name}: the checkpoint holds {weight_name} beyond what {type(self.quant_method).__name__} "
+                "declares, and after the layer was taken into the cache; remove moe_method"
+            )
         success = super().weight_loader(param, loaded_weight, weight_name, shard_id, expert_id, return_success=True)
-        if success:
-            self._arrived.add((id(param), expert_id, shard_id))
-            if len(self._arrived) == self._expected_arrivals:
+        # Online quantisation first only counts what would be loaded into parameters without memory.
+        if success and not param.is_meta:
+            self._note_arrival(param, loaded_weight, shard_id, expert_id)
+            if len(self._arrived) == self._expected_arrivals():
                 self.finish_loading()
         return success if return_success else None
 
     weight_loader.supports_moe_loading = True  # type: ignore[attr-defined]
 
     @cached_property  # asked for with every tensor of the checkpoint
+    def _loaded_names(self) -> dict[int, str]:
+        return {id(parameter): name for name, parameter in self.expert_parameters().items()}
+
+    def _shards(self, name: str) -> tuple[str, ...]:
+        """The checkpoint's names of what a parameter holds of one expert."""
+        if not name.startswith("w13"):
+            return ("w2",)
+        return ("w1", "w3") if self.moe_config.is_act_and_mul else ("w1",)
+
+    def _note_arrival(
+        self, param: nn.Parameter, loaded_weight: torch.Tensor, shard_id: str | None, expert_id: int | None
+    ) -> None:
+        name = self._loaded_names.get(id(param))
+        if name is None:
+            return
+        every_expert = expert_id is None or (loaded_weight.dim() == 3 and len(loaded_weight) == self.local_num_experts)
+        for expert in range(self.local_num_experts) if every_expert else (expert_id,):
+            for shard in self._shards(name) if shard_id is None else (shard_id,):
+                self._arrived.add((name, expert, shard))
+
     def _expected_arrivals(self) -> int:
-        shards_of_w13 = 2 if self.moe_config.is_act_and_mul else 1
-        shards = (shards_of_w13 if name.startswith("w13") else 1 for name in self.expert_parameters())
-        return self.local_num_experts * sum(shards)
+        # GPTQ makes room for biases that a checkpoint seldom has.
+        biased = self.moe_config.has_bias or bool(self._loaded_expert_biases)
+        names = [name for name in self._loaded_names.values() if biased or not name.endswith("_bias")]
+        return self.local_num_experts * sum(len(self._shards(name)) for name in names)
 
     def finish_loading(self) -> None:
         """Brings the loaded experts into the kernel's format, puts them into the store and frees them.
@@ -92,18 +125,59 @@ class StreamedExperts(RoutedExperts):
             return
         self._finished = True
         parameters = self.expert_parameters()
+        held = held_tensors(self)
+        foreign = {id(tensor) for tensor in held.values()} - {id(parameter) for parameter in parameters.values()}
         if self.loading.restored:
-            # The experts are in the store already; the kernel is built on one blank expert.
-            for parameter in parameters.values():
-                parameter.data = torch.zeros((1, *parameter.shape[1:]), dtype=parameter.dtype)
-            self._process_weights(self)
-            self.loading.check(self.cache_layer, {name: self.get_parameter(name).data for name in parameters})
+            names = self.loading.record_names(self.cache_layer)
+            self._process_blank(parameters, names)
         else:
             self._process_weights(self)
             if self.loading.all_resident:
                 return
-            parameters = self.expert_parameters()
-            self.loading.put(self.cache_layer, {name: parameter.data for name, parameter in parameters.items()})
-        for name in parameters:
-            parameter = self.get_parameter(name)
-            parameter.data = parameter.data.new_empty(0)
+            own = {path: tensor for path, tensor in held_tensors(self).items() if id(tensor) not in foreign}
+            names = [path for path, tensor in own.items() if _is_of_experts(tensor, self.local_num_experts)]
+            shared = {path for path in own if isinstance(own[path], nn.Parameter) and own[path].numel()} - set(names)
+            self.loading.check_shared(self, sorted(shared))
+        tensors = {path: tensor for path, tensor in held_tensors(self).items() if id(tensor) not in foreign}
+        self.expert_tensors = ExpertTensors.of(tensors, [name for name in names if name in tensors])
+        self._check_weights()
+        if self.loading.restored:
+            self.loading.check(self.cache_layer, self.expert_tensors.tensors)
+        else:
+            self.loading.put(self.cache_layer, self.expert_tensors.tensors)
+        self.expert_tensors.free()
+
+    def _process_blank(self, parameters: Mapping[str, nn.Parameter], names: Collection[str]) -> None:
+        """Builds the kernel on one blank expert: the real ones are in the store already, in the kernel's format."""
+        for parameter in parameters.values():
+            parameter.data = torch.zeros((1, *parameter.shape[1:]), dtype=parameter.dtype)
+        self._loaded_expert_biases.update(name for name in names if name.endswith("_bias"))
+        with self._told_experts(1):
+            self._process_weights(self)
+
+    @contextmanager
+    def _told_experts(self, count: int) -> Iterator[None]:
+        """While it lasts, the layer has `count` experts, as far as its quantisation method is concerned."""
+        told = [(self, "local_num_experts"), (self, "num_experts"), (self.quant_method, "num_experts")]
+        before = [(holder, name, vars(holder)[name]) for holder, name in told if name in vars(holder)]
+        for holder, name, _ in before:
+            setattr(holder, name, count)
+        try:
+            yield
+        finally:
+            for holder, name, value in before:
+                setattr(holder, name, value)
+
+    def _check_weights(self) -> None:
+        """Slots hold plain tensors only: a kernel with weights of another make would go on reading those."""
+        for name in ("w13_weight", "w2_weight"):
+            weight = getattr(self, name, None)
+            if not self.expert_tensors.holds(weight):
+                raise AdapMoEError(
+                    f"{type(self.quant_method).__name__} keeps {name} as {type(weight).__name__}, not as one tensor "
+                    "with a row for each expert; use another quantization or moe_backend"
+                )
+
+
+def _is_of_experts(tensor: torch.Tensor, experts: int) -> bool:
+    return tensor.dim() > 0 and len(tensor) == experts and tensor.numel() > 0

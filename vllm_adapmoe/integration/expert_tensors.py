@@ -1,0 +1,105 @@
+"""Finds the tensors of a layer's experts, wherever vLLM's quantisation methods and kernels keep them."""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+MODULE_INTERNALS = {"_parameters", "_buffers", "_modules"}
+
+
+def held_tensors(layer: RoutedExperts) -> dict[str, torch.Tensor]:
+    """Every tensor of a layer, its quantisation method and its kernel, each once, by the path that leads to it.
+
+    Kernels keep more than parameters: scales that they converted for themselves, biases that were replaced since.
+    Parameters come first, and a path is the same whenever the layer is built in the same way.
+    """
+    found = dict(layer.named_parameters(recurse=False)) | dict(layer.named_buffers(recurse=False))
+    seen = {id(tensor) for tensor in found.values()}
+    others = {name: value for name, value in vars(layer).items() if name not in MODULE_INTERNALS}
+    for name, value in (others | {"quant_method": vars(layer.quant_method)}).items():
+        for path, tensor in _walk(name, value, seen):
+            found[path] = tensor
+    return found
+
+
+def _walk(path: str, value: Any, seen: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        if id(value) not in seen:
+            seen.add(id(value))
+            yield path, value
+        return
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = dict(enumerate(value)).items()
+    elif not isinstance(value, nn.Module | type) and _may_hold_tensors(type(value).__module__):
+        items = getattr(value, "__dict__", {}).items()
+    else:
+        return
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    for key, item in items:
+        yield from _walk(f"{path}.{key}", item, seen)
+
+
+def _may_hold_tensors(module: str) -> bool:
+    return module.startswith("vllm.") and not module.startswith("vllm.config")
+
+
+@dataclass
+class ExpertTensors:
+    """A layer's tensors `[experts, ...]` in the kernel's format: what an expert's record is made of."""
+
+    tensors: dict[str, torch.Tensor]
+    """By path. The objects that kernels hold on to: their memory is replaced, never they."""
+    _aliases: list[tuple[torch.Tensor, torch.Size, str]] = field(default_factory=list)
+    """Other objects on the memory of a tensor, with their shape of one expert and its path."""
+
+    @classmethod
+    def of(cls, held: Mapping[str, torch.Tensor], names: Collection[str]) -> Self:
+        """Those called `names`, in that order, of the tensors `held`.
+
+        Raises:
+            KeyError: one of them is not held.
+        """
+        found = cls({})
+        for name in [*names, *(name for name in held if name not in names)]:
+            tensor = held[name]
+            twin = next((path for path, other in found.tensors.items() if _same_memory(tensor, other)), None)
+            if twin is not None:
+                found._aliases.append((tensor, tensor.shape[1:], twin))
+            elif name in names:
+                found.tensors[name] = tensor
+        return found
+
+    def holds(self, tensor: object) -> bool:
+        """Whether this very object is among them."""
+        return any(tensor is other for other in [*self.tensors.values(), *(alias for alias, _, _ in self._aliases)])
+
+    def replace(self, memory: Mapping[str, torch.Tensor]) -> None:
+        """Puts `memory`, tensors `[slots, ...]` by path, under every object, so that kernels read it."""
+        for name, tensor in self.tensors.items():
+            tensor.data = memory[name]
+        for alias, shape, name in self._aliases:
+            alias.data = memory[name].view(-1, *shape)
+
+    def free(self) -> None:
+        """Gives the experts' memory back."""
+        for tensor in [*self.tensors.values(), *(alias for alias, _, _ in self._aliases)]:
+            tensor.data = tensor.data.new_empty(0)
+
+
+def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return (
+        one.dtype == other.dtype
+        and one.numel() == other.numel() > 0
+        and one.shape[:1] == other.shape[:1]
+        and one.data_ptr() == other.data_ptr()
+        and one.is_contiguous()
+        and other.is_contiguous()
+    )
