@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import psutil
@@ -59,6 +60,11 @@ class ExpertLoading:
         self._writer: StoreWriter | None = None
         self._progress: tqdm | None = None
 
+    @cached_property
+    def device(self) -> torch.device:
+        """Of the slots, and of the experts of a model that fits."""
+        return slots_device()
+
     def add(self, layer: CachedExperts) -> int:
         """Registers a layer under construction; returns its index among the model's MoE layers."""
         self.layers.append(layer)
@@ -101,7 +107,7 @@ class ExpertLoading:
         expert_bytes = sum(shape.num_experts * shape.bytes_per_expert for shape in shapes)
         if self.store_kind == "host":
             _check_host_memory(expert_bytes)
-            self._writer = HostStore(slots_device())
+            self._writer = HostStore(self.device)
             action = "Loading experts"
         else:
             path, identity = self.pack_path(), self._identity()
@@ -197,7 +203,7 @@ class ExpertLoading:
     def put(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Stores the experts of a layer, one tensor `[experts, ...]` in kernel format for each parameter."""
         assert self._writer is not None
-        self._writer.put_layer(layer, {name: tensor.contiguous() for name, tensor in tensors.items()})
+        self._writer.put_layer(layer, {name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
         if self._progress is not None:
             self._progress.update()
 
@@ -261,7 +267,7 @@ class ExpertLoading:
         # readers would take turns with the kernels there. Its parent has the cores that the user gave.
         cpus = os.sched_getaffinity(os.getppid())
         cache = ExpertCacheManager(
-            store, CacheController(shape, setup), slots_device(), link_gbps=self.config.link_gbps, reader_cpus=cpus
+            store, CacheController(shape, setup), self.device, link_gbps=self.config.link_gbps, reader_cpus=cpus
         )
         for layer in self.layers:
             layer.use_cache(cache)

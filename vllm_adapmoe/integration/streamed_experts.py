@@ -125,6 +125,7 @@ class StreamedExperts(RoutedExperts):
             return
         self._finished = True
         parameters = self.expert_parameters()
+        self._move_to_device(parameters)
         held = held_tensors(self)
         foreign = {id(tensor) for tensor in held.values()} - {id(parameter) for parameter in parameters.values()}
         if self.loading.restored:
@@ -147,10 +148,18 @@ class StreamedExperts(RoutedExperts):
             self.loading.put(self.cache_layer, self.expert_tensors.tensors)
         self.expert_tensors.free()
 
+    def _move_to_device(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """On a GPU weights are brought into the kernel's format there, a layer at a time."""
+        device = self.loading.device
+        for name, parameter in self.named_parameters(recurse=False):
+            blank = name in parameters and self.loading.restored
+            if name not in self._foreign_parameters and parameter.device != device and not blank:
+                parameter.data = parameter.data.to(device)
+
     def _process_blank(self, parameters: Mapping[str, nn.Parameter], names: Collection[str]) -> None:
         """Builds the kernel on one blank expert: the real ones are in the store already, in the kernel's format."""
         for parameter in parameters.values():
-            parameter.data = torch.zeros((1, *parameter.shape[1:]), dtype=parameter.dtype)
+            parameter.data = torch.zeros((1, *parameter.shape[1:]), dtype=parameter.dtype, device=self.loading.device)
         self._loaded_expert_biases.update(name for name in names if name.endswith("_bias"))
         with self._told_experts(1):
             self._process_weights(self)
