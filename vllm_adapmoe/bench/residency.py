@@ -11,7 +11,7 @@ from vllm_adapmoe.bench.workload import measure, prompts_of, ratios
 
 FRACTIONS = (0.25, 0.5, 0.75)
 STORES = ("file", "host")
-ON_DEMAND = {"eviction": "lru", "prefetch": {"lookahead": 0}}
+ON_DEMAND = {"eviction": "lru", "prefetch": {"lookahead": 0}, "decode": "fetch"}
 """The baseline: nothing is fetched before it is asked for, and the least recently used leaves."""
 
 

@@ -63,7 +63,7 @@ class ExpertCacheWorker(Worker):
     _step_report: StepReport | None
     """Of the step under way, until its output leaves."""
     lookahead: Lookahead | None = None
-    in_place: InPlaceDecode | None
+    in_place: InPlaceDecode | None = None
     """If decode steps read experts where they are."""
     deferred: DeferredRouting | None
     """Of steps, or of layers, that run without the host."""
@@ -103,7 +103,7 @@ class ExpertCacheWorker(Worker):
 
     def _leave_the_host(self) -> None:
         """On a GPU: which steps run without the host, and where its graphs end for the others."""
-        self.in_place, self.deferred = None, None
+        self.deferred = None
         layers = [layer for layer in self.moe_layers if isinstance(layer, MappedExperts)]
         if not layers or (self.expert_cache is None and layers[0].gate is None):
             return
@@ -209,6 +209,8 @@ class ExpertCacheWorker(Worker):
             raise AdapMoEError(
                 f"the gating plan is for {len(parsed.sensitivity)} MoE layers, this worker has {len(self.moe_layers)}"
             )
+        if self.in_place is not None and self.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
+            raise AdapMoEError("gating is part of the CUDA graphs that decode=in_place has captured; set decode=fetch")
         for index, layer in enumerate(self.moe_layers):
             layer.gate = None if parsed is None else gates.LayerGate(parsed, index)
         self._budget = None
@@ -297,7 +299,7 @@ class ExpertCacheWorker(Worker):
         """A step is launched within: layers may leave it to `_take_in` what they have chosen."""
         if self.deferred is None or not tokens:
             yield
-        elif self.in_place is not None and tokens <= self.deferred.tokens:
+        elif self.in_place is not None and tokens <= self.deferred.tokens and self._all_on_device():
             about: list[tuple[str, int, int]] = []
             with self.in_place.step(tokens, about):
                 yield
@@ -308,6 +310,11 @@ class ExpertCacheWorker(Worker):
             if self.deferred.layers:  # that were resident as a whole
                 experts = max(layer.local_num_experts for layer in self.moe_layers)
                 self.deferred.close_step(tokens, np.zeros((len(self.moe_layers), experts), dtype=np.int32), None)
+
+    def _all_on_device(self) -> bool:
+        """Whether nobody wants to see the routing while the step runs."""
+        layer = self.moe_layers[0]
+        return layer.probe is None and (layer.gate is None or layer.gate.plan.rule != "batch")
 
     def _take_in(self) -> None:
         """Tells the cache, the gates and the scheduler's report of steps that have run without the host."""
