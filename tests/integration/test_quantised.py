@@ -5,6 +5,7 @@ without AMX these tests offer them all the same, to stock vLLM as to the plugin.
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,9 +19,10 @@ from vllm.platforms import current_platform
 
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy, hidden_states, prompts
 from tests.integration.test_architectures import PROMPT, check_gating
-from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.integration.engine import Engine
 from vllm_adapmoe.integration.expert_tensors import ExpertTensors, held_tensors
+from vllm_adapmoe.integration.loading import ExpertLoading
 
 HALF = VLLM_STEPS | {"cache_fraction": 0.5}
 EAGER = ENGINE_ARGS | {"enforce_eager": True}
@@ -146,6 +148,17 @@ def test_zentorch_is_refused_while_it_remembers_weights(tiny_model, monkeypatch)
         args.create_engine_config()
     monkeypatch.setenv("ZENDNNL_MATMUL_WEIGHT_CACHE", "0")
     args.create_engine_config()
+
+
+def test_what_experts_share_is_refused_in_a_pack():
+    loading = object.__new__(ExpertLoading)
+    layer: Any = SimpleNamespace(quant_method=object())
+    loading.config = AdapMoEConfig(cache_fraction=0.5, store="file")
+    loading.check_shared(layer, [])
+    with pytest.raises(AdapMoEError, match=r"does not hold w13_input_scale.*set store='host'"):
+        loading.check_shared(layer, ["w13_input_scale"])
+    loading.config = AdapMoEConfig(cache_fraction=0.5, store="host")
+    loading.check_shared(layer, ["w13_input_scale"])
 
 
 class ScalesOfItsOwn:
