@@ -21,7 +21,7 @@ from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy, prompts
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.integration import loading, mapped_experts, worker
+from vllm_adapmoe.integration import hostless_steps, loading, mapped_experts
 from vllm_adapmoe.integration.engine import Engine
 from vllm_adapmoe.integration.graph_break import break_graph_at, graphs_in_pieces, graphs_without_host
 from vllm_adapmoe.kernels import experts_by_address
@@ -83,7 +83,9 @@ def test_maps_to_the_last_bit(as_on_gpu, stock, slots):
     with Engine(TINY_MIXTRAL, config, **ARGS) as engine:
         assert [ask(engine), ask(engine)] == stock
         stats = engine.cache_stats()
-        deferred = engine.llm.collective_rpc(lambda worker: int((worker.deferred.ids[:, 0] >= 0).any(-1).sum()))[0]
+        deferred = engine.llm.collective_rpc(
+            lambda worker: int((worker.hostless.routing.ids[:, 0] >= 0).any(-1).sum())
+        )[0]
     assert stats["demand_loads"] > 0 and stats["in_place"] == 0
     assert slots == 48 or deferred >= 8, "layers that have left their routing on the device"
 
@@ -149,19 +151,16 @@ def test_in_place_needs_a_gpu():
 
 def test_graphs_are_split_at_moe_blocks(monkeypatch, tiny_model):
     """Compiled, with blocks (one with shared experts) as ops that write into memory of the piece before them."""
-    original = worker.ExpertCacheWorker._leave_the_host
 
-    def leave_the_host(self: Any) -> None:
-        original(self)
-        runners = self.vllm_config.compilation_config.static_forward_context
-        for layer in self.moe_layers:
-            break_graph_at(runners[layer.layer_name])
+    def split(vllm_config: Any, layers: Any, cache: Any) -> None:
+        for layer in layers:
+            break_graph_at(vllm_config.compilation_config.static_forward_context[layer.layer_name])
 
     model = tiny_model("deepseek_v2")
     asked, params = prompts(6, 512, seed=2), greedy(logprobs=2)
     with Engine(model, None, **ENGINE_ARGS) as engine:
         expected = answers(engine, asked, params)
-    monkeypatch.setattr(worker.ExpertCacheWorker, "_leave_the_host", leave_the_host)
+    monkeypatch.setattr(hostless_steps.HostlessSteps, "of", split)
     with Engine(model, VLLM_STEPS | {"cache_fraction": 0.5}, **ENGINE_ARGS) as engine:
         assert answers(engine, asked, params) == expected
 

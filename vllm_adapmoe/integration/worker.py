@@ -1,12 +1,11 @@
 """vLLM's workers, with an expert cache."""
 
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from vllm.distributed import get_tensor_model_parallel_rank, get_tp_group
 from vllm.logger import init_logger
@@ -15,24 +14,19 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_adapmoe.cache.budget import GiB
 from vllm_adapmoe.cache.controller import CacheController, CacheSetup, CacheShape
-from vllm_adapmoe.cache.deferred import DeferredRouting
-from vllm_adapmoe.cache.in_place import InPlaceDecode
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.gating_plan import GatingPlan
 from vllm_adapmoe.heads import NextTokenHeads
 from vllm_adapmoe.integration import gates
 from vllm_adapmoe.integration.compat import adapmoe_settings, gating_settings, heads_settings, requests_of_step
-from vllm_adapmoe.integration.decode_path import choose_decode
-from vllm_adapmoe.integration.graph_break import break_graph_at, graphs_in_pieces, graphs_without_host
+from vllm_adapmoe.integration.hostless_steps import HostlessSteps
 from vllm_adapmoe.integration.layers import CachedExperts
-from vllm_adapmoe.integration.loading import expert_loading, slots_device
+from vllm_adapmoe.integration.loading import expert_loading
 from vllm_adapmoe.integration.lookahead import Lookahead
-from vllm_adapmoe.integration.mapped_experts import MappedExperts
-from vllm_adapmoe.integration.probe import RoutingProbe, plain
+from vllm_adapmoe.integration.probed_worker import ProbedWorker
 from vllm_adapmoe.integration.switch import heeds_worker
 from vllm_adapmoe.integration.worker_stats import Since, StepStats, total_stats, with_attributes
-from vllm_adapmoe.kernels import MAX_TOKENS
 from vllm_adapmoe.loss_budget import LossBudget
 from vllm_adapmoe.scheduling.report import StepReport
 from vllm_adapmoe.scheduling.request_experts import RequestExperts, bits
@@ -55,7 +49,7 @@ def slot_bytes(cache: ExpertCacheManager) -> int:
     return sum(pool.num_slots * pool.layout.nbytes for pool in cache.pools)
 
 
-class ExpertCacheWorker(Worker):
+class ExpertCacheWorker(ProbedWorker, Worker):
     """Mixin: builds the cache while the model loads, and reports what it did with every step."""
 
     expert_cache: ExpertCacheManager | None = None
@@ -63,10 +57,8 @@ class ExpertCacheWorker(Worker):
     _step_report: StepReport | None
     """Of the step under way, until its output leaves."""
     lookahead: Lookahead | None = None
-    in_place: InPlaceDecode | None = None
-    """If decode steps read experts where they are."""
-    deferred: DeferredRouting | None
-    """Of steps, or of layers, that run without the host."""
+    hostless: HostlessSteps | None = None
+    """Of a GPU."""
 
     def load_model(self, **kwargs: Any) -> None:
         """Loads the model and makes its slots: before vLLM profiles memory, so the KV cache gets what they leave."""
@@ -77,7 +69,7 @@ class ExpertCacheWorker(Worker):
             self.expert_cache = loading.finish()
         self.moe_layers, self._loading = loading.layers, loading
         self.set_gating(gating_settings(self.vllm_config))
-        self._leave_the_host()
+        self.hostless = HostlessSteps.of(self.vllm_config, self.moe_layers, self.expert_cache)
         heads = heads_settings(self.vllm_config)
         self.heads = None if heads is None else NextTokenHeads.load(Path(heads["path"]), heads["hash"])
         self._look_ahead(config)
@@ -100,29 +92,6 @@ class ExpertCacheWorker(Worker):
                 "Expert cache: %d slots (%.2f GiB) for %d experts, backed by the %s store",
                 cache.num_slots, slot_bytes(cache) / GiB, experts, loading.store_kind,
             )  # fmt: skip
-
-    def _leave_the_host(self) -> None:
-        """On a GPU: which steps run without the host, and where its graphs end for the others."""
-        self.deferred = None
-        layers = [layer for layer in self.moe_layers if isinstance(layer, MappedExperts)]
-        if not layers or (self.expert_cache is None and layers[0].gate is None):
-            return
-        runners = self.vllm_config.compilation_config.static_forward_context
-        for layer in layers:
-            layer.check_kernel()
-            break_graph_at(runners[layer.layer_name])
-        device = slots_device()
-        if self.expert_cache is not None:
-            self.in_place = choose_decode(self.vllm_config, layers, self.expert_cache, device)
-        if self.in_place is not None:
-            self.deferred = self.in_place.routing
-            graphs_without_host(self.vllm_config.compilation_config, self.deferred.tokens)
-        else:
-            top_k = max(layer.top_k for layer in layers)
-            self.deferred = DeferredRouting(len(layers), MAX_TOKENS, top_k, device)
-            graphs_in_pieces(self.vllm_config.compilation_config)
-        for layer in layers:
-            layer.in_place, layer.deferred = self.in_place, self.deferred
 
     def _look_ahead(self, config: AdapMoEConfig) -> None:
         """Lets every layer prefetch and record as configured from here on."""
@@ -209,7 +178,8 @@ class ExpertCacheWorker(Worker):
             raise AdapMoEError(
                 f"the gating plan is for {len(parsed.sensitivity)} MoE layers, this worker has {len(self.moe_layers)}"
             )
-        if self.in_place is not None and self.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
+        in_place = self.hostless is not None and self.hostless.in_place is not None
+        if in_place and self.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
             raise AdapMoEError("gating is part of the CUDA graphs that decode=in_place has captured; set decode=fetch")
         for index, layer in enumerate(self.moe_layers):
             layer.gate = None if parsed is None else gates.LayerGate(parsed, index)
@@ -232,60 +202,18 @@ class ExpertCacheWorker(Worker):
         cache.restart(CacheController(cache.controller.shape, setup), config.link_gbps)
         self._look_ahead(config)
 
-    def start_probe(self) -> None:
-        """Records the routing from here on (`RoutingProbe`). Eager engines only."""
-        runners = self.vllm_config.compilation_config.static_forward_context
-        self.probe = RoutingProbe(self.moe_layers, self.model_runner.get_model(), runners)
-
-    def probe_layer(self, recording: bool, disturbed: int | None = None, step: float = 0.0) -> None:
-        """What the probe does from here on: record every layer; in one, go `step` of the way to half its experts."""
-        self.probe.recording, self.probe.disturbed, self.probe.step = recording, disturbed, step
-
-    def read_probe(self) -> list[dict[str, list]]:
-        """Sums of each layer since the last reading."""
-        return plain(self.probe.read())
-
-    def fit_heads(self, layers: list[int]) -> None:
-        """`RoutingProbe.fit_heads`."""
-        self.probe.fit_heads(layers)
-
-    def read_heads(self) -> dict[str, list]:
-        """`RoutingProbe.read_heads`, by layer as text."""
-        return {str(index): weights.tolist() for index, weights in self.probe.read_heads().items()}
-
-    def time_parts(self) -> None:
-        """Adds up what the expert kernels, and what looking ahead, take, from here on."""
-        self.seconds = dict.fromkeys(("kernels", "lookahead"), 0.0)
-
-        def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-            def run(*args: Any) -> Any:
-                start = time.perf_counter()
-                output = function(*args)
-                self.seconds[part] += time.perf_counter() - start
-                return output
-
-            return run
-
-        for layer in self.moe_layers:
-            layer._run_kernel = timed("kernels", layer._run_kernel)  # type: ignore[method-assign]
-        for name in ("foresee", "_observe", "end_step"):
-            setattr(Lookahead, name, timed("lookahead", getattr(Lookahead, name)))
-
-    def part_seconds(self) -> dict[str, float]:
-        """What `time_parts` has added up."""
-        return dict(self.seconds)
-
     def execute_model(self, scheduler_output: Any) -> Any:
         self._scheduler_output = scheduler_output
         self._scheduled = scheduler_output.num_scheduled_tokens
-        self._take_in()
+        if self.hostless is not None:
+            self.hostless.take_in(self.lookahead)
         if self._scheduled and self.lookahead is not None:
             self.lookahead.begin_step(self._scheduled)
         self._awaits_logits = bool(self._scheduled)
         start = time.perf_counter()
         self._loading.in_step = True
         try:
-            with self._deferring(scheduler_output.total_num_scheduled_tokens):
+            with self._step(scheduler_output.total_num_scheduled_tokens):
                 output = super().execute_model(scheduler_output)
         finally:
             self._loading.in_step = False
@@ -294,41 +222,10 @@ class ExpertCacheWorker(Worker):
             self._step_report = self._report_step(time.perf_counter() - start, scheduler_output.finished_req_ids)
         return self._with_stats(output)
 
-    @contextmanager
-    def _deferring(self, tokens: int) -> Iterator[None]:
-        """A step is launched within: layers may leave it to `_take_in` what they have chosen."""
-        if self.deferred is None or not tokens:
-            yield
-        elif self.in_place is not None and tokens <= self.deferred.tokens and self._all_on_device():
-            about: list[tuple[str, int, int]] = []
-            with self.in_place.step(tokens, about):
-                yield
-                about += self._requests_of_step()
-        else:
-            self.deferred.layers.clear()  # those of graphs that were captured
-            yield
-            if self.deferred.layers:  # that were resident as a whole
-                experts = max(layer.local_num_experts for layer in self.moe_layers)
-                self.deferred.close_step(tokens, np.zeros((len(self.moe_layers), experts), dtype=np.int32), None)
-
-    def _all_on_device(self) -> bool:
-        """Whether nobody wants to see the routing while the step runs."""
-        layer = self.moe_layers[0]
-        return layer.probe is None and (layer.gate is None or layer.gate.plan.rule != "batch")
-
-    def _take_in(self) -> None:
-        """Tells the cache, the gates and the scheduler's report of steps that have run without the host."""
-        if self.deferred is None:
-            return
-        for step in self.deferred.finished():
-            if self.expert_cache is not None:
-                self.expert_cache.passed(list(step.events()))
-            for index in step.layers:
-                gate = self.moe_layers[index].gate
-                if gate is not None:
-                    gate.count(torch.from_numpy(step.ids[index] >= 0), torch.from_numpy(step.costs[index]), None)
-            if step.about and self.lookahead is not None:
-                self.lookahead.passed(step.about, step.ids)
+    def _step(self, tokens: int) -> AbstractContextManager[None]:
+        if self.hostless is None or not tokens:
+            return nullcontext()
+        return self.hostless.step(tokens, self._requests_of_step)
 
     def _report_step(self, seconds: float, finished: Collection[str]) -> StepReport | None:
         """What the scheduler wants to know of the step that has run."""
@@ -397,7 +294,8 @@ class ExpertCacheWorker(Worker):
 
     def expert_cache_stats(self) -> dict[str, float]:
         """`total_stats` of this rank."""
-        self._take_in()
+        if self.hostless is not None:
+            self.hostless.take_in(self.lookahead)
         return total_stats(self.expert_cache, self.moe_layers)
 
     def expert_bytes(self) -> int:
