@@ -144,6 +144,19 @@ def test_in_place(as_on_gpu, interpreted, gating):
     assert (stats["gated_tokens"] > 0) == bool(gating)
 
 
+def test_gating_waits_for_nothing_where_every_expert_is_resident(as_on_gpu):
+    """The same bits, and the same counts, as with half of them, where the host sees every choice."""
+    with Engine(TINY_MIXTRAL, HALF | GATED | {"decode": "fetch"}, **ARGS) as engine:
+        expected, by_fetch = short(engine), engine.cache_stats()
+    with Engine(TINY_MIXTRAL, VLLM_STEPS | GATED | {"cache_experts": 96}, **ARGS) as engine:
+        assert short(engine) == expected
+        stats = engine.cache_stats()
+        steps = engine.llm.collective_rpc(lambda worker: worker.hostless.routing.ids[:, 0].max(-1).values.tolist())[0]
+    assert min(steps) >= 0, "every layer has left its routing on the device"
+    for name in ("gated_tokens", "kept_experts"):
+        assert stats[name] == by_fetch[name] > 0
+
+
 def test_in_place_needs_a_gpu():
     with pytest.raises(AdapMoEError, match="decode=in_place needs a GPU"):
         Engine(TINY_MIXTRAL, HALF | {"decode": "in_place"}, **ENGINE_ARGS)

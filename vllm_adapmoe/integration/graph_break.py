@@ -49,7 +49,7 @@ direct_register_custom_op(
 direct_register_custom_op(
     op_name="adapmoe_moe_shared_into",
     op_func=_moe_shared_into,
-    mutates_args=["hidden_states", "shared_output", "output"],
+    mutates_args=["shared_output", "output"],
     fake_impl=_nothing,
 )
 

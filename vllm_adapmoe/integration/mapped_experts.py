@@ -67,10 +67,8 @@ class MappedExperts(CachedExperts):
         if self.in_place is not None and self._reads_in_place(context, self.in_place, len(x)):
             weights, ids, costs = self._choose(topk_weights, topk_ids, context)
             return self.in_place.experts(self.cache_layer, x, weights, ids, costs)
-        if not self._is_dummy_run(context) and self._may_defer(len(x)):
-            assert self.cache is not None
-            if self.cache.freeze_whole(self.cache_layer):
-                return self._run_whole_layer(x, topk_weights, topk_ids, context)
+        if not self._is_dummy_run(context) and self._may_defer(len(x)) and self._freeze_whole():
+            return self._run_whole_layer(x, topk_weights, topk_ids, context)
         return super().run_experts(x, topk_weights, topk_ids)
 
     def _reads_in_place(self, context: ForwardContext, in_place: InPlaceDecode, tokens: int) -> bool:
@@ -85,13 +83,15 @@ class MappedExperts(CachedExperts):
     def _may_defer(self, tokens: int) -> bool:
         alone = self.gate is None or self.gate.plan.rule != "batch"
         return (
-            self.cache is not None
-            and self.deferred is not None
+            self.deferred is not None
             and self.probe is None
             and (self.lookahead is None or self.lookahead.trace is None)
             and alone
             and tokens <= self.deferred.tokens
         )
+
+    def _freeze_whole(self) -> bool:
+        return self.cache is None or self.cache.freeze_whole(self.cache_layer)
 
     def _choose(
         self, weights: torch.Tensor, ids: torch.Tensor, context: ForwardContext
@@ -111,7 +111,7 @@ class MappedExperts(CachedExperts):
         self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, context: ForwardContext
     ) -> torch.Tensor:
         """Every expert is resident: nobody on the host has to know now what was chosen."""
-        assert self.cache is not None and self.deferred is not None
+        assert self.deferred is not None
         if self.lookahead is not None and self.cache_layer == 0:
             self.lookahead.pass_first_layer()
         weights, ids, costs = self._choose(topk_weights, topk_ids, context)
@@ -122,7 +122,8 @@ class MappedExperts(CachedExperts):
             self._whole = slots, self._rows(slot_map, x.device)
         ids = torch.where(ids < 0, self.local_num_experts, ids)
         output = self._run_mapped(x, weights, ids.to(topk_ids.dtype), self._whole[1])
-        self.cache.release_whole(self.cache_layer)
+        if self.cache is not None:
+            self.cache.release_whole(self.cache_layer)
         return output
 
     def _run_dummy(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
