@@ -40,7 +40,7 @@ def time_decode(cache: ExpertCacheManager, in_place: InPlaceDecode, top_k: int, 
     """
     layers = [layer for layer in range(cache.store.num_layers) if cache.store.num_experts(layer) >= top_k]
     device = in_place.addresses.table.device
-    counts = sorted({0, top_k // 2, top_k})
+    counts = sorted({0, top_k // 4, top_k // 2, top_k})
     times: dict[tuple[str, int], list[float]] = {(way, m): [] for way in ("fetch", "in_place") for m in counts}
     for number in range(ROUNDS + 1):  # the first compiles
         layer = layers[number % len(layers)]

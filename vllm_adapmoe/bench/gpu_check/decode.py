@@ -16,6 +16,8 @@ from vllm_adapmoe.bench.gpu_check.routing import curves, draw_tokens
 from vllm_adapmoe.bench.gpu_check.shapes import Shape
 from vllm_adapmoe.bench.gpu_check.slot_rows import cache_shape, open_cache
 from vllm_adapmoe.cache.controller import CacheController, CacheSetup
+from vllm_adapmoe.cache.decode_timing import time_decode
+from vllm_adapmoe.cache.in_place import InPlaceDecode
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 
 SECTION = "decode"
@@ -108,6 +110,7 @@ def check_decode(
             floors[one] = median(_timed(everywhere.step_resident, device, 0, tokens))
             what = f"{shape.name}: every expert resident{', gated' if one else ''}"
             yield Row(SECTION, what, f"{floors[one] * 1e3:.2f} ms", details={"seconds": floors[one]})
+        yield from _by_hit_rate(cache, shape, dtype, device)
 
         def measure(what: str, variant: Variant, fraction: float, in_place: bool) -> Row:
             name = f"{shape.name}, {fraction:.0%}: {what}"
@@ -142,6 +145,16 @@ def check_decode(
                 yield measure(f"in place{', gated' if one else ''}", Variant("in place", gating=one), fraction, True)
     finally:
         cache.close()
+
+
+def _by_hit_rate(cache: ExpertCacheManager, shape: Shape, dtype: torch.dtype, device: Device) -> Iterator[Row]:
+    """One layer and token both ways, as `decode: auto` measures it."""
+    times = time_decode(cache, InPlaceDecode(cache, shape.top_k, device.torch), shape.top_k, dtype)
+    for misses, fetch, read in zip(times.misses, times.fetch, times.in_place, strict=True):
+        hits = 1 - misses / shape.top_k
+        figure = f"{read * 1e3:.3f} ms in place, {fetch * 1e3:.3f} ms fetched first"
+        details = {"fetch_seconds": fetch, "in_place_seconds": read}
+        yield Row(SECTION, f"{shape.name}: one layer, hit rate {hits:.0%}", figure, details=details)
 
 
 def _slots(shape: Shape, fraction: float) -> int:
