@@ -1,5 +1,6 @@
 """What a layer's step chose, on the host, where it is decided what to fetch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,13 +34,25 @@ def read_together(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
     given = [tensor for tensor in tensors if tensor is not None]
     if all(tensor.device.type == "cpu" for tensor in given):
         return list(tensors)
-    # The widest first, so that each starts where its dtype can be read.
-    given.sort(key=lambda tensor: -tensor.element_size())
-    flat = torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in given]).cpu()
-    host: dict[int, torch.Tensor] = {}
+    host = iter(unpack(pack(given).cpu(), given))
+    return [None if tensor is None else next(host) for tensor in tensors]
+
+
+def pack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The bytes of `tensors` in one, uint8: the widest dtype first, so that each starts where it can be read."""
+    return torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in sorted(tensors, key=_width)])
+
+
+def unpack(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Views of `pack(like)`, in the order of `like`."""
+    views: dict[int, torch.Tensor] = {}
     start = 0
-    for tensor in given:
+    for tensor in sorted(like, key=_width):
         stop = start + tensor.numel() * tensor.element_size()
-        host[id(tensor)] = flat[start:stop].view(tensor.dtype).view(tensor.shape)
+        views[id(tensor)] = flat[start:stop].view(tensor.dtype).view(tensor.shape)
         start = stop
-    return [None if tensor is None else host[id(tensor)] for tensor in tensors]
+    return [views[id(tensor)] for tensor in like]
+
+
+def _width(tensor: torch.Tensor) -> int:
+    return -tensor.element_size()
