@@ -19,7 +19,7 @@ HELD = [[0, 1, 2, 3], [1, 3, 5, 7], [4, 5, 6, 7]]
 
 @pytest.fixture
 def cache():
-    store = HostStore()
+    store = HostStore(torch.device("cpu"))
     for index, held in enumerate(HELD):
         store.put_layer(index, {name: tensor[held].contiguous() for name, tensor in LAYERS[index].items()})
     records = [[held.index(expert) if expert in held else -1 for expert in range(EXPERTS)] for held in HELD]
