@@ -73,6 +73,8 @@ class StreamedExperts(RoutedExperts):
     ) -> bool | None:
         if self.loading.restored:
             return True if return_success else None
+        if self.expert_map is not None and expert_id is not None and self.expert_map[expert_id] < 0:
+            return False if return_success else None  # another rank has it
         if self._finished:
             raise AdapMoEError(
                 f"{self.layer_name}: the checkpoint holds {weight_name} beyond what {type(self.quant_method).__name__} "
