@@ -109,7 +109,7 @@ def test_maps_in_waves(as_on_gpu, stock):
 
 
 def short(engine: Engine) -> list[Any]:
-    params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True, detokenize=False, logprobs=2)
+    params = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True, detokenize=False, logprobs=2)
     return answers(engine, [[11, 12, 13], [700, 701, 702, 703]], params)
 
 
