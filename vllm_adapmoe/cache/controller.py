@@ -283,8 +283,8 @@ class CacheController:
         Their copies share the link with what later steps read in place, so it is not all of them.
         """
         most = math.ceil(len(missed) * CATCH_UP)
-        scores = {key: self.residency(key[0]).policy.scores()[key] for key in missed}
-        for key in sorted(missed, key=lambda key: (-scores[key], key)):
+        scores = [pool.policy.scores() for pool in self.pools]
+        for key in sorted(missed, key=lambda key: (-scores[self.pool_of[key[0]]][key], key)):
             if most and self.residency(key[0]).want_used(key):
                 self.transfers.speculate(key)
                 most -= 1

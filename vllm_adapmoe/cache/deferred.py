@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_adapmoe.cache.host_copy import HostCopy
+
 
 @dataclass(frozen=True)
 class PassedStep:
@@ -32,16 +34,6 @@ class PassedStep:
             yield layer, experts.tolist(), set(experts[self.slots[layer, experts] >= 0].tolist())
 
 
-@dataclass(frozen=True)
-class _Flight:
-    ended: torch.cuda.Event | None
-    layers: list[int]
-    ids: torch.Tensor
-    costs: torch.Tensor
-    slots: np.ndarray
-    about: Any
-
-
 class DeferredRouting:
     """Buffers that layers write their routing into, and copies of it on their way to the host.
 
@@ -60,7 +52,8 @@ class DeferredRouting:
         self.costs = torch.zeros((layers, tokens), dtype=torch.float64, device=device)
         self.layers: set[int] = set()
         """That have written in the step under way."""
-        self._flights: deque[_Flight] = deque()
+        self._flights: deque[tuple[HostCopy, list[int], np.ndarray, Any]] = deque()
+        """Copies of ids and costs, and what `close_step` was told."""
 
     def record(self, layer: int, ids: torch.Tensor, costs: torch.Tensor | None) -> None:
         """A layer has chosen, in a step of at most `tokens`.
@@ -88,19 +81,12 @@ class DeferredRouting:
         self.layers = set()
         if not layers:
             return
-        ids, costs = self.ids[:, :tokens], self.costs[:, :tokens]
-        ended = None
-        if self.ids.is_cuda:
-            host = [torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in (ids, costs)]
-            ids, costs = host[0].copy_(ids, non_blocking=True), host[1].copy_(costs, non_blocking=True)
-            ended = torch.cuda.Event()
-            ended.record()
-        else:
-            ids, costs = ids.clone(), costs.clone()
-        self._flights.append(_Flight(ended, layers, ids, costs, slots, about))
+        copy = HostCopy(self.ids[:, :tokens], self.costs[:, :tokens])
+        self._flights.append((copy, layers, slots, about))
 
     def finished(self) -> Iterator[PassedStep]:
         """Steps that have run and were not taken in yet, the oldest first. Waits for none."""
-        while self._flights and ((ended := self._flights[0].ended) is None or ended.query()):
-            flight = self._flights.popleft()
-            yield PassedStep(flight.layers, flight.ids.numpy(), flight.costs.numpy(), flight.slots, flight.about)
+        while self._flights and self._flights[0][0].arrived:
+            copy, layers, slots, about = self._flights.popleft()
+            ids, costs = copy.tensors
+            yield PassedStep(layers, ids.numpy(), costs.numpy(), slots, about)

@@ -164,9 +164,7 @@ class Residency:
                 entry = self.entries[key] = Entry(State.LOADING, self.free.pop())
                 request.loads.append(Load(key, entry.slot, evicted))
             else:
-                self.speculating -= 1
-                del self.speculative[key]
-                entry.speculative = entry.cancelled = entry.stale = False
+                self._claim(key, entry)
                 if entry.state is State.STAGED:
                     entry.state = State.RESIDENT
                     request.promoted.append(Load(key, entry.slot, evicted))
@@ -192,9 +190,8 @@ class Residency:
                 continue
             self.evictable[key] = False  # it cannot be its own victim
             evicted = self._make_room(layer, slot=False)
-            del self.speculative[key]
-            self.speculating -= 1
-            entry.state, entry.speculative, entry.stale = State.RESIDENT, False, False
+            self._claim(key, entry)
+            entry.state = State.RESIDENT
             self.residents += 1
             self.count[layer] += 1
             self.evictable[key] = entry.pins == 0
@@ -307,6 +304,12 @@ class Residency:
     def _pin(self, key: ExpertKey, entry: Entry) -> None:
         entry.pins += 1
         self.evictable[key] = False
+
+    def _claim(self, key: ExpertKey, entry: Entry) -> None:
+        """What speculation holds a slot for has been asked for."""
+        self.speculating -= 1
+        del self.speculative[key]
+        entry.speculative = entry.cancelled = entry.stale = False
 
     def _withdraw(self, layer: int, wanted: set[int], request: Request) -> None:
         """The router has spoken: speculation for others of this layer was wrong."""

@@ -68,17 +68,16 @@ class SlotPool:
             stream.wait_event(self._used)
         under_way: deque[tuple[torch.cuda.Event, int]] = deque()
         try:
-            for piece, destination in zip(self.layout.pieces, self._bytes_of_slot[slot], strict=True):
-                for start in range(0, piece.nbytes, tile_bytes):
-                    stop = min(start + tile_bytes, piece.nbytes)
-                    with torch.cuda.stream(stream):
-                        source = record[piece.offset + start : piece.offset + stop]
-                        destination[start:stop].copy_(source, non_blocking=True)
-                    event = torch.cuda.Event()
-                    event.record(stream)
-                    under_way.append((event, stop - start))
-                    if len(under_way) == IN_FLIGHT:
-                        yield _wait(*under_way.popleft())
+            for number, start, stop in self.layout.tiles(tile_bytes):
+                offset = self.layout.pieces[number].offset
+                with torch.cuda.stream(stream):
+                    source = record[offset + start : offset + stop]
+                    self._bytes_of_slot[slot][number][start:stop].copy_(source, non_blocking=True)
+                event = torch.cuda.Event()
+                event.record(stream)
+                under_way.append((event, stop - start))
+                if len(under_way) == IN_FLIGHT:
+                    yield _wait(*under_way.popleft())
             while under_way:
                 yield _wait(*under_way.popleft())
         finally:

@@ -131,7 +131,7 @@ class CachedExperts(StreamedExperts):
         foresight = self._foresee(step)
         if step.keep is not None:
             return self._run_kept(step, step.keep, foresight)
-        experts = _distinct(step.ids if step.real is None else step.ids[step.real], self.local_num_experts)
+        experts = distinct(step.ids if step.real is None else step.ids[step.real], self.local_num_experts)
         if len(experts) > self.slots or self.expert_map is not None:
             return self._run_kept(step, step.all_kept(), foresight)
         ids = step.ids if step.real is None else step.ids * step.real.unsqueeze(1)
@@ -230,7 +230,7 @@ class CachedExperts(StreamedExperts):
         foresight: "Foresight | None",
     ) -> Iterator[tuple[torch.Tensor | slice, torch.Tensor]]:
         """Runs pairs of token and expert, each expert loaded once; yields which of the pairs, and their outputs."""
-        experts = _distinct(ids, self.local_num_experts)
+        experts = distinct(ids, self.local_num_experts)
         groups = waves(experts, self.slots)
         if len(groups) <= 1:  # none: all are other ranks'; still an event, that others follow
             yield slice(None), self._run_wave(x, weights, token, ids, experts, foresight, ())
@@ -286,7 +286,7 @@ class CachedExperts(StreamedExperts):
         return output
 
 
-def _distinct(ids: torch.Tensor, num_experts: int) -> list[int]:
+def distinct(ids: torch.Tensor, num_experts: int) -> list[int]:
     """The distinct expert ids, ascending."""
     if ids.numel() <= 64:
         return sorted(set(ids.view(-1).tolist()))

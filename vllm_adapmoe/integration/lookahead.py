@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from vllm_adapmoe.cache.host_copy import HostCopy
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.heads import chance_of_any
 from vllm_adapmoe.integration.gate_stack import GateStack, find_gate
@@ -74,8 +75,8 @@ class Lookahead:
         """Of the step under way, the last row of each request; None: every row is one."""
         self.begun: np.ndarray | None = None
         """What was known of the step before it began."""
-        self._at_the_end: tuple[torch.cuda.Event, torch.Tensor] | None = None
-        """Of a GPU's last step, what its hidden states foretell, on its way to the host."""
+        self._at_the_end: HostCopy | None = None
+        """Of the last step, what its hidden states foretell, on its way to the host."""
         self.step: Step | None = None
         """Under way, or not in the trace yet."""
         self._whole = False
@@ -83,9 +84,8 @@ class Lookahead:
 
     def begin_step(self, rows: Mapping[str, int]) -> None:
         """A step with so many rows of each request is about to run: fetches for its first layers."""
-        if self._at_the_end is not None and self._at_the_end[0].query():
-            self._foretell_first(self._at_the_end[1])
-        self._at_the_end = None
+        self._take_the_end()
+        self._at_the_end = None  # too late, if it has not arrived
         self.begun = None if self.experts is None else self.experts.of_any(list(rows), self.lookahead)
         if self.cache is not None:
             prompt_tokens = sum(count for count in rows.values() if count > 1)
@@ -206,18 +206,14 @@ class Lookahead:
         """
         if self.first is None or len(hidden) > SAMPLE:
             return
-        chances = torch.addmm(self.first[-1], hidden.float(), self.first[:-1])
-        if not chances.is_cuda:
-            self._foretell_first(chances)
-            return
-        # Nobody waits for it: it is taken in when the next step begins.
-        host = torch.empty(chances.shape, pin_memory=True).copy_(chances, non_blocking=True)
-        ended = torch.cuda.Event()
-        ended.record()
-        self._at_the_end = ended, host
+        # Nobody waits for it: from a GPU it is taken in when the next step begins.
+        self._at_the_end = HostCopy(torch.addmm(self.first[-1], hidden.float(), self.first[:-1]))
+        self._take_the_end()
 
-    def _foretell_first(self, logits: torch.Tensor) -> None:
-        chances = logits.numpy()
+    def _take_the_end(self) -> None:
+        if self._at_the_end is None or not self._at_the_end.arrived:
+            return
+        chances, self._at_the_end = self._at_the_end.tensors[0].numpy(), None
         ids = np.argsort(-chances, axis=1, kind="stable")[:, : self.layers[0].top_k]
         foretold = Foretold(ids, np.ones(ids.shape, dtype=bool))
         if self.cache is not None:

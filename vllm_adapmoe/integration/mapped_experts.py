@@ -12,7 +12,7 @@ from vllm_adapmoe.cache.in_place import DOWN, GATE_UP, InPlaceDecode
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.cache.residency import waves
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.integration.layers import CachedExperts, _distinct
+from vllm_adapmoe.integration.layers import CachedExperts, distinct
 from vllm_adapmoe.integration.step_routing import StepRouting
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class MappedExperts(CachedExperts):
 
     def _run_kept(self, step: StepRouting, keep: torch.Tensor, foresight: "Foresight | None") -> torch.Tensor:
         """The kept pairs of token and expert, wave by wave; a wave runs when all of it is there."""
-        x, experts = step.x, _distinct(step.ids[keep], self.local_num_experts)
+        x, experts = step.x, distinct(step.ids[keep], self.local_num_experts)
         ids = to_device(torch.where(keep, step.ids, self.local_num_experts), x.device)
         groups = waves(experts, self.slots)
         if len(groups) == 1:

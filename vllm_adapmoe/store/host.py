@@ -61,12 +61,7 @@ class HostStore:
 
     def read_tiles(self, key: ExpertKey, into: Sequence[torch.Tensor], tile_bytes: int) -> Iterator[int]:
         layout, records = self._layers[key[0]]
-        record = records[key[1]]
-        for piece, destination in zip(layout.pieces, layout.destinations(into), strict=True):
-            for start in range(0, piece.nbytes, tile_bytes):
-                stop = min(start + tile_bytes, piece.nbytes)
-                destination[start:stop].copy_(record[piece.offset + start : piece.offset + stop])
-                yield stop - start
+        return layout.read_tiles(records[key[1]], into, tile_bytes)
 
     def close(self) -> None:
         for records in self._locked:

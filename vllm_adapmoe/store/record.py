@@ -1,6 +1,6 @@
 """The layout of one expert's record: every parameter of it, in the kernel's format, one after the other."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -79,6 +79,20 @@ class RecordLayout:
         if sizes != [piece.nbytes for piece in self.pieces]:
             raise ValueError(f"{sizes} bytes for pieces of {[piece.nbytes for piece in self.pieces]} bytes")
         return destinations
+
+    def tiles(self, tile_bytes: int) -> Iterator[tuple[int, int, int]]:
+        """A record in tiles of at most `tile_bytes`, none of two pieces: number of the piece, and where in it."""
+        for number, piece in enumerate(self.pieces):
+            for start in range(0, piece.nbytes, tile_bytes):
+                yield number, start, min(start + tile_bytes, piece.nbytes)
+
+    def read_tiles(self, record: torch.Tensor, into: Sequence[torch.Tensor], tile_bytes: int) -> Iterator[int]:
+        """Copies a record, uint8 `[record bytes]`, within host memory: `ExpertStore.read_tiles`."""
+        destinations = self.destinations(into)
+        for number, start, stop in self.tiles(tile_bytes):
+            offset = self.pieces[number].offset
+            destinations[number][start:stop].copy_(record[offset + start : offset + stop])
+            yield stop - start
 
     def to_json(self) -> list[dict[str, Any]]:
         return [

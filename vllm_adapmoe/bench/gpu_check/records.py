@@ -78,12 +78,7 @@ class PinnedRecords:
             pass
 
     def read_tiles(self, key: ExpertKey, into: Sequence[torch.Tensor], tile_bytes: int) -> Iterator[int]:
-        layout, record = self.layouts[key[0]], self.page_locked(key)
-        for piece, destination in zip(layout.pieces, layout.destinations(into), strict=True):
-            for start in range(0, piece.nbytes, tile_bytes):
-                stop = min(start + tile_bytes, piece.nbytes)
-                destination[start:stop].copy_(record[piece.offset + start : piece.offset + stop])
-                yield stop - start
+        return self.layouts[key[0]].read_tiles(self.page_locked(key), into, tile_bytes)
 
     def close(self) -> None:
         if self._locked:

@@ -1,0 +1,22 @@
+"""Tensors that are copied to the host while nobody waits."""
+
+import torch
+
+
+class HostCopy:
+    """What tensors of one device hold now, on the host when `arrived`; they may change meanwhile."""
+
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        self._ended: torch.cuda.Event | None = None
+        if tensors[0].is_cuda:
+            host = [torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in tensors]
+            self.tensors = [one.copy_(tensor, non_blocking=True) for one, tensor in zip(host, tensors, strict=True)]
+            self._ended = torch.cuda.Event()
+            self._ended.record()
+        else:
+            self.tensors = [one.clone() for one in tensors]
+
+    @property
+    def arrived(self) -> bool:
+        """Whether `tensors` can be read; at once on the CPU."""
+        return self._ended is None or self._ended.query()
