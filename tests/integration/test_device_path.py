@@ -37,7 +37,7 @@ def run_with_map(self: Any, output: torch.Tensor, hidden_states: torch.Tensor, *
     """Expert by expert; the kernel's map says which row of the weights it has, -1: none."""
     w1, w2, ids, expert_map = given["w1"], given["w2"], given["topk_ids"], given["expert_map"]
     rows = list(range(len(w1))) if expert_map is None else expert_map.tolist()
-    assert len(rows) == given["global_num_experts"]
+    assert len(rows) == given["global_num_experts"] + (expert_map is not None)
     total = torch.zeros(hidden_states.shape, dtype=torch.float32)
     for expert in ids.unique().tolist():
         if rows[expert] < 0:
@@ -58,7 +58,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def as_on_gpu(monkeypatch):
     stand_in(monkeypatch)
-    monkeypatch.setattr(mapped_experts, "KERNELS", {"X86CPUUnquantizedExperts", "CPUUnquantizedExperts"})
+    monkeypatch.setattr(mapped_experts, "takes_slots", lambda kernel: kernel.apply.__func__ is run_with_map)
+    monkeypatch.setattr(mapped_experts, "run_on_slots", lambda kernel, experts: None)
     monkeypatch.setattr(loading, "experts_base", lambda: mapped_experts.MappedExperts)
 
 
@@ -206,9 +207,9 @@ def interpret(script: str, *arguments: str) -> str:
     return done.stdout
 
 
-def test_vllms_triton_kernel_on_slots():
+def test_vllms_kernels_on_slots():
     """The same bits as without slots, whatever is in the other slots; what is dropped or in another wave is skipped."""
-    interpret("run_triton_experts.py")
+    interpret("run_slot_kernels.py", "fp16,int8,int4,fp8_channel,fp8_tensor,marlin")
 
 
 def test_model_runner_v2():

@@ -11,6 +11,11 @@ OPS = ["vllm::adapmoe_moe_into", "vllm::adapmoe_moe_shared_into"]
 LayerName = moe_runner._layer_name_type
 
 
+def is_capturing() -> bool:
+    """Whether what is launched now goes into a CUDA graph instead of running."""
+    return torch.version.cuda is not None and torch.cuda.is_current_stream_capturing()
+
+
 def _moe_into(
     hidden_states: torch.Tensor,
     router_logits: torch.Tensor,

@@ -64,7 +64,7 @@ class HostlessSteps:
             return None
         compilation = vllm_config.compilation_config
         for layer in layers:
-            layer.check_kernel()
+            layer.use_slot_kernel()
             break_graph_at(compilation.static_forward_context[layer.layer_name])
         device = slots_device()
         in_place = None if cache is None else choose_decode(vllm_config, layers, cache, device)

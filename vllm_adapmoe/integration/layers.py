@@ -262,8 +262,7 @@ class CachedExperts(StreamedExperts):
         for arrived in self._arrivals(experts, foresight, others):
             rows = None if len(arrived) == len(experts) else _where(ids, arrived)
             its = (weights, token, ids) if rows is None else (weights[rows.to(x.device)], token[rows], ids[rows])
-            slots = self._slot_map()[its[2]].unsqueeze(1).to(x.device)
-            part = self._run_kernel(x[its[1].to(x.device)], its[0], slots)
+            part = self._run_pairs(x[its[1].to(x.device)], its[0], its[2])
             if rows is None:
                 outputs = part
                 continue
@@ -272,6 +271,10 @@ class CachedExperts(StreamedExperts):
             outputs[rows.to(x.device)] = part
         self._release(experts)
         return x.new_empty(0, x.shape[1]) if outputs is None else outputs
+
+    def _run_pairs(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Runs rows of `x` with one expert each, `ids` `[rows]` on the host; all of them are resident."""
+        return self._run_kernel(x, weights, self._slot_map()[ids].unsqueeze(1).to(x.device))
 
     def _run_kernel(self, x: torch.Tensor, topk_weights: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         output = self.quant_method.apply(

@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.config import CUDAGraphMode
 from vllm.forward_context import ForwardContext, get_forward_context
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
@@ -12,23 +11,22 @@ from vllm_adapmoe.cache.in_place import DOWN, GATE_UP, InPlaceDecode
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.cache.residency import waves
 from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.integration.graph_break import is_capturing
 from vllm_adapmoe.integration.layers import CachedExperts, distinct
+from vllm_adapmoe.integration.slot_kernels import run_on_slots, takes_slots
 from vllm_adapmoe.integration.step_routing import StepRouting
 
 if TYPE_CHECKING:
     from vllm_adapmoe.integration.lookahead import Foresight
 
-KERNELS = {"TritonExperts", "TritonWNA16Experts", "MarlinExperts"}
-"""Of vLLM: those that take a map and skip what it leaves out."""
-
 
 class MappedExperts(CachedExperts):
     """`CachedExperts` on a GPU.
 
-    Ids stay those of the layer's experts. With every call goes a map from expert to row of the slots, as under expert
-    parallelism, in which what is absent, in another wave or dropped has no row; what is dropped has an id of its own,
-    one more than there are experts. Slots as ids would be simpler, but vLLM sorts pairs for fewer than 1024 experts
-    only, and a pool for all layers has more slots than that.
+    Ids stay those of the layer's experts. With every call goes a map from expert to row of the slots, in which what is
+    absent, in another wave or dropped has no row; what is dropped has an id of its own, one more than there are experts
+    (`slot_kernels`). Slots as ids would be simpler, but vLLM sorts pairs for fewer than 1024 experts only, and a pool
+    for all layers has more slots than that.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -45,18 +43,19 @@ class MappedExperts(CachedExperts):
         super().use_cache(cache)
         self.global_num_experts = native
 
-    def check_kernel(self) -> None:
-        """Whether the kernel that vLLM has chosen can work on slots.
+    def use_slot_kernel(self) -> None:
+        """Lets the kernel that vLLM has chosen work on slots, through a map.
 
         Raises:
-            AdapMoEError: it takes no map.
+            AdapMoEError: it cannot.
         """
-        name = kernel_name(self)
-        if name not in KERNELS:
+        kernel = kernel_of(self)
+        if not takes_slots(kernel):
             raise AdapMoEError(
-                f"moe_backend: vLLM has chosen {name}, which does not skip absent experts; "
+                f"moe_backend: vLLM has chosen {type(kernel).__name__}, which does not skip absent experts; "
                 "set moe_backend=triton, or marlin for 4-bit weights"
             )
+        run_on_slots(kernel, self.local_num_experts)
 
     @property
     def expert_map(self) -> torch.Tensor | None:
@@ -64,21 +63,23 @@ class MappedExperts(CachedExperts):
 
     def run_experts(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         context = get_forward_context()
-        if self.in_place is not None and self._reads_in_place(context, self.in_place, len(x)):
+        # The mode in the context does not tell: model runner V2 captures whole steps with CUDAGraphMode.NONE.
+        capturing = is_capturing()
+        if self.in_place is not None and (self.in_place.running or capturing):
+            if len(x) > self.in_place.routing.tokens:
+                raise RuntimeError(
+                    f"a CUDA graph of {len(x)} tokens; experts are read in place for {self.in_place.routing.tokens}"
+                )
             weights, ids, costs = self._choose(topk_weights, topk_ids, context)
             return self.in_place.experts(self.cache_layer, x, weights, ids, costs)
+        if capturing:
+            raise RuntimeError(
+                f"a CUDA graph is captured around {self.layer_name}, whose experts the host fetches while a step runs; "
+                "set cudagraph_mode=PIECEWISE, with vLLM's own splitting_ops"
+            )
         if not self._is_dummy_run(context) and self._may_defer(len(x)) and self._freeze_whole():
             return self._run_whole_layer(x, topk_weights, topk_ids, context)
         return super().run_experts(x, topk_weights, topk_ids)
-
-    def _reads_in_place(self, context: ForwardContext, in_place: InPlaceDecode, tokens: int) -> bool:
-        # A graph of whole steps calls this only when it is captured, or warmed up for that.
-        captured = context.cudagraph_runtime_mode == CUDAGraphMode.FULL
-        if captured and tokens > in_place.routing.tokens:
-            raise RuntimeError(
-                f"a CUDA graph of {tokens} tokens; experts are read in place for {in_place.routing.tokens}"
-            )
-        return in_place.running or captured
 
     def _may_defer(self, tokens: int) -> bool:
         alone = self.gate is None or self.gate.plan.rule != "batch"
@@ -130,11 +131,9 @@ class MappedExperts(CachedExperts):
         """Warms up and takes the memory of what a step of so many tokens runs, whatever is in the slots."""
         if self.in_place is not None and len(x) <= self.in_place.routing.tokens:
             return self.in_place.warm_up(self.cache_layer, x, topk_weights, topk_ids)
-        rows = torch.arange(self.local_num_experts, dtype=torch.int32).clamp(max=len(self._any_weight()) - 1)
+        held = self.local_num_experts if self.cache is None else self.cache.pool(self.cache_layer).num_slots
+        rows = torch.arange(self.local_num_experts, dtype=torch.int32).clamp(max=held - 1)
         return self._run_mapped(x, topk_weights, topk_ids, self._rows(rows, x.device))
-
-    def _any_weight(self) -> torch.Tensor:
-        return next(iter(self.expert_parameters().values()))
 
     def _product(self, x: torch.Tensor) -> torch.Tensor | None:
         return None if self.lookahead is None else self.lookahead.product(self.cache_layer, x)
@@ -173,18 +172,21 @@ class MappedExperts(CachedExperts):
         self._release(group)
         return output
 
+    def _run_pairs(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        rows = self._rows(self._slot_map(), x.device)
+        return self._run_mapped(x, weights, to_device(ids.unsqueeze(1), x.device), rows)
+
     def _rows(self, slots: torch.Tensor, device: torch.device) -> torch.Tensor:
         return to_device(torch.cat((slots, slots.new_full((1,), -1))), device)
 
     def _run_mapped(
         self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, row_of: torch.Tensor
     ) -> torch.Tensor:
-        native = self.global_num_experts
-        self.global_num_experts, self._row_of = self.local_num_experts + 1, row_of
+        self._row_of = row_of
         try:
             return self._run_kernel(x, weights, ids)
         finally:
-            self.global_num_experts, self._row_of = native, None
+            self._row_of = None
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -192,10 +194,10 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
-def kernel_name(layer: CachedExperts) -> str:
-    """Class of the kernel that vLLM has chosen for a layer."""
+def kernel_of(layer: CachedExperts) -> Any:
+    """The kernel that vLLM has chosen for a layer; its quantisation method, where that runs the experts itself."""
     kernel = getattr(layer.quant_method, "moe_kernel", None)
-    return type(layer.quant_method if kernel is None else kernel.fused_experts).__name__
+    return layer.quant_method if kernel is None else kernel.fused_experts
 
 
 def in_place_obstacle(layer: CachedExperts, cache: ExpertCacheManager) -> str | None:

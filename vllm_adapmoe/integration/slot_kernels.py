@@ -1,0 +1,111 @@
+"""Runs vLLM's expert kernels on a pool of slots: pairs are sorted by expert, then blocks are mapped to slots."""
+
+from collections.abc import Callable, Mapping
+from types import FunctionType, SimpleNamespace
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.fused_moe.experts import marlin_moe, triton_moe
+from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExpertsModular
+from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
+
+
+def takes_slots(experts: object) -> bool:
+    """Whether `run_on_slots` knows the class of a kernel: others do not skip absent experts, or sort in ways of their
+    own."""
+    return type(experts) in _BINDINGS
+
+
+def run_on_slots(experts: FusedMoEExpertsModular, num_experts: int) -> None:
+    """Lets a kernel read weights `[slots, ...]` through a map `[num_experts + 1]`.
+
+    vLLM's `moe_align_block_size` counts pairs by the *mapped* id, in a histogram with one bin for each expert (fewer
+    than 1024): a slot number is not one of them (csrc/moe/moe_align_sum_kernels.cu, `get_local_expert_id`). The kernels
+    themselves only want a row of the weights for each block. So `apply` of this instance is vLLM's own code, in which
+    the calls that sort pairs and choose tiles go to the functions below.
+
+    Args:
+        experts: `takes_slots`.
+        num_experts: of the layer; `apply` is to be given `expert_map`, int32 `[num_experts + 1]`, with the row of each
+            expert, -1 where it is absent, and -1 at the end: the row of the id `num_experts`, for pairs that are
+            dropped.
+    """
+    names = _BINDINGS[type(experts)](num_experts)
+    experts.apply = _bound_again(type(experts).apply, names).__get__(experts)  # type: ignore[method-assign]
+
+
+def align_on_slots(
+    topk_ids: torch.Tensor,
+    block_size: int,
+    num_experts: int,
+    expert_map: torch.Tensor | None = None,
+    pad_sorted_ids: bool = False,
+    ignore_invalid_experts: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`moe_align_block_size` for a map to slots: sorts by expert, then maps the expert of each block.
+
+    Args:
+        topk_ids: integer `[tokens, top_k]`, 0 to the number of experts.
+        block_size: rows of a block.
+        num_experts: as the caller counts them; the map tells.
+        expert_map: `run_on_slots`; None: ids are rows of the weights already.
+        pad_sorted_ids: `moe_align_block_size`.
+        ignore_invalid_experts: pairs of absent experts get no block, and their rows are never written. Otherwise they
+            get blocks of row -1, for which kernels write zeros.
+    """
+    if expert_map is None:
+        return moe_align_block_size(topk_ids, block_size, num_experts, None, pad_sorted_ids)
+    absent = expert_map.numel() - 1
+    ids = torch.where(expert_map[topk_ids] < 0, absent, topk_ids)
+    bins = absent if ignore_invalid_experts else absent + 1  # an id beyond the bins is not sorted
+    sorted_ids, blocks, padded = moe_align_block_size(ids, block_size, bins, None, pad_sorted_ids)
+    return sorted_ids, expert_map[blocks], padded  # -1, behind the last block, is the end of the map: -1 again
+
+
+def _triton(num_experts: int) -> dict[str, Any]:
+    assign = _bound_again(triton_moe._prepare_expert_assignment, {"moe_align_block_size": align_on_slots})
+    return {"_prepare_expert_assignment": assign, "try_get_optimal_moe_config": _tiles_for(num_experts)}
+
+
+def _triton_wna16(num_experts: int) -> dict[str, Any]:
+    return {"moe_align_block_size": align_on_slots, "try_get_optimal_moe_config": _tiles_for(num_experts)}
+
+
+def _tiles_for(num_experts: int) -> Callable[..., dict[str, int]]:
+    choose = triton_moe.try_get_optimal_moe_config
+
+    def choose_tiles(w1_shape: tuple[int, ...], w2_shape: tuple[int, ...], *args: Any, **kwargs: Any) -> dict[str, int]:
+        # Tuned tiles are looked up by the number of experts, of which each gets its share of the tokens: not of slots.
+        return choose((num_experts, *w1_shape[1:]), (num_experts, *w2_shape[1:]), *args, **kwargs)
+
+    return choose_tiles
+
+
+def _marlin(num_experts: int) -> dict[str, Any]:
+    # The size of blocks follows the tokens of an expert: ceil(tokens * slots / experts) * top_k / slots. Rounded up, it
+    # would depend on the number of slots, and with it the order in which Marlin adds up.
+    exact = SimpleNamespace(ceil=lambda tokens: tokens)
+    names = {"moe_align_block_size": align_on_slots, "math": exact}
+    return {"fused_marlin_moe": _bound_again(marlin_moe.fused_marlin_moe, names)}
+
+
+_BINDINGS: dict[type, Callable[[int], dict[str, Any]]] = {
+    triton_moe.TritonExperts: _triton,
+    triton_moe.TritonWNA16Experts: _triton_wna16,
+    marlin_moe.MarlinExperts: _marlin,
+}
+
+
+def _bound_again(function: Any, names: Mapping[str, Any]) -> FunctionType:
+    """The same code, for which some global names mean something else; other callers of the function see no change.
+
+    Raises:
+        AttributeError: the function's module does not have such a name: the code is not what it was.
+    """
+    module = function.__globals__
+    for name in names:
+        if name not in module or name not in function.__code__.co_names:
+            raise AttributeError(f"{function.__module__}.{function.__qualname__} does not use {name}")
+    copy = FunctionType(function.__code__, {**module, **names}, function.__name__, function.__defaults__)
+    copy.__kwdefaults__, copy.__doc__ = function.__kwdefaults__, function.__doc__
+    return copy
