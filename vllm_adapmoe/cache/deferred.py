@@ -10,6 +10,13 @@ import torch
 
 from vllm_adapmoe.cache.host_copy import HostCopy
 
+UNSEEN = -2
+"""In a buffer, where no layer has written yet."""
+
+
+class RoutingUnseen(RuntimeError):
+    """A layer has run without leaving its routing: the CUDA graph that was replayed does not hold what it should."""
+
 
 @dataclass(frozen=True)
 class PassedStep:
@@ -48,12 +55,16 @@ class DeferredRouting:
 
     def __init__(self, layers: int, tokens: int, top_k: int, device: torch.device) -> None:
         self.tokens = tokens
-        self.ids = torch.full((layers, tokens, top_k), -1, dtype=torch.int32, device=device)
+        self.ids = torch.full((layers, tokens, top_k), UNSEEN, dtype=torch.int32, device=device)
         self.costs = torch.zeros((layers, tokens), dtype=torch.float64, device=device)
         self.layers: set[int] = set()
         """That have written in the step under way."""
         self._flights: deque[tuple[HostCopy, list[int], np.ndarray, Any]] = deque()
         """Copies of ids and costs, and what `close_step` was told."""
+
+    def begin_step(self) -> None:
+        """A step is about to be launched in which every layer has to write."""
+        self.ids.fill_(UNSEEN)
 
     def record(self, layer: int, ids: torch.Tensor, costs: torch.Tensor | None) -> None:
         """A layer has chosen, in a step of at most `tokens`.
@@ -64,7 +75,7 @@ class DeferredRouting:
             costs: `[tokens]`, of gating; None: nothing is gated.
         """
         self.layers.add(layer)
-        self.ids[layer, : len(ids)].copy_(ids)
+        self.ids[layer, : len(ids), : ids.shape[1]].copy_(ids)
         if costs is not None:
             self.costs[layer, : len(costs)].copy_(costs)
 
@@ -85,8 +96,18 @@ class DeferredRouting:
         self._flights.append((copy, layers, slots, about))
 
     def finished(self) -> Iterator[PassedStep]:
-        """Steps that have run and were not taken in yet, the oldest first. Waits for none."""
+        """Steps that have run and were not taken in yet, the oldest first. Waits for none.
+
+        Raises:
+            RoutingUnseen: a layer of `layers` has not written: its output was not that of its experts.
+        """
         while self._flights and self._flights[0][0].arrived:
             copy, layers, slots, about = self._flights.popleft()
             ids, costs = copy.tensors
+            unseen = [layer for layer in layers if (ids[layer, :, 0] == UNSEEN).any()]
+            if unseen:
+                raise RoutingUnseen(
+                    f"MoE layers {unseen} left no routing in a decode step: the CUDA graph does not hold their "
+                    "experts, and its tokens are wrong; set decode=fetch"
+                )
             yield PassedStep(layers, ids.numpy(), costs.numpy(), slots, about)

@@ -50,6 +50,7 @@ class InPlaceDecode:
         """A step of at most `MAX_TOKENS` tokens is launched within; `about` is given back with what it has used."""
         with self.cache.frozen() as slots:
             self.addresses.publish(slots)
+            self.routing.begin_step()
             self.running = True
             try:
                 yield

@@ -24,6 +24,7 @@ from vllm_adapmoe.integration.hostless_steps import HostlessSteps
 from vllm_adapmoe.integration.layers import CachedExperts
 from vllm_adapmoe.integration.loading import expert_loading
 from vllm_adapmoe.integration.lookahead import Lookahead
+from vllm_adapmoe.integration.mapped_experts import MappedExperts
 from vllm_adapmoe.integration.probed_worker import ProbedWorker
 from vllm_adapmoe.integration.switch import heeds_worker
 from vllm_adapmoe.integration.worker_stats import Since, StepStats, total_stats, with_attributes
@@ -59,6 +60,8 @@ class ExpertCacheWorker(ProbedWorker, Worker):
     lookahead: Lookahead | None = None
     hostless: HostlessSteps | None = None
     """Of a GPU."""
+    _warming_up = False
+    """vLLM runs steps of its own."""
 
     def load_model(self, **kwargs: Any) -> None:
         """Loads the model and makes its slots: before vLLM profiles memory, so the KV cache gets what they leave."""
@@ -182,6 +185,8 @@ class ExpertCacheWorker(ProbedWorker, Worker):
         if in_place and self.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
             raise AdapMoEError("gating is part of the CUDA graphs that decode=in_place has captured; set decode=fetch")
         for index, layer in enumerate(self.moe_layers):
+            if parsed is not None and isinstance(layer, MappedExperts):
+                layer.use_slot_kernel()  # what is dropped has no row, also where every expert is resident
             layer.gate = None if parsed is None else gates.LayerGate(parsed, index)
         self._budget = None
         if parsed is not None and parsed.nats_per_token is not None:
@@ -202,7 +207,20 @@ class ExpertCacheWorker(ProbedWorker, Worker):
         cache.restart(CacheController(cache.controller.shape, setup), config.link_gbps)
         self._look_ahead(config)
 
+    def compile_or_warm_up_model(self) -> Any:
+        """Warms up and captures CUDA graphs, for which model runner V2 runs steps of made-up requests.
+
+        Those load no expert and count nowhere. A capture is global: nothing may be in flight meanwhile.
+        """
+        self._warming_up = True
+        try:
+            return super().compile_or_warm_up_model()
+        finally:
+            self._warming_up = False
+
     def execute_model(self, scheduler_output: Any) -> Any:
+        if self._warming_up:
+            return super().execute_model(scheduler_output)
         self._scheduler_output = scheduler_output
         self._scheduled = scheduler_output.num_scheduled_tokens
         if self.hostless is not None:
@@ -263,7 +281,8 @@ class ExpertCacheWorker(ProbedWorker, Worker):
                 gate.threshold = threshold
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        return self._with_stats(super().sample_tokens(grammar_output))
+        output = super().sample_tokens(grammar_output)
+        return output if self._warming_up else self._with_stats(output)
 
     def _fail_requests(self, spoilt: torch.Tensor, error: ExpertsUnavailable) -> None:
         """Requests of the step's rows that need an expert which cannot be read: they end with this step.
