@@ -16,6 +16,10 @@ from triton.backends import backends
 
 backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
 
+from vllm import SamplingParams  # noqa: E402
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput  # noqa: E402
+from vllm.v1.worker.cpu_worker import CPUWorker  # noqa: E402
+
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy, prompts  # noqa: E402
 from vllm_adapmoe.integration.compat import requests_of_step  # noqa: E402
 from vllm_adapmoe.integration.engine import Engine  # noqa: E402
@@ -32,11 +36,36 @@ def order_of_rows(worker):
     return requests_of_step(fake, scheduled)
 
 
+def steps_of_a_made_up_request(worker):
+    """A GPU's `compile_or_warm_up_model` runs such (`warmup_kernels` of vllm/v1/worker/gpu/warmup.py), a CPU's none."""
+    ids = list(range(4))
+    request = NewRequestData(
+        req_id="_warmup_0_", prompt_token_ids=ids, mm_features=[], pooling_params=None, lora_request=None,
+        sampling_params=SamplingParams(max_tokens=2, temperature=0.0), block_ids=([1],), num_computed_tokens=0,
+        prefill_token_ids=ids,
+    )  # fmt: skip
+    step, end = SchedulerOutput.make_empty(), SchedulerOutput.make_empty()
+    step.scheduled_new_reqs = [request]
+    step.num_scheduled_tokens = {request.req_id: len(ids)}
+    step.total_num_scheduled_tokens = len(ids)
+    end.finished_req_ids = {request.req_id}
+    worker.execute_model(step)
+    worker.sample_tokens(None)
+    worker.execute_model(end)
+
+
+def warm_up(worker):
+    CPUWorker.compile_or_warm_up_model = steps_of_a_made_up_request
+    worker.compile_or_warm_up_model()
+
+
 model, profile = sys.argv[1:]
 results = {}
 with Engine(model, None, **ARGS) as engine:
     results["stock"] = [tokens for tokens, _ in answers(engine, ASKED, PARAMS)]
 with Engine(model, VLLM_STEPS | {"cache_fraction": 0.5, "profile": profile}, **ARGS) as engine:
+    engine.llm.collective_rpc(warm_up)
+    results["warmed_up"] = engine.cache_stats()
     results["cached"] = [tokens for tokens, _ in answers(engine, ASKED, PARAMS)]
     results["stats"] = engine.cache_stats()
     results["runner"] = engine.llm.collective_rpc(lambda worker: type(worker.model_runner).__module__)[0]

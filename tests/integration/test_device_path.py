@@ -216,5 +216,7 @@ def test_model_runner_v2():
     """Of vLLM, runner V2, whose Triton kernels run in the interpreter: the tokens are the same."""
     results = json.loads(interpret("run_model_runner_v2.py", str(TINY_MIXTRAL), GATED["profile"]).splitlines()[-1])
     assert results["stock"] == results["cached"] and results["runner"] == "vllm.v1.worker.cpu.model_runner"
+    warmed_up = {name: value for name, value in results["warmed_up"].items() if name != "slots"}
+    assert not any(warmed_up.values()), "steps of made-up requests count nowhere, and load nothing"
     assert results["stats"]["prefetch_hits"] > 0 and results["stats"]["demand_loads"] > 0
     assert results["requests"] == [["b", 2, 1], ["c", 5, 1], ["a", 0, 3]], "decoding rows come first"
