@@ -1,5 +1,6 @@
 """The one object of a worker that changes slots."""
 
+import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from vllm_adapmoe.cache.slots import SlotPool
 from vllm_adapmoe.cache.transfer import READERS, CacheClosed, TransferEngine
 from vllm_adapmoe.prefetch.planner import Foretell
 from vllm_adapmoe.store.base import ExpertStore, ExpertsUnavailable
+
+logger = logging.getLogger(__name__)
 
 
 class ExpertCacheManager:
@@ -43,6 +46,7 @@ class ExpertCacheManager:
         reader_cpus: Collection[int] | None = None,
     ) -> None:
         self.store = store
+        self.device = device
         self.readers = readers
         self.reader_cpus = reader_cpus
         self.pool_of_layer = controller.pool_of
@@ -293,8 +297,13 @@ class ExpertCacheManager:
         return present
 
     def close(self) -> None:
-        """Ends the readers and lets go of the store."""
+        """Ends the readers and lets go of the store, once no kernel reads it in place any more."""
         if not self.closed:
             self.closed = True
             self.transfers.close()
+            try:
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+            except RuntimeError as error:  # whoever launched the kernel has been told
+                logger.debug("kernels have not ended well: %s", error)
             self.store.close()
