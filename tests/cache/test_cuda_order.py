@@ -2,8 +2,9 @@
 
 import ctypes
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +29,8 @@ from vllm_adapmoe.store.record import aligned_empty, as_bytes
 LAYERS, EXPERTS, TOP_K, HIDDEN, INNER = 3, 4, 2, 64, 64
 POOL_OF = [0, 0, 1]
 DEVICE = torch.device("cuda", 0)
-SCHEDULES = 200
-"""Of five random steps each; together some ten seconds."""
+SCHEDULES, STEPS = 200, 5
+"""Random schedules of so many random steps each; together some ten seconds."""
 PLANTED = 60
 """Of those, the ones in which a planted fault has to be found."""
 IN_FLIGHT = 2
@@ -105,17 +106,20 @@ class Worker:
         if in_place:
             self.in_place = InPlaceDecode(self.cache, TOP_K, DEVICE)
             self.in_place.kernel = self.by_address
+        self.seen: Counter = Counter()
         self.ends: deque[Event] = deque()
         self.asked: deque[np.ndarray] = deque()
         """Ids of steps that have run in place, and were not taken in yet."""
 
     def step(self) -> None:
         """Any step, launched when the step before the last has ended."""
-        ways = [self.fetched, self.fetched]
+        ways = [self.fetched, self.fetched, self.fetched, self.whole, self.captured, self.restarted]
         if self.in_place is not None:
             self.take_in()
-            ways += [self.read_in_place, self.read_in_place, self.read_in_place]
-        self.random.choice(ways)()
+            ways += [self.read_in_place] * 5
+        way = self.random.choice(ways)
+        self.seen[way.__name__] += 1
+        way()
         end: Any = torch.cuda.Event()
         end.record()
         self.ends.append(end)
@@ -151,6 +155,27 @@ class Worker:
                         self.cuda.fault("a kernel ran other weights than those of its experts")
 
         self.cuda.launch(reads, [], run)
+
+    def whole(self) -> None:
+        for layer in range(LAYERS):
+            if self.cache.capacity(layer) >= EXPERTS:
+                self.cache.acquire(layer, list(range(EXPERTS)))
+                self.cache.release(layer, list(range(EXPERTS)))
+            with self.cache.whole_layer(layer) as whole:
+                self.seen["whole layers"] += whole
+                if whole:
+                    self.launch_on_slots(layer, dict(enumerate(self.cache.slot_maps[layer].tolist())))
+
+    def captured(self) -> None:
+        """A graph is captured while speculation is on its way."""
+        self.look_ahead(0)
+        with self.cache.quiet(), self.cuda.capture():
+            for _ in range(10):
+                self.cuda.launch([], [])
+
+    def restarted(self) -> None:
+        self.look_ahead(0)
+        self.cache.restart(self.cache.controller.anew(), None)
 
     # In place
 
@@ -201,8 +226,10 @@ class Worker:
             self.cache.passed(list(step.events()))
 
 
-def faults(seed: int, steps: int = 5, plant: Callable[[pytest.MonkeyPatch], None] | None = None) -> list[str]:
-    """What goes wrong in one schedule of a worker."""
+def faults(
+    seed: int, plant: Callable[[pytest.MonkeyPatch], None] | None = None, seen: Counter | None = None
+) -> list[str]:
+    """What goes wrong in one schedule of a worker; `seen` counts what happened in it."""
     cuda = FakeCuda(seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transfer, "threading", cuda.schedule)
@@ -212,8 +239,10 @@ def faults(seed: int, steps: int = 5, plant: Callable[[pytest.MonkeyPatch], None
         cuda.install(patch)
         try:
             worker = Worker(cuda, seed)
-            for _ in range(steps):
+            for _ in range(STEPS):
                 worker.step()
+            if seen is not None:
+                seen.update(vars(worker.cache.stats) | worker.seen)
             worker.cache.close()
             cuda.synchronize()
         except Stopped:
@@ -234,8 +263,20 @@ def assert_found(plant: Callable[[pytest.MonkeyPatch], None], *expected: str) ->
 
 
 def test_every_schedule_is_in_order():
+    seen: Counter = Counter()
     for seed in range(SCHEDULES):
-        assert faults(seed) == [], f"seed {seed}"
+        assert faults(seed, seen=seen) == [], f"seed {seed}"
+    for what in (
+        "fetched",
+        "read_in_place",
+        "whole layers",
+        "captured",
+        "restarted",
+        "caught_up",
+        "prefetch_hits",
+        "late",
+    ):
+        assert seen[what] >= 20, f"{what}: {seen[what]}"
 
 
 def test_an_event_that_is_published_before_it_is_recorded_is_found():
@@ -274,6 +315,14 @@ def test_a_staging_buffer_that_is_used_again_too_early_is_found():
     assert_found(
         lambda patch: patch.setattr(SlotPool, "fill", fill),
         "the host writes pinned memory that an unordered copy reads",
+    )
+
+
+def test_a_call_of_another_thread_during_a_capture_is_found():
+    assert_found(
+        lambda patch: patch.setattr(ExpertCacheManager, "quiet", lambda cache: nullcontext()),
+        "a call from another thread during a capture (cudaEventSynchronize)",
+        "a call from another thread during a capture (cudaMemcpyAsync)",
     )
 
 

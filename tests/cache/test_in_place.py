@@ -128,17 +128,40 @@ def test_table_follows_slots(cache):
 
 
 def test_a_layer_is_frozen_only_as_a_whole(cache):
-    assert not cache.freeze_whole(0)
+    def is_whole() -> bool:
+        with cache.whole_layer(0) as whole:
+            assert bool(cache.transfers.frozen) == whole
+            return whole
+
+    assert not is_whole()
     cache.acquire(0, list(range(EXPERTS)))
-    assert not cache.freeze_whole(0), "in use"
+    assert not is_whole(), "in use"
     cache.release(0, list(range(EXPERTS)))
-    assert cache.freeze_whole(0) and cache.transfers.frozen
-    cache.passed([(1, [0, 1, 2], set())] * 3)
-    time.sleep(0.02)
-    assert cache.resident()[0].all() and cache.stats.caught_up == 0
-    cache.release_whole(0)
+    with cache.whole_layer(0) as whole:
+        assert whole and cache.transfers.frozen
+        cache.passed([(1, [0, 1, 2], set())] * 3)
+        time.sleep(0.02)
+        assert cache.resident()[0].all() and cache.stats.caught_up == 0
     settle(cache)
     assert cache.stats.caught_up > 0
+
+
+def test_an_error_in_a_whole_layer_does_not_leave_it_frozen(cache):
+    cache.acquire(0, list(range(EXPERTS)))
+    cache.release(0, list(range(EXPERTS)))
+    with pytest.raises(ValueError, match="of the kernel"), cache.whole_layer(0):
+        raise ValueError("of the kernel")
+    cache.passed([(1, [0, 1, 2], set())] * 3)
+    settle(cache)
+    assert cache.stats.caught_up > 0
+
+
+def test_a_layer_that_is_not_whole_leaves_a_frozen_step_frozen(cache):
+    with cache.frozen():
+        with cache.whole_layer(0) as whole:
+            assert not whole
+        assert cache.transfers.frozen
+    assert not cache.transfers.frozen
 
 
 def test_only_layers_that_recorded_are_taken_in():
