@@ -269,7 +269,7 @@ class TransferEngine:
         state = self.controller.transfer_ended(job.key, job.moved, complete)
         if state is State.RESIDENT and not job.urgent and self.arrived is not None:
             self.arrived(job.key, job.slot)
-        if error is not None and not isinstance(error, (StoreError, OSError)):
+        if error is not None and not isinstance(error, (StoreError, OSError)) and not self.closing:
             self._fail(error)
         elif job.urgent and not complete:
             self.errors[job.key] = error or CacheClosed()
