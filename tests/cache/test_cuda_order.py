@@ -358,6 +358,24 @@ def test_a_store_that_goes_before_the_last_kernel_has_read_it_is_found():
     )
 
 
+def test_an_error_of_a_copy_ends_the_worker_with_that_error():
+    """CUDA's errors stay: every later wait for the stream meets it again."""
+    synchronize = Event.synchronize
+
+    def broken(event: Event) -> None:
+        synchronize(event)
+        if event.cuda.schedule.running is not event.cuda.schedule.tasks[0]:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    ended = 0
+    for seed in range(40):
+        try:
+            assert faults(seed, lambda patch: patch.setattr(Event, "synchronize", broken)) == []
+        except torch.AcceleratorError:
+            ended += 1
+    assert ended >= 30, "all but those whose readers copied nothing before the end"
+
+
 def test_the_last_staging_buffer_may_be_taken_by_another_thread(monkeypatch):
     cuda = FakeCuda(0)
     cuda.install(monkeypatch)

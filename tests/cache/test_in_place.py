@@ -1,6 +1,7 @@
 """Steps that wait for nothing: real slots, real host memory, the kernel in Triton's interpreter."""
 
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -125,6 +126,22 @@ def test_table_follows_slots(cache):
     assert table.table[1, 1, 3] == cache.pools[0].tensors[DOWN][5].data_ptr()
     table.publish(np.full_like(slots, -1))
     assert torch.equal(table.table, homes)
+
+
+def test_a_table_that_could_not_be_copied_is_copied_the_next_time(cache, monkeypatch):
+    table = AddressTable(cache.store, cache.pools, cache.pool_of_layer, (GATE_UP, DOWN), CPU)
+    slots = np.full((LAYERS, EXPERTS), -1, dtype=np.int32)
+    slots[1, 3] = 5
+
+    def fails(*args: Any, **options: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", fails)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            table.publish(slots)
+    table.publish(slots)
+    assert table.table[1, 1, 3] == cache.pools[0].tensors[DOWN][5].data_ptr()
 
 
 def test_a_layer_is_frozen_only_as_a_whole(cache):
