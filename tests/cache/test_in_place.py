@@ -1,6 +1,7 @@
 """Steps that wait for nothing: real slots, real host memory, the kernel in Triton's interpreter."""
 
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,18 +128,57 @@ def test_table_follows_slots(cache):
     assert torch.equal(table.table, homes)
 
 
+def test_a_table_that_could_not_be_copied_is_copied_the_next_time(cache, monkeypatch):
+    table = AddressTable(cache.store, cache.pools, cache.pool_of_layer, (GATE_UP, DOWN), CPU)
+    slots = np.full((LAYERS, EXPERTS), -1, dtype=np.int32)
+    slots[1, 3] = 5
+
+    def fails(*args: Any, **options: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", fails)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            table.publish(slots)
+    table.publish(slots)
+    assert table.table[1, 1, 3] == cache.pools[0].tensors[DOWN][5].data_ptr()
+
+
 def test_a_layer_is_frozen_only_as_a_whole(cache):
-    assert not cache.freeze_whole(0)
+    def is_whole() -> bool:
+        with cache.whole_layer(0) as whole:
+            assert bool(cache.transfers.frozen) == whole
+            return whole
+
+    assert not is_whole()
     cache.acquire(0, list(range(EXPERTS)))
-    assert not cache.freeze_whole(0), "in use"
+    assert not is_whole(), "in use"
     cache.release(0, list(range(EXPERTS)))
-    assert cache.freeze_whole(0) and cache.transfers.frozen
-    cache.passed([(1, [0, 1, 2], set())] * 3)
-    time.sleep(0.02)
-    assert cache.resident()[0].all() and cache.stats.caught_up == 0
-    cache.release_whole(0)
+    with cache.whole_layer(0) as whole:
+        assert whole and cache.transfers.frozen
+        cache.passed([(1, [0, 1, 2], set())] * 3)
+        time.sleep(0.02)
+        assert cache.resident()[0].all() and cache.stats.caught_up == 0
     settle(cache)
     assert cache.stats.caught_up > 0
+
+
+def test_an_error_in_a_whole_layer_does_not_leave_it_frozen(cache):
+    cache.acquire(0, list(range(EXPERTS)))
+    cache.release(0, list(range(EXPERTS)))
+    with pytest.raises(ValueError, match="of the kernel"), cache.whole_layer(0):
+        raise ValueError("of the kernel")
+    cache.passed([(1, [0, 1, 2], set())] * 3)
+    settle(cache)
+    assert cache.stats.caught_up > 0
+
+
+def test_a_layer_that_is_not_whole_leaves_a_frozen_step_frozen(cache):
+    with cache.frozen():
+        with cache.whole_layer(0) as whole:
+            assert not whole
+        assert cache.transfers.frozen
+    assert not cache.transfers.frozen
 
 
 def test_only_layers_that_recorded_are_taken_in():

@@ -301,6 +301,151 @@ def test_readers_run_where_they_may():
         os.sched_setaffinity(0, allowed)
 
 
+class Broken(Flaky):
+    """A store of some experts, whose other copies meet an error of CUDA."""
+
+    def __init__(self, store: Any, fails: Callable[[Any], bool], ends_badly: bool = False) -> None:
+        super().__init__(store, lambda: False)
+        self.fails_for, self.ends_badly = fails, ends_badly
+
+    def read_tiles(self, key: Any, into: Any, tile_bytes: int) -> Iterator[int]:
+        if not self.fails_for(key):
+            yield from self.store.read_tiles(key, into, tile_bytes)
+            return
+        if not self.ends_badly:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        try:
+            for nbytes in self.store.read_tiles(key, into, 4096):
+                time.sleep(0.01)
+                yield nbytes
+        except GeneratorExit:  # a copy that was under way
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered") from None
+
+
+def assert_broken(cache: ExpertCacheManager) -> None:
+    """Whoever asks the cache for anything is told, and it can be closed."""
+
+    def within(context: Any) -> None:
+        with context:
+            pass
+
+    for ask in (
+        lambda: cache.acquire(0, [0]),
+        lambda: within(cache.frozen()),
+        lambda: within(cache.whole_layer(0)),
+        lambda: within(cache.quiet()),
+        lambda: cache.passed([]),
+        lambda: cache.look_ahead(0, None, {}.get),
+        lambda: cache.begin_step(0, ()),
+    ):
+        with pytest.raises(torch.AcceleratorError, match="an illegal memory access"):
+            ask()
+    cache.close()
+    assert not any(thread.is_alive() for thread in cache.transfers.threads)
+
+
+def prefetch(cache: ExpertCacheManager) -> None:
+    cache.look_ahead(0, None, {1: Foretold(np.array([[0, 1]]), np.ones((1, 2), dtype=bool))}.get)
+
+
+@pytest.mark.parametrize("readers", [0, 2])
+def test_an_error_of_cuda_in_a_demand_load_ends_everything(readers):
+    cache = manager(Broken(host_store(), lambda key: key == (0, 3)), [18, 4], readers)
+    with pytest.raises(torch.AcceleratorError, match="an illegal memory access"):
+        cache.acquire(0, [1, 2, 3])
+    assert_broken(cache)
+
+
+def test_an_error_of_cuda_in_a_prefetch_ends_everything():
+    cache = manager(Broken(host_store(), lambda key: key[0] == 1), [9, 4], lookahead=1, max_experts=1)
+    cache.controller.pools[0] = Residency(9, 1, LRU(4, 6))
+    prefetch(cache)
+    while not cache.transfers.fatal:
+        time.sleep(0.001)
+    assert_broken(cache)
+
+
+def test_an_error_of_cuda_while_a_prefetch_is_given_up_ends_everything():
+    """It used to end the reader, and who waited for it waited for ever."""
+    cache = manager(Broken(host_store(), lambda key: key[0] == 1, True), [9, 4], 1, lookahead=1, max_experts=1)
+    cache.controller.pools[0] = Residency(9, 1, LRU(4, 6))
+    prefetch(cache)
+    while not cache.transfers.jobs:
+        time.sleep(0.001)
+    with pytest.raises(torch.AcceleratorError, match="an illegal memory access"):
+        aside(cache.acquire, 1, [3, 4]).result(10)
+    assert_broken(cache)
+
+
+def test_an_error_of_the_readers_own_ends_everything():
+    """Not of a load: it used to end the reader in silence."""
+    cache = manager(host_store(), [9, 4], lookahead=1, max_experts=1)
+    cache.controller.pools[0] = Residency(9, 1, LRU(4, 6))
+
+    def start_speculation(key: Any) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    cache.controller.start_speculation = start_speculation
+    prefetch(cache)
+    while not cache.transfers.fatal:
+        time.sleep(0.001)
+    assert_broken(cache)
+
+
+def test_a_prefetch_that_cannot_be_read_is_dropped(caplog):
+    cache = manager(Flaky(host_store(), lambda: True), [9, 4], lookahead=1, max_experts=1)
+    cache.controller.pools[0] = Residency(9, 1, LRU(4, 6))
+    prefetch(cache)
+    while "a prefetch failed and is dropped" not in caplog.text:
+        time.sleep(0.001)
+    with pytest.raises(StoreError, match="cannot be read"):
+        cache.acquire(0, [0])
+    cache.close()
+
+
+def test_nothing_moves_while_it_is_quiet():
+    """What has begun ends first; what is asked for meanwhile begins afterwards, and nobody may wait for it."""
+    moving: list[Any] = []
+
+    class Slow(Flaky):
+        def read_tiles(self, key: Any, into: Any, tile_bytes: int) -> Iterator[int]:
+            for nbytes in self.store.read_tiles(key, into, 4096):
+                moving.append(key)
+                time.sleep(0.002)
+                yield nbytes
+
+    cache = manager(Slow(host_store(), lambda: False), [9, 4], lookahead=1, max_experts=2)
+    cache.controller.pools[0] = Residency(9, 3, LRU(4, 6))
+    prefetch(cache)
+    while not moving:
+        time.sleep(0.001)
+    with cache.quiet():
+        assert not cache.transfers.jobs and cache.stats.prefetches > 0 and cache.stats.fetched_bytes > 0
+        before = len(moving)
+        cache.look_ahead(0, None, {1: Foretold(np.array([[4, 5]]), np.ones((1, 2), dtype=bool))}.get)
+        for ask in (
+            lambda: cache.acquire(1, [0]),
+            lambda: cache.frozen().__enter__(),
+            lambda: cache.quiet().__enter__(),
+        ):
+            with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
+                ask()
+        time.sleep(0.05)
+        assert len(moving) == before and not cache.transfers.jobs
+    while not {(1, 4), (1, 5)} & set(moving):
+        time.sleep(0.001)
+    assert_served(cache, 1, [0, 1])
+    cache.close()
+
+
+def test_an_error_while_it_is_quiet_ends_that():
+    cache = manager(host_store(), [9, 4])
+    with pytest.raises(ValueError, match="capture"), cache.quiet():
+        raise ValueError("capture")
+    assert_served(cache, 0, [0, 1])
+    cache.close()
+
+
 def test_link_limit(tmp_path):
     """Two thirds of a second at the rate asked for, to within what a loaded machine may be late."""
     store = host_store()

@@ -1,5 +1,6 @@
 """The one object of a worker that changes slots."""
 
+import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from vllm_adapmoe.cache.slots import SlotPool
 from vllm_adapmoe.cache.transfer import READERS, CacheClosed, TransferEngine
 from vllm_adapmoe.prefetch.planner import Foretell
 from vllm_adapmoe.store.base import ExpertStore, ExpertsUnavailable
+
+logger = logging.getLogger(__name__)
 
 
 class ExpertCacheManager:
@@ -43,6 +46,7 @@ class ExpertCacheManager:
         reader_cpus: Collection[int] | None = None,
     ) -> None:
         self.store = store
+        self.device = device
         self.readers = readers
         self.reader_cpus = reader_cpus
         self.pool_of_layer = controller.pool_of
@@ -74,10 +78,19 @@ class ExpertCacheManager:
 
     def restart(self, controller: CacheController, link_gbps: float | None) -> None:
         """Starts over between two steps: empty slots, the decisions of another controller, counters at zero."""
+        self._check()
         self.transfers.close()
         for slot_map in self.slot_maps:
             slot_map.fill_(-1)
         self._follow(controller, link_gbps)
+
+    def _check(self) -> None:
+        """Raises why no expert can be asked for now, if there is a reason."""
+        if self.closed:
+            raise CacheClosed
+        self.transfers.check()
+        if self.transfers.quiet:
+            raise RuntimeError("experts are asked for while a CUDA graph is captured, which may wait for nothing")
 
     @property
     def stats(self) -> CacheStats:
@@ -122,6 +135,8 @@ class ExpertCacheManager:
         Raises:
             ExpertsUnavailable: records could not be read; their slots are free again, and nothing is pinned.
             CacheClosed: before they were there.
+            Exception: what ended the transfers for good, an error of CUDA; from here on every call raises it.
+            RuntimeError: within `quiet`.
         """
         for _ in self.arrivals(layer, experts, present, meanwhile, expected):
             pass
@@ -142,8 +157,7 @@ class ExpertCacheManager:
         """
         slot_map = self._maps[layer]
         with self.transfers.lock:
-            if self.closed:
-                raise CacheClosed
+            self._check()
             request = self.controller.begin(layer, experts, present, expected)
         for load in (*request.loads, *request.promoted, *request.awaited):
             if load.evicted is not None:
@@ -184,10 +198,12 @@ class ExpertCacheManager:
             with transfers.changed:
                 job = None
                 while not (ended := [key for key in waiting if key not in transfers.jobs]):
+                    transfers.check()
                     if (job := transfers.next_urgent()) is not None:
                         break
                     transfers.changed.wait()
                 if job is None:
+                    transfers.check()
                     self.stats.stall_seconds += time.perf_counter() - start
                     return {key: transfers.errors.pop(key, None) for key in ended}
             transfers.run(job)
@@ -207,7 +223,8 @@ class ExpertCacheManager:
             int32 `[layers, experts]`: slot of every expert that is there, resident or staged; -1 otherwise.
         """
         with self.transfers.lock:
-            self.transfers.frozen = True
+            self._check()
+            self.transfers.frozen += 1
             slots = np.full((len(self._maps), max(map(len, self._maps))), -1, dtype=np.int32)
             for row, slot_map in zip(slots, self._maps, strict=True):
                 row[: len(slot_map)] = slot_map
@@ -220,22 +237,54 @@ class ExpertCacheManager:
         finally:
             self._thaw(self.pools)
 
-    def freeze_whole(self, layer: int) -> bool:
-        """Sees to it that no expert leaves until `release_whole`, if all of `layer` are resident; returns whether."""
-        with self.transfers.lock:
-            self.transfers.frozen = self.controller.residency(layer).is_whole(layer, self.store.num_experts(layer))
-            return self.transfers.frozen
+    @contextmanager
+    def whole_layer(self, layer: int) -> Iterator[bool]:
+        """While it lasts no expert leaves its slot, if all of `layer` are resident and none is in use; yields whether.
 
-    def release_whole(self, layer: int) -> None:
-        """The kernel that reads the experts of `layer` has been launched."""
-        self._thaw([self.pool(layer)])
+        What kernels launched in it read of the layer is not overwritten later on before they have run.
+        """
+        with self.transfers.lock:
+            self._check()
+            whole = self.controller.residency(layer).is_whole(layer, self.store.num_experts(layer))
+            self.transfers.frozen += whole
+        try:
+            yield whole
+        finally:
+            if whole:
+                self._thaw([self.pool(layer)])
 
     def _thaw(self, pools: Sequence[SlotPool]) -> None:
-        for pool in pools:
-            pool.mark_used()
-        with self.transfers.changed:
-            self.transfers.frozen = False
-            self.transfers.changed.notify_all()
+        try:
+            for pool in pools:
+                pool.mark_used()
+        finally:
+            with self.transfers.changed:
+                self.transfers.frozen -= 1
+                self.transfers.changed.notify_all()
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """While it lasts nothing moves, and no thread of the cache calls CUDA: for the capture of graphs.
+
+        A capture is the whole process's: a call of another thread can invalidate it. What is under way comes to its
+        end first; speculation that is asked for meanwhile begins afterwards.
+
+        Raises:
+            RuntimeError: experts are asked for within, which would have to wait for transfers.
+        """
+        transfers = self.transfers
+        with transfers.lock:
+            self._check()
+            try:
+                transfers.hush()
+            except BaseException:
+                transfers.resume()
+                raise
+        try:
+            yield
+        finally:
+            with transfers.lock:
+                transfers.resume()
 
     def passed(self, events: Sequence[tuple[int, Sequence[int], Collection[int]]]) -> None:
         """Events that have run without waiting, in order: layer, distinct experts, and which of them were in slots.
@@ -244,6 +293,7 @@ class ExpertCacheManager:
         """
         missed = []
         with self.transfers.lock:
+            self.transfers.check()
             for layer, experts, there in events:
                 for load in self.controller.passed(layer, experts, there):
                     if load.evicted is not None:
@@ -257,6 +307,7 @@ class ExpertCacheManager:
     def look_ahead(self, layer: int, routing: tuple[np.ndarray, np.ndarray] | None, foretell: Foretell) -> None:
         """`CacheController.look_ahead`."""
         with self.transfers.lock:
+            self.transfers.check()
             self.controller.look_ahead(layer, routing, foretell)
         if not self.transfers.threads:
             self._speculate_here()
@@ -272,6 +323,7 @@ class ExpertCacheManager:
     def begin_step(self, prompt_tokens: int, chances: Sequence[np.ndarray]) -> None:
         """`CacheController.begin_step`."""
         with self.transfers.lock:
+            self.transfers.check()
             self.controller.begin_step(prompt_tokens, chances)
         if not self.transfers.threads:
             self._speculate_here()
@@ -293,8 +345,13 @@ class ExpertCacheManager:
         return present
 
     def close(self) -> None:
-        """Ends the readers and lets go of the store."""
+        """Ends the readers and lets go of the store, once no kernel reads it in place any more."""
         if not self.closed:
             self.closed = True
             self.transfers.close()
+            try:
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+            except RuntimeError as error:  # whoever launched the kernel has been told
+                logger.debug("kernels have not ended well: %s", error)
             self.store.close()

@@ -39,6 +39,7 @@ class SlotPool:
         """Page-locked records that no transfer uses."""
         self._streams = threading.local()
         self._used: torch.cuda.Event | None = None
+        self.mark_used()  # by the kernel that writes the zeros: no copy may come before it
 
     def fill(self, slot: int, read: Callable[[Sequence[torch.Tensor]], Iterator[int]]) -> Iterator[int]:
         """Puts a record into a slot, tile by tile; yields the bytes of each.
@@ -49,7 +50,10 @@ class SlotPool:
         if self.device.type == "cpu":
             yield from read(self._bytes_of_slot[slot])
             return
-        staging = self._staging.pop() if self._staging else aligned_empty(self.layout.nbytes, pin=True)
+        try:
+            staging = self._staging.pop()
+        except IndexError:  # asking first would be no use: another thread may take the last one in between
+            staging = aligned_empty(self.layout.nbytes, pin=True)
         try:
             yield from read([staging[p.offset : p.offset + p.nbytes] for p in self.layout.pieces])
             for _ in self.copy(slot, staging, self.layout.nbytes):
@@ -80,15 +84,16 @@ class SlotPool:
                     yield _wait(*under_way.popleft())
             while under_way:
                 yield _wait(*under_way.popleft())
-        finally:
-            if under_way:
-                under_way[-1][0].synchronize()
+        except BaseException:  # closed before its end, or an error; the copy that failed may have no event
+            stream.synchronize()
+            raise
 
     def mark_used(self) -> None:
         """Every kernel that reads slots has been launched; nothing is copied over them before it has run."""
         if self.device.type == "cuda":
-            self._used = torch.cuda.Event()
-            self._used.record()
+            used = torch.cuda.Event()
+            used.record()
+            self._used = used  # not before: other threads look, and a wait for an unrecorded event is over at once
 
     def _copy_stream(self) -> torch.cuda.Stream:
         if not hasattr(self._streams, "stream"):

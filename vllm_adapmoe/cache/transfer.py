@@ -109,8 +109,12 @@ class TransferEngine:
         self.errors: dict[ExpertKey, Exception] = {}
         """Of demand loads that failed, until the waiting layer takes them."""
         self.closing = False
-        self.frozen = False
-        """No expert may leave: nothing speculative starts."""
+        self.fatal: Exception | None = None
+        """Ended the transfers for good: an error that is not one of reading."""
+        self.frozen = 0
+        """Contexts within which no expert may leave: nothing speculative starts."""
+        self.quiet = False
+        """Nothing starts at all."""
         self.cpus = cpus
         self._counted_until = 0.0
         """Up to when `fetch_seconds` is counted, of `time.perf_counter`."""
@@ -151,14 +155,14 @@ class TransferEngine:
 
     def next_urgent(self) -> Job | None:
         """A job for a thread that waits for demand anyway."""
-        return self.urgent.popleft() if self.urgent and not self.closing else None
+        return self.urgent.popleft() if self.urgent and not self._ended else None
 
     def next_idle(self, beside_demand: bool = False) -> Job | None:
         """A speculative job that may start or go on now; not beside demand, unless that is asked for."""
         while (
-            self.idle and not self.closing and (beside_demand or not self.demanding) and self.speculating < SPECULATORS
+            self.idle and not self._ended and (beside_demand or not self.demanding) and self.speculating < SPECULATORS
         ):
-            if self.frozen and self.idle[0].tiles is None:
+            if (self.frozen or self.quiet) and self.idle[0].tiles is None:
                 return None
             job = self.idle.popleft()
             if job.tiles is None:
@@ -176,7 +180,18 @@ class TransferEngine:
             return job
         return None
 
+    @property
+    def _ended(self) -> bool:
+        return self.closing or self.fatal is not None
+
     def _serve(self) -> None:
+        try:
+            self._serve_jobs()
+        except Exception as error:  # else it would end in silence, and who waits would wait for ever
+            with self.changed:
+                self._fail(error)
+
+    def _serve_jobs(self) -> None:
         if self.cpus:
             os.sched_setaffinity(0, self.cpus)
         while True:
@@ -194,7 +209,7 @@ class TransferEngine:
             if job.tiles is None:
                 job.tiles = self._tiles(job)
             complete = self._move(job, job.tiles)
-        except Exception as caught:  # raised again in the layer that waits for it
+        except Exception as caught:  # raised again in the thread that asks
             error = caught
         with self.changed:
             if job.beside:  # it may have become urgent since
@@ -245,17 +260,46 @@ class TransferEngine:
         self._count_time()
         del self.jobs[job.key]
         if job.tiles is not None and not complete:
-            job.tiles.close()  # type: ignore[attr-defined]
+            try:
+                job.tiles.close()  # type: ignore[attr-defined]
+            except Exception as caught:  # of a copy that was under way
+                error = error or caught
         if job.urgent:
             self.demanding -= 1
         state = self.controller.transfer_ended(job.key, job.moved, complete)
         if state is State.RESIDENT and not job.urgent and self.arrived is not None:
             self.arrived(job.key, job.slot)
-        if job.urgent and not complete:
+        if error is not None and not isinstance(error, (StoreError, OSError)) and not self.closing:
+            self._fail(error)
+        elif job.urgent and not complete:
             self.errors[job.key] = error or CacheClosed()
         elif error is not None:
             logger.warning("Expert cache: a prefetch failed and is dropped: %s", error)
         assert state is not State.ABSENT or not complete or not job.urgent
+
+    def _fail(self, error: Exception) -> None:
+        """Ends the transfers: an error of CUDA stays, and every later call would meet it again."""
+        self.fatal = self.fatal or error
+        self.changed.notify_all()
+
+    def check(self) -> None:
+        """Raises what has ended the transfers, if anything has."""
+        if self.fatal is not None:
+            raise self.fatal
+
+    # Who wants it quiet
+
+    def hush(self) -> None:
+        """Lets what is under way come to its end, and starts nothing until `resume`; no thread calls CUDA then."""
+        self.quiet = True
+        while self.jobs:
+            self.check()
+            self.changed.wait()
+        self.check()
+
+    def resume(self) -> None:
+        self.quiet = False
+        self.changed.notify_all()
 
     def close(self) -> None:
         """Ends the threads after their tile; whatever is under way comes to nothing, and who waits for it is told.

@@ -13,6 +13,7 @@ import torch
 from vllm_adapmoe.bench.link import measure_copies
 from vllm_adapmoe.cache.budget import GiB
 from vllm_adapmoe.doctor.finding import Finding
+from vllm_adapmoe.store.page_lock import OUT_OF_MEMORY, refusal
 
 SECTION = "Machine"
 PINNED_BYTES = 1 << 26
@@ -64,9 +65,9 @@ def _device(device: str) -> Iterator[Finding]:
     try:
         torch.empty(PINNED_BYTES, dtype=torch.uint8, pin_memory=True)
     except RuntimeError as error:
+        reason, remedy = refusal(getattr(error, "error_code", OUT_OF_MEMORY))
         yield Finding(
-            SECTION, "problem", f"no page-locked host memory ({_first_line(error)})",
-            "allow the process more locked memory: ulimit -l unlimited, docker run --ulimit memlock=-1",
+            SECTION, "problem", f"no page-locked host memory ({_first_line(error)}): {reason}", remedy
         )  # fmt: skip
         return
     bandwidth = measure_copies(PINNED_BYTES)

@@ -1,5 +1,6 @@
 """Routed experts of a GPU: kernels that skip what a map leaves out, and steps that do not wait for the host."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,8 +78,10 @@ class MappedExperts(CachedExperts):
                 f"a CUDA graph is captured around {self.layer_name}, whose experts the host fetches while a step runs; "
                 "set cudagraph_mode=PIECEWISE, with vLLM's own splitting_ops"
             )
-        if not self._is_dummy_run(context) and self._may_defer(len(x)) and self._freeze_whole():
-            return self._run_whole_layer(x, topk_weights, topk_ids, context)
+        if not self._is_dummy_run(context) and self._may_defer(len(x)):
+            with self._whole_layer() as whole:
+                if whole:
+                    return self._run_whole_layer(x, topk_weights, topk_ids, context)
         return super().run_experts(x, topk_weights, topk_ids)
 
     def _may_defer(self, tokens: int) -> bool:
@@ -91,8 +94,9 @@ class MappedExperts(CachedExperts):
             and tokens <= self.deferred.tokens
         )
 
-    def _freeze_whole(self) -> bool:
-        return self.cache is None or self.cache.freeze_whole(self.cache_layer)
+    def _whole_layer(self) -> AbstractContextManager[bool]:
+        """`ExpertCacheManager.whole_layer`; where every expert is resident, every layer is whole."""
+        return nullcontext(True) if self.cache is None else self.cache.whole_layer(self.cache_layer)
 
     def _choose(
         self, weights: torch.Tensor, ids: torch.Tensor, context: ForwardContext
@@ -122,10 +126,7 @@ class MappedExperts(CachedExperts):
         if self._whole is None or self._whole[0] != slots:
             self._whole = slots, self._rows(slot_map, x.device)
         ids = torch.where(ids < 0, self.local_num_experts, ids)
-        output = self._run_mapped(x, weights, ids.to(topk_ids.dtype), self._whole[1])
-        if self.cache is not None:
-            self.cache.release_whole(self.cache_layer)
-        return output
+        return self._run_mapped(x, weights, ids.to(topk_ids.dtype), self._whole[1])
 
     def _run_dummy(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         """Warms up and takes the memory of what a step of so many tokens runs, whatever is in the slots."""

@@ -214,9 +214,17 @@ class ExpertCacheWorker(ProbedWorker, Worker):
         """
         self._warming_up = True
         try:
-            return super().compile_or_warm_up_model()
+            with self._quiet():
+                return super().compile_or_warm_up_model()
         finally:
             self._warming_up = False
+
+    def determine_available_memory(self) -> int:
+        with self._quiet():  # CUDA graphs are captured on trial
+            return super().determine_available_memory()
+
+    def _quiet(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.expert_cache is None else self.expert_cache.quiet()
 
     def execute_model(self, scheduler_output: Any) -> Any:
         if self._warming_up:

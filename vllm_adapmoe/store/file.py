@@ -108,7 +108,10 @@ class FileStore:
             yield from self._read_record(key, destinations, offset, tile_bytes)
             return
         # Direct I/O needs whole blocks: read the record aside and copy its pieces.
-        aside = self._aside.pop() if self._aside else aligned_empty(max(one.nbytes for one in self.layouts))
+        try:
+            aside = self._aside.pop()
+        except IndexError:  # asking first would be no use: another thread may take the last one in between
+            aside = aligned_empty(max(one.nbytes for one in self.layouts))
         try:
             yield from self._read_record(key, [aside[: layout.nbytes]], offset, tile_bytes)
             for piece, destination in zip(layout.pieces, destinations, strict=True):

@@ -1,12 +1,17 @@
 """Experts in host memory, page-locked beside a CUDA device."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from vllm_adapmoe.cache.eviction import ExpertKey
-from vllm_adapmoe.store.page_lock import page_lock, page_unlock
+from vllm_adapmoe.store.page_lock import page_lock_refusal, page_unlock
 from vllm_adapmoe.store.record import RecordLayout, aligned_empty
+
+logger = logging.getLogger(__name__)
+
+GiB = 1 << 30
 
 
 class HostStore:
@@ -19,8 +24,8 @@ class HostStore:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._layers: dict[int, tuple[RecordLayout, torch.Tensor]] = {}
-        self._lockable = device.type == "cuda"
-        self._locked: list[torch.Tensor] = []
+        self._refusals: dict[int, str] = {}
+        """Of layers that are not page-locked beside a CUDA device: why."""
         self.layouts: list[RecordLayout] = []
 
     def put_layer(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -30,13 +35,19 @@ class HostStore:
         for piece in layout.pieces:
             source = tensors[piece.name].reshape(experts, -1).view(torch.uint8).view(experts, piece.nbytes)
             records[:, piece.offset : piece.offset + piece.nbytes] = source
-        if self._lockable:
-            self._lockable = page_lock(records)  # once it has failed, it will again
-            if self._lockable:
-                self._locked.append(records)
         self._layers[layer] = (layout, records)
+        if self.device.type == "cuda" and (refusal := page_lock_refusal(records)) is not None:
+            self._refusals[layer] = refusal
 
     def seal(self) -> "HostStore":
+        if self._refusals:
+            sizes = {layer: records.numel() / GiB for layer, (_, records) in self._layers.items()}
+            refused = sum(sizes[layer] for layer in self._refusals)
+            logger.warning(
+                "%.2f GiB of experts are page-locked; %.2f GiB are not, and are copied through a buffer, which is "
+                "slower: %s",
+                sum(sizes.values()) - refused, refused, ", and ".join(sorted(set(self._refusals.values()))),
+            )  # fmt: skip
         self.layouts = [self._layers[layer][0] for layer in range(len(self._layers))]
         return self
 
@@ -51,7 +62,7 @@ class HostStore:
         return self._layers[layer][1].shape[0]
 
     def page_locked(self, key: ExpertKey) -> torch.Tensor | None:
-        if self.device.type == "cuda" and len(self._locked) < len(self._layers):
+        if key[0] in self._refusals:
             return None
         return self._layers[key[0]][1][key[1]]
 
@@ -64,7 +75,7 @@ class HostStore:
         return layout.read_tiles(records[key[1]], into, tile_bytes)
 
     def close(self) -> None:
-        for records in self._locked:
-            page_unlock(records)
-        self._locked.clear()
+        for layer, (_, records) in self._layers.items():
+            if self.device.type == "cuda" and layer not in self._refusals:
+                page_unlock(records)
         self._layers.clear()

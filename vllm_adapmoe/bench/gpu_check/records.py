@@ -8,7 +8,7 @@ from vllm_adapmoe.bench.gpu_check.device import Device
 from vllm_adapmoe.bench.gpu_check.shapes import Shape
 from vllm_adapmoe.cache.eviction import ExpertKey
 from vllm_adapmoe.cache.in_place import DOWN, GATE_UP
-from vllm_adapmoe.store.page_lock import page_lock, page_unlock
+from vllm_adapmoe.store.page_lock import page_lock_refusal, page_unlock
 from vllm_adapmoe.store.record import RecordLayout, aligned_empty
 
 
@@ -53,9 +53,9 @@ class PinnedRecords:
         """All records, one after the other."""
         self.records = self.memory.view(records, layout.nbytes)
         self._locked = device.cuda
-        if device.cuda and not page_lock(self.memory):
+        if device.cuda and (refusal := page_lock_refusal(self.memory)) is not None:
             self._locked = False
-            raise MemoryError(f"{len(self.memory)} bytes of host memory cannot be page-locked")
+            raise MemoryError(f"{len(self.memory)} bytes of host memory cannot be page-locked: {refusal}")
 
     def put(self, index: int, weights: dict[str, torch.Tensor]) -> None:
         """Fills a record."""

@@ -1,0 +1,387 @@
+"""The order of what the cache gives to a device: the real pools, engine, manager, tables on a played CUDA runtime."""
+
+import ctypes
+import random
+from collections import Counter, deque
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.cache.fake_cuda import Event, FakeCuda
+from tests.cache.schedule import Stopped
+from tests.store.test_stores import Contended
+from vllm_adapmoe.cache import slots, transfer
+from vllm_adapmoe.cache.addresses import AddressTable
+from vllm_adapmoe.cache.controller import CacheController, CacheSetup, CacheShape
+from vllm_adapmoe.cache.host_copy import HostCopy
+from vllm_adapmoe.cache.in_place import DOWN, GATE_UP, InPlaceDecode
+from vllm_adapmoe.cache.manager import ExpertCacheManager
+from vllm_adapmoe.cache.slots import SlotPool
+from vllm_adapmoe.prefetch.foresight import Foretold
+from vllm_adapmoe.store.host import HostStore
+from vllm_adapmoe.store.record import aligned_empty, as_bytes
+
+LAYERS, EXPERTS, TOP_K, HIDDEN, INNER = 3, 4, 2, 64, 64
+POOL_OF = [0, 0, 1]
+DEVICE = torch.device("cuda", 0)
+SCHEDULES, STEPS = 200, 5
+"""Random schedules of so many random steps each; together some ten seconds."""
+PLANTED = 60
+"""Of those, the ones in which a planted fault has to be found."""
+IN_FLIGHT = 2
+"""Steps that the host is ahead of the device, as vLLM's asynchronous scheduling is."""
+
+
+def random_half(*shape: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 1 << 14, shape, generator=generator, dtype=torch.int16).view(torch.float16)
+
+
+WEIGHTS = [
+    {
+        GATE_UP: random_half(EXPERTS, 2 * INNER, HIDDEN, seed=2 * layer),
+        DOWN: random_half(EXPERTS, HIDDEN, INNER, seed=2 * layer + 1),
+    }
+    for layer in range(LAYERS)
+]
+BYTES = [
+    {name: [as_bytes(one).numpy().tobytes() for one in tensor] for name, tensor in tensors.items()}
+    for tensors in WEIGHTS
+]
+
+
+@dataclass(frozen=True)
+class Setup(CacheSetup):
+    """An eighth of the slots would be too little speculation to see anything."""
+
+    def staging(self, slots: int, num_experts: int) -> int:
+        return min(2, slots - TOP_K)
+
+
+class PlayedStore(HostStore):
+    """Host memory that is page-locked, but for some layers.
+
+    Args:
+        cuda: where it is page-locked.
+        unlocked: layers that are not.
+    """
+
+    def __init__(self, cuda: FakeCuda, unlocked: set[int]) -> None:
+        super().__init__(torch.device("cpu"))
+        self.cuda, self.unlocked = cuda, unlocked
+        for layer, tensors in enumerate(WEIGHTS):
+            self.put_layer(layer, tensors)
+            if layer not in unlocked:
+                cuda.page_locked(self._layers[layer][1])
+        self.seal()
+
+    def page_locked(self, key: tuple[int, int]) -> torch.Tensor | None:
+        return None if key[0] in self.unlocked else super().page_locked(key)
+
+    def close(self) -> None:
+        for layer, (_, records) in self._layers.items():
+            if layer not in self.unlocked:
+                self.cuda.touch(records, write=True, what="giving the store's memory back")
+        super().close()
+
+
+class Worker:
+    """A worker's steps: fetched layer by layer, read in place, or of layers that are resident as a whole."""
+
+    def __init__(self, cuda: FakeCuda, seed: int) -> None:
+        self.cuda, self.random = cuda, random.Random(seed)
+        in_place = seed % 2 == 0
+        store = PlayedStore(cuda, set() if in_place else {1, 2})
+        shape = CacheShape([EXPERTS] * LAYERS, TOP_K, POOL_OF, [layout.nbytes for layout in store.layouts])
+        slots = [self.random.choice([4, 7]), self.random.choice([5, 6])]
+        setup = Setup(slots, "lfru", lookahead=2, max_experts=3)
+        readers = self.random.choice([1, 2, 3])
+        self.cache = ExpertCacheManager(store, CacheController(shape, setup), DEVICE, readers)
+        self.in_place = None
+        if in_place:
+            self.in_place = InPlaceDecode(self.cache, TOP_K, DEVICE)
+            self.in_place.kernel = self.by_address
+        self.seen: Counter = Counter()
+        self.ends: deque[Event] = deque()
+        self.asked: deque[np.ndarray] = deque()
+        """Ids of steps that have run in place, and were not taken in yet."""
+
+    def step(self) -> None:
+        """Any step, launched when the step before the last has ended."""
+        ways = [self.fetched, self.fetched, self.fetched, self.whole, self.captured, self.restarted]
+        if self.in_place is not None:
+            self.take_in()
+            ways += [self.read_in_place] * 5
+        way = self.random.choice(ways)
+        self.seen[way.__name__] += 1
+        way()
+        end: Any = torch.cuda.Event()
+        end.record()
+        self.ends.append(end)
+        if len(self.ends) == IN_FLIGHT:
+            self.ends.popleft().synchronize()
+
+    # Fetched
+
+    def fetched(self) -> None:
+        for layer in range(LAYERS):
+            experts = sorted(self.random.sample(range(EXPERTS), self.random.randint(1, TOP_K)))
+            slots = self.cache.acquire(layer, experts, (), lambda layer=layer: self.look_ahead(layer))
+            self.launch_on_slots(layer, {expert: int(slots[expert]) for expert in experts})
+            self.cache.release(layer, experts)
+
+    def look_ahead(self, layer: int) -> None:
+        foretold = {
+            distance: Foretold(
+                np.array([self.random.sample(range(EXPERTS), TOP_K)] * 4), np.ones((4, TOP_K), dtype=bool)
+            )
+            for distance in range(1, LAYERS - layer)
+        }
+        self.cache.look_ahead(layer, None, foretold.get)
+
+    def launch_on_slots(self, layer: int, slots: dict[int, int]) -> None:
+        tensors = self.cache.pool(layer).tensors
+        reads = [tensor[slot] for tensor in tensors.values() for slot in slots.values()]
+
+        def run() -> None:
+            for name, tensor in tensors.items():
+                for expert, slot in slots.items():
+                    if tensor[slot].numpy().tobytes() != BYTES[layer][name][expert]:
+                        self.cuda.fault("a kernel ran other weights than those of its experts")
+
+        self.cuda.launch(reads, [], run)
+
+    def whole(self) -> None:
+        for layer in range(LAYERS):
+            if self.cache.capacity(layer) >= EXPERTS:
+                self.cache.acquire(layer, list(range(EXPERTS)))
+                self.cache.release(layer, list(range(EXPERTS)))
+            with self.cache.whole_layer(layer) as whole:
+                self.seen["whole layers"] += whole
+                if whole:
+                    self.launch_on_slots(layer, dict(enumerate(self.cache.slot_maps[layer].tolist())))
+
+    def captured(self) -> None:
+        """A graph is captured while speculation is on its way."""
+        self.look_ahead(0)
+        with self.cache.quiet(), self.cuda.capture():
+            for _ in range(10):
+                self.cuda.launch([], [])
+
+    def restarted(self) -> None:
+        self.look_ahead(0)
+        self.cache.restart(self.cache.controller.anew(), None)
+
+    # In place
+
+    def read_in_place(self) -> None:
+        assert self.in_place is not None
+        ids = np.array(
+            [[self.random.sample(range(EXPERTS), TOP_K)] for _ in range(LAYERS)], dtype=np.int32
+        )  # one token
+        with self.in_place.step(1, None):
+            for layer in range(LAYERS):
+                chosen = self.cuda.device(torch.from_numpy(ids[layer]).clone())
+                self.in_place.experts(layer, chosen, chosen, chosen, None)
+        self.asked.append(ids)
+
+    def by_address(self, x: Any, weights: Any, ids: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, *_: Any):
+        """Stands in for `experts_by_address`: reads the experts where the table says when it runs."""
+        assert self.in_place is not None
+        table = self.in_place.addresses.table
+        layer = (gate_up.data_ptr() - table.data_ptr()) // table.stride(1) // table.element_size()
+        slots = self.in_place.addresses._published[layer]
+        tensors = self.cache.pool(layer).tensors
+        reads = [gate_up, down, ids]
+        expected = []
+        for expert in ids.view(-1).tolist():
+            record: Any = self.cache.store.page_locked((layer, expert))
+            for piece, addresses in zip(self.cache.store.layouts[layer].pieces, (gate_up, down), strict=True):
+                home = record[piece.offset : piece.offset + piece.nbytes]
+                there = home if slots[expert] < 0 else tensors[piece.name][slots[expert]]
+                reads.append(there)
+                expected.append((addresses[expert], there.data_ptr(), BYTES[layer][piece.name][expert]))
+
+        def run() -> None:
+            for address, launched, content in expected:
+                if int(address) != launched:
+                    self.cuda.fault("a kernel read the addresses of another step")
+                elif ctypes.string_at(launched, len(content)) != content:
+                    self.cuda.fault("a kernel ran other weights than those of its experts")
+
+        self.cuda.launch(reads, [], run)
+
+    def take_in(self) -> None:
+        assert self.in_place is not None
+        for step in self.in_place.routing.finished():
+            self.cuda.touch(torch.from_numpy(step.ids))
+            if step.ids.tolist() != self.asked.popleft().tolist():
+                self.cuda.fault("the routing of another step was taken in")
+                continue
+            self.cache.passed(list(step.events()))
+
+
+def faults(
+    seed: int, plant: Callable[[pytest.MonkeyPatch], None] | None = None, seen: Counter | None = None
+) -> list[str]:
+    """What goes wrong in one schedule of a worker; `seen` counts what happened in it."""
+    cuda = FakeCuda(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transfer, "threading", cuda.schedule)
+        patch.setattr(transfer, "tile_bytes", lambda *_: 4096)
+        if plant is not None:
+            plant(patch)
+        cuda.install(patch)
+        try:
+            worker = Worker(cuda, seed)
+            for _ in range(STEPS):
+                worker.step()
+            if seen is not None:
+                seen.update(vars(worker.cache.stats) | worker.seen)
+            worker.cache.close()
+            cuda.synchronize()
+        except Stopped:
+            pass
+        finally:
+            cuda.schedule.end()
+    return cuda.faults
+
+
+def assert_found(plant: Callable[[pytest.MonkeyPatch], None], *expected: str) -> None:
+    """A fault that is planted is found, as all that is expected of it, before long."""
+    seen: set[str] = set()
+    for seed in range(PLANTED):
+        seen.update(faults(seed, plant=plant))
+        if seen.issuperset(expected):
+            return
+    pytest.fail(f"of {expected} only this was found: {seen}")
+
+
+def test_every_schedule_is_in_order():
+    seen: Counter = Counter()
+    for seed in range(SCHEDULES):
+        assert faults(seed, seen=seen) == [], f"seed {seed}"
+    for what in (
+        "fetched",
+        "read_in_place",
+        "whole layers",
+        "captured",
+        "restarted",
+        "caught_up",
+        "prefetch_hits",
+        "late",
+    ):
+        assert seen[what] >= 20, f"{what}: {seen[what]}"
+
+
+def test_an_event_that_is_published_before_it_is_recorded_is_found():
+    def mark_used(pool: SlotPool) -> None:
+        pool._used = torch.cuda.Event()
+        pool._used.record()
+
+    assert_found(
+        lambda patch: patch.setattr(SlotPool, "mark_used", mark_used), "an event is waited for before it is recorded"
+    )
+
+
+def test_a_slot_that_is_overwritten_while_a_kernel_reads_it_is_found():
+    assert_found(
+        lambda patch: patch.setattr(SlotPool, "mark_used", lambda pool: None),
+        "copy writes device memory that an unordered kernel reads",
+        "copy writes device memory that an unordered fill writes",  # the zeros of a new pool
+    )
+
+
+def test_a_kernel_that_reads_a_slot_before_its_copy_has_ended_is_found():
+    assert_found(
+        lambda patch: patch.setattr(slots, "_wait", lambda event, nbytes: nbytes),
+        "kernel reads device memory that an unordered copy writes",
+        "a kernel ran other weights than those of its experts",
+    )
+
+
+def test_a_staging_buffer_that_is_used_again_too_early_is_found():
+    def fill(pool: SlotPool, slot: int, read: Any) -> Any:
+        staging = pool._staging.pop() if pool._staging else aligned_empty(pool.layout.nbytes, pin=True)
+        yield from read([staging[p.offset : p.offset + p.nbytes] for p in pool.layout.pieces])
+        pool._staging.append(staging)
+        yield from pool.copy(slot, staging, pool.layout.nbytes)
+
+    assert_found(
+        lambda patch: patch.setattr(SlotPool, "fill", fill),
+        "the host writes pinned memory that an unordered copy reads",
+    )
+
+
+def test_a_call_of_another_thread_during_a_capture_is_found():
+    assert_found(
+        lambda patch: patch.setattr(ExpertCacheManager, "quiet", lambda cache: nullcontext()),
+        "a call from another thread during a capture (cudaEventSynchronize)",
+        "a call from another thread during a capture (cudaMemcpyAsync)",
+    )
+
+
+def test_a_table_that_is_written_beside_the_step_before_is_found():
+    publish = AddressTable.publish
+
+    def beside(table: AddressTable, slots: np.ndarray) -> None:
+        with torch.cuda.stream(torch.cuda.Stream(DEVICE)):
+            publish(table, slots)
+
+    assert_found(
+        lambda patch: patch.setattr(AddressTable, "publish", beside),
+        "kernel reads device memory that an unordered copy writes",
+    )
+
+
+def test_routing_that_is_read_before_it_has_arrived_is_found():
+    assert_found(
+        lambda patch: patch.setattr(HostCopy, "arrived", True),
+        "the host reads pinned memory that an unordered copy writes",
+        "the routing of another step was taken in",
+    )
+
+
+def test_a_store_that_goes_before_the_last_kernel_has_read_it_is_found():
+    def close(cache: ExpertCacheManager) -> None:
+        cache.transfers.close()
+        cache.store.close()
+
+    assert_found(
+        lambda patch: patch.setattr(ExpertCacheManager, "close", close),
+        "giving the store's memory back writes pinned memory that an unordered kernel reads",
+    )
+
+
+def test_an_error_of_a_copy_ends_the_worker_with_that_error():
+    """CUDA's errors stay: every later wait for the stream meets it again."""
+    synchronize = Event.synchronize
+
+    def broken(event: Event) -> None:
+        synchronize(event)
+        if event.cuda.schedule.running is not event.cuda.schedule.tasks[0]:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    ended = 0
+    for seed in range(40):
+        try:
+            assert faults(seed, lambda patch: patch.setattr(Event, "synchronize", broken)) == []
+        except torch.AcceleratorError:
+            ended += 1
+    assert ended >= 30, "all but those whose readers copied nothing before the end"
+
+
+def test_the_last_staging_buffer_may_be_taken_by_another_thread(monkeypatch):
+    cuda = FakeCuda(0)
+    cuda.install(monkeypatch)
+    store = PlayedStore(cuda, {0})
+    pool = SlotPool(store.layouts[0], 2, DEVICE)
+    pool._staging = Contended([aligned_empty(pool.layout.nbytes, pin=True)])
+    moved = sum(pool.fill(1, lambda buffers: store.read_tiles((0, 3), buffers, 4096)))
+    assert moved == sum(piece.nbytes for piece in pool.layout.pieces) and cuda.faults == []
+    assert torch.equal(pool.tensors[DOWN][1], WEIGHTS[0][DOWN][3])
