@@ -10,6 +10,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ import torch
 from conftest import ROOT, TINY_MIXTRAL
 from vllm import SamplingParams
 from vllm.config import CompilationConfig, CUDAGraphMode
+from vllm.model_executor.layers.fused_moe import MoERunner
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy, prompts
@@ -24,7 +27,9 @@ from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.integration import hostless_steps, loading, mapped_experts
 from vllm_adapmoe.integration.engine import Engine
 from vllm_adapmoe.integration.graph_break import break_graph_at, graphs_in_pieces, graphs_without_host
+from vllm_adapmoe.integration.layers import padding_rows
 from vllm_adapmoe.kernels import experts_by_address
+from vllm_adapmoe.store.record import RecordLayout
 
 pytestmark = pytest.mark.engine
 
@@ -197,6 +202,40 @@ def test_graph_modes():
         config = CompilationConfig(cudagraph_mode=mode, **sizes)
         graphs_in_pieces(config)
         assert (config.cudagraph_mode, config.cudagraph_capture_sizes) == (in_pieces, [1, 8, 64, 128])
+
+
+def test_graph_modes_of_models_that_cannot_be_split():
+    """Blocks that go through an op of their own, as the Transformers backend's, would run inside a captured piece."""
+    other = type("OtherRunner", (MoERunner,), {"forward": lambda self: None})
+    assert not break_graph_at(other.__new__(other))
+    for mode in CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE:
+        config = CompilationConfig(cudagraph_mode=mode, cudagraph_capture_sizes=[1, 8])
+        graphs_in_pieces(config, in_pieces=False)
+        assert config.cudagraph_mode == CUDAGraphMode.NONE
+        config = CompilationConfig(cudagraph_mode=mode, cudagraph_capture_sizes=[1, 8])
+        graphs_without_host(config, 64, in_pieces=False)
+        whole = mode != CUDAGraphMode.PIECEWISE
+        assert config.cudagraph_mode == (CUDAGraphMode.FULL_DECODE_ONLY if whole else CUDAGraphMode.NONE)
+
+
+def test_padding_is_not_asked_where_vllm_does_not_fill_it_in(monkeypatch):
+    context = SimpleNamespace(is_padding=torch.ones(4, dtype=torch.bool))
+    assert padding_rows(context, 3).tolist() == [True] * 3
+    monkeypatch.setenv("VLLM_MOE_SKIP_PADDING", "0")
+    assert padding_rows(context, 3) is None
+
+
+def test_what_the_kernel_in_place_does_not_compute_is_refused():
+    half = torch.float16
+    layout = RecordLayout.of(
+        {"w13_weight": torch.empty(1, 8, 4, dtype=half), "w2_weight": torch.empty(1, 4, 4, dtype=half)}
+    )
+    store = SimpleNamespace(layouts=[layout], page_locked=lambda key: torch.empty(0))
+    plain = dict(cache_layer=0, activation=MoEActivation.SILU, apply_router_weight_on_input=False, swiglu_limit=None)
+    cache = SimpleNamespace(store=store)
+    assert mapped_experts.in_place_obstacle(SimpleNamespace(**plain), cache) is None
+    clamped = SimpleNamespace(**plain | {"swiglu_limit": 7.0})
+    assert mapped_experts.in_place_obstacle(clamped, cache) == "its activation is clamped at 7.0"
 
 
 def interpret(script: str, *arguments: str) -> str:

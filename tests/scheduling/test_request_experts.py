@@ -41,3 +41,13 @@ def test_a_layer_of_another_batch_is_left_out():
     experts.used(0, np.array([[0], [1]]))
     experts.end()
     assert experts.of_any(["a"], 1)[0].max() < REUSE
+
+
+def test_a_request_that_has_ended_does_not_come_back():
+    """Steps in place are told of when they have run: when their request may have ended."""
+    experts = RequestExperts(2, 4, 2)
+    experts.begin(["a", "b"])
+    experts.used(0, np.array([[0, 1], [2, 3]]))
+    experts.forget(["a"])
+    experts.end()
+    assert set(experts.chances) == {"b"}

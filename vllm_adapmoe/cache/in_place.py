@@ -65,9 +65,11 @@ class InPlaceDecode:
         self.routing.record(layer, ids, costs)
         return self._run(layer, x, weights, ids)
 
-    def warm_up(self, layer: int, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Compiles what a step of that many tokens needs; no expert is read, and the output is zero."""
-        return self._run(layer, x, weights, torch.full_like(ids, -1, dtype=torch.int32))
+    def warm_up(
+        self, layer: int, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, costs: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Compiles and loads what a step of that many tokens runs; no expert is read, and the output is zero."""
+        return self.experts(layer, x, weights, torch.full_like(ids, -1), costs)
 
     def _run(self, layer: int, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         gate_up, down = self.addresses.table[:, layer]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
@@ -30,7 +31,8 @@ def choose_decode(
     config = AdapMoEConfig.parse(adapmoe_settings(vllm_config))
     if config.decode == "fetch":
         return None
-    obstacle = _obstacle(config, vllm_config, layers, cache, device)
+    # What keeps one rank from it keeps all: their graphs meet in the same collectives.
+    obstacle = _of_any_rank(_obstacle(config, vllm_config, layers, cache, device))
     if obstacle is not None:
         if config.decode == "in_place":
             raise AdapMoEError(f"decode=in_place does not work here: {obstacle}; set decode=fetch")
@@ -46,7 +48,6 @@ def choose_decode(
     times = time_decode(cache, in_place, top_k, dtype)
     cache.restart(cache.controller.anew(), config.link_gbps)
     fetch, read = times.at(misses)
-    # What is faster on one rank has to be done by all: their graphs meet in the same collectives.
     faster = get_tp_group().broadcast_object(read < fetch)
     logger.info(
         "Expert cache: decode steps %s absent experts: with %.1f of %d absent, a layer took %.3f ms in place, "
@@ -54,6 +55,16 @@ def choose_decode(
         "read" if faster else "fetch", misses, top_k, 1e3 * read, 1e3 * fetch,
     )  # fmt: skip
     return in_place if faster else None
+
+
+def _of_any_rank(obstacle: str | None) -> str | None:
+    """The first rank's that has one."""
+    group = get_tp_group()
+    if group.world_size == 1:
+        return obstacle
+    obstacles: list[str | None] = [None] * group.world_size
+    dist.all_gather_object(obstacles, obstacle, group=group.cpu_group)
+    return next((one for one in obstacles if one is not None), None)
 
 
 def _obstacle(

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 
 def find_gate(model: torch.nn.Module, layer_name: str) -> torch.nn.Module | None:
@@ -19,7 +20,8 @@ class GateStack:
     Args:
         gates: modules hidden -> router logits, of the layers after; None where a layer's was not found.
         head: float32 `[hidden + 1, experts]`, the last row constant; None: there is none.
-        hidden: size of their input.
+        hidden: size of the experts' input. A kernel may have padded it with zeros beyond what gates and head take;
+            a gate that takes more has another input than the experts (latent MoE), and says nothing.
         dtype: of their input.
         device: of their weights.
     """
@@ -37,19 +39,21 @@ class GateStack:
         """Columns of each gate's logits."""
         end = 0
         for gate in gates:
-            if gate is None:
+            width = 0 if gate is None else _input_size(gate, hidden)
+            if gate is None or width > hidden:
                 self.slices.append(None)
                 continue
             # Whatever format its weights are in: a linear map is what it does to the unit vectors.
-            bias = _logits(gate, torch.zeros(1, hidden, dtype=dtype, device=device))
-            weights.append(_logits(gate, torch.eye(hidden, dtype=dtype, device=device)) - bias)
+            bias = _logits(gate, torch.zeros(1, width, dtype=dtype, device=device))
+            rows = _logits(gate, torch.eye(width, dtype=dtype, device=device)) - bias
+            weights.append(_of_height(rows, hidden))
             biases.append(bias[0])
             self.slices.append(slice(end, end + len(bias[0])))
             end += len(bias[0])
         self.width = end
         """Columns of all gates together; the head's come after them."""
         if head is not None:
-            weights.append(torch.from_numpy(head[:-1]).to(device))
+            weights.append(_of_height(torch.from_numpy(head[:-1]).to(device), hidden))
             biases.append(torch.from_numpy(head[-1]).to(device))
         self.weight = torch.cat(weights, 1).contiguous() if weights else None
         self.bias = torch.cat(biases) if biases else None
@@ -62,6 +66,19 @@ class GateStack:
     def outputs(self, x: torch.Tensor) -> np.ndarray:
         """`product`, on the host."""
         return self.product(x).cpu().numpy()
+
+
+def _input_size(gate: torch.nn.Module, default: int) -> int:
+    size = getattr(gate, "input_size", None) or getattr(gate, "in_features", None)
+    if isinstance(size, int):
+        return size
+    weight = getattr(gate, "weight", None)
+    return weight.shape[-1] if isinstance(weight, torch.Tensor) and weight.dim() == 2 else default
+
+
+def _of_height(rows: torch.Tensor, height: int) -> torch.Tensor:
+    """Rows for an input of `height`, whose further columns are zero; a head made for a wider one has rows too many."""
+    return pad(rows[:height], (0, 0, 0, max(0, height - len(rows))))
 
 
 def _logits(gate: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -2,11 +2,14 @@
 
 import torch
 from vllm.config import CompilationConfig, CUDAGraphMode
+from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.runner import moe_runner
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.utils.torch_utils import direct_register_custom_op
 
 OPS = ["vllm::adapmoe_moe_into", "vllm::adapmoe_moe_shared_into"]
+
+logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
 
 LayerName = moe_runner._layer_name_type
 
@@ -59,13 +62,17 @@ direct_register_custom_op(
 )
 
 
-def break_graph_at(runner: MoERunner) -> None:
-    """Lets a block run between two CUDA graphs, if vLLM splits the model at `OPS`.
+def break_graph_at(runner: MoERunner) -> bool:
+    """Lets a block run between two CUDA graphs, if vLLM splits the model at `OPS`; returns whether it can.
 
     The later graph reads the block's output where it was when the graph was captured. So the op does not return it: it
-    writes into memory that the earlier graph has allocated, as attention does.
+    writes into memory that the earlier graph has allocated, as attention does. A runner that goes through an op of its
+    own does return it, and cannot be split at (`TransformersMoERunner`).
     """
+    if type(runner).forward is not MoERunner.forward:
+        return False
     runner._forward_entry = _entry_shared if runner.shared_experts is not None else _entry
+    return True
 
 
 def _entry(
@@ -97,19 +104,33 @@ def _entry_shared(
     return shared_output, output
 
 
-def graphs_without_host(config: CompilationConfig, most_tokens: int) -> None:
-    """Graphs of whole decode steps of at most `most_tokens`, and pieces of other steps."""
+def graphs_without_host(config: CompilationConfig, most_tokens: int, in_pieces: bool = True) -> None:
+    """Graphs of whole decode steps of at most `most_tokens`, and, with `in_pieces`, pieces of other such steps."""
     if config.cudagraph_mode == CUDAGraphMode.FULL:  # of prompts too
         config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    if not in_pieces and config.cudagraph_mode.has_piecewise_cudagraphs():
+        full = config.cudagraph_mode.has_full_cudagraphs()
+        _no_pieces(config, CUDAGraphMode.FULL_DECODE_ONLY if full else CUDAGraphMode.NONE)
     if config.cudagraph_mode.has_full_cudagraphs() and config.cudagraph_capture_sizes:
         sizes = [size for size in config.cudagraph_capture_sizes if size <= most_tokens]
         config.cudagraph_capture_sizes = sizes
         config.max_cudagraph_capture_size = max(sizes, default=0)
 
 
-def graphs_in_pieces(config: CompilationConfig) -> None:
-    """Every step asks the host: no graph of a whole one."""
+def graphs_in_pieces(config: CompilationConfig, in_pieces: bool = True) -> None:
+    """Every step asks the host: no graph of a whole one, and none at all where the model cannot be split."""
     mode = config.cudagraph_mode
     if mode.has_full_cudagraphs():
         pieces = mode == CUDAGraphMode.FULL or mode.has_piecewise_cudagraphs()
         config.cudagraph_mode = CUDAGraphMode.PIECEWISE if pieces else CUDAGraphMode.NONE
+    if not in_pieces and config.cudagraph_mode != CUDAGraphMode.NONE:
+        _no_pieces(config, CUDAGraphMode.NONE)
+
+
+def _no_pieces(config: CompilationConfig, mode: CUDAGraphMode) -> None:
+    logger.warning(
+        "Expert cache: this model's MoE blocks cannot be left out of CUDA graphs: cudagraph_mode=%s instead of %s; "
+        "vLLM's own implementation of the model can, if there is one (model_impl=vllm)",
+        mode.name, config.cudagraph_mode.name,
+    )  # fmt: skip
+    config.cudagraph_mode = mode

@@ -11,6 +11,8 @@ from vllm.config import VllmConfig
 from vllm_adapmoe.cache.deferred import DeferredRouting
 from vllm_adapmoe.cache.in_place import InPlaceDecode
 from vllm_adapmoe.cache.manager import ExpertCacheManager
+from vllm_adapmoe.config import AdapMoEConfig
+from vllm_adapmoe.integration.compat import adapmoe_settings
 from vllm_adapmoe.integration.decode_path import choose_decode
 from vllm_adapmoe.integration.graph_break import break_graph_at, graphs_in_pieces, graphs_without_host
 from vllm_adapmoe.integration.layers import CachedExperts
@@ -60,18 +62,20 @@ class HostlessSteps:
             AdapMoEError: a kernel that cannot work on slots, or `decode=in_place` where it does not work.
         """
         layers = [layer for layer in moe_layers if isinstance(layer, MappedExperts)]
-        if not layers or (cache is None and layers[0].gate is None):
+        traced = AdapMoEConfig.parse(adapmoe_settings(vllm_config)).trace_out is not None
+        if not layers or (cache is None and layers[0].gate is None and not traced):
             return None
         compilation = vllm_config.compilation_config
         for layer in layers:
             layer.use_slot_kernel()
-            break_graph_at(compilation.static_forward_context[layer.layer_name])
+        runners = [compilation.static_forward_context[layer.layer_name] for layer in layers]
+        in_pieces = all([break_graph_at(runner) for runner in runners])
         device = slots_device()
         in_place = None if cache is None else choose_decode(vllm_config, layers, cache, device)
         if in_place is not None:
-            graphs_without_host(compilation, in_place.routing.tokens)
+            graphs_without_host(compilation, in_place.routing.tokens, in_pieces)
             return cls(layers, cache, in_place, in_place.routing)
-        graphs_in_pieces(compilation)
+        graphs_in_pieces(compilation, in_pieces)
         top_k = max(layer.top_k for layer in layers)
         return cls(layers, cache, None, DeferredRouting(len(layers), MAX_TOKENS, top_k, device))
 

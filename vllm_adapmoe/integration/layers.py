@@ -1,10 +1,10 @@
 """Routed experts whose weights live in the expert cache: vLLM's layer, with its parameters replaced by slots."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm import envs
 from vllm.forward_context import ForwardContext, get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
@@ -73,7 +73,7 @@ class CachedExperts(StreamedExperts):
         context = get_forward_context()
         if self._is_dummy_run(context):
             return self._run_dummy(x, topk_weights, topk_ids)
-        padding = None if context.is_padding is None else context.is_padding[: len(x)]
+        padding = padding_rows(context, len(x))
         if self.probe is not None:
             real = None if padding is None else ~padding.cpu()
             topk_weights = self.probe.observe(x, topk_weights, topk_ids.cpu(), real)
@@ -84,13 +84,12 @@ class CachedExperts(StreamedExperts):
             except ExpertsUnavailable as error:
                 if self.on_failure is None:
                     raise
-                spoilt = torch.isin(step.ids, torch.tensor(error.experts, dtype=step.ids.dtype)).any(1)
-                self.on_failure(spoilt, error)
-                if spoilt.all():
+                failed = torch.isin(step.ids, torch.tensor(error.experts, dtype=step.ids.dtype)).any(1)
+                self.on_failure(failed, error)
+                others = step.without(failed)
+                if others is None:
                     return torch.zeros_like(x)
-                # Their requests fail. The others go on, and must not need those experts.
-                healthy = int((~spoilt).nonzero()[0])
-                step = replace(step, ids=torch.where(spoilt.unsqueeze(1), step.ids[healthy], step.ids))
+                step = others
 
     def _is_dummy_run(self, context: ForwardContext) -> bool:
         """Profiling, warm-up and the capture of graphs: their ids mean nothing and must load nothing."""
@@ -287,6 +286,17 @@ class CachedExperts(StreamedExperts):
         )
         assert isinstance(output, torch.Tensor)
         return output
+
+
+def padding_rows(context: ForwardContext, tokens: int) -> torch.Tensor | None:
+    """Bool `[tokens]`, on the device, True for padding; None: not told.
+
+    Without VLLM_MOE_SKIP_PADDING model runner V2 hands out a buffer that it does not fill
+    (`prepare_inputs` of vllm/v1/worker/gpu/model_runner.py), with what the last capture of a graph left in it.
+    """
+    if context.is_padding is None or not envs.VLLM_MOE_SKIP_PADDING:
+        return None
+    return context.is_padding[:tokens]
 
 
 def distinct(ids: torch.Tensor, num_experts: int) -> list[int]:

@@ -13,7 +13,7 @@ from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.cache.residency import waves
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.integration.graph_break import is_capturing
-from vllm_adapmoe.integration.layers import CachedExperts, distinct
+from vllm_adapmoe.integration.layers import CachedExperts, distinct, padding_rows
 from vllm_adapmoe.integration.slot_kernels import run_on_slots, takes_slots
 from vllm_adapmoe.integration.step_routing import StepRouting
 
@@ -108,8 +108,9 @@ class MappedExperts(CachedExperts):
             assert gated is not None
             weights, costs = gated.weights, gated.cost
             ids = ids.masked_fill(~gated.keep, -1)
-        if context.is_padding is not None:
-            ids = ids.masked_fill(context.is_padding[: len(ids)].unsqueeze(1), -1)
+        padding = padding_rows(context, len(ids))
+        if padding is not None:
+            ids = ids.masked_fill(padding.unsqueeze(1), -1)
         return weights, ids, costs
 
     def _run_whole_layer(
@@ -131,10 +132,14 @@ class MappedExperts(CachedExperts):
     def _run_dummy(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         """Warms up and takes the memory of what a step of so many tokens runs, whatever is in the slots."""
         if self.in_place is not None and len(x) <= self.in_place.routing.tokens:
-            return self.in_place.warm_up(self.cache_layer, x, topk_weights, topk_ids)
+            weights, ids, costs = self._choose(topk_weights, topk_ids, get_forward_context())
+            return self.in_place.warm_up(self.cache_layer, x, weights, ids, costs)
         held = self.local_num_experts if self.cache is None else self.cache.pool(self.cache_layer).num_slots
         rows = torch.arange(self.local_num_experts, dtype=torch.int32).clamp(max=held - 1)
-        return self._run_mapped(x, topk_weights, topk_ids, self._rows(rows, x.device))
+        output = self._run_mapped(x, topk_weights, topk_ids, self._rows(rows, x.device))
+        if self.slots < self.local_num_experts:  # the sum over waves takes memory beside one wave's output
+            output = torch.zeros(x.shape, dtype=torch.float32, device=x.device).add_(output).to(x.dtype)
+        return output
 
     def _product(self, x: torch.Tensor) -> torch.Tensor | None:
         return None if self.lookahead is None else self.lookahead.product(self.cache_layer, x)
@@ -208,6 +213,8 @@ def in_place_obstacle(layer: CachedExperts, cache: ExpertCacheManager) -> str | 
         return "its experts are quantised, or have biases"
     if layer.activation != MoEActivation.SILU:
         return f"its activation is {layer.activation}"
+    if layer.swiglu_limit is not None:
+        return f"its activation is clamped at {layer.swiglu_limit}"
     if layer.apply_router_weight_on_input:
         return "its router's weights go on the input"
     if layout[GATE_UP].shape != (2 * layout[DOWN].shape[1], layout[DOWN].shape[0]):

@@ -98,7 +98,8 @@ def feature_checks(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
         (parallel.use_ray and not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0",
          "the old Ray executor runs the model past the worker, which would not see failed reads; unset it"),
         (current_platform.is_cuda() and envs.VLLM_USE_BREAKABLE_CUDAGRAPH, "VLLM_USE_BREAKABLE_CUDAGRAPH=1",
-         "graphs would be broken elsewhere than where the host decides; unset it"),
+         "graphs would be broken elsewhere than where the host decides; set VLLM_USE_BREAKABLE_CUDAGRAPH=0, "
+         "for vLLM sets it by itself for some models"),
         (vllm_config.lora_config is not None, "enable_lora=True", "adapters of experts are not cached; remove it"),
         (getattr(model, "enable_sleep_mode", False), "enable_sleep_mode=True",
          "discarding weights would empty the slots behind the cache's back; remove it"),

@@ -1,7 +1,7 @@
 """What a layer's step chose, on the host, where it is decided what to fetch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,6 +27,18 @@ class StepRouting:
         """`keep`, where nothing is gated."""
         keep = torch.ones(self.ids.shape, dtype=torch.bool)
         return keep if self.real is None else keep & self.real.unsqueeze(1)
+
+    def without(self, failed: torch.Tensor) -> "StepRouting | None":
+        """The same step, in which rows that have failed need what another row needs; None: no row is left.
+
+        Args:
+            failed: bool `[tokens]`, on the host.
+        """
+        others = ~failed if self.real is None else self.real & ~failed  # routers give padding the id -1
+        if not others.any():
+            return None
+        healthy = int(others.nonzero()[0])
+        return replace(self, ids=torch.where(failed.unsqueeze(1), self.ids[healthy], self.ids))
 
 
 def read_together(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:

@@ -71,11 +71,13 @@ class ExpertCacheWorker(ProbedWorker, Worker):
             super().load_model(**kwargs)
             self.expert_cache = loading.finish()
         self.moe_layers, self._loading = loading.layers, loading
-        self.set_gating(gating_settings(self.vllm_config))
+        self._set_gating(gating_settings(self.vllm_config))
         self.hostless = HostlessSteps.of(self.vllm_config, self.moe_layers, self.expert_cache)
         heads = heads_settings(self.vllm_config)
         self.heads = None if heads is None else NextTokenHeads.load(Path(heads["path"]), heads["hash"])
         self._look_ahead(config)
+        gated = gating_settings(self.vllm_config) is not None
+        self._runs_stock_layers = self.expert_cache is None and self.lookahead is None and not gated
         self._watch_the_end()
         group = get_tp_group()
         self.step_stats = StepStats(
@@ -173,9 +175,19 @@ class ExpertCacheWorker(ProbedWorker, Worker):
     def set_gating(self, plan: dict[str, Any] | None) -> None:
         """Gates every layer by the plan (`GatingPlan`, as a dict) from the next step on; None: as vLLM's router says.
 
-        With every expert resident and `torch.compile`, only an engine that started with gating can change it. What
-        the prefix cache holds stays as it was computed.
+        What the prefix cache holds stays as it was computed.
+
+        Raises:
+            AdapMoEError: gating is not in what this engine has compiled or captured.
         """
+        if plan is not None and self._runs_stock_layers and not self.model_config.enforce_eager:
+            raise AdapMoEError(
+                "gating is not in the compiled model of an engine that started without it, with every expert resident; "
+                "start it with gating, or with enforce_eager=True"
+            )
+        self._set_gating(plan)
+
+    def _set_gating(self, plan: dict[str, Any] | None) -> None:
         parsed = None if plan is None else GatingPlan(**plan)
         if parsed is not None and len(parsed.sensitivity) != len(self.moe_layers):
             raise AdapMoEError(

@@ -1,5 +1,6 @@
 """Experts that each running request is expected to use next."""
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -9,6 +10,10 @@ from vllm_adapmoe.heads import chance_of_any
 REUSE = 0.45
 """Chance that a token uses an expert of its request's last token, where nothing better is known: measured on the
 bundled models, 0.25 by chance."""
+
+
+STEPS_IN_FLIGHT = 8
+"""That a step is told of later at most, generously: vLLM's asynchronous scheduling has two in flight."""
 
 
 def bits(experts: np.ndarray) -> int:
@@ -32,6 +37,7 @@ class RequestExperts:
         self.step = np.zeros((0, *self.shape), dtype=np.float32)
         self.chances: dict[str, np.ndarray] = {}
         """float32 `[layers, experts]` of each request."""
+        self._ended: deque[set[str]] = deque(maxlen=STEPS_IN_FLIGHT)
 
     def begin(self, names: Sequence[str]) -> None:
         """A step with these requests."""
@@ -54,8 +60,9 @@ class RequestExperts:
             self.step[np.arange(len(ids))[:, None], layer, ids] = REUSE
 
     def end(self) -> None:
-        """The step has run."""
-        self.chances.update(zip(self.names, self.step, strict=True))
+        """The step has run. What it says of requests that have ended meanwhile is dropped."""
+        ended = set().union(*self._ended)
+        self.chances.update({name: its for name, its in zip(self.names, self.step, strict=True) if name not in ended})
 
     def likeliest(self) -> dict[str, int]:
         """Bits of the experts that each request of the last step is expected to use, `top_k` a layer."""
@@ -67,8 +74,9 @@ class RequestExperts:
         return {name: bits(experts) for name, experts in zip(self.names, best, strict=True)}
 
     def forget(self, names: Iterable[str]) -> None:
-        """Requests that have ended."""
-        for name in names:
+        """Requests that have ended with this step. A step that they were in may be told of later."""
+        self._ended.append(set(names))
+        for name in self._ended[-1]:
             self.chances.pop(name, None)
 
     def of_any(self, names: Sequence[str], layers: int) -> np.ndarray | None:
