@@ -48,16 +48,20 @@ def install(capability: tuple[int, int]) -> None:
     cuda.get_device_properties = lambda device=None: properties
     cuda.mem_get_info = lambda device=None: (TOTAL, TOTAL)
     import vllm.platforms as platforms
-    from vllm.plugins import PLATFORM_PLUGINS_GROUP, load_plugins_by_group
 
     def resolve() -> str:
+        from vllm.plugins import PLATFORM_PLUGINS_GROUP, load_plugins_by_group
+
         for ask in load_plugins_by_group(PLATFORM_PLUGINS_GROUP).values():  # as vLLM does
             ask()
         return "vllm.platforms.cuda.NonNvmlCudaPlatform"
 
     platforms.resolve_current_platform_cls_qualname = resolve
-    from vllm.platforms import current_platform
-
+    earlier, platforms._current_platform = platforms._current_platform, None  # 0.31 asks while it is imported
+    current_platform = platforms.current_platform
+    for module in [module for name, module in sys.modules.items() if name.startswith("vllm.")]:
+        if vars(module).get("current_platform") is earlier is not None:
+            module.current_platform = current_platform  # type: ignore[attr-defined]
     from vllm import _custom_ops
 
     for name, supports in SUPPORTS.items():

@@ -1,7 +1,8 @@
 """Builds one MoE layer in every expert format as vLLM would on a GPU of a compute capability; prints what it chose.
 
 Arguments: capability (`9.0`), a folder for checkpoints. One line of JSON: for each format and each of FlashInfer absent
-and present, what stock vLLM builds, what is built with `moe_method`, and the backend that it set; or what it refused.
+and present, what stock vLLM builds, what is built with `moe_method`, and the backend that it set; or what it refused. And
+under `wishes`, what comes of backends that a user sets.
 """
 
 import json
@@ -37,6 +38,15 @@ GPT_OSS = MODEL | {
     "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "sliding_window": 64,
     "layer_types": ["sliding_attention", "full_attention"], "swiglu_limit": 7.0,
 }  # fmt: skip
+
+
+WISHES = (
+    ("MXFP4 (gpt-oss)", "triton", 0.5), ("MXFP4 (gpt-oss)", "triton", 1.0), ("MXFP4 (gpt-oss)", "marlin", 0.5),
+    ("FP8, tensor, static", "flashinfer_cutlass", 0.5), ("FP8, tensor, static", "marlin", 0.5),
+    ("NVFP4 (ModelOpt)", "cutlass", 0.5), ("AWQ", "triton", 0.5), ("bf16", "flashinfer_trtllm", 0.5),
+    ("bf16", "marlin", 0.5),
+)  # fmt: skip
+"""A checkpoint, what the user sets as `moe_backend`, and the share of experts that is to be resident."""
 
 
 def save(name: str, quantisation: dict[str, Any] | None, folder: Path) -> Path:
@@ -102,6 +112,14 @@ def main() -> None:
                 "stock": attempt(name, path, **args),
                 "ours": attempt(name, path, moe_method="adapmoe", adapmoe_config={"cache_fraction": 0.5}, **args),
             }
+    told["wishes"] = [
+        {"format": name, "wish": wish, "cache": fraction}
+        | attempt(
+            name, folder / name.replace("/", "-"), moe_backend=wish, moe_method="adapmoe",
+            adapmoe_config={"cache_fraction": fraction},
+        )
+        for name, wish, fraction in WISHES
+    ]  # fmt: skip
     print(json.dumps(told))
 
 

@@ -23,15 +23,20 @@ class Format:
     backends: dict[str, Capability]
     """Values of `moe_backend` that give a kernel with a map, best first, and the least capability of each."""
     remedy: str = ""
-    """What else to do, for a format that no such kernel reads."""
+    """What else to do, where no such kernel reads this format."""
+    ignored: tuple[Capability, Capability] = (ANY, ANY)
+    """From the first capability, below the second, vLLM takes another kernel whatever `moe_backend` is."""
 
 
 UNQUANTISED = "unquantised"
 FP8 = "FP8"
+FP8_CHANNELS_ONLINE = "FP8 by channel, quantised while loading"
 INT8 = "int8"
 INT_WEIGHTS = "int4 or int8 weights"
 MOE_WNA16 = "int4 or int8 weights as moe_wna16"
 MXFP4 = "MXFP4"
+MXFP4_W4A4 = "MXFP4 with 4 bit activations"
+MXFP4_COMPRESSED = "MXFP4 of compressed-tensors"
 MXFP8 = "MXFP8"
 NVFP4 = "NVFP4"
 W4A8 = "W4A8"
@@ -43,11 +48,16 @@ FORMATS = {
     UNQUANTISED: Format({"triton": ANY}),
     # Triton multiplies FP8 by FP8, which devices can since Ada; Marlin widens the weights.
     FP8: Format({"triton": (8, 9), "marlin": (7, 5)}),
+    FP8_CHANNELS_ONLINE: Format({"triton": (8, 9)}, "set quantization=fp8_per_block"),
     INT8: Format({"triton": (7, 5)}),
     # `triton` reads some of these as well, but not AWQ, and slower.
     INT_WEIGHTS: Format({"marlin": (7, 5)}),
     MOE_WNA16: Format({"triton": ANY}),
     MXFP4: Format({"marlin": (7, 5)}),
+    MXFP4_W4A4: Format({"marlin": (7, 5)}),  # Marlin leaves activations as they are
+    MXFP4_COMPRESSED: Format(
+        {"marlin": (7, 5)}, "use an NVFP4 or FP8 checkpoint of this model", ignored=((10, 0), (12, 0))
+    ),
     MXFP8: Format({"marlin": (7, 5)}),
     NVFP4: Format({"marlin": (7, 5)}),
     W4A8: Format({}, "use a W4A16 or FP8 checkpoint of this model"),
@@ -69,7 +79,7 @@ def choose_backend(formats: Collection[str], capability: Capability | None, wish
     Raises:
         AdapMoEError: no kernel of vLLM does it, or not the one wished for.
     """
-    able = [name for name in _common(formats) if capability is None or _least(formats, name) <= capability]
+    able = [name for name in _common(formats) if capability is None or _runs(formats, name, capability)]
     if capability is None:  # what runs on the oldest device runs on this one
         able.sort(key=lambda name: _least(formats, name))
     told = f"experts in {' and '.join(sorted(formats))}"
@@ -93,6 +103,11 @@ def choose_backend(formats: Collection[str], capability: Capability | None, wish
 def _common(formats: Collection[str]) -> list[str]:
     first, *others = (FORMATS[name].backends for name in sorted(formats))
     return [name for name in first if all(name in backends for backends in others)]
+
+
+def _runs(formats: Collection[str], backend: str, capability: Capability) -> bool:
+    ignored = any(start <= capability < stop for start, stop in (FORMATS[name].ignored for name in formats))
+    return _least(formats, backend) <= capability and not ignored
 
 
 def _least(formats: Collection[str], backend: str) -> Capability:

@@ -11,11 +11,14 @@ import torch
 from vllm_adapmoe.integration.backends import (
     BLOCK_CODECS,
     FP8,
+    FP8_CHANNELS_ONLINE,
     HUMMING,
     INT8,
     INT_WEIGHTS,
     MOE_WNA16,
     MXFP4,
+    MXFP4_COMPRESSED,
+    MXFP4_W4A4,
     MXFP6,
     MXFP8,
     NVFP4,
@@ -106,7 +109,9 @@ def _scheme(weights: Any, inputs: Any) -> str | None:
     kind, bits = str(getattr(weights.type, "value", weights.type)), weights.num_bits
     if kind == "float":
         if bits == 4:
-            return MXFP4 if weights.group_size == 32 else NVFP4
+            if weights.group_size != 32:
+                return NVFP4
+            return MXFP4_COMPRESSED if inputs is None or inputs.num_bits == 4 else MXFP4
         return MXFP8 if weights.group_size == 32 else FP8
     if inputs is None:
         return INT_WEIGHTS
@@ -132,7 +137,10 @@ def _quark_scheme(weight: Any, inputs: Any) -> str | None:
     dtype = "" if weight is None else str(weight.get("dtype"))
     if dtype == "int8":
         return INT8
-    kinds = {"": UNQUANTISED, "fp8": FP8, "int4": INT_WEIGHTS, "uint4": INT_WEIGHTS, "fp4": MXFP4, "fp6": MXFP6}
+    if dtype == "fp4":
+        inputs = inputs[0] if isinstance(inputs, list) else inputs
+        return MXFP4_W4A4 if inputs is not None and inputs.get("dtype") == "fp4" else MXFP4
+    kinds = {"": UNQUANTISED, "fp8": FP8, "int4": INT_WEIGHTS, "uint4": INT_WEIGHTS, "fp6": MXFP6}
     return next((kind for start, kind in kinds.items() if start and dtype.startswith(start)), kinds.get(dtype))
 
 
@@ -150,16 +158,18 @@ def _online(quantisation: Any) -> Iterable[str | None]:
         return {_key(args.moe.weight)}
     if args.targets is None:
         return {UNQUANTISED}
-    kinds = {"fp8": FP8, "mxfp8": MXFP8, "mxfp4": MXFP4, "nvfp4": NVFP4, "int8": INT8}
+    kinds = {"fp8_per_channel": FP8_CHANNELS_ONLINE, "fp8": FP8, "mxfp8": MXFP8, "mxfp4": MXFP4_W4A4, "nvfp4": NVFP4, "int8": INT8}
     names = {name for target, name in args.targets.items() if "expert" in target} or set(args.targets.values())
     return {next((kind for start, kind in kinds.items() if name.startswith(start)), None) for name in names}
 
 
 def _key(weight: Any) -> str | None:
     if weight.dtype == torch.float8_e4m3fn:
-        return MXFP8 if weight.scale.dtype == torch.uint8 else FP8
+        if weight.scale.dtype == torch.uint8:
+            return MXFP8
+        return FP8_CHANNELS_ONLINE if weight.scale.group_shape.is_per_channel() else FP8
     if weight.dtype == torch.uint8:
-        return MXFP4 if weight.scale2 is None else NVFP4
+        return MXFP4_W4A4 if weight.scale2 is None else NVFP4
     return INT8 if weight.dtype == torch.int8 or "8" in str(weight.dtype) else None
 
 

@@ -5,7 +5,8 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
-from vllm_adapmoe.integration.backends import AUTO, choose_backend
+from vllm_adapmoe.integration.backends import AUTO, MXFP4_W4A4, choose_backend
+from vllm_adapmoe.integration.compat import marlin_takes_mxfp4_with_quantised_activations
 from vllm_adapmoe.integration.expert_format import expert_formats
 from vllm_adapmoe.integration.model_info import count_moe_layers, expert_sizes
 
@@ -32,6 +33,11 @@ def set_moe_backend(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
                 "one that vLLM chooses is checked after loading", kernel.moe_backend, quantisation.get_name(),
             )  # fmt: skip
         return
+    if MXFP4_W4A4 in formats and not marlin_takes_mxfp4_with_quantised_activations():
+        raise AdapMoEError(
+            f"moe_backend={kernel.moe_backend}: this vLLM has no kernel that computes experts in {MXFP4_W4A4} on part "
+            "of the experts; vLLM 0.32 and later have --moe-backend marlin"
+        )
     found = current_platform.get_device_capability()
     capability = None if found is None else (found.major, found.minor)
     try:
