@@ -1,4 +1,4 @@
-"""Asks vLLM for the kernel of every expert format at every compute capability, and writes it down as `docs/backends.md`.
+"""Asks vLLM for the kernel of every expert format at every compute capability, and writes it to `docs/backends.md`.
 
 `python -m tests.integration.backend_table > docs/backends.md` takes a minute or two.
 """
@@ -22,7 +22,8 @@ def ask(capability: str) -> Matrix:
     with tempfile.TemporaryDirectory() as folder:
         run = subprocess.run(
             [sys.executable, "-m", "tests.integration.run_backends", capability, folder],
-            capture_output=True, text=True, timeout=300, cwd=ROOT, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True, text=True, timeout=300, cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     (line,) = [line for line in run.stdout.splitlines() if line.startswith("{")]
@@ -62,17 +63,18 @@ def _kernel(told: dict[str, Any]) -> str:
 HEAD = """# Which kernel computes the experts
 
 Experts in slots need a kernel of vLLM that takes a map from expert to slot: `TritonExperts`, `TritonWNA16Experts` or
-`MarlinExperts`. By itself vLLM often chooses another one, so the method sets `--moe-backend` before anything is loaded, and
-says so in one line. What you set yourself is kept where it works and refused, with the value that works, where it does not.
+`MarlinExperts`. By itself vLLM often chooses another one, so the method sets `--moe-backend` before anything is loaded,
+and says so in one line. What you set yourself is kept where it works; where it does not, it is refused, with the value
+that works.
 
 This file is written by `python -m tests.integration.backend_table`, from vLLM {version}'s own Python with the platform
 played; a test compares it with what that finds. It is about which kernel is chosen; no GPU was asked.
 
 ## What is set
 
-By compute capability: 8.0 is an A100, 8.6 a 3090, 8.9 a 4090, 9.0 an H100, 10.0 a B200, 12.0 a 5090. "refused": no kernel
-of vLLM computes these experts on part of them; the error says what to use instead. "not in vLLM": vLLM itself does not
-serve this there.
+By compute capability: 8.0 is an A100, 8.6 a 3090, 8.9 a 4090, 9.0 an H100, 10.0 a B200, 12.0 a 5090. "refused": no
+kernel of vLLM computes these experts on part of them; the error says what to use instead. "not in vLLM": vLLM itself
+does not serve this there.
 
 {ours}
 

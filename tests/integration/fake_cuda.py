@@ -1,4 +1,4 @@
-"""Lets vLLM's Python take this machine for one with an NVIDIA GPU of any compute capability, to ask what it would choose.
+"""Lets vLLM's Python take this machine for one with an NVIDIA GPU of any compute capability, to ask what it chooses.
 
 Written from vLLM 0.32's `platforms/cuda.py` and `platforms/interface.py` (the CUDA wheel's; the CPU wheel has the same
 files). `install` has to run before vLLM is imported, in a process of its own. Nothing can be computed in it.
@@ -23,7 +23,8 @@ SUPPORTS = {
     "mxfp4_experts_quant_supported": lambda capability: 100 <= capability < 120,
 }
 """What CUDA's operations answer in a build for CUDA 12.9 or later: `csrc/quantization/`, files
-`w8a8/cutlass/scaled_mm_entry.cu` and `fp4/nvfp4_scaled_mm_entry.cu`, `fp4/mxfp4_experts_quant.cu`. The CPU wheel has none of them."""
+`w8a8/cutlass/scaled_mm_entry.cu`, `fp4/nvfp4_scaled_mm_entry.cu` and `fp4/mxfp4_experts_quant.cu`. The CPU wheel has
+none of them."""
 TOTAL = 80 << 30
 
 
@@ -98,7 +99,7 @@ def set_optional_packages(present: bool) -> None:
     """Lets vLLM find what its CUDA wheel brings along, and FlashInfer and Humming or not."""
     import vllm.utils.flashinfer
     import vllm.utils.humming
-    import vllm.utils.import_utils  # noqa: F401  (where the others import these questions from)
+    import vllm.utils.import_utils  # where the others import these questions from
 
     vllm.utils.humming.GemmType = GemmType  # type: ignore[misc, assignment]
     answers = dict.fromkeys(IN_WHEEL, True) | dict.fromkeys(REQUIRED, present)

@@ -1,8 +1,8 @@
 """Builds one MoE layer in every expert format as vLLM would on a GPU of a compute capability; prints what it chose.
 
-Arguments: capability (`9.0`), a folder for checkpoints. One line of JSON: for each format and each of FlashInfer absent
-and present, what stock vLLM builds, what is built with `moe_method`, and the backend that it set; or what it refused. And
-under `wishes`, what comes of backends that a user sets.
+Arguments: capability (`9.0`), a folder for checkpoints. One line of JSON: for each format, with FlashInfer and Humming
+absent and present, what stock vLLM builds, what is built with `moe_method`, and the backend that it set; or what it
+refused. Under `wishes`, what comes of backends that a user sets.
 """
 
 import json
@@ -19,13 +19,13 @@ CAPABILITY = tuple(int(part) for part in sys.argv[1].split("."))
 install(CAPABILITY)  # type: ignore[arg-type]
 
 import torch  # noqa: E402
-from tests.integration.quantised_configs import CHECKPOINTS, ONLINE, OVERRIDDEN  # noqa: E402
 from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
 from vllm.distributed import init_distributed_environment, initialize_model_parallel  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory  # noqa: E402
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts  # noqa: E402
 
+from tests.integration.quantised_configs import CHECKPOINTS, ONLINE, OVERRIDDEN  # noqa: E402
 from vllm_adapmoe.config import AdapMoEError  # noqa: E402
 
 HIDDEN, INNER, EXPERTS, TOP_K = 512, 512, 8, 2

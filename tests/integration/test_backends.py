@@ -1,7 +1,9 @@
-"""The kernel that computes on slots, for every expert format and compute capability: what is set, and what comes of it.
+"""The kernel that computes on slots, for every expert format and compute capability: what is set, what comes of it.
 
-vLLM's own Python answers, with the platform played (`fake_cuda.py`, `run_backends.py`): the real front end, quantisation
-configurations, oracles and classes of kernels. The CPU wheel's `model_executor/` is that of the CUDA wheel, file by file.
+vLLM's own Python answers, with the platform played (`fake_cuda.py`, `run_backends.py`): the real front end,
+quantisation configurations, oracles and classes of kernels. Of 0.32, all Python of the CPU wheel is that of the CUDA
+wheel, byte by byte, but for `_version.py`, `platforms/__init__.py` (which distribution has the version) and
+`utils/cpu_triton_utils.py`.
 """
 
 import pytest
@@ -10,7 +12,16 @@ import vllm
 from tests.integration.backend_table import CAPABILITIES, ROOT, TAKES_MAPS, ask, markdown
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.integration.backends import (
-    FORMATS, FP8, INT_WEIGHTS, MXFP4, MXFP4_COMPRESSED, MXFP8, NVFP4, UNQUANTISED, W4A8, choose_backend,
+    FORMATS,
+    FP8,
+    INT_WEIGHTS,
+    MXFP4,
+    MXFP4_COMPRESSED,
+    MXFP8,
+    NVFP4,
+    UNQUANTISED,
+    W4A8,
+    choose_backend,
 )  # fmt: skip
 from vllm_adapmoe.integration.mapped_experts import KERNELS
 

@@ -1,9 +1,9 @@
 """Decides which of vLLM's MoE kernels computes on slots: by the experts' format and the device's compute capability.
 
-Slots need a kernel that takes a map from expert to row of its weights, and that leaves out what has no row. Of vLLM those
-are `TritonExperts`, `TritonWNA16Experts` and `MarlinExperts`. Which value of `--moe-backend` leads to one of them depends
-on the format alone: `triton` is `TritonExperts` for FP8, but a kernel that routes by itself for MXFP4. Read in
-`fused_moe/oracle/*.py` of vLLM 0.30 to 0.33, which agree; `docs/backends.md` has what comes out.
+Slots need a kernel that takes a map from expert to row of its weights, and that leaves out what has no row. Of vLLM
+those are `TritonExperts`, `TritonWNA16Experts` and `MarlinExperts`. Which value of `--moe-backend` leads to one of them
+depends on the format: `triton` is `TritonExperts` for FP8, but a kernel that routes by itself for MXFP4. Read in
+`fused_moe/oracle/*.py` of vLLM 0.30 to 0.33; `docs/backends.md` has what comes out.
 """
 
 from collections.abc import Collection

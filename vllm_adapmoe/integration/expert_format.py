@@ -61,15 +61,15 @@ def _off_marlin(quantisation: Any, hidden: int, inner: int) -> str:
 
 
 FIXED: dict[str, set[str]] = {
-    **dict.fromkeys(("auto_awq", "awq", "awq_marlin", "auto_gptq", "gptq", "gptq_marlin"), {INT_WEIGHTS}),
+    **{name: {INT_WEIGHTS} for name in ("auto_awq", "awq", "awq_marlin", "auto_gptq", "gptq", "gptq_marlin")},
     "moe_wna16": {MOE_WNA16},
     "experts_int8": {INT8},
-    **dict.fromkeys(("mxfp4", "gpt_oss_mxfp4"), {MXFP4}),
+    **{name: {MXFP4} for name in ("mxfp4", "gpt_oss_mxfp4")},
     "modelopt": {FP8},
     "modelopt_fp4": {NVFP4},
     "modelopt_mxfp8": {MXFP8},
     "humming": {HUMMING},
-    **dict.fromkeys(("fbgemm_fp8", "fp_quant", "torchao"), {UNQUANTISED}),  # of linear layers only
+    **{name: {UNQUANTISED} for name in ("fbgemm_fp8", "fp_quant", "torchao")},  # of linear layers only
 }
 """By the name of a quantisation that says it all."""
 
@@ -158,7 +158,10 @@ def _online(quantisation: Any) -> Iterable[str | None]:
         return {_key(args.moe.weight)}
     if args.targets is None:
         return {UNQUANTISED}
-    kinds = {"fp8_per_channel": FP8_CHANNELS_ONLINE, "fp8": FP8, "mxfp8": MXFP8, "mxfp4": MXFP4_W4A4, "nvfp4": NVFP4, "int8": INT8}
+    kinds = {
+        "fp8_per_channel": FP8_CHANNELS_ONLINE, "fp8": FP8, "mxfp8": MXFP8, "mxfp4": MXFP4_W4A4, "nvfp4": NVFP4,
+        "int8": INT8,
+    }  # fmt: skip
     names = {name for target, name in args.targets.items() if "expert" in target} or set(args.targets.values())
     return {next((kind for start, kind in kinds.items() if name.startswith(start)), None) for name in names}
 

@@ -55,7 +55,7 @@ class MappedExperts(CachedExperts):
         if name not in KERNELS:
             raise AdapMoEError(
                 f"moe_backend: vLLM has chosen {name}, which does not skip absent experts; "
-                "set moe_backend=triton, or marlin for 4-bit weights"
+                "set --moe-backend triton, or marlin for 4-bit weights"
             )
 
     @property
@@ -195,7 +195,8 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def kernel_name(layer: CachedExperts) -> str:
     """Class of the kernel that vLLM has chosen for a layer."""
     kernel = getattr(layer.quant_method, "moe_kernel", None)
-    return type(layer.quant_method if kernel is None else kernel.fused_experts).__name__
+    cls = type(layer.quant_method if kernel is None else kernel.fused_experts)
+    return next(base for base in cls.__mro__ if base.__module__.startswith("vllm.")).__name__  # not what we made of it
 
 
 def in_place_obstacle(layer: CachedExperts, cache: ExpertCacheManager) -> str | None:

@@ -29,8 +29,8 @@ def set_moe_backend(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
     if formats is None:
         if quantisation is not None:
             logger.warning(
-                "moe_backend=%s: which kernels read quantization=%s with part of the experts resident is not known; the "
-                "one that vLLM chooses is checked after loading", kernel.moe_backend, quantisation.get_name(),
+                "moe_backend=%s: which kernels compute quantization=%s with part of the experts resident is not known; "
+                "the one that vLLM chooses is checked after loading", kernel.moe_backend, quantisation.get_name(),
             )  # fmt: skip
         return
     if MXFP4_W4A4 in formats and not marlin_takes_mxfp4_with_quantised_activations():

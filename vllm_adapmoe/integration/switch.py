@@ -14,8 +14,8 @@ from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.gating_plan import describe, plan_gating
 from vllm_adapmoe.heads import NextTokenHeads, heads_path
 from vllm_adapmoe.integration.model_check import check_model
-from vllm_adapmoe.integration.moe_backend import set_moe_backend
 from vllm_adapmoe.integration.model_info import model_info
+from vllm_adapmoe.integration.moe_backend import set_moe_backend
 from vllm_adapmoe.profile import ModelProfile
 
 logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
