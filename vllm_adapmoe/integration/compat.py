@@ -70,6 +70,13 @@ def requests_of_step(runner: Any, scheduler_output: Any) -> list[tuple[str, int,
     return [(name, int(count), scheduled[name]) for name, count in zip(names, computed, strict=True)]
 
 
+def marlin_takes_mxfp4_with_quantised_activations() -> bool:
+    """Whether Marlin may be set for MXFP4 experts whose checkpoint quantises activations too: from 0.32 on."""
+    from vllm.model_executor.layers.fused_moe.oracle import mxfp4
+
+    return hasattr(mxfp4, "_warn_on_bf16_fallback")
+
+
 def add_fields(cls: Any, fields: type) -> bool:
     """Adds the fields of the dataclass `fields` to the dataclass `cls` as keyword arguments.
 

@@ -100,7 +100,10 @@ class ExpertLoading:
         experts = sum(shape.num_experts for shape in shapes)
         if not self.all_resident and any(layer.quant_method.is_monolithic for layer in self.layers):
             method = type(self.layers[0].quant_method).__name__
-            raise AdapMoEError(f"{method} routes inside its kernel, out of the cache's sight; use another quantization")
+            raise AdapMoEError(
+                f"moe_backend={self.vllm_config.kernel_config.moe_backend}: the kernel of {method} routes by itself, "
+                "out of the cache's sight; set --moe-backend marlin or triton"
+            )
         if self.all_resident:
             logger.info("Expert cache: all %d experts fit, none is offloaded", experts)
             return

@@ -54,7 +54,7 @@ class MappedExperts(CachedExperts):
         if not takes_slots(kernel):
             raise AdapMoEError(
                 f"moe_backend: vLLM has chosen {type(kernel).__name__}, which does not skip absent experts; "
-                "set moe_backend=triton, or marlin for 4-bit weights"
+                "set --moe-backend triton, or marlin for 4-bit weights"
             )
         run_on_slots(kernel, self.local_num_experts)
 

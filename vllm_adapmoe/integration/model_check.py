@@ -17,7 +17,7 @@ from vllm_adapmoe.integration import loading
 from vllm_adapmoe.integration.identity import model_identity
 from vllm_adapmoe.integration.layers import CachedExperts
 from vllm_adapmoe.integration.memory import usable_memory
-from vllm_adapmoe.integration.model_info import count_moe_layers
+from vllm_adapmoe.integration.model_info import count_moe_layers, expert_sizes
 from vllm_adapmoe.store.base import StoreError
 from vllm_adapmoe.store.file import PackInvalid, PackMissing, open_pack
 
@@ -119,13 +119,8 @@ def feature_checks(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
 
 def expert_bytes_of(model: ModelConfig) -> int | None:
     """Of one expert's weights, as far as the configuration tells: not the scales of quantised ones."""
-    config = model.hf_text_config
-    hidden = getattr(config, "hidden_size", None)
-    intermediate = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None)
-    bits = _weight_bits(model)
-    if bits is None or not isinstance(hidden, int) or not isinstance(intermediate, int):
-        return None
-    return 3 * hidden * intermediate * bits // 8
+    sizes, bits = expert_sizes(model), _weight_bits(model)
+    return None if sizes is None or bits is None else 3 * sizes[0] * sizes[1] * bits // 8
 
 
 def _weight_bits(model: ModelConfig) -> int | None:

@@ -23,6 +23,14 @@ def model_info(model: ModelConfig) -> ModelInfo:
     )
 
 
+def expert_sizes(model: ModelConfig) -> tuple[int, int] | None:
+    """Hidden and intermediate size of a routed expert; None where the configuration does not tell."""
+    config = model.hf_text_config
+    hidden = getattr(config, "hidden_size", None)
+    inner = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None)
+    return (hidden, inner) if isinstance(hidden, int) and isinstance(inner, int) else None
+
+
 def count_moe_layers(hf_config: Any) -> int | None:
     """MoE layers of a model, from its configuration; None where that does not tell."""
     layers = getattr(hf_config, "num_hidden_layers", None)

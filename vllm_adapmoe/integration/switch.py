@@ -15,6 +15,7 @@ from vllm_adapmoe.gating_plan import describe, plan_gating
 from vllm_adapmoe.heads import NextTokenHeads, heads_path
 from vllm_adapmoe.integration.model_check import check_model
 from vllm_adapmoe.integration.model_info import model_info
+from vllm_adapmoe.integration.moe_backend import set_moe_backend
 from vllm_adapmoe.profile import ModelProfile
 
 logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
@@ -49,6 +50,8 @@ def switch_on(engine_args: Any, vllm_config: VllmConfig) -> None:
     if device not in WORKERS:
         raise AdapMoEError(f"moe_method={METHOD!r} does not run on {device}; it runs on {', '.join(WORKERS)}")
     check_model(config, vllm_config)
+    if device == "cuda":
+        set_moe_backend(config, vllm_config)
     profile = _profile(config, vllm_config)
     additional = {**_additional(vllm_config), METHOD: config.transport()}
     if profile is not None:
@@ -75,9 +78,6 @@ def _prepare_graphs(vllm_config: VllmConfig) -> None:
     compilation = vllm_config.compilation_config
     if compilation.splitting_ops:
         compilation.splitting_ops += [op for op in OPS if op not in compilation.splitting_ops]
-    kernel = vllm_config.kernel_config
-    if kernel.moe_backend == "auto" and vllm_config.model_config.quantization is None:
-        kernel.moe_backend = "triton"  # others do not skip absent experts, or route by themselves
 
 
 def heeds_worker(scheduler_cls: Any) -> bool:

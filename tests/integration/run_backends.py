@@ -1,0 +1,126 @@
+"""Builds one MoE layer in every expert format as vLLM would on a GPU of a compute capability; prints what it chose.
+
+Arguments: capability (`9.0`), a folder for checkpoints. One line of JSON: for each format, with FlashInfer and Humming
+absent and present, what stock vLLM builds, what is built with `moe_method`, and the backend that it set; or what it
+refused. Under `wishes`, what comes of backends that a user sets.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"TRITON_INTERPRET": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+
+from tests.integration.fake_cuda import install, set_optional_packages
+
+CAPABILITY = tuple(int(part) for part in sys.argv[1].split("."))
+install(CAPABILITY)  # type: ignore[arg-type]
+
+import torch  # noqa: E402
+from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
+from vllm.distributed import init_distributed_environment, initialize_model_parallel  # noqa: E402
+from vllm.engine.arg_utils import EngineArgs  # noqa: E402
+from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory  # noqa: E402
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts  # noqa: E402
+
+from tests.integration.quantised_configs import CHECKPOINTS, ONLINE, OVERRIDDEN  # noqa: E402
+from vllm_adapmoe.config import AdapMoEError  # noqa: E402
+
+HIDDEN, INNER, EXPERTS, TOP_K = 512, 512, 8, 2
+MODEL = {
+    "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_size": HIDDEN, "intermediate_size": INNER,
+    "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 512,
+    "num_local_experts": EXPERTS, "num_experts_per_tok": TOP_K, "max_position_embeddings": 512, "dtype": "bfloat16",
+}  # fmt: skip
+GPT_OSS = MODEL | {
+    "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "sliding_window": 64,
+    "layer_types": ["sliding_attention", "full_attention"], "swiglu_limit": 7.0,
+}  # fmt: skip
+
+
+WISHES = (
+    ("MXFP4 (gpt-oss)", "triton", 0.5), ("MXFP4 (gpt-oss)", "triton", 1.0), ("MXFP4 (gpt-oss)", "marlin", 0.5),
+    ("FP8, tensor, static", "flashinfer_cutlass", 0.5), ("FP8, tensor, static", "marlin", 0.5),
+    ("NVFP4 (ModelOpt)", "cutlass", 0.5), ("AWQ", "triton", 0.5), ("bf16", "flashinfer_trtllm", 0.5),
+    ("bf16", "marlin", 0.5),
+)  # fmt: skip
+"""A checkpoint, what the user sets as `moe_backend`, and the share of experts that is to be resident."""
+
+
+def save(name: str, quantisation: dict[str, Any] | None, folder: Path) -> Path:
+    """A checkpoint without weights."""
+    model = GPT_OSS if "gpt-oss" in name else MODEL
+    if quantisation is not None:
+        model = model | {"quantization_config": quantisation}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(model))
+    return folder
+
+
+def configure(folder: Path, **more: Any) -> VllmConfig:
+    args = {"max_model_len": 512, "skip_tokenizer_init": True, "load_format": "dummy"}
+    return EngineArgs(model=str(folder), **(args | more)).create_engine_config()
+
+
+def build(vllm_config: VllmConfig, name: str) -> RoutedExperts:
+    """One layer, as the model would build it."""
+    vllm_config.compilation_config.static_forward_context.clear()
+    more: dict[str, Any] = {"activation": "swigluoai", "has_bias": True} if "gpt-oss" in name else {}
+    with set_current_vllm_config(vllm_config), torch.device("cpu"):
+        runner = FusedMoEFactory(
+            num_experts=EXPERTS, top_k=TOP_K, hidden_size=HIDDEN, intermediate_size=INNER, params_dtype=torch.bfloat16,
+            quant_config=vllm_config.quant_config, prefix="model.layers.0.mlp.experts", **more,
+        )  # fmt: skip
+    return runner.routed_experts
+
+
+def kernel(vllm_config: VllmConfig, name: str) -> dict[str, Any]:
+    method = build(vllm_config, name).quant_method
+    cls = method.experts_cls
+    return {
+        "backend": vllm_config.kernel_config.moe_backend,
+        "method": type(method).__name__,
+        "kernel": cls.__name__,
+        "bases": [base.__name__ for base in cls.__mro__],
+        "monolithic": method.is_monolithic,
+    }
+
+
+def attempt(name: str, folder: Path, **args: Any) -> dict[str, Any]:
+    try:
+        return kernel(configure(folder, **args), name)
+    except AdapMoEError as error:
+        return {"refused": str(error)}
+    except Exception as error:  # of vLLM, of any kind
+        return {"failed": f"{type(error).__name__}: {error}"}
+
+
+def main() -> None:
+    folder = Path(sys.argv[2])
+    init_distributed_environment(1, 0, f"file://{sys.argv[2]}/rendezvous", 0, "gloo")
+    with set_current_vllm_config(VllmConfig()):
+        initialize_model_parallel(1, 1)
+    cases = {name: (name, {}) for name in CHECKPOINTS} | {name: ("bf16", args) for name, args in ONLINE.items()}
+    told: dict[str, Any] = {}
+    for present in (False, True):
+        set_optional_packages(present)
+        for name, (checkpoint, args) in (cases | OVERRIDDEN).items():
+            path = save(name, CHECKPOINTS[checkpoint], folder / checkpoint.replace("/", "-"))
+            told.setdefault(name, {})["with" if present else "without"] = {
+                "stock": attempt(name, path, **args),
+                "ours": attempt(name, path, moe_method="adapmoe", adapmoe_config={"cache_fraction": 0.5}, **args),
+            }
+    told["wishes"] = [
+        {"format": name, "wish": wish, "cache": fraction}
+        | attempt(
+            name, folder / name.replace("/", "-"), moe_backend=wish, moe_method="adapmoe",
+            adapmoe_config={"cache_fraction": fraction},
+        )
+        for name, wish, fraction in WISHES
+    ]  # fmt: skip
+    print(json.dumps(told))
+
+
+main()

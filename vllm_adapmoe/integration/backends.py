@@ -1,0 +1,122 @@
+"""Decides which of vLLM's MoE kernels computes on slots: by the experts' format and the device's compute capability.
+
+Slots need a kernel that takes a map from expert to row of its weights, and that leaves out what has no row. Of vLLM
+those are `TritonExperts`, `TritonWNA16Experts` and `MarlinExperts`. Which value of `--moe-backend` leads to one of them
+depends on the format: `triton` is `TritonExperts` for FP8, but a kernel that routes by itself for MXFP4. Read in
+`fused_moe/oracle/*.py` of vLLM 0.30 to 0.33; `docs/backends.md` has what comes out.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from vllm_adapmoe.config import AdapMoEError
+
+AUTO = "auto"
+ANY = (0, 0)
+Capability = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How experts are stored, as far as kernels go by it."""
+
+    backends: dict[str, Capability]
+    """Values of `moe_backend` that give a kernel with a map, best first, and the least capability of each."""
+    remedy: str = ""
+    """What else to do, where no such kernel reads this format."""
+    ignored: tuple[Capability, Capability] = (ANY, ANY)
+    """From the first capability, below the second, vLLM takes another kernel whatever `moe_backend` is."""
+
+
+UNQUANTISED = "unquantised"
+FP8 = "FP8"
+FP8_CHANNELS_ONLINE = "FP8 by channel, quantised while loading"
+INT8 = "int8"
+INT_WEIGHTS = "int4 or int8 weights"
+MOE_WNA16 = "int4 or int8 weights as moe_wna16"
+MXFP4 = "MXFP4"
+MXFP4_W4A4 = "MXFP4 with 4 bit activations"
+MXFP4_COMPRESSED = "MXFP4 of compressed-tensors"
+MXFP8 = "MXFP8"
+NVFP4 = "NVFP4"
+W4A8 = "W4A8"
+MXFP6 = "MXFP6"
+HUMMING = "humming"
+BLOCK_CODECS = "block codecs of ModelOpt"
+
+FORMATS = {
+    UNQUANTISED: Format({"triton": ANY}),
+    # Triton multiplies FP8 by FP8, which devices can since Ada; Marlin widens the weights.
+    FP8: Format({"triton": (8, 9), "marlin": (7, 5)}),
+    FP8_CHANNELS_ONLINE: Format({"triton": (8, 9)}, "set quantization=fp8_per_block"),
+    INT8: Format({"triton": (7, 5)}),
+    # `triton` reads some of these as well, but not AWQ, and slower.
+    INT_WEIGHTS: Format({"marlin": (7, 5)}),
+    MOE_WNA16: Format({"triton": ANY}),
+    MXFP4: Format({"marlin": (7, 5)}),
+    MXFP4_W4A4: Format({"marlin": (7, 5)}),  # Marlin leaves activations as they are
+    MXFP4_COMPRESSED: Format(
+        {"marlin": (7, 5)}, "use an NVFP4 or FP8 checkpoint of this model", ignored=((10, 0), (12, 0))
+    ),
+    MXFP8: Format({"marlin": (7, 5)}),
+    NVFP4: Format({"marlin": (7, 5)}),
+    W4A8: Format({}, "use a W4A16 or FP8 checkpoint of this model"),
+    MXFP6: Format({}, "use an MXFP4 or FP8 checkpoint of this model"),
+    HUMMING: Format({}, "remove quantization=humming"),
+    BLOCK_CODECS: Format({}, "use an NVFP4 or FP8 checkpoint of this model"),
+}
+"""What is served with experts in slots, and what is not."""
+
+
+def choose_backend(formats: Collection[str], capability: Capability | None, wish: str) -> str:
+    """Returns the value of `moe_backend` to set.
+
+    Args:
+        formats: of `FORMATS`; one, or several where the layers of a model differ.
+        capability: of the device; None where it is not known here.
+        wish: what the user set, or "auto".
+
+    Raises:
+        AdapMoEError: no kernel of vLLM does it, or not the one wished for.
+    """
+    able = [name for name in _common(formats) if capability is None or _runs(formats, name, capability)]
+    if capability is None:  # what runs on the oldest device runs on this one
+        able.sort(key=lambda name: _least(formats, name))
+    told = f"experts in {' and '.join(sorted(formats))}"
+    if capability is not None:
+        told += f" at compute capability {capability[0]}.{capability[1]}"
+    if not able:
+        named = next((FORMATS[name].remedy for name in sorted(formats) if FORMATS[name].remedy), "")
+        remedy = named or _least_remedy(formats)
+        raise AdapMoEError(f"moe_backend={wish}: no kernel of vLLM computes {told} on part of the experts; {remedy}")
+    if wish == AUTO:
+        return able[0]
+    if wish not in able:
+        others = "".join(f", {name}" for name in able[1:])
+        raise AdapMoEError(
+            f"moe_backend={wish} does not compute {told} on part of the experts; set --moe-backend {able[0]}{others}, "
+            "or leave it out"
+        )
+    return wish
+
+
+def _common(formats: Collection[str]) -> list[str]:
+    first, *others = (FORMATS[name].backends for name in sorted(formats))
+    return [name for name in first if all(name in backends for backends in others)]
+
+
+def _runs(formats: Collection[str], backend: str, capability: Capability) -> bool:
+    ignored = any(start <= capability < stop for start, stop in (FORMATS[name].ignored for name in formats))
+    return _least(formats, backend) <= capability and not ignored
+
+
+def _least(formats: Collection[str], backend: str) -> Capability:
+    return max(FORMATS[name].backends[backend] for name in formats)
+
+
+def _least_remedy(formats: Collection[str]) -> str:
+    least = [_least(formats, backend) for backend in _common(formats)]
+    if not least:
+        return "use a checkpoint whose experts have one format"
+    major, minor = min(least)
+    return f"use a device of compute capability {major}.{minor} or later"
