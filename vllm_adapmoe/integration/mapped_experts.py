@@ -14,6 +14,7 @@ from vllm_adapmoe.cache.residency import waves
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.integration.layers import CachedExperts, distinct
 from vllm_adapmoe.integration.step_routing import StepRouting
+from vllm_adapmoe.kernels import ALIGNMENT
 
 if TYPE_CHECKING:
     from vllm_adapmoe.integration.lookahead import Foresight
@@ -209,6 +210,8 @@ def in_place_obstacle(layer: CachedExperts, cache: ExpertCacheManager) -> str | 
         return "its router's weights go on the input"
     if layout[GATE_UP].shape != (2 * layout[DOWN].shape[1], layout[DOWN].shape[0]):
         return f"its kernel's weights are {layout[GATE_UP].shape} and {layout[DOWN].shape}"
+    if layout[DOWN].nbytes % ALIGNMENT:
+        return f"its experts are not of whole {ALIGNMENT} bytes"
     if cache.store.page_locked((layer.cache_layer, 0)) is None:
         return "its backing copies are not in page-locked memory"
     return None
