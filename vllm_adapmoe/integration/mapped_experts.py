@@ -193,8 +193,8 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
-def kernel_name(layer: CachedExperts) -> str:
-    """Class of the kernel that vLLM has chosen for a layer."""
+def kernel_name(layer: Any) -> str:
+    """Class of the kernel that vLLM has chosen for a layer, a `RoutedExperts`."""
     kernel = getattr(layer.quant_method, "moe_kernel", None)
     return type(layer.quant_method if kernel is None else kernel.fused_experts).__name__
 
