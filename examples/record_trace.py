@@ -26,7 +26,6 @@ def main() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # all requests of a batch are in its first step
     from vllm_adapmoe.integration.engine import Engine
-    from vllm_adapmoe.integration.forced_tokens import ForcedTokens
 
     length = args.prompt_tokens + args.output_tokens
     prompts = prompts_of(args.model, args.text, args.batch * args.batches, length)
@@ -34,9 +33,7 @@ def main() -> None:
     config = {"cache_fraction": 0.5, "trace_out": str(args.output)}
     if args.profile is not None:
         config["profile"] = str(args.profile)
-    with Engine(
-        args.model, config, enforce_eager=True, max_model_len=length, logits_processors=[ForcedTokens]
-    ) as engine:
+    with Engine(args.model, config, enforce_eager=True, max_model_len=length, forced=True) as engine:
         measure_batches(engine, groups, args.output_tokens, forced=True)
     print(f"{args.output}: {args.output.stat().st_size / 2**10:.0f} KiB; now: adapmoe simulate {args.output}")
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import COMMON, save_tiny_model
 from transformers import AutoModelForCausalLM, GptOssConfig
 
+from vllm_adapmoe.bench.gpu_check.checkpoints import GROUP, fp8_blocks, fp8_config, gptq, gptq_config, int4, pack
+
 Tensors = dict[str, torch.Tensor]
-BLOCK = 128
-GROUP = 64
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """AWQ's place of each of eight values in an int32."""
 
@@ -22,49 +22,18 @@ def _int8(weight: torch.Tensor) -> Tensors:
     return {"weight": (weight / scale).round().to(torch.int8), "weight_scale": scale}
 
 
-def _fp8_blocks(weight: torch.Tensor) -> Tensors:
-    blocks = weight.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK))
-    scale = blocks.abs().amax((1, 3)) / torch.finfo(torch.float8_e4m3fn).max
-    weight = (blocks / scale[:, None, :, None]).reshape(weight.shape)
-    return {"weight": weight.to(torch.float8_e4m3fn), "weight_scale_inv": scale}
-
-
-def _int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values 0 to 15 around 8, `[rows, columns]`, and scales `[rows, groups]`."""
-    groups = weight.unflatten(1, (-1, GROUP))
-    scale = groups.abs().amax(2, keepdim=True) / 7
-    return ((groups / scale).round() + 8).flatten(1).to(torch.int64), scale.squeeze(2).to(torch.bfloat16)
-
-
-def _pack(values: torch.Tensor, order: tuple[int, ...] = tuple(range(8))) -> torch.Tensor:
-    """Eight values of four bits to an int32, along the last dimension."""
-    shifts = torch.tensor([4 * order.index(place) for place in range(8)])
-    return (values.unflatten(-1, (-1, 8)) << shifts).sum(-1).to(torch.uint32).view(torch.int32)
-
-
 def _compressed_int4(weight: torch.Tensor) -> Tensors:
-    values, scale = _int4(weight)
+    values, scale = int4(weight)
     return {
-        "weight_packed": _pack(values), "weight_scale": scale, "weight_shape": torch.tensor(weight.shape)
+        "weight_packed": pack(values), "weight_scale": scale, "weight_shape": torch.tensor(weight.shape)
     }  # fmt: skip
 
 
-def _gptq(weight: torch.Tensor) -> Tensors:
-    values, scale = _int4(weight)
-    zeros = torch.full_like(scale.t(), 7).to(torch.int64)  # GPTQ stores zero points less one
-    return {
-        "qweight": _pack(values).t().contiguous(),
-        "qzeros": _pack(zeros),
-        "scales": scale.t().contiguous(),
-        "g_idx": (torch.arange(weight.shape[1]) // GROUP).to(torch.int32),
-    }
-
-
 def _awq(weight: torch.Tensor) -> Tensors:
-    values, scale = _int4(weight)
+    values, scale = int4(weight)
     zeros = torch.full_like(scale.t(), 8).to(torch.int64)
     return {
-        "qweight": _pack(values.t(), AWQ_ORDER), "qzeros": _pack(zeros, AWQ_ORDER), "scales": scale.t().contiguous()
+        "qweight": pack(values.t(), AWQ_ORDER), "qzeros": pack(zeros, AWQ_ORDER), "scales": scale.t().contiguous()
     }  # fmt: skip
 
 
@@ -91,14 +60,10 @@ FORMATS: dict[str, tuple[Callable[[torch.Tensor], Tensors], dict[str, Any]]] = {
     "compressed_int4": (_compressed_int4, _compressed(
         "pack-quantized", _SYMMETRIC | {"num_bits": 4, "strategy": "group", "group_size": GROUP, "dynamic": False}, None
     )),
-    "fp8_blocks": (_fp8_blocks, {
-        "quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK],
-        "ignored_layers": [f"model.layers.{n}.self_attn.{proj}_proj" for n in range(3) for proj in "qkvo"],
-    }),
-    "gptq": (_gptq, {
-        "quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True, "lm_head": False,
-        "dynamic": {r"-:.*self_attn.*": {}},
-    }),
+    "fp8_blocks": (fp8_blocks, fp8_config(
+        [f"model.layers.{n}.self_attn.{proj}_proj" for n in range(3) for proj in "qkvo"]
+    )),
+    "gptq": (gptq, gptq_config()),
     "awq": (_awq, {
         "quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm",
         "modules_to_not_convert": _OTHERS,

@@ -197,3 +197,15 @@ def test_both_ways_are_timed(cache):
     times = time_decode(cache, in_place, TOP_K, torch.float16)
     assert times.misses == [0, 1, 2] and min(times.fetch + times.in_place) > 0
     assert DecodeTimes([0, 2], [1.0, 3.0], [2.0, 2.0]).at(0.5) == (1.5, 2.0)
+
+
+def test_experts_that_do_not_begin_at_16_bytes():
+    """The kernel's loads would be misaligned: there is no table of such addresses."""
+    store = HostStore(CPU)
+    store.put_layer(0, {GATE_UP: torch.zeros(2, 4, 6).half(), DOWN: torch.zeros(2, 6, 2).half()})
+    store.seal()
+    shape = CacheShape([2], 1, [0], [store.layouts[0].nbytes])
+    cache = ExpertCacheManager(store, CacheController(shape, CacheSetup([2], "lru")), CPU)
+    with pytest.raises(ValueError, match="w13_weight or w2_weight does not begin at a multiple of 16 bytes"):
+        InPlaceDecode(cache, 1, CPU)
+    cache.close()

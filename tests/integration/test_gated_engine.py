@@ -21,7 +21,6 @@ from vllm_adapmoe.calibrate.text import read_sequences
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.gating import gate_tokens
 from vllm_adapmoe.integration.engine import Engine, describe_model
-from vllm_adapmoe.integration.forced_tokens import ForcedTokens
 from vllm_adapmoe.integration.losses import decode_losses, prefill_losses
 from vllm_adapmoe.profile import ModelProfile
 
@@ -43,7 +42,7 @@ def plan_of(model: Path, share: float, rule: str = "token") -> dict[str, Any]:
 def engine(model: Path, fraction: float) -> Engine:
     config = VLLM_STEPS | {"cache_fraction": fraction, "store": "host"}
     # No prefix cache: it would hand a gated run what was computed before gating was set.
-    arguments = ENGINE_ARGS | {"enable_prefix_caching": False, "logits_processors": [ForcedTokens]}
+    arguments = ENGINE_ARGS | {"enable_prefix_caching": False, "forced": True}
     return Engine(model, config, enforce_eager=True, **arguments)
 
 

@@ -9,11 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from scenarios import ENGINE_ARGS, prompts
 from tiny_models import VOCABULARY
-from vllm import SamplingParams
 from vllm.inputs import TokensPrompt
 
 from vllm_adapmoe.integration.engine import Engine
-from vllm_adapmoe.integration.forced_tokens import FORCED, ForcedTokens
 
 pytestmark = pytest.mark.engine
 
@@ -51,10 +49,8 @@ def serve(engine: Engine, kinds: list[int], apart: int = 3):
     core = engine.llm.llm_engine
     coming = []
     for number, (kind, ids) in enumerate(zip(kinds, prompts(len(kinds), VOCABULARY // 2 - 2, seed=1), strict=True)):
-        params = SamplingParams(
-            max_tokens=TOKENS, temperature=0, ignore_eos=True, detokenize=False, logprobs=2,
-            extra_args={FORCED: [2 * ((7 * number + step) % 200) + 2 + kind for step in range(TOKENS)]},
-        )  # fmt: skip
+        forced = [2 * ((7 * number + step) % 200) + 2 + kind for step in range(TOKENS)]
+        params = engine.params(TOKENS, forced, logprobs=2)
         coming.append((f"request-{number}", [2 * token + kind for token in ids], params))
     times: dict[str, list[float]] = {name: [] for name, _, _ in coming}
     answers, step = {}, 0
@@ -75,9 +71,7 @@ def serve(engine: Engine, kinds: list[int], apart: int = 3):
 
 
 def start(model, adapmoe):
-    return Engine(
-        model, adapmoe, **ENGINE_ARGS, enforce_eager=True, async_scheduling=False, logits_processors=[ForcedTokens]
-    )
+    return Engine(model, adapmoe, **ENGINE_ARGS, enforce_eager=True, async_scheduling=False, forced=True)
 
 
 def test_holding_back_changes_no_token_saves_bytes_and_starves_nobody(two_kinds):

@@ -71,7 +71,6 @@ def run_ablation(
         loss_tokens: to measure on what gating costs, without a limit on the link.
     """
     from vllm_adapmoe.integration.engine import Engine, count_experts, describe_model
-    from vllm_adapmoe.integration.forced_tokens import ForcedTokens
     from vllm_adapmoe.integration.losses import decode_losses
 
     profile = ModelProfile.load(profile_path)
@@ -79,7 +78,7 @@ def run_ablation(
     prompts = prompts_of(model, text, batch * batches, prompt_tokens + output_tokens)
     groups = [prompts[start : start + batch] for start in range(0, len(prompts), batch)]
     # On text, not on what so small a model says, which repeats itself, and so its experts.
-    arguments: dict[str, Any] = {"max_model_len": prompt_tokens + output_tokens, "logits_processors": [ForcedTokens]}
+    arguments: dict[str, Any] = {"max_model_len": prompt_tokens + output_tokens, "forced": True}
     with Engine(model, {"cache_fraction": 1.0}, **arguments) as full:
         measure(full, groups[-1], output_tokens, forced=True)
         speeds = [

@@ -49,7 +49,6 @@ def run_evaluate(
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the same steps, and so the same sums, in every run
     from vllm_adapmoe.integration.engine import Engine, describe_model
-    from vllm_adapmoe.integration.forced_tokens import ForcedTokens
     from vllm_adapmoe.integration.losses import decode_losses, prefill_losses
 
     profile = ModelProfile.load(profile_path)
@@ -63,7 +62,7 @@ def run_evaluate(
         enforce_eager=True,
         max_model_len=sequence_length + 1,
         max_num_batched_tokens=max(4096, sequence_length + 1),
-        logits_processors=[ForcedTokens],
+        forced=True,
     )
     with engine:
 

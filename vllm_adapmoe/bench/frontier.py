@@ -43,7 +43,6 @@ def run_frontier(model: Path, profile_path: Path, data: Path, sequence_length: i
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm_adapmoe.integration.engine import Engine, describe_model
-    from vllm_adapmoe.integration.forced_tokens import ForcedTokens
     from vllm_adapmoe.integration.losses import decode_losses
 
     profile = ModelProfile.load(profile_path)
@@ -59,7 +58,7 @@ def run_frontier(model: Path, profile_path: Path, data: Path, sequence_length: i
                 enforce_eager=True,
                 max_model_len=sequence_length + 1,
                 max_num_seqs=max(BATCHES),
-                logits_processors=[ForcedTokens],
+                forced=True,
             ) as engine:
                 for batch, count in BATCHES.items():
                     chosen = sequences[: min(count, len(sequences))]

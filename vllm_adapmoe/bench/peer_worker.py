@@ -144,7 +144,6 @@ def vllm_engine(spec: Spec) -> Any:
     """Stock vLLM, or the plugin, for one request at a time and no longer than asked for."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process fewer under the limit
     from vllm_adapmoe.integration.engine import Engine
-    from vllm_adapmoe.integration.forced_tokens import ForcedTokens
 
     config: dict[str, Any] | None = None
     if spec.contender != "vllm":
@@ -165,7 +164,7 @@ def vllm_engine(spec: Spec) -> Any:
         enforce_eager=spec.enforce_eager,
         max_num_batched_tokens=max(spec.prompt_tokens, 16),
         kv_cache_memory_bytes=blocks * KV_BLOCK * token,
-        logits_processors=[ForcedTokens],
+        forced=True,
     )
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from vllm_adapmoe.cache.slots import SlotPool
+from vllm_adapmoe.kernels import ALIGNMENT
 from vllm_adapmoe.store.base import ExpertStore
 
 
@@ -20,7 +21,8 @@ class AddressTable:
         device: of the slots.
 
     Raises:
-        ValueError: the store has a record that the device cannot read.
+        ValueError: the store has a record that the device cannot read, or an expert does not begin at a multiple of
+            `ALIGNMENT`.
     """
 
     def __init__(
@@ -48,6 +50,9 @@ class AddressTable:
                     raise ValueError(f"expert {expert} of MoE layer {layer} is not in page-locked memory")
                 for index, name in enumerate(pieces):
                     self._homes[index, layer, expert] = record.data_ptr() + offsets[name]
+        for values in (self._homes, self._bases, self._strides):
+            if (values % ALIGNMENT).any():
+                raise ValueError(f"an expert's {' or '.join(pieces)} does not begin at a multiple of {ALIGNMENT} bytes")
         self._published: np.ndarray | None = None
         self.table = torch.from_numpy(self._homes).to(device, copy=True)
         """int64 `[pieces, layers, experts]`."""

@@ -9,7 +9,7 @@ from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.inputs import TokensPrompt
 
-from vllm_adapmoe.integration.forced_tokens import FORCED
+from vllm_adapmoe.integration.forced_tokens import forced_sampling, forcing_arguments
 from vllm_adapmoe.integration.model_info import count_moe_layers, model_info
 from vllm_adapmoe.profile import ModelInfo
 
@@ -33,10 +33,13 @@ class Engine:
     Args:
         model: folder of a checkpoint.
         adapmoe: configuration of the expert cache; None for stock vLLM.
+        forced: requests can be given their answers.
         engine_args: further arguments of `LLM`.
     """
 
-    def __init__(self, model: Path | str, adapmoe: dict[str, Any] | None, **engine_args: Any) -> None:
+    def __init__(
+        self, model: Path | str, adapmoe: dict[str, Any] | None, forced: bool = False, **engine_args: Any
+    ) -> None:
         self.cached = adapmoe is not None
         method = {} if adapmoe is None else {"moe_method": "adapmoe", "adapmoe_config": adapmoe}
         defaults = {
@@ -45,26 +48,35 @@ class Engine:
             "disable_log_stats": False,
             "enable_prefix_caching": False,
         }
+        if forced:
+            defaults |= forcing_arguments()
         self.llm = LLM(str(model), **(defaults | method | engine_args))
+
+    def params(self, tokens: int, forced: list[int] | None = None, **others: Any) -> SamplingParams:
+        """Greedy sampling of exactly so many tokens.
+
+        Args:
+            tokens: of the answer.
+            forced: the answer to give; None: what the model says. For engines that were made with `forced`.
+            others: further arguments of `SamplingParams`.
+        """
+        given = {} if forced is None else forced_sampling(self.llm.llm_engine.vllm_config, forced)
+        return SamplingParams(
+            max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False, **(given | others)
+        )  # fmt: skip
 
     def generate(
         self, prompts: list[list[int]], output_tokens: int, forced: list[list[int]] | None = None
     ) -> Generation:
         """Completes all `prompts` in one batch, each by exactly `output_tokens` tokens.
 
-        `forced` are tokens to give as the answers; for engines with `logits_processors=[ForcedTokens]`.
+        `forced` are tokens to give as the answers; for engines that were made with `forced`.
         """
         outputs = self.llm.generate(
             [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
-            [
-                SamplingParams(
-                    max_tokens=output_tokens, temperature=0, ignore_eos=True, detokenize=False,
-                    extra_args=None if forced is None else {FORCED: forced[number]},
-                )
-                for number in range(len(prompts))
-            ],
+            [self.params(output_tokens, None if forced is None else forced[n]) for n in range(len(prompts))],
             use_tqdm=False,
-        )  # fmt: skip
+        )
         times = [output.metrics for output in outputs if output.metrics is not None]
         first = max(time.first_token_ts for time in times)
         return Generation(
@@ -76,14 +88,11 @@ class Engine:
     def best_tokens(self, ids: list[int], prompt_tokens: int) -> Iterator[int]:
         """Decodes the ids after the prompt one by one, a step of the engine each; yields what it would have said.
 
-        For engines with `logits_processors=[ForcedTokens]`; the first is yielded after the prompt, before any of them
-        has been decoded.
+        For engines that were made with `forced`; the first is yielded after the prompt, before any of them has been
+        decoded.
         """
-        engine, count = self.llm.llm_engine, len(ids) - prompt_tokens
-        params = SamplingParams(
-            max_tokens=count, temperature=0, logprobs=1, flat_logprobs=True, ignore_eos=True, detokenize=False,
-            extra_args={FORCED: ids[prompt_tokens:]},
-        )  # fmt: skip
+        engine, forced = self.llm.llm_engine, ids[prompt_tokens:]
+        params = self.params(len(forced), forced, logprobs=1, flat_logprobs=True)
         engine.add_request("best-tokens", TokensPrompt(prompt_token_ids=ids[:prompt_tokens]), params)
         known = 0
         while engine.has_unfinished_requests():

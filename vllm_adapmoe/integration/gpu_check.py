@@ -1,6 +1,6 @@
 """One engine of the GPU check, in a process of its own that decodes whenever it is told to.
 
-    python -m vllm_adapmoe.integration.gpu_check MODEL KIND RESIDENT EXPERT_BYTES TOKENS
+    python -m vllm_adapmoe.integration.gpu_check MODEL KIND RESIDENT EXPERT_BYTES TOKENS DEVICE_BYTES
 
 For each line on its input it decodes once and answers with a line of JSON after `MARK`, tokens per second; vLLM's own
 words go where they like.
@@ -13,13 +13,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vllm.platforms import current_platform
+
 from vllm_adapmoe.integration.engine import Engine
-from vllm_adapmoe.integration.forced_tokens import ForcedTokens
 
 MARK = "gpu-check: "
 GROUP = 4
 """Layers of a group of vLLM's prefetch offloading, so that it offloads 1, 2 or 3 quarters of them."""
 PROMPT_TOKENS = 16
+BATCHED_TOKENS = 2048
+"""Of a step at most: what vLLM measures its memory with."""
 EXPERTS = "experts"
 """Part of the parameters' names."""
 
@@ -44,6 +47,13 @@ def engine_arguments(kind: str, resident: float, expert_bytes: int) -> tuple[dic
     return None, {}
 
 
+def device_arguments(device_bytes: int) -> dict[str, Any]:
+    """Arguments of `LLM` for an engine that shares the device with others, and so may use so many bytes of it."""
+    if not current_platform.is_cuda():
+        return {}
+    return {"gpu_memory_utilization": min(0.9, device_bytes / current_platform.get_device_total_memory())}
+
+
 def main() -> None:
     """Starts the engine, says so, and serves its input to its end."""
     parser = argparse.ArgumentParser()
@@ -52,6 +62,7 @@ def main() -> None:
     parser.add_argument("resident", type=float)
     parser.add_argument("expert_bytes", type=int)
     parser.add_argument("tokens", type=int)
+    parser.add_argument("device_bytes", type=int)
     options = parser.parse_args()
     adapmoe, arguments = engine_arguments(options.kind, options.resident, options.expert_bytes)
     vocabulary = json.loads((options.model / "config.json").read_text())["vocab_size"]
@@ -60,13 +71,13 @@ def main() -> None:
     with Engine(
         options.model,
         adapmoe,
+        # Random tokens: what a model without sense says soon repeats itself, and with it its experts.
+        forced=True,
         load_format="dummy",
         max_model_len=len(ids),
         max_num_seqs=1,
-        # Others are on the device too; the KV cache has a size of its own.
-        gpu_memory_utilization=0.1,
-        # Random tokens: what a model without sense says soon repeats itself, and with it its experts.
-        logits_processors=[ForcedTokens],
+        max_num_batched_tokens=BATCHED_TOKENS,
+        **device_arguments(options.device_bytes),
         **arguments,
     ) as engine:
 

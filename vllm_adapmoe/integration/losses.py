@@ -9,7 +9,6 @@ from vllm import SamplingParams
 from vllm.inputs import TokensPrompt
 
 from vllm_adapmoe.integration.engine import Engine
-from vllm_adapmoe.integration.forced_tokens import FORCED
 
 
 @dataclass(frozen=True)
@@ -35,19 +34,16 @@ def prefill_losses(engine: Engine, sequences: Sequence[Sequence[int]]) -> Losses
 def decode_losses(engine: Engine, sequences: Sequence[Sequence[int]], prompt_tokens: int) -> Losses:
     """Each sequence's first `prompt_tokens` as its prompt, then one token in each decode step, all requests together.
 
-    The engine must have been made with `logits_processors=[ForcedTokens]`. Losses are of the forced tokens.
+    The engine must have been made with `forced`. Losses are of the forced tokens.
     """
     outputs = engine.llm.generate(
         [TokensPrompt(prompt_token_ids=list(ids[:prompt_tokens])) for ids in sequences],
         [
-            SamplingParams(
-                max_tokens=len(ids) - prompt_tokens, temperature=0, logprobs=1, flat_logprobs=True, ignore_eos=True,
-                detokenize=False, extra_args={FORCED: list(ids[prompt_tokens:])},
-            )
+            engine.params(len(ids) - prompt_tokens, list(ids[prompt_tokens:]), logprobs=1, flat_logprobs=True)
             for ids in sequences
         ],
         use_tqdm=False,
-    )  # fmt: skip
+    )
     for ids, output in zip(sequences, outputs, strict=True):
         assert list(output.outputs[0].token_ids) == list(ids[prompt_tokens:])
     return _losses([output.outputs[0].logprobs for output in outputs], first=0)

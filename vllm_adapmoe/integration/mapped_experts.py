@@ -16,6 +16,7 @@ from vllm_adapmoe.integration.graph_break import is_capturing
 from vllm_adapmoe.integration.layers import CachedExperts, distinct, padding_rows
 from vllm_adapmoe.integration.slot_kernels import run_on_slots, takes_slots
 from vllm_adapmoe.integration.step_routing import StepRouting
+from vllm_adapmoe.kernels import ALIGNMENT
 
 if TYPE_CHECKING:
     from vllm_adapmoe.integration.lookahead import Foresight
@@ -200,8 +201,8 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
-def kernel_of(layer: CachedExperts) -> Any:
-    """The kernel that vLLM has chosen for a layer; its quantisation method, where that runs the experts itself."""
+def kernel_of(layer: Any) -> Any:
+    """The kernel that vLLM has chosen for a layer, a `RoutedExperts`; its quantisation method, where that runs the experts itself."""
     kernel = getattr(layer.quant_method, "moe_kernel", None)
     return layer.quant_method if kernel is None else kernel.fused_experts
 
@@ -219,6 +220,8 @@ def in_place_obstacle(layer: CachedExperts, cache: ExpertCacheManager) -> str | 
         return "its router's weights go on the input"
     if layout[GATE_UP].shape != (2 * layout[DOWN].shape[1], layout[DOWN].shape[0]):
         return f"its kernel's weights are {layout[GATE_UP].shape} and {layout[DOWN].shape}"
+    if layout[DOWN].nbytes % ALIGNMENT:
+        return f"its experts are not of whole {ALIGNMENT} bytes"
     if cache.store.page_locked((layer.cache_layer, 0)) is None:
         return "its backing copies are not in page-locked memory"
     return None

@@ -12,7 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_adapmoe.kernels import ALIGNMENT as _ALIGNMENT
 from vllm_adapmoe.kernels import MAX_TOKENS
+
+ALIGNMENT = tl.constexpr(_ALIGNMENT)
 
 BLOCK_N, BLOCK_K = 32, 128
 """Of the weights' tile: `BLOCK_K` values in a row are what one reads over the link at a time, 256 bytes of bf16."""
@@ -42,7 +45,8 @@ def _gate_and_up(
     expert, rows = _rows_of_first_pair(ids, pairs, PAIRS, ROWS)
     if expert < 0:
         return
-    weight = tl.load(addresses + expert).to(tl.pointer_type(x.dtype.element_ty))
+    # A pointer out of memory has no known alignment, and would be read value by value; said of the integer, it is lost.
+    weight = tl.multiple_of(tl.load(addresses + expert).to(tl.pointer_type(x.dtype.element_ty)), ALIGNMENT)
     some = rows < pairs
     token = tl.where(some, rows, 0) // top_k
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -74,7 +78,7 @@ def _down(
     expert, rows = _rows_of_first_pair(ids, pairs, PAIRS, ROWS)
     if expert < 0:
         return
-    weight = tl.load(addresses + expert).to(tl.pointer_type(activated.dtype.element_ty))
+    weight = tl.multiple_of(tl.load(addresses + expert).to(tl.pointer_type(activated.dtype.element_ty)), ALIGNMENT)
     some = rows < pairs
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -119,8 +123,9 @@ def experts_by_address(
         x: `[tokens, hidden]`, bf16 or float16, as are the weights; at most `MAX_TOKENS` tokens.
         topk_weights: float32 `[tokens, top_k]`.
         topk_ids: int32 `[tokens, top_k]`; -1: dropped, and no work. The ids of a token differ.
-        gate_up: int64 `[experts]`: address of each expert's contiguous `[2 * inner, hidden]`.
-        down: int64 `[experts]`: of its `[hidden, inner]`.
+        gate_up: int64 `[experts]`: address, a multiple of `ALIGNMENT`, of each expert's contiguous
+            `[2 * inner, hidden]`.
+        down: int64 `[experts]`: of its `[hidden, inner]`, likewise.
         inner: size between the projections.
 
     Returns:

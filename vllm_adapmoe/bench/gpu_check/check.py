@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import torch
 
@@ -11,17 +10,19 @@ from vllm_adapmoe.bench.gpu_check.copies import check_copies
 from vllm_adapmoe.bench.gpu_check.decode import SECTION as DECODE
 from vllm_adapmoe.bench.gpu_check.decode import TOKENS, WARM, Limits, check_decode
 from vllm_adapmoe.bench.gpu_check.device import Device, available_memory
-from vllm_adapmoe.bench.gpu_check.engines import LAYERS, check_engines
-from vllm_adapmoe.bench.gpu_check.engines import SECTION as ENGINES
+from vllm_adapmoe.bench.gpu_check.engines import check_engines, fitting, obstacle
 from vllm_adapmoe.bench.gpu_check.in_place_rows import check_in_place
 from vllm_adapmoe.bench.gpu_check.kernel_rows import BATCHES, check_kernel
-from vllm_adapmoe.bench.gpu_check.report import CORRECTNESS, NOT_RUN, Row, attempt
+from vllm_adapmoe.bench.gpu_check.report import CORRECTNESS, ENGINES, SKIPPED, Row, attempt
 from vllm_adapmoe.bench.gpu_check.shapes import Shape
 from vllm_adapmoe.bench.gpu_check.slot_rows import check_refills, check_slots, check_waves
+from vllm_adapmoe.bench.gpu_check.tokens import check_tokens, plan_for
 
 SECONDS = 460
 """In all; what has not begun by then is not run."""
-DECODE_SECONDS = (240, 270)
+TOKENS_SECONDS = 240
+"""By when engines whose tokens are compared have answered: what is right comes before what is fast."""
+DECODE_SECONDS = (300, 330)
 """By when decoding of the first model, and of the second, begins no further variant."""
 MOST_HOST_BYTES = 24 << 30
 """Page-locking is slow."""
@@ -57,6 +58,13 @@ def run_check(
         yield attempt(CORRECTNESS, f"{shape.name}: waves", lambda: check_waves(*common))  # noqa: B023
         yield attempt(CORRECTNESS, f"{shape.name}: refills", lambda: check_refills(*common))  # noqa: B023
         yield attempt(CORRECTNESS, f"{shape.name}: in place", lambda: check_in_place(*common))  # noqa: B023
+    without = Row(ENGINES, "adapmoe in vLLM", "no CUDA device", "", SKIPPED) if not device.cuda else obstacle()
+    if without is not None:
+        yield [without]
+    else:
+        device.give_back()  # the engines are other processes
+        ends = start + TOKENS_SECONDS
+        yield attempt(CORRECTNESS, "tokens", lambda: check_tokens(device, seed, ends, plan_for(device)))
     for shape in shapes:
         yield attempt(COPIES, shape.name, lambda: check_copies(shape, device, dtype, seed))  # noqa: B023
     for seconds, shape in zip(DECODE_SECONDS, shapes, strict=False):
@@ -65,12 +73,14 @@ def run_check(
             DECODE, shape.name,
             lambda: check_decode(shape, device, dtype, seed, _limits(device, ends), warm, tokens),  # noqa: B023
         )  # fmt: skip
-    if device.cuda:
-        device.give_back()  # the engines are other processes
-        reduced = replace(shapes[-1], layers=LAYERS)
-        yield attempt(ENGINES, "engines", lambda: check_engines(reduced, start + SECONDS))
-    else:
-        yield [Row(ENGINES, "adapmoe in vLLM", "no CUDA device", "", NOT_RUN)]
+    if without is None:
+        device.give_back()
+        try:
+            reduced = fitting(shapes[-1], device.free_bytes(), available_memory())
+        except MemoryError as error:
+            yield [Row(ENGINES, "speed of engines", str(error), "", SKIPPED)]
+        else:
+            yield attempt(ENGINES, "speed of engines", lambda: check_engines(reduced, start + SECONDS))
 
 
 def _limits(device: Device, ends: float) -> Limits:

@@ -14,7 +14,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-MODULE = "vllm_adapmoe.integration.gpu_check"
+SPEED, TOKENS = "vllm_adapmoe.integration.gpu_check", "vllm_adapmoe.integration.gpu_check_tokens"
+"""Modules to run: an engine that decodes for the clock, one whose tokens are compared."""
 MARK = "gpu-check: "
 """Before an answer; the same as there, where this package must not look: only `integration` imports vLLM."""
 ROOT = Path(__file__).parents[3]
@@ -28,16 +29,17 @@ class EngineProcess:
     """Starts at once; several may start beside each other.
 
     Args:
+        module: `SPEED` or `TOKENS`.
         arguments: of the module.
         ends: until when it may answer, of `time.monotonic`.
     """
 
-    def __init__(self, arguments: Sequence[str], ends: float) -> None:
+    def __init__(self, module: str, arguments: Sequence[str], ends: float) -> None:
         self.ends = ends
         self.errors = TemporaryFile("w+")  # noqa: SIM115 - until `close`
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", MODULE, *arguments],
+            [sys.executable, "-m", module, *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
             start_new_session=True, env=os.environ | {"PYTHONPATH": path},
         )  # fmt: skip
