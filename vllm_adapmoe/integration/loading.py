@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-import psutil
 import torch
 from tqdm import tqdm
 from vllm import envs
@@ -31,6 +30,7 @@ from vllm_adapmoe.integration.memory import ModelWatch, least_kv_cache, step_byt
 from vllm_adapmoe.store.base import ExpertStore, StoreWriter
 from vllm_adapmoe.store.file import PackInvalid, PackMissing, PackOfAnother, open_pack
 from vllm_adapmoe.store.host import HostStore
+from vllm_adapmoe.store.host_memory import host_memory
 from vllm_adapmoe.store.pack_writer import PackWriter
 from vllm_adapmoe.store.record import RecordLayout
 from vllm_adapmoe.store.shard import StoreShard
@@ -289,11 +289,11 @@ def pack_folder(config: AdapMoEConfig, vllm_config: VllmConfig) -> Path:
 
 
 def _check_host_memory(expert_bytes: int) -> None:
-    available = psutil.virtual_memory().available
-    if expert_bytes > available:
+    memory = host_memory()
+    if expert_bytes > memory.available:
         raise AdapMoEError(
             f"store=host needs {expert_bytes / GiB:.2f} GiB of host memory for the experts, "
-            f"{available / GiB:.2f} GiB are available; use store=file"
+            f"{memory.available / GiB:.2f} GiB are available, limited by {memory.limited_by}; use store=file"
         )
 
 

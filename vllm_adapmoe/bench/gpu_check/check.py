@@ -10,7 +10,7 @@ from vllm_adapmoe.bench.gpu_check.copies import SECTION as COPIES
 from vllm_adapmoe.bench.gpu_check.copies import check_copies
 from vllm_adapmoe.bench.gpu_check.decode import SECTION as DECODE
 from vllm_adapmoe.bench.gpu_check.decode import TOKENS, WARM, Limits, check_decode
-from vllm_adapmoe.bench.gpu_check.device import Device, available_memory
+from vllm_adapmoe.bench.gpu_check.device import Device
 from vllm_adapmoe.bench.gpu_check.engines import LAYERS, check_engines
 from vllm_adapmoe.bench.gpu_check.engines import SECTION as ENGINES
 from vllm_adapmoe.bench.gpu_check.in_place_rows import check_in_place
@@ -18,6 +18,7 @@ from vllm_adapmoe.bench.gpu_check.kernel_rows import BATCHES, check_kernel
 from vllm_adapmoe.bench.gpu_check.report import CORRECTNESS, NOT_RUN, Row, attempt
 from vllm_adapmoe.bench.gpu_check.shapes import Shape
 from vllm_adapmoe.bench.gpu_check.slot_rows import check_refills, check_slots, check_waves
+from vllm_adapmoe.store.host_memory import host_memory
 
 SECONDS = 460
 """In all; what has not begun by then is not run."""
@@ -74,7 +75,7 @@ def run_check(
 
 
 def _limits(device: Device, ends: float) -> Limits:
-    host = min(MOST_HOST_BYTES, available_memory() // 2)
+    host = min(MOST_HOST_BYTES, host_memory().available // 2)
     if not device.cuda:  # slots are host memory too
         return Limits(host // 2, host // 2, ends)
     return Limits(host, max(0, device.free_bytes() - SPARE_DEVICE_BYTES), ends)
