@@ -1,7 +1,5 @@
 """vLLM's workers, with an expert cache."""
 
-import time
-from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,13 +20,14 @@ from vllm_adapmoe.integration import gates
 from vllm_adapmoe.integration.compat import adapmoe_settings, gating_settings, heads_settings, requests_of_step
 from vllm_adapmoe.integration.hostless_steps import HostlessSteps
 from vllm_adapmoe.integration.layers import CachedExperts
-from vllm_adapmoe.integration.loading import expert_loading
+from vllm_adapmoe.integration.loading import expert_loading, slots_device
 from vllm_adapmoe.integration.lookahead import Lookahead
 from vllm_adapmoe.integration.probed_worker import ProbedWorker
+from vllm_adapmoe.integration.step_clock import StepClock
 from vllm_adapmoe.integration.switch import heeds_worker
 from vllm_adapmoe.integration.worker_stats import Since, StepStats, total_stats, with_attributes
 from vllm_adapmoe.loss_budget import LossBudget
-from vllm_adapmoe.scheduling.report import StepReport
+from vllm_adapmoe.scheduling.report import StepReport, StepTimes, runs_prompt
 from vllm_adapmoe.scheduling.request_experts import RequestExperts, bits
 from vllm_adapmoe.simulate.trace import TraceInfo, TraceWriter
 from vllm_adapmoe.store.base import ExpertsUnavailable
@@ -63,7 +62,7 @@ class ExpertCacheWorker(ProbedWorker, Worker):
     def load_model(self, **kwargs: Any) -> None:
         """Loads the model and makes its slots: before vLLM profiles memory, so the KV cache gets what they leave."""
         config = self._config = AdapMoEConfig.parse(adapmoe_settings(self.vllm_config))
-        self._step_report, self._since = None, Since()
+        self._step_report, self._since, self._clock = None, Since(), StepClock(slots_device())
         with expert_loading(config, self.vllm_config) as loading:
             super().load_model(**kwargs)
             self.expert_cache = loading.finish()
@@ -210,7 +209,7 @@ class ExpertCacheWorker(ProbedWorker, Worker):
         if self._scheduled and self.lookahead is not None:
             self.lookahead.begin_step(self._scheduled)
         self._awaits_logits = bool(self._scheduled)
-        start = time.perf_counter()
+        self._clock.start()
         self._loading.in_step = True
         try:
             with self._step(scheduler_output.total_num_scheduled_tokens):
@@ -219,7 +218,7 @@ class ExpertCacheWorker(ProbedWorker, Worker):
             self._loading.in_step = False
         self._keep_budget()
         if self._scheduled:
-            self._step_report = self._report_step(time.perf_counter() - start, scheduler_output.finished_req_ids)
+            self._step_report = self._report_step(scheduler_output)
         return self._with_stats(output)
 
     def _step(self, tokens: int) -> AbstractContextManager[None]:
@@ -227,27 +226,26 @@ class ExpertCacheWorker(ProbedWorker, Worker):
             return nullcontext()
         return self.hostless.step(tokens, self._requests_of_step)
 
-    def _report_step(self, seconds: float, finished: Collection[str]) -> StepReport | None:
-        """What the scheduler wants to know of the step that has run."""
+    def _report_step(self, scheduler_output: Any) -> StepReport | None:
+        """What the scheduler wants to know of the step that has been launched, and of those that have ended."""
         experts = None if self.lookahead is None else self.lookahead.experts
         if experts is None or self.expert_cache is None:
             return None
-        experts.forget(finished)
+        experts.forget(scheduler_output.finished_req_ids)
         experts.end()
         if not self._config.scheduler.enabled:
             return None
         stats = self.expert_cache.stats
         counted = [stats.stall_seconds, stats.demand_loads + stats.prefetches, stats.fetch_seconds]
         stall_seconds, loads, fetch_seconds = self._since(stats, counted).tolist()
+        prefill = runs_prompt(self._scheduled, scheduler_output.scheduled_spec_decode_tokens)
+        self._clock.stop((stall_seconds, int(loads), fetch_seconds, prefill))
         held = bits(self.expert_cache.controller.held)  # what other ranks hold takes no slot here
         return StepReport(
             slots=self.expert_cache.num_slots,
             resident=bits(self.expert_cache.resident()),
             expected={name: its & held for name, its in experts.likeliest().items()},
-            seconds=seconds,
-            stall_seconds=stall_seconds,
-            loads=int(loads),
-            fetch_seconds=fetch_seconds,
+            times=[StepTimes(seconds, *about) for seconds, about in self._clock.finished()],
         )
 
     def _keep_budget(self) -> None:
