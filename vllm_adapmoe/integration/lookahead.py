@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from vllm_adapmoe.integration.layers import CachedExperts
 
 
+TRACE_LOOKAHEAD = 4
+"""Later layers that a trace has predictions for."""
+
+
 @dataclass(frozen=True)
 class Foresight:
     """What the input of one event foretells."""
@@ -81,6 +85,18 @@ class Lookahead:
         """Under way, or not in the trace yet."""
         self._whole = False
         """All layers of `step` are recorded."""
+
+    @torch.inference_mode()
+    def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Builds every layer's stack of gates now, and not when the first request comes.
+
+        By then vLLM's KV cache has taken all memory that nobody had asked for. A gate whose input is not what the
+        layer says is left for later.
+        """
+        for index, layer in enumerate(self.layers):
+            later = [gate for gate in self.gates[index + 1 : index + 1 + self.lookahead] if gate is not None]
+            if all(_takes(gate, layer.hidden_size) for gate in later):
+                self._stack(index, torch.empty(0, layer.hidden_size, dtype=dtype, device=device))
 
     def begin_step(self, rows: Mapping[str, int]) -> None:
         """A step with so many rows of each request is about to run: fetches for its first layers."""
@@ -283,6 +299,11 @@ class Lookahead:
         self._end_trace_of_step()
         if self.trace is not None:
             self.trace.close()
+
+
+def _takes(gate: torch.nn.Module, size: int) -> bool:
+    weight = getattr(gate, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.shape[-1] == size
 
 
 def _correction(router: Any) -> np.ndarray | None:

@@ -18,10 +18,12 @@ from vllm_adapmoe.gating_plan import GatingPlan
 from vllm_adapmoe.heads import NextTokenHeads
 from vllm_adapmoe.integration import gates
 from vllm_adapmoe.integration.compat import adapmoe_settings, gating_settings, heads_settings, requests_of_step
+from vllm_adapmoe.integration.compile_key import note_what_is_traced
 from vllm_adapmoe.integration.hostless_steps import HostlessSteps
+from vllm_adapmoe.integration.kv_room import room_for_kv_cache
 from vllm_adapmoe.integration.layers import CachedExperts
 from vllm_adapmoe.integration.loading import expert_loading, slots_device
-from vllm_adapmoe.integration.lookahead import Lookahead
+from vllm_adapmoe.integration.lookahead import TRACE_LOOKAHEAD, Lookahead
 from vllm_adapmoe.integration.probed_worker import ProbedWorker
 from vllm_adapmoe.integration.step_clock import StepClock
 from vllm_adapmoe.integration.switch import heeds_worker
@@ -37,15 +39,12 @@ if TYPE_CHECKING or current_platform.is_cpu():
 else:
     CPUWorker = object
 
-TRACE_LOOKAHEAD = 4
-"""Later layers that a trace has predictions for."""
-
 logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
 
 
 def slot_bytes(cache: ExpertCacheManager) -> int:
     """Memory of all slots."""
-    return sum(pool.num_slots * pool.layout.nbytes for pool in cache.pools)
+    return sum(pool.nbytes for pool in cache.pools)
 
 
 class ExpertCacheWorker(ProbedWorker, Worker):
@@ -72,6 +71,8 @@ class ExpertCacheWorker(ProbedWorker, Worker):
         heads = heads_settings(self.vllm_config)
         self.heads = None if heads is None else NextTokenHeads.load(Path(heads["path"]), heads["hash"])
         self._look_ahead(config)
+        model = self.model_runner.get_model()
+        note_what_is_traced(self.vllm_config, model, self.moe_layers, self.hostless is not None)
         self._watch_the_end()
         group = get_tp_group()
         self.step_stats = StepStats(
@@ -97,6 +98,9 @@ class ExpertCacheWorker(ProbedWorker, Worker):
         if self.lookahead is not None:
             self.lookahead.close()
         self.lookahead = self._start_lookahead(config)
+        if self.lookahead is not None:
+            dtype: Any = self.model_config.dtype
+            self.lookahead.prepare(dtype, slots_device())
         for layer in self.moe_layers:
             layer.lookahead = self.lookahead
 
@@ -186,6 +190,13 @@ class ExpertCacheWorker(ProbedWorker, Worker):
         if parsed is not None and parsed.nats_per_token is not None:
             self._budget = LossBudget(parsed.threshold, parsed.nats_per_token)
         self._spent = 0.0
+
+    def _leave_room(self, available: int) -> int:
+        """Bytes for the KV cache, of which `available` were left before slots gave way."""
+        room = room_for_kv_cache(self._config, self.vllm_config, self._loading, self.expert_cache, available)
+        if room != available and self.hostless is not None and self.hostless.in_place is not None:
+            self.hostless.in_place.follow_pools()
+        return room
 
     def set_cache(self, settings: dict[str, Any], curves: list[list[float]] | None = None) -> None:
         """Starts over with empty slots and other policies: the keys of `adapmoe_config` that are not of its size.
@@ -319,6 +330,10 @@ class ExpertCacheWorker(ProbedWorker, Worker):
 class AdapMoEWorker(ExpertCacheWorker, Worker):
     """Worker of a GPU."""
 
+    def determine_available_memory(self) -> int:
+        """Bytes for the KV cache. vLLM has measured activations and graphs; slots were counted by estimates of them."""
+        return self._leave_room(super().determine_available_memory())
+
 
 class AdapMoECPUWorker(ExpertCacheWorker, CPUWorker):
     """Worker of the CPU."""
@@ -328,6 +343,6 @@ class AdapMoECPUWorker(ExpertCacheWorker, CPUWorker):
         available = super().determine_available_memory()
         if self.expert_cache is None or self.cache_config.kv_cache_memory_bytes is not None:
             return available
-        available -= slot_bytes(self.expert_cache)
+        available = self._leave_room(available - slot_bytes(self.expert_cache))
         logger.info("Expert cache: %.2f GiB of that for the KV cache, the rest for slots", available / GiB)
         return available
