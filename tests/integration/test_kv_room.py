@@ -16,6 +16,7 @@ from vllm_adapmoe.cache.budget import GiB
 from vllm_adapmoe.cache.graph_memory import CapturedGraphs
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.integration import kv_room
+from vllm_adapmoe.integration.engine import Engine
 from vllm_adapmoe.integration.graph_memory import captured_graphs
 
 
@@ -122,3 +123,27 @@ def test_an_engine_that_measures_less_starts_with_fewer_slots(tmp_path: Path) ->
     assert result["stats"]["slots"] == result["before"] - 20
     assert result["stats"]["misses"] > result["stats"]["slots"]
     assert "of slots give way" in run.stdout + run.stderr
+
+
+def _stacks(worker: Any) -> list[int]:
+    """Bytes of each layer's gates, -1 where they are not built."""
+    stacks = worker.lookahead.stacks
+    return [-1 if one is None else sum(t.nbytes for t in (one.weight, one.bias) if t is not None) for one in stacks]
+
+
+def _planned(worker: Any) -> int:
+    return worker._loading._memory_before.bookkeeping
+
+
+@pytest.mark.engine
+def test_gates_are_there_before_the_kv_cache_takes_the_rest_and_as_large_as_planned(tmp_path: Path) -> None:
+    config = {"cache_fraction": 0.5, "store": "file", "store_dir": str(tmp_path)}
+    engine = Engine(TINY_MIXTRAL, config, enforce_eager=True, max_model_len=128, max_num_seqs=4)
+    try:
+        (built,), (planned,) = engine.llm.collective_rpc(_stacks), engine.llm.collective_rpc(_planned)
+        assert -1 not in built, "built by the first request, when the memory is given away"
+        assert sum(built) == planned > 0
+        engine.generate([[5, 17, 301]], 4)
+        assert engine.llm.collective_rpc(_stacks) == [built]
+    finally:
+        engine.close()
