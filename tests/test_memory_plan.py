@@ -8,11 +8,14 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.cache.budget import DeviceMemory, ExpertShape, GiB, choose_slots
+from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.memory_plan import (
+    UTILIZATION,
     ModelSize,
     Reserve,
     Speed,
+    StepSize,
     budgets,
     closed_form,
     curves_of,
@@ -46,17 +49,17 @@ def test_what_is_no_size_is_refused(text):
 def test_slots_of_a_budget():
     assert slots_for(MODEL, 1000, Reserve(100)) == 4  # 1000 - 100 - 500 buys four
     assert slots_for(MODEL, 1000, Reserve(101)) == 3
-    assert slots_for(MODEL, 1000, Reserve()) == 4  # a tenth of it
-    assert slots_for(MODEL, 10**9, Reserve()) == 12  # no more than there are
+    assert slots_for(MODEL, 1000, Reserve(share=0.1)) == 4  # a tenth of it
+    assert slots_for(MODEL, 10**9, Reserve(share=0.1)) == 12  # no more than there are
     with pytest.raises(AdapMoEError, match=r"leaves 1 expert slots .* a token needs 2 at once; set at least --memory"):
         slots_for(MODEL, 799, Reserve(100))
     with pytest.raises(AdapMoEError, match="leaves 0 expert slots"):
-        slots_for(MODEL, 10, Reserve())
+        slots_for(MODEL, 10, Reserve(share=0.1))
 
 
-@given(st.integers(2, 12), st.one_of(st.none(), st.integers(0, 10**6)))
-def test_memory_is_the_least_that_the_slots_fit_into(slots, nbytes):
-    reserve = Reserve(nbytes)
+@given(st.integers(2, 12), st.integers(0, 10**6), st.sampled_from([0.0, 0.08, 0.1]))
+def test_memory_is_the_least_that_the_slots_fit_into(slots, nbytes, share):
+    reserve = Reserve(nbytes, share)
     memory = reserve.memory(MODEL, slots)
     assert reserve.slots(MODEL, memory) == slots
     assert reserve.slots(MODEL, memory - 2) < slots
@@ -65,9 +68,27 @@ def test_memory_is_the_least_that_the_slots_fit_into(slots, nbytes):
 def test_the_memory_that_a_refusal_names_is_enough():
     big = ModelSize(32, 8, 2, 352_321_536, 3_211_264_000, 2_949_120_000, 32)
     with pytest.raises(AdapMoEError) as refused:
-        slots_for(big, 3 << 30, Reserve())
+        slots_for(big, 3 << 30, Reserve(share=0.1))
     named = str(refused.value).rpartition("--memory ")[2]
-    assert slots_for(big, parse_bytes("--memory", named), Reserve()) == 2
+    assert slots_for(big, parse_bytes("--memory", named), Reserve(share=0.1)) == 2
+
+
+def test_a_gpu_is_planned_with_what_a_worker_chooses_its_slots_with():
+    """Mixtral 8x7B in bf16 with 32768 tokens of KV cache, on 24 GiB: as many slots as `cache_gb=auto` takes."""
+    size = ModelSize(32, 8, 2, 352_321_536, 3_211_264_000, 2_949_120_000, 32)
+    step = StepSize(hidden=4096, inner=14336, vocabulary=32000, dtype_bytes=2, kv_bytes=131072, length=32768)
+    reserve = Reserve.of_gpu(size, step)
+    in_use, activations, kv_cache, graphs, bookkeeping = reserve.parts.values()
+    memory = DeviceMemory(
+        int(24 * GiB * UTILIZATION), in_use, size.other_bytes, activations, kv_cache, graphs=graphs,
+        bookkeeping=bookkeeping,
+    )  # fmt: skip
+    shape = ExpertShape(size.experts, size.expert_bytes, size.top_k)
+    (slots,), _ = choose_slots(AdapMoEConfig(), [shape], memory, memory)
+    assert slots_for(size, 24 * GiB, reserve) == slots == 35
+    assert kv_cache == 4 * GiB and graphs > GiB
+    with pytest.raises(AdapMoEError, match=r"KV cache of 32768 tokens, .* CUDA graphs, .* lower --max-model-len, or"):
+        slots_for(size, 8 * GiB, reserve)
 
 
 def test_a_token_by_hand():

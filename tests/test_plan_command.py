@@ -76,8 +76,8 @@ def test_sizes_of_real_weights(tiny_model):
 def test_a_plan_with_gating_and_its_configuration(tmp_path):
     files = {name: tmp_path / name for name in ("config.json", "result.json", "plan.png")}
     run = plan(
-        TINY_MIXTRAL, "--profile", PROFILE, "--memory", "15MiB", "--max-loss-increase", 0.005, *SPEEDS,
-        "-o", files["config.json"], "--result", files["result.json"], "--plot", files["plan.png"],
+        TINY_MIXTRAL, "--profile", PROFILE, "--memory", "15MiB", "--reserve", "1MiB", "--max-loss-increase", 0.005,
+        *SPEEDS, "-o", files["config.json"], "--result", files["result.json"], "--plot", files["plan.png"],
     )  # fmt: skip
     assert run.exit_code == 0, run.output
     assert max(map(len, run.output.splitlines())) <= 100
@@ -98,10 +98,15 @@ def test_a_plan_with_gating_and_its_configuration(tmp_path):
 def test_a_published_profile_and_no_weights(mixtral, tmp_path):
     output = tmp_path / "config.json"
     options = [mixtral, "--profile", ROOT / "configs" / "mixtral_8x7b.json", "--memory", "24GiB", *SPEEDS]
+    assert "KV cache of 131072 tokens" in refusal(*options)  # transformers' default of the most
+    assert "keep one" in refusal(*options, "--reserve", "2GiB", "--max-model-len", 32768)
+    options += ["--max-model-len", 32768]
     run = plan(*options, "--expert-bits", 4.5, "-o", output)
     assert run.exit_code == 0, run.output
     assert "assumed" in run.output and "256 experts of 94.5 MiB, 23.62 GiB in all" in run.output
-    assert AdapMoEConfig.parse(output).transport() == {"cache_experts": 201}
+    said = " ".join(run.output.split())
+    assert "8% of it and " in said and "4.00 GiB KV cache of 32768 tokens" in said and " CUDA graphs" in said
+    assert AdapMoEConfig.parse(output).transport() == {"cache_experts": 127}
     several = plan(*options, "--expert-bits", "16,8,4.5")
     assert several.output.count("asked") == 3
     assert "constants only" in refusal(*options, "--max-loss-increase", 0.005)

@@ -7,7 +7,7 @@ import torch
 from blake3 import blake3
 
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.memory_plan import ModelSize
+from vllm_adapmoe.memory_plan import ModelSize, StepSize
 from vllm_adapmoe.profile import ModelInfo
 from vllm_adapmoe.store.record import align
 
@@ -88,6 +88,36 @@ def measure_checkpoint(
         all_layers=config.num_hidden_layers,
     )
     return info, size
+
+
+def measure_step(folder: Path, dtype: torch.dtype | None, max_model_len: int | None) -> StepSize:
+    """Sizes of what a step computes with, from the configuration alone.
+
+    Args:
+        folder: with `config.json`.
+        dtype: of the weights; None: what the configuration says.
+        max_model_len: tokens of a request at most; None: as many as the model takes.
+
+    Raises:
+        AdapMoEError: as `measure_checkpoint`.
+    """
+    model, config = _build(folder)
+    dtype = dtype or getattr(config, "dtype", None) or torch.bfloat16
+    config = config.get_text_config()
+    *_, expert_weights, _ = _count(model)
+    if getattr(config, "kv_lora_rank", None):  # MLA keeps a latent vector and the keys' rotated part
+        row = config.kv_lora_rank + config.qk_rope_head_dim
+    else:
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        row = 2 * heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return StepSize(
+        hidden=config.hidden_size,
+        inner=round(expert_weights / (3 * config.hidden_size)),
+        vocabulary=config.vocab_size,
+        dtype_bytes=dtype.itemsize,
+        kv_bytes=config.num_hidden_layers * row * dtype.itemsize,
+        length=max_model_len or config.max_position_embeddings,
+    )
 
 
 def _build(folder: Path) -> tuple[Any, Any]:

@@ -19,7 +19,14 @@ def plan(
     profile: Annotated[Path | None, typer.Option(help="What `adapmoe calibrate` wrote, or one of configs/.")] = None,
     memory: Annotated[str | None, typer.Option(help="Of the device, or on the CPU of the process: 24GiB.")] = None,
     reserve: Annotated[
-        str | None, typer.Option(help="Of it, for KV cache and activations: 2GiB. Default: a tenth.")
+        str | None,
+        typer.Option(
+            help="Of it, for all but weights and slots: 2GiB. Default: what vLLM leaves and takes of a GPU with its "
+            "defaults, CUDA graphs included."
+        ),
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a request, for the default reserve. Default: the model's most.")
     ] = None,
     link: Annotated[
         str, typer.Option(help="Bandwidth that experts arrive with, 1e9 bytes/s; auto: measured.")
@@ -55,8 +62,9 @@ def plan(
     if output is not None and memory is None:
         raise AdapMoEError("--output needs to know the budget; add --memory, e.g. --memory 24GiB")
     question = Question(
-        model, profile, trace, memory, reserve, dtype, bits, link, compute, max_loss_increase, allocation, store_dir
-    )
+        model, profile, trace, memory, reserve, dtype, bits, link, compute, max_loss_increase, allocation, store_dir,
+        max_model_len,
+    )  # fmt: skip
     answer = run_plan(question)
     print_plan(answer, Console())
     if output is not None:

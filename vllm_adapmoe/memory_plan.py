@@ -1,19 +1,29 @@
 """What a memory budget buys: slots, then expected loads of a token, then tokens per second. Pure arithmetic."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 
 from vllm_adapmoe.allocation_plan import curves_of_profile
 from vllm_adapmoe.cache.allocation import expected_loads, share_out
-from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.cache.budget import activation_bytes, token_bytes
+from vllm_adapmoe.cache.graph_memory import CapturedGraphs, bookkeeping_bytes, graph_bytes
+from vllm_adapmoe.config import AdapMoEError, PrefetchConfig
+from vllm_adapmoe.kernels import MAX_TOKENS
 from vllm_adapmoe.profile import ModelProfile
 
 GiB = 1 << 30
 UNITS = {"GIB": 1 << 30, "MIB": 1 << 20, "GB": 10**9, "MB": 10**6}
-RESERVE = 0.1
-"""Share of the memory that is left to the KV cache, activations and the runtime, unless told otherwise."""
+UTILIZATION = 0.92
+"""Of a GPU, what vLLM takes by default (`gpu_memory_utilization`, `vllm/config/cache.py` of 0.32)."""
+STEP_TOKENS, REQUESTS = 2048, 256
+"""Of a step at most, by default: `vllm serve` below 70 GiB (`get_batch_defaults` in `vllm/engine/arg_utils.py`)."""
+CAPTURE_SIZES = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
+"""Tokens of the steps that are captured by default (`_set_cudagraph_sizes` in `vllm/config/vllm.py`)."""
+CONTEXT_BYTES = 512 << 20
+"""In use before weights are loaded: CUDA's context and modules. An estimate, from 0.3 to 0.5 GiB on GPUs up to now."""
 
 
 def parse_bytes(option: str, text: str) -> int:
@@ -58,22 +68,83 @@ class ModelSize:
 
 
 @dataclass(frozen=True)
-class Reserve:
-    """Memory that is neither weights nor slots: `nbytes`, or, without that, `share` of it all."""
+class StepSize:
+    """What a step of a model computes with, in numbers."""
 
-    nbytes: int | None = None
-    share: float = RESERVE
+    hidden: int
+    inner: int
+    """Intermediate size of an expert."""
+    vocabulary: int
+    dtype_bytes: int
+    kv_bytes: int
+    """Of the KV cache of one token, all layers together."""
+    length: int
+    """Tokens of a request at most."""
+
+
+@dataclass(frozen=True)
+class Reserve:
+    """Memory that is neither weights nor slots: `nbytes`, and `share` of it all."""
+
+    nbytes: int = 0
+    share: float = 0.0
+    parts: Mapping[str, int] = field(default_factory=dict)
+    """What `nbytes` are, by name."""
+
+    @classmethod
+    def of_gpu(cls, model: ModelSize, step: StepSize) -> Self:
+        """What a GPU has to leave with vLLM's defaults, by the arithmetic that a worker chooses its slots with."""
+        row, pair = (
+            step.hidden * step.dtype_bytes,
+            token_bytes(step.hidden, step.inner, model.top_k, step.dtype_bytes),
+        )
+        pieces = model.all_layers + model.num_layers + 1  # split at every attention and at every MoE block
+        parts = {
+            "CUDA itself": CONTEXT_BYTES,
+            "activations": activation_bytes(
+                tokens=STEP_TOKENS,
+                logit_rows=REQUESTS,
+                hidden=step.hidden,
+                vocabulary=step.vocabulary,
+                inner=step.inner,
+                top_k=model.top_k,
+                dtype_bytes=step.dtype_bytes,
+            ),
+            f"KV cache of {step.length} tokens": step.kv_bytes * step.length,
+            "CUDA graphs": graph_bytes(CapturedGraphs(CAPTURE_SIZES, pieces), row_bytes=row, pair_bytes=pair),
+            "gates and tables": bookkeeping_bytes(
+                layers=model.num_layers,
+                experts=model.num_experts,
+                top_k=model.top_k,
+                hidden=step.hidden,
+                tokens=MAX_TOKENS,
+                gates_ahead=PrefetchConfig.model_fields["lookahead"].default,
+                heads=False,
+                first_head=False,
+            ),
+        }
+        return cls(sum(parts.values()), 1 - UTILIZATION, parts)
+
+    @property
+    def remedy(self) -> str:
+        """What makes it smaller, for a message."""
+        return "lower --max-model-len, or " if self.parts else ""
+
+    def said(self) -> str:
+        """Its parts, for a message."""
+        parts = ", ".join(f"{nbytes / GiB:.2f} GiB {name}" for name, nbytes in self.parts.items())
+        return f" ({self.share:.0%} of it, {parts})" if parts else ""
 
     def slots(self, model: ModelSize, memory: int) -> int:
         """Expert slots that fit into `memory` bytes in all; below zero: not even the other weights fit."""
-        reserved = memory * self.share if self.nbytes is None else self.nbytes
+        reserved = memory * self.share + self.nbytes
         return min(model.experts, int((memory - reserved - model.other_bytes) // model.expert_bytes))
 
     def memory(self, model: ModelSize, slots: int) -> int:
         """Least memory in all, bytes, that `slots` fit into."""
-        weights = model.other_bytes + slots * model.expert_bytes
+        taken = model.other_bytes + slots * model.expert_bytes + self.nbytes
         # One byte more than the quotient: `slots` rounds down.
-        return int(weights / (1 - self.share)) + 1 if self.nbytes is None else weights + self.nbytes
+        return int(taken / (1 - self.share)) + 1 if self.share else taken
 
 
 @dataclass(frozen=True)
@@ -169,8 +240,9 @@ def slots_for(model: ModelSize, memory: int, reserve: Reserve) -> int:
         left = max(0, slots)
         raise AdapMoEError(
             f"--memory={memory / GiB:.2f}GiB leaves {left} expert slots of {model.expert_bytes / GiB:.4f} GiB beside "
-            f"{model.other_bytes / GiB:.2f} GiB of other weights and the reserve, but a token needs {model.top_k} at "
-            f"once; set at least --memory {_round_up(reserve.memory(model, model.top_k))}"
+            f"{model.other_bytes / GiB:.2f} GiB of other weights and the reserve{reserve.said()}, but a token needs "
+            f"{model.top_k} at once; {reserve.remedy}set at least --memory "
+            f"{_round_up(reserve.memory(model, model.top_k))}"
         )
     return slots
 

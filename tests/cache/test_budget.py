@@ -55,6 +55,16 @@ def test_the_automatic_budget_is_what_everything_else_leaves():
     assert str(memory) == f"{said} (one request of 32768 tokens)"
 
 
+def test_graphs_and_tables_are_left_room_for_and_named():
+    memory = DeviceMemory(24 * GiB, graphs=2 * GiB, graphs_of="51 sizes in 97 pieces", bookkeeping=GiB // 2)
+    assert memory.left == 21 * GiB + GiB // 2
+    assert count_slots(AdapMoEConfig(), [MIXTRAL], memory) == [86]
+    said = "24.00 usable - 2.00 CUDA graphs (51 sizes in 97 pieces, estimated) - 0.50 gates and tables"
+    assert str(memory) == said
+    with pytest.raises(AdapMoEError, match=re.escape(said)):
+        count_slots(AdapMoEConfig(cache_gb=22.0), [MIXTRAL], memory)
+
+
 @pytest.mark.parametrize(
     ("budget", "named"),
     [

@@ -10,7 +10,8 @@ import pytest
 from vllm_adapmoe.bench import memory_cgroup
 from vllm_adapmoe.doctor.disk import check_disk
 from vllm_adapmoe.doctor.finding import Finding, serves
-from vllm_adapmoe.doctor.machine import check_machine, memory_limit
+from vllm_adapmoe.doctor.machine import check_machine
+from vllm_adapmoe.store.host_memory import memory_limit
 
 
 def levels(findings: list[Finding]) -> list[str]:
@@ -78,7 +79,7 @@ def test_the_limit_of_a_control_group():
     outside = memory_limit()
     code = (
         "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text('0')\n"
-        "from vllm_adapmoe.doctor.machine import memory_limit; print(memory_limit())"
+        "from vllm_adapmoe.store.host_memory import memory_limit; print(memory_limit())"
     )
     with memory_cgroup.limited_memory(2 << 30) as group:
         run = subprocess.run([sys.executable, "-c", code, str(group.procs)], capture_output=True, text=True, check=True)

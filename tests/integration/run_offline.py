@@ -37,7 +37,7 @@ def main() -> None:
 
     model, config = sys.argv[1], json.loads(sys.argv[2])
     args = {"kv_cache_memory_bytes": 8 << 20} if len(sys.argv) < 4 else json.loads(sys.argv[3])
-    engine = Engine(model, config, enforce_eager=True, max_model_len=128, max_num_seqs=4, **args)
+    engine = Engine(model, config, max_model_len=128, max_num_seqs=4, **({"enforce_eager": True} | args))
     prompts = [[5 + number, 17, 301, 42, 88, 7] * 4 for number in range(3)]
     run = engine.generate(prompts, 24)
     print(json.dumps({"tokens": run.tokens, "peak": peak.bytes, "stats": engine.cache_stats()}))

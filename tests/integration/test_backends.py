@@ -23,7 +23,7 @@ from vllm_adapmoe.integration.backends import (
     W4A8,
     choose_backend,
 )  # fmt: skip
-from vllm_adapmoe.integration.mapped_experts import KERNELS
+from vllm_adapmoe.integration.slot_kernels import KERNELS
 
 HOPPER = (9, 0)
 REFUSED = {

@@ -22,7 +22,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_adapmoe.integration import scheduler as ours
-from vllm_adapmoe.scheduling.report import StepReport
+from vllm_adapmoe.scheduling.report import StepReport, StepTimes
 
 BLOCK = 16
 STEP, SWEEP = 0.010, 0.200
@@ -105,7 +105,8 @@ class Server:
             sampled.append([5] if done else [])
         answer = ModelRunnerOutput(names, {name: index for index, name in enumerate(names)}, sampled)
         expected = {name: CLASSES[self.kinds[name]] for name in names}
-        answer.expert_report = StepReport(SLOTS, self.resident, expected, seconds, seconds * 0.9, 8, seconds * 0.8)
+        times = StepTimes(seconds, seconds * 0.9, 8, seconds * 0.8, prefill)
+        answer.expert_report = StepReport(SLOTS, self.resident, expected, [times])
         for one in self.scheduler.update_from_output(output, answer).values():
             for result in one.outputs:
                 self.tokens[result.request_id] += [self.clock.now] * len(result.new_token_ids)

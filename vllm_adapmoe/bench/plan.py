@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vllm_adapmoe.bench.link import measure_link, measure_weights
-from vllm_adapmoe.checkpoint import measure_checkpoint
+from vllm_adapmoe.checkpoint import measure_checkpoint, measure_step
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.memory_plan import (
     Estimate,
@@ -48,6 +48,8 @@ class Question:
     max_loss_increase: float | None = None
     allocation: str = "pool"
     store_dir: Path | None = None
+    max_model_len: int | None = None
+    """Tokens of a request; None: as many as the model takes."""
 
 
 def run_plan(question: Question) -> dict[str, Any]:
@@ -66,10 +68,10 @@ def run_plan(question: Question) -> dict[str, Any]:
         profile.check(
             info if info.hash else info.model_copy(update={"hash": profile.model.hash}), str(question.profile)
         )
+    reserve = _reserve(question, dtype)
     if question.allocation == "profile" and not has_statistics(profile):
         raise AdapMoEError("--allocation=profile needs a --profile with statistics of routing; see adapmoe calibrate")
     threshold = _threshold(question, profile)
-    reserve = Reserve() if question.reserve is None else Reserve(parse_bytes("--reserve", question.reserve))
     weights_gbps, compute_source = None, "as given"
     if question.compute is None:
         weights, source = measure_weights()
@@ -101,6 +103,18 @@ def _dtype(name: str) -> torch.dtype | None:
     if name not in DTYPES:
         raise AdapMoEError(f"--dtype {name} is not known; use auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def _reserve(question: Question, dtype: torch.dtype | None) -> Reserve:
+    if question.reserve is None:
+        _, size = measure_checkpoint(question.model, dtype, (question.expert_bits or [16.0])[0])
+        return Reserve.of_gpu(size, measure_step(question.model, dtype, question.max_model_len))
+    if question.max_model_len is not None:
+        raise AdapMoEError(
+            f"--max-model-len={question.max_model_len} is what the KV cache is counted for, and --reserve="
+            f"{question.reserve} says how much that is; keep one"
+        )
+    return Reserve(parse_bytes("--reserve", question.reserve))
 
 
 def _threshold(question: Question, profile: ModelProfile | None) -> float | None:

@@ -27,8 +27,12 @@ def print_plan(result: dict[str, Any], console: Console) -> None:
             f"+{gating['max_loss_increase']:.2%}"
         )
     reserve = result["reserve"]
-    share = f"{reserve['share']:.0%} of it" if reserve["nbytes"] is None else _size(reserve["nbytes"])
-    console.print(f"memory: other weights, {share} for KV cache and activations (--reserve), and the slots")
+    share = f"{reserve['share']:.0%} of it and " if reserve["share"] else ""
+    parts = ", ".join(f"{_size(nbytes)} {name}" for name, nbytes in reserve["parts"].items())
+    console.print(
+        f"memory: other weights, {share}{parts or _size(reserve['nbytes'])} reserved (--reserve), and the slots",
+        markup=False,
+    )
     console.print(f"loads: {result['basis']}", markup=False)
     if compute["ms_per_layer"] is not None:
         console.print(f"compute: {compute['ms_per_layer']:g} ms a layer, as given, gated or not")

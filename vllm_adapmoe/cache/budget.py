@@ -1,7 +1,7 @@
 """How many slots a budget buys: pure arithmetic."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 
@@ -43,11 +43,18 @@ class DeviceMemory:
     """What that is for."""
     remedy: str = "use a device with more memory"
     """What leaves more for slots."""
+    graphs: int = 0
+    """CUDA graphs, which vLLM captures after the KV cache has taken the rest."""
+    graphs_of: str = ""
+    """How many those are."""
+    bookkeeping: int = 0
+    """Gates, tables and buffers of the cache itself."""
 
     @property
     def left(self) -> int:
         """For slots; below zero: not even the rest fits."""
-        return self.usable - self.in_use - self.other_weights - self.activations - self.kv_cache
+        spent = self.in_use + self.other_weights + self.activations + self.kv_cache + self.graphs + self.bookkeeping
+        return self.usable - spent
 
     def __str__(self) -> str:
         parts = {
@@ -55,6 +62,8 @@ class DeviceMemory:
             "other weights": self.other_weights,
             "activations": self.activations,
             "KV cache" + (f" ({self.kv_cache_of})" if self.kv_cache_of else ""): self.kv_cache,
+            "CUDA graphs" + (f" ({self.graphs_of}, estimated)" if self.graphs_of else ""): self.graphs,
+            "gates and tables": self.bookkeeping,
         }
         spent = "".join(f" - {nbytes / GiB:.2f} {part}" for part, nbytes in parts.items() if nbytes)
         return f"{self.usable / GiB:.2f} usable{spent}"
@@ -78,10 +87,14 @@ def activation_bytes(
         top_k: experts of a token.
         dtype_bytes: of one number of the model's dtype.
     """
-    stream = tokens * STREAM_ROWS * hidden * dtype_bytes
-    pairs = tokens * top_k * ((2 * inner + inner + 2 * hidden) * dtype_bytes + 4 * hidden)
     logits = logit_rows * vocabulary * (dtype_bytes + LOGIT_BYTES)
-    return stream + pairs + logits + RUNTIME_BYTES
+    return tokens * token_bytes(hidden, inner, top_k, dtype_bytes) + logits + RUNTIME_BYTES
+
+
+def token_bytes(hidden: int, inner: int, top_k: int, dtype_bytes: int) -> int:
+    """What one token adds to `activation_bytes`, logits apart."""
+    stream = STREAM_ROWS * hidden * dtype_bytes
+    return stream + top_k * ((2 * inner + inner + 2 * hidden) * dtype_bytes + 4 * hidden)
 
 
 def count_slots(config: AdapMoEConfig, shapes: Sequence[ExpertShape], memory: DeviceMemory) -> list[int]:
@@ -122,6 +135,46 @@ def count_slots(config: AdapMoEConfig, shapes: Sequence[ExpertShape], memory: De
             f"{smaller}{memory.remedy}"
         )
     return slots
+
+
+def choose_slots(
+    config: AdapMoEConfig, shapes: Sequence[ExpertShape], resident: DeviceMemory, offloaded: DeviceMemory
+) -> tuple[list[int], DeviceMemory]:
+    """`count_slots` where it matters for the rest of the memory whether every expert is resident.
+
+    A model that is resident as a whole has fewer graphs and no bookkeeping.
+
+    Args:
+        config: the budget.
+        shapes: of the experts.
+        resident: memory if there is a slot for every expert.
+        offloaded: memory if there is not.
+
+    Returns:
+        Slots of each pool, and of the two memories the one that they were counted in.
+
+    Raises:
+        AdapMoEError: as `count_slots`.
+    """
+    everything = [shape.num_experts for shape in shapes]
+    try:
+        if count_slots(config, shapes, resident) == everything:
+            return everything, resident
+    except AdapMoEError:  # what is missing for the offloaded model is what the user is told
+        pass
+    slots = count_slots(config, shapes, offloaded)
+    if slots == everything:  # which would then be resident, and that did not fit
+        offloaded = replace(offloaded, graphs=max(offloaded.graphs, resident.graphs))
+        slots = count_slots(config, shapes, offloaded)
+    return slots, offloaded
+
+
+def slots_without(shapes: Sequence[ExpertShape], slots: Sequence[int], nbytes: int) -> list[int] | None:
+    """Slots of each pool when at least `nbytes` of their memory are given back, in proportion; None: a pool would have
+    fewer than one token needs."""
+    total = bytes_of(shapes, slots)
+    left = [count * max(0, total - nbytes) // total for count in slots]
+    return left if all(count >= shape.top_k for shape, count in zip(shapes, left, strict=True)) else None
 
 
 def _slots_in(shapes: Sequence[ExpertShape], total_bytes: int, memory: DeviceMemory) -> list[int]:

@@ -37,13 +37,19 @@ class InPlaceDecode:
         self.kernel = experts_by_address
         self.cache = cache
         store = cache.store
-        self.addresses = AddressTable(store, cache.pools, cache.pool_of_layer, (GATE_UP, DOWN), device)
+        self.device = device
+        self.follow_pools()
         self.routing = DeferredRouting(store.num_layers, MAX_TOKENS, top_k, device)
         shapes = [{piece.name: piece.shape for piece in layout.pieces} for layout in store.layouts]
         self.inner = [shape[DOWN][1] for shape in shapes]
         """Of each layer: size between the projections."""
         self.running = False
         """The step that is being launched reads in place."""
+
+    def follow_pools(self) -> None:
+        """Learns where the slots are: at first, and when the cache has been given others."""
+        cache = self.cache
+        self.addresses = AddressTable(cache.store, cache.pools, cache.pool_of_layer, (GATE_UP, DOWN), self.device)
 
     @contextmanager
     def step(self, tokens: int, about: Any) -> Iterator[None]:

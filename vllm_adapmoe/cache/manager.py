@@ -84,6 +84,23 @@ class ExpertCacheManager:
             slot_map.fill_(-1)
         self._follow(controller, link_gbps)
 
+    def resize(self, controller: CacheController, link_gbps: float | None) -> None:
+        """Starts over with as many slots as `controller` has; tensors of the old ones are let go of first.
+
+        Nobody else may hold on to those, or their memory stays. To be called between two steps.
+        """
+        self._check()
+        self.transfers.close()
+        layouts, device = [pool.layout for pool in self.pools], self.pools[0].device
+        self.pools.clear()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        for layout, residency in zip(layouts, controller.pools, strict=True):
+            self.pools.append(SlotPool(layout, residency.num_slots, device))
+        for slot_map in self.slot_maps:
+            slot_map.fill_(-1)
+        self._follow(controller, link_gbps)
+
     def _check(self) -> None:
         """Raises why no expert can be asked for now, if there is a reason."""
         if self.closed:

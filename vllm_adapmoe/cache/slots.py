@@ -41,6 +41,11 @@ class SlotPool:
         self._used: torch.cuda.Event | None = None
         self.mark_used()  # by the kernel that writes the zeros: no copy may come before it
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of all slots."""
+        return self.num_slots * self.layout.nbytes
+
     def fill(self, slot: int, read: Callable[[Sequence[torch.Tensor]], Iterator[int]]) -> Iterator[int]:
         """Puts a record into a slot, tile by tile; yields the bytes of each.
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from vllm_adapmoe.calibrate.statistics import Sums, half
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.gating import keep_most, settle
+from vllm_adapmoe.store.host_memory import host_memory
 
 EXPERT_ARGUMENTS = ("top_k_index", "top_k_weights")
 BATCH = 4
@@ -84,10 +85,8 @@ class Fisher:
 
 def fits_in_memory(model: Path) -> bool:
     """Whether the checkpoint can be held in float32 with room for gradients of activations."""
-    import psutil
-
     weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    return 3 * weights < psutil.virtual_memory().available
+    return 3 * weights < host_memory().available
 
 
 def _is_experts(module: torch.nn.Module) -> bool:

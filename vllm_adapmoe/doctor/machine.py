@@ -13,6 +13,7 @@ import torch
 from vllm_adapmoe.bench.link import measure_copies
 from vllm_adapmoe.cache.budget import GiB
 from vllm_adapmoe.doctor.finding import Finding
+from vllm_adapmoe.store.host_memory import host_memory, memory_limit
 from vllm_adapmoe.store.page_lock import OUT_OF_MEMORY, refusal
 
 SECTION = "Machine"
@@ -78,33 +79,18 @@ def _device(device: str) -> Iterator[Finding]:
 
 
 def _memory() -> Iterator[Finding]:
-    memory, limit = psutil.virtual_memory(), memory_limit()
+    memory, limit, here = psutil.virtual_memory(), memory_limit(), host_memory()
     text = f"{memory.available / GiB:.1f} of {memory.total / GiB:.1f} GiB of host memory available"
     if limit is None:
         yield Finding(SECTION, "ok", text)
         return
+    enough = here.available >= memory.available
     yield Finding(
-        SECTION, "ok" if limit >= memory.available else "note",
-        f"{text}; the control group allows {limit / GiB:.1f} GiB, page cache included",
-        "" if limit >= memory.available else "set cache_gb so that the process stays below the limit",
+        SECTION, "ok" if enough else "note",
+        f"{text}; the control group allows {limit / GiB:.1f} GiB, page cache included, "
+        f"of which {here.available / GiB:.1f} can still be taken",
+        "" if enough else "set cache_gb so that the process stays below the limit",
     )  # fmt: skip
-
-
-def memory_limit() -> int | None:
-    """Bytes that this process's control group, or one above it, may use; None: no limit is set."""
-    limits = []
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        root = Path("/sys/fs/cgroup") / controllers
-        name = "memory.limit_in_bytes" if controllers else "memory.max"
-        folder = root / path.lstrip("/")
-        for one in (folder, *folder.parents):
-            if (one / name).is_file() and (text := (one / name).read_text().strip()) != "max":
-                limits.append(int(text))
-    least = min(limits, default=None)
-    return None if least is None or least > psutil.virtual_memory().total else least
 
 
 def _cpu_quota() -> float | None:

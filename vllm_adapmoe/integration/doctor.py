@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import vllm
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
@@ -16,7 +15,6 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm_adapmoe.cache.budget import GiB
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.doctor.finding import Finding
-from vllm_adapmoe.doctor.machine import memory_limit
 from vllm_adapmoe.integration.identity import model_identity
 from vllm_adapmoe.integration.loading import pack_folder
 from vllm_adapmoe.integration.model_check import expert_bytes_of, feature_checks
@@ -24,6 +22,7 @@ from vllm_adapmoe.integration.model_info import count_moe_layers
 from vllm_adapmoe.integration.switch import METHOD, WORKERS
 from vllm_adapmoe.store.base import StoreError
 from vllm_adapmoe.store.file import PackMissing, open_pack
+from vllm_adapmoe.store.host_memory import host_memory
 
 TESTED = "0.32"
 GROUPS = ("vllm.platform_plugins", "vllm.general_plugins", "vllm.stat_logger_plugins")
@@ -123,7 +122,7 @@ def _sizes(section: str, config: Any) -> Iterator[Finding]:
     total = layers * experts * nbytes
     text += f", in {layers} layers: {total / GiB:.2f} GiB of experts, {nbytes / 2**20:.1f} MiB each"
     if device_type() == "cpu":
-        room, where = min(psutil.virtual_memory().available, memory_limit() or 1 << 62), "memory"
+        room, where = host_memory().available, "memory"
     else:
         room, where = current_platform.get_device_total_memory(), "device memory"
     if total < room:

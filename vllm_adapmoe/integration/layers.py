@@ -44,6 +44,13 @@ class CachedExperts(StreamedExperts):
         self.global_num_experts = pool.num_slots  # kernels count the rows of the weights, which are slots now
         self.expert_tensors.replace(pool.tensors)
 
+    @property
+    def is_stock(self) -> bool:
+        """Whether vLLM's own code runs; `torch.compile` traces what that says when the model is first called."""
+        if self.expert_map is not None:  # vLLM's CPU kernels take no map, and crash over experts of other ranks
+            return False
+        return self.cache is None and self.gate is None and self.probe is None and self.lookahead is None
+
     def forward_modular(
         self,
         x: torch.Tensor,
@@ -52,8 +59,7 @@ class CachedExperts(StreamedExperts):
         shared_experts: Any = None,
         shared_experts_input: torch.Tensor | None = None,
     ) -> Any:
-        stock = self.expert_map is None  # vLLM's CPU kernels take no map, and crash over experts of other ranks
-        if stock and self.cache is None and self.gate is None and self.probe is None and self.lookahead is None:
+        if self.is_stock:
             return super().forward_modular(x, topk_weights, topk_ids, shared_experts, shared_experts_input)
         # Opaque to torch.compile: what is missing or dropped is known only when the ids and weights are.
         return torch.ops.vllm.adapmoe_routed_experts(x, topk_weights, topk_ids, self.layer_name)

@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-import psutil
 import torch
 from tqdm import tqdm
 from vllm import envs
@@ -19,11 +18,20 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.model_loader.utils import get_model_architecture
 from vllm.platforms import current_platform
 
-from vllm_adapmoe.cache.budget import DeviceMemory, ExpertShape, GiB, bytes_of, count_slots
+from vllm_adapmoe.cache.budget import (
+    DeviceMemory,
+    ExpertShape,
+    GiB,
+    bytes_of,
+    choose_slots,
+    count_slots,
+    slots_without,
+)
 from vllm_adapmoe.cache.controller import CacheController, CacheSetup, CacheShape
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.integration.compat import expected_loads_settings, heads_settings
+from vllm_adapmoe.integration.graph_memory import bookkeeping_of_worker, graphs_of_worker
 from vllm_adapmoe.integration.identity import model_identity
 from vllm_adapmoe.integration.layers import CachedExperts
 from vllm_adapmoe.integration.mapped_experts import MappedExperts
@@ -31,6 +39,7 @@ from vllm_adapmoe.integration.memory import ModelWatch, least_kv_cache, step_byt
 from vllm_adapmoe.store.base import ExpertStore, StoreWriter
 from vllm_adapmoe.store.file import PackInvalid, PackMissing, PackOfAnother, open_pack
 from vllm_adapmoe.store.host import HostStore
+from vllm_adapmoe.store.host_memory import host_memory
 from vllm_adapmoe.store.pack_writer import PackWriter
 from vllm_adapmoe.store.record import RecordLayout
 from vllm_adapmoe.store.shard import StoreShard
@@ -93,8 +102,8 @@ class ExpertLoading:
             return
         self._began = True
         shapes = self._loaded_shapes = self._shapes()
-        memory = self._memory_before = self._memory()
-        self._slots = count_slots(self.config, shapes, memory)
+        self._slots, memory = choose_slots(self.config, shapes, self._memory(resident=True), self._memory(False))
+        self._memory_before = memory
         slot_bytes = bytes_of(shapes, self._slots)
         logger.info("Expert cache: %.2f GiB for slots of %.2f left: %s", slot_bytes / GiB, memory.left / GiB, memory)
         experts = sum(shape.num_experts for shape in shapes)
@@ -107,7 +116,7 @@ class ExpertLoading:
         if self.all_resident:
             logger.info("Expert cache: all %d experts fit, none is offloaded", experts)
             return
-        expert_bytes = sum(shape.num_experts * shape.bytes_per_expert for shape in shapes)
+        expert_bytes = self.expert_bytes
         if self.store_kind == "host":
             _check_host_memory(expert_bytes)
             self._writer = HostStore(self.device)
@@ -164,21 +173,22 @@ class ExpertLoading:
             for shape, group in zip(self._loaded_shapes, self._groups, strict=True)
         ]
 
-    def _memory(self) -> DeviceMemory:
-        """What this worker may use, and what of it goes to anything but slots."""
+    def _memory(self, resident: bool) -> DeviceMemory:
+        """What this worker may use, and what of it goes to anything but slots; `resident`: every expert has one."""
         weights = self.model.other_weights([p for layer in self.layers for p in layer.expert_parameters().values()])
         kv_cache, kv_cache_of = least_kv_cache(self.vllm_config)
+        inner = max(layer.moe_config.intermediate_size_per_partition for layer in self.layers)
+        graphs, graphs_of = graphs_of_worker(self.config, self.vllm_config, self.layers, inner, resident)
         return replace(
             usable_memory(self.config, self.vllm_config),
             in_use=self.model.bytes_in_use(weights),
             other_weights=sum(weight.nbytes for weight in weights),
-            activations=step_bytes(
-                self.vllm_config,
-                max(layer.moe_config.intermediate_size_per_partition for layer in self.layers),
-                max(layer.top_k for layer in self.layers),
-            ),
+            activations=step_bytes(self.vllm_config, inner, max(layer.top_k for layer in self.layers)),
             kv_cache=kv_cache,
             kv_cache_of=kv_cache_of,
+            graphs=graphs,
+            graphs_of=graphs_of,
+            bookkeeping=bookkeeping_of_worker(self.config, self.vllm_config, self.layers, resident),
         )
 
     def pack_path(self) -> Path:
@@ -260,21 +270,52 @@ class ExpertLoading:
             expert_bytes=[layout.nbytes for layout in store.layouts],
             held=held,
         )
-        setup = CacheSetup.of(
-            self.config,
-            self._slots,
-            expected_loads_settings(self.vllm_config),
-            heads_settings(self.vllm_config) is not None,
-        )
         # The CPU worker's main thread is bound to the first core of its OpenMP threads, and a thread inherits that:
         # readers would take turns with the kernels there. Its parent has the cores that the user gave.
         cpus = os.sched_getaffinity(os.getppid())
         cache = ExpertCacheManager(
-            store, CacheController(shape, setup), self.device, link_gbps=self.config.link_gbps, reader_cpus=cpus
+            store, self._controller(shape), self.device, link_gbps=self.config.link_gbps, reader_cpus=cpus
         )
         for layer in self.layers:
             layer.use_cache(cache)
         return cache
+
+    def _controller(self, shape: CacheShape) -> CacheController:
+        heads = heads_settings(self.vllm_config) is not None
+        loads = expected_loads_settings(self.vllm_config)
+        return CacheController(shape, CacheSetup.of(self.config, self._slots, loads, heads))
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of all experts, as they are loaded."""
+        return sum(shape.num_experts * shape.bytes_per_expert for shape in self._loaded_shapes)
+
+    @property
+    def remedy(self) -> str:
+        """What leaves more memory."""
+        return self._memory_before.remedy
+
+    def give_back(self, cache: ExpertCacheManager, nbytes: int) -> int:
+        """Takes at least `nbytes` from the slots, all of which are empty afterwards; returns how many were taken.
+
+        Raises:
+            AdapMoEError: what is left is not enough for one token.
+        """
+        shapes = self._shapes_in(cache.store)
+        slots = slots_without(shapes, self._slots, nbytes)
+        if slots is None:
+            raise AdapMoEError(
+                f"cache_gb=auto: {nbytes / GiB:.3f} of {bytes_of(shapes, self._slots) / GiB:.3f} GiB of slots would "
+                f"have to go to the KV cache, and one token needs more than is left; {self.remedy}"
+            )
+        taken = bytes_of(shapes, self._slots) - bytes_of(shapes, slots)
+        self._slots = slots
+        for layer in self.layers:
+            layer.expert_tensors.free()
+        cache.resize(self._controller(cache.controller.shape), self.config.link_gbps)
+        for layer in self.layers:
+            layer.use_cache(cache)
+        return taken
 
     def abort(self) -> None:
         """Leaves nothing half-written behind."""
@@ -292,11 +333,11 @@ def pack_folder(config: AdapMoEConfig, vllm_config: VllmConfig) -> Path:
 
 
 def _check_host_memory(expert_bytes: int) -> None:
-    available = psutil.virtual_memory().available
-    if expert_bytes > available:
+    memory = host_memory()
+    if expert_bytes > memory.available:
         raise AdapMoEError(
             f"store=host needs {expert_bytes / GiB:.2f} GiB of host memory for the experts, "
-            f"{available / GiB:.2f} GiB are available; use store=file"
+            f"{memory.available / GiB:.2f} GiB are available, limited by {memory.limited_by}; use store=file"
         )
 
 

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from vllm_adapmoe.integration.layers import CachedExperts
 
 
+TRACE_LOOKAHEAD = 4
+"""Later layers that a trace has predictions for."""
+
+
 @dataclass(frozen=True)
 class Foresight:
     """What the input of one event foretells."""
@@ -81,6 +85,15 @@ class Lookahead:
         """Under way, or not in the trace yet."""
         self._whole = False
         """All layers of `step` are recorded."""
+
+    @torch.inference_mode()
+    def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Builds every layer's stack of gates now, and not when the first request comes.
+
+        By then vLLM's KV cache has taken all memory that was left.
+        """
+        for index, layer in enumerate(self.layers):
+            self._stack(index, torch.empty(0, layer.hidden_size, dtype=dtype, device=device))
 
     def begin_step(self, rows: Mapping[str, int]) -> None:
         """A step with so many rows of each request is about to run: fetches for its first layers."""

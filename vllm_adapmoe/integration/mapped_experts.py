@@ -202,7 +202,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def kernel_of(layer: Any) -> Any:
-    """The kernel that vLLM has chosen for a layer, a `RoutedExperts`; its quantisation method, where that runs the experts itself."""
+    """The kernel that vLLM has chosen for a layer, a `RoutedExperts`: its quantisation method, where that runs them."""
     kernel = getattr(layer.quant_method, "moe_kernel", None)
     return layer.quant_method if kernel is None else kernel.fused_experts
 

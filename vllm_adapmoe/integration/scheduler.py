@@ -137,11 +137,8 @@ class ExpertCacheScheduler(Scheduler):
         if report is not None:
             self._report = report
             self._expected |= {name: bits for name, bits in report.expected.items() if name in self.requests}
-            drafts = scheduler_output.scheduled_spec_decode_tokens
-            prefill = any(
-                count > 1 + len(drafts.get(name, ())) for name, count in scheduler_output.num_scheduled_tokens.items()
-            )
-            self.prices.observe(report, prefill)
+            for times in report.times:
+                self.prices.observe(times)
         failed = self._finish_failed(getattr(model_runner_output, "failed_requests", ()))
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for request in failed:

@@ -96,6 +96,10 @@ _BINDINGS: dict[type, Callable[[int], dict[str, Any]]] = {
 }
 
 
+KERNELS = frozenset(cls.__name__ for cls in _BINDINGS)
+"""Names of the classes that `run_on_slots` knows."""
+
+
 def _bound_again(function: Any, names: Mapping[str, Any]) -> FunctionType:
     """The same code, for which some global names mean something else; other callers of the function see no change.
 

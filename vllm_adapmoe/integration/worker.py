@@ -1,7 +1,5 @@
 """vLLM's workers, with an expert cache."""
 
-import time
-from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,16 +18,19 @@ from vllm_adapmoe.gating_plan import GatingPlan
 from vllm_adapmoe.heads import NextTokenHeads
 from vllm_adapmoe.integration import gates
 from vllm_adapmoe.integration.compat import adapmoe_settings, gating_settings, heads_settings, requests_of_step
+from vllm_adapmoe.integration.compile_key import note_what_is_traced
 from vllm_adapmoe.integration.hostless_steps import HostlessSteps
+from vllm_adapmoe.integration.kv_room import room_for_kv_cache
 from vllm_adapmoe.integration.layers import CachedExperts
-from vllm_adapmoe.integration.loading import expert_loading
-from vllm_adapmoe.integration.lookahead import Lookahead
+from vllm_adapmoe.integration.loading import expert_loading, slots_device
+from vllm_adapmoe.integration.lookahead import TRACE_LOOKAHEAD, Lookahead
 from vllm_adapmoe.integration.mapped_experts import MappedExperts
 from vllm_adapmoe.integration.probed_worker import ProbedWorker
+from vllm_adapmoe.integration.step_clock import StepClock
 from vllm_adapmoe.integration.switch import heeds_worker
 from vllm_adapmoe.integration.worker_stats import Since, StepStats, total_stats, with_attributes
 from vllm_adapmoe.loss_budget import LossBudget
-from vllm_adapmoe.scheduling.report import StepReport
+from vllm_adapmoe.scheduling.report import StepReport, StepTimes, runs_prompt
 from vllm_adapmoe.scheduling.request_experts import RequestExperts, bits
 from vllm_adapmoe.simulate.trace import TraceInfo, TraceWriter
 from vllm_adapmoe.store.base import ExpertsUnavailable
@@ -39,15 +40,12 @@ if TYPE_CHECKING or current_platform.is_cpu():
 else:
     CPUWorker = object
 
-TRACE_LOOKAHEAD = 4
-"""Later layers that a trace has predictions for."""
-
 logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
 
 
 def slot_bytes(cache: ExpertCacheManager) -> int:
     """Memory of all slots."""
-    return sum(pool.num_slots * pool.layout.nbytes for pool in cache.pools)
+    return sum(pool.nbytes for pool in cache.pools)
 
 
 class ExpertCacheWorker(ProbedWorker, Worker):
@@ -66,7 +64,7 @@ class ExpertCacheWorker(ProbedWorker, Worker):
     def load_model(self, **kwargs: Any) -> None:
         """Loads the model and makes its slots: before vLLM profiles memory, so the KV cache gets what they leave."""
         config = self._config = AdapMoEConfig.parse(adapmoe_settings(self.vllm_config))
-        self._step_report, self._since = None, Since()
+        self._step_report, self._since, self._clock = None, Since(), StepClock(slots_device())
         with expert_loading(config, self.vllm_config) as loading:
             super().load_model(**kwargs)
             self.expert_cache = loading.finish()
@@ -76,8 +74,9 @@ class ExpertCacheWorker(ProbedWorker, Worker):
         heads = heads_settings(self.vllm_config)
         self.heads = None if heads is None else NextTokenHeads.load(Path(heads["path"]), heads["hash"])
         self._look_ahead(config)
-        gated = gating_settings(self.vllm_config) is not None
-        self._runs_stock_layers = self.expert_cache is None and self.lookahead is None and not gated
+        model = self.model_runner.get_model()
+        note_what_is_traced(self.vllm_config, model, self.moe_layers, self.hostless is not None)
+        self._runs_stock_layers = all(layer.is_stock for layer in self.moe_layers)
         self._watch_the_end()
         group = get_tp_group()
         self.step_stats = StepStats(
@@ -103,6 +102,9 @@ class ExpertCacheWorker(ProbedWorker, Worker):
         if self.lookahead is not None:
             self.lookahead.close()
         self.lookahead = self._start_lookahead(config)
+        if self.lookahead is not None:
+            dtype: Any = self.model_config.dtype
+            self.lookahead.prepare(dtype, slots_device())
         for layer in self.moe_layers:
             layer.lookahead = self.lookahead
 
@@ -205,6 +207,13 @@ class ExpertCacheWorker(ProbedWorker, Worker):
             self._budget = LossBudget(parsed.threshold, parsed.nats_per_token)
         self._spent = 0.0
 
+    def _leave_room(self, available: int) -> int:
+        """Bytes for the KV cache, of which `available` were left before slots gave way."""
+        room = room_for_kv_cache(self._config, self.vllm_config, self._loading, self.expert_cache, available)
+        if room != available and self.hostless is not None and self.hostless.in_place is not None:
+            self.hostless.in_place.follow_pools()
+        return room
+
     def set_cache(self, settings: dict[str, Any], curves: list[list[float]] | None = None) -> None:
         """Starts over with empty slots and other policies: the keys of `adapmoe_config` that are not of its size.
 
@@ -231,10 +240,6 @@ class ExpertCacheWorker(ProbedWorker, Worker):
         finally:
             self._warming_up = False
 
-    def determine_available_memory(self) -> int:
-        with self._quiet():  # CUDA graphs are captured on trial
-            return super().determine_available_memory()
-
     def _quiet(self) -> AbstractContextManager[None]:
         return nullcontext() if self.expert_cache is None else self.expert_cache.quiet()
 
@@ -248,7 +253,7 @@ class ExpertCacheWorker(ProbedWorker, Worker):
         if self._scheduled and self.lookahead is not None:
             self.lookahead.begin_step(self._scheduled)
         self._awaits_logits = bool(self._scheduled)
-        start = time.perf_counter()
+        self._clock.start()
         self._loading.in_step = True
         try:
             with self._step(scheduler_output.total_num_scheduled_tokens):
@@ -257,7 +262,7 @@ class ExpertCacheWorker(ProbedWorker, Worker):
             self._loading.in_step = False
         self._keep_budget()
         if self._scheduled:
-            self._step_report = self._report_step(time.perf_counter() - start, scheduler_output.finished_req_ids)
+            self._step_report = self._report_step(scheduler_output)
         return self._with_stats(output)
 
     def _step(self, tokens: int) -> AbstractContextManager[None]:
@@ -265,27 +270,26 @@ class ExpertCacheWorker(ProbedWorker, Worker):
             return nullcontext()
         return self.hostless.step(tokens, self._requests_of_step)
 
-    def _report_step(self, seconds: float, finished: Collection[str]) -> StepReport | None:
-        """What the scheduler wants to know of the step that has run."""
+    def _report_step(self, scheduler_output: Any) -> StepReport | None:
+        """What the scheduler wants to know of the step that has been launched, and of those that have ended."""
         experts = None if self.lookahead is None else self.lookahead.experts
         if experts is None or self.expert_cache is None:
             return None
-        experts.forget(finished)
+        experts.forget(scheduler_output.finished_req_ids)
         experts.end()
         if not self._config.scheduler.enabled:
             return None
         stats = self.expert_cache.stats
         counted = [stats.stall_seconds, stats.demand_loads + stats.prefetches, stats.fetch_seconds]
         stall_seconds, loads, fetch_seconds = self._since(stats, counted).tolist()
+        prefill = runs_prompt(self._scheduled, scheduler_output.scheduled_spec_decode_tokens)
+        self._clock.stop((stall_seconds, int(loads), fetch_seconds, prefill))
         held = bits(self.expert_cache.controller.held)  # what other ranks hold takes no slot here
         return StepReport(
             slots=self.expert_cache.num_slots,
             resident=bits(self.expert_cache.resident()),
             expected={name: its & held for name, its in experts.likeliest().items()},
-            seconds=seconds,
-            stall_seconds=stall_seconds,
-            loads=int(loads),
-            fetch_seconds=fetch_seconds,
+            times=[StepTimes(seconds, *about) for seconds, about in self._clock.finished()],
         )
 
     def _keep_budget(self) -> None:
@@ -360,6 +364,12 @@ class ExpertCacheWorker(ProbedWorker, Worker):
 class AdapMoEWorker(ExpertCacheWorker, Worker):
     """Worker of a GPU."""
 
+    def determine_available_memory(self) -> int:
+        """Bytes for the KV cache. vLLM has measured activations and graphs; slots were counted by estimates of them."""
+        with self._quiet():  # graphs are captured on trial
+            available = super().determine_available_memory()
+        return self._leave_room(available)
+
 
 class AdapMoECPUWorker(ExpertCacheWorker, CPUWorker):
     """Worker of the CPU."""
@@ -369,6 +379,6 @@ class AdapMoECPUWorker(ExpertCacheWorker, CPUWorker):
         available = super().determine_available_memory()
         if self.expert_cache is None or self.cache_config.kv_cache_memory_bytes is not None:
             return available
-        available -= slot_bytes(self.expert_cache)
+        available = self._leave_room(available - slot_bytes(self.expert_cache))
         logger.info("Expert cache: %.2f GiB of that for the KV cache, the rest for slots", available / GiB)
         return available

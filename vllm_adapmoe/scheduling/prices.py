@@ -1,6 +1,6 @@
 """What steps cost, learnt from the steps that were run."""
 
-from vllm_adapmoe.scheduling.report import StepReport
+from vllm_adapmoe.scheduling.report import StepTimes
 
 RATE = 0.1
 """Of exponential means: the last ten steps or so of a kind."""
@@ -34,21 +34,21 @@ class StepPrices:
         self._swept: float | None = None
         """Waits of the step with a prompt that was the last one."""
 
-    def observe(self, report: StepReport, prefill: bool) -> None:
-        """Takes in one step; `prefill`: it ran a prompt, or a part of one."""
-        if report.loads:
-            self.load.add(report.fetch_seconds / report.loads)
-        swept, self._swept = self._swept, report.stall_seconds if prefill else None
-        if prefill:
+    def observe(self, step: StepTimes) -> None:
+        """Takes in one step, in the order in which they ran."""
+        if step.loads:
+            self.load.add(step.fetch_seconds / step.loads)
+        swept, self._swept = self._swept, step.stall_seconds if step.prefill else None
+        if step.prefill:
             if swept is not None:  # one prompt's chunks in a row, or one prompt after the other
                 self.sweep.add(swept)
             return
-        self.compute.add(report.seconds - report.stall_seconds)
+        self.compute.add(max(0.0, step.seconds - step.stall_seconds))  # two clocks: the difference may be below zero
         if swept is None:
-            self.decode.add(report.stall_seconds)
+            self.decode.add(step.stall_seconds)
         else:
             decode = 0.0 if self.decode.value is None else self.decode.value
-            self.sweep.add(swept + max(0.0, report.stall_seconds - decode))
+            self.sweep.add(swept + max(0.0, step.stall_seconds - decode))
 
     @property
     def surcharge(self) -> float:

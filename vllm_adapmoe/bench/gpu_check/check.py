@@ -9,7 +9,7 @@ from vllm_adapmoe.bench.gpu_check.copies import SECTION as COPIES
 from vllm_adapmoe.bench.gpu_check.copies import check_copies
 from vllm_adapmoe.bench.gpu_check.decode import SECTION as DECODE
 from vllm_adapmoe.bench.gpu_check.decode import TOKENS, WARM, Limits, check_decode
-from vllm_adapmoe.bench.gpu_check.device import Device, available_memory
+from vllm_adapmoe.bench.gpu_check.device import Device
 from vllm_adapmoe.bench.gpu_check.engines import check_engines, fitting, obstacle
 from vllm_adapmoe.bench.gpu_check.in_place_rows import check_in_place
 from vllm_adapmoe.bench.gpu_check.kernel_rows import BATCHES, check_kernel
@@ -17,6 +17,7 @@ from vllm_adapmoe.bench.gpu_check.report import CORRECTNESS, ENGINES, SKIPPED, R
 from vllm_adapmoe.bench.gpu_check.shapes import Shape
 from vllm_adapmoe.bench.gpu_check.slot_rows import check_refills, check_slots, check_waves
 from vllm_adapmoe.bench.gpu_check.tokens import check_tokens, plan_for
+from vllm_adapmoe.store.host_memory import host_memory
 
 SECONDS = 460
 """In all; what has not begun by then is not run."""
@@ -76,7 +77,7 @@ def run_check(
     if without is None:
         device.give_back()
         try:
-            reduced = fitting(shapes[-1], device.free_bytes(), available_memory())
+            reduced = fitting(shapes[-1], device.free_bytes(), host_memory().available)
         except MemoryError as error:
             yield [Row(ENGINES, "speed of engines", str(error), "", SKIPPED)]
         else:
@@ -84,7 +85,7 @@ def run_check(
 
 
 def _limits(device: Device, ends: float) -> Limits:
-    host = min(MOST_HOST_BYTES, available_memory() // 2)
+    host = min(MOST_HOST_BYTES, host_memory().available // 2)
     if not device.cuda:  # slots are host memory too
         return Limits(host // 2, host // 2, ends)
     return Limits(host, max(0, device.free_bytes() - SPARE_DEVICE_BYTES), ends)

@@ -4,11 +4,11 @@ import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from vllm_adapmoe.store.host_memory import host_memory
 from vllm_adapmoe.store.page_lock import readable_in_place
 
 BUSY_PRODUCTS = 48
@@ -75,7 +75,7 @@ class Device:
     def free_bytes(self) -> int:
         """Memory that can be allocated."""
         if not self.cuda:
-            return available_memory()
+            return host_memory().available
         self.give_back()
         return torch.cuda.mem_get_info(self.torch)[0]
 
@@ -107,17 +107,3 @@ class Device:
             values = [value.strip() for value in said.strip().splitlines()[0].split(",")]
             described |= dict(zip(("driver", "link_generation", "link_width"), values, strict=True))
         return described
-
-
-def available_memory() -> int:
-    """Host memory, bytes, that can still be used: of the machine, and of this process's cgroup."""
-    info = Path("/proc/meminfo").read_text()
-    free = 1024 * int(next(line.split()[1] for line in info.splitlines() if line.startswith("MemAvailable")))
-    groups = Path("/sys/fs/cgroup")
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        with suppress(OSError, ValueError):
-            free = min(free, int((groups / limit).read_text()) - int((groups / used).read_text()))
-    return free

@@ -1,0 +1,90 @@
+"""How much of the host's memory this process may still take, and what limits it: the machine, or a control group.
+
+Standard library only. What a container may use is not in `/proc/meminfo`, which tells of the whole machine.
+"""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """What can still be taken, and why not more."""
+
+    available: int
+    """Bytes."""
+    limited_by: str
+    """For a message: `this machine`, or a control group's file with its limit."""
+
+
+@dataclass(frozen=True)
+class GroupLimit:
+    """Memory limit of one control group, for all processes in it and in the groups below."""
+
+    file: Path
+    limit: int
+    """Bytes, page cache included."""
+    held: int
+    """Bytes in use that the kernel does not get back by dropping file pages."""
+
+    @property
+    def available(self) -> int:
+        return max(0, self.limit - self.held)
+
+
+def host_memory(root: Path = Path("/")) -> HostMemory:
+    """Returns the least of what the machine has available and what every control group above this process leaves.
+
+    Args:
+        root: where `proc` and `sys` are; another one for tests.
+    """
+    least = HostMemory(_meminfo(root)["MemAvailable"], "this machine")
+    for group in group_limits(root):
+        if group.available < least.available:
+            least = HostMemory(group.available, f"{group.file} = {group.limit / 2**30:.2f} GiB")
+    return least
+
+
+def memory_limit(root: Path = Path("/")) -> int | None:
+    """Returns the bytes that this process's control group, or one above it, may use; None: no limit below what the
+    machine has."""
+    least = min((group.limit for group in group_limits(root)), default=None)
+    return None if least is None or least > _meminfo(root)["MemTotal"] else least
+
+
+def group_limits(root: Path = Path("/")) -> Iterator[GroupLimit]:
+    """Yields the limits of this process's control group and of all above it, as far as they can be seen from here.
+
+    cgroup v2 (`Documentation/admin-guide/cgroup-v2.rst` of Linux): one tree, `memory.max`, `memory.current`. v1
+    (`cgroup-v1/memory.rst`): a tree of the memory controller, `memory.limit_in_bytes`, `memory.usage_in_bytes`. In a
+    container the path may be one of the host's tree, of which only the top is mounted: then that is looked at.
+    """
+    for line in (root / "proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = root / "sys/fs/cgroup"
+        if controllers:
+            top /= "memory" if (top / "memory").is_dir() else controllers
+        names = [part for part in PurePosixPath(path).parts if part not in ("/", "..")]
+        for depth in range(len(names), -1, -1):
+            with suppress(OSError, ValueError, KeyError):  # no limit is "max"; the root of a machine has no such file
+                yield _limit(top.joinpath(*names[:depth]), v1=bool(controllers))
+
+
+def _limit(folder: Path, v1: bool) -> GroupLimit:
+    file = folder / ("memory.limit_in_bytes" if v1 else "memory.max")
+    limit = int(file.read_text())
+    used = int((folder / ("memory.usage_in_bytes" if v1 else "memory.current")).read_text())
+    stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    total = "total_" if v1 else ""  # v1 counts the groups below apart, v2 always with them
+    cached = sum(int(stat[f"{total}{name}"]) for name in ("inactive_file", "active_file"))
+    return GroupLimit(file, limit, max(0, used - cached))
+
+
+def _meminfo(root: Path) -> dict[str, int]:
+    """Bytes by name."""
+    lines = (line.split() for line in (root / "proc/meminfo").read_text().splitlines())
+    return {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines if line[-1] == "kB"}
