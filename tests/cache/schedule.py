@@ -71,7 +71,7 @@ class Schedule:
                 self._switch(self.random.choice(able))
             elif not able and not self.advance():
                 waits = ", ".join(f"{task.name}: {task.waits_for}" for task in self.tasks if not task.ended)
-                self._fail(Deadlock(f"nobody can go on ({waits})"))
+                self._fail(Deadlock(f"no thread can go on ({waits})"))
             me.ready = None
         self._check()
 
@@ -124,7 +124,7 @@ class Schedule:
                 self.running.turn.release()
                 return
             if not self.advance():
-                self.error = Deadlock(f"nobody can go on ({', '.join(f'{t.name}: {t.waits_for}' for t in left)})")
+                self.error = Deadlock(f"no thread can go on ({', '.join(f'{t.name}: {t.waits_for}' for t in left)})")
 
     def end(self) -> None:
         """Unwinds what has not ended; called by the first thread, last."""

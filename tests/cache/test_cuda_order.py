@@ -376,6 +376,22 @@ def test_an_error_of_a_copy_ends_the_worker_with_that_error():
     assert ended >= 30, "all but those whose readers copied nothing before the end"
 
 
+def test_streams_are_used_again():
+    """PyTorch has 32 of them for a device: beyond that, copies would share a stream with the model's kernels."""
+    cuda = FakeCuda(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transfer, "threading", cuda.schedule)
+        cuda.install(patch)
+        worker = Worker(cuda, 0)
+        for _ in range(40):
+            worker.fetched()
+            worker.restarted()
+        worker.cache.close()
+        cuda.schedule.end()
+    threads = worker.cache.readers + 1  # the thread that asks copies too
+    assert len(cuda.streams) <= 1 + len(worker.cache.pools) * threads and cuda.faults == []
+
+
 def test_the_last_staging_buffer_may_be_taken_by_another_thread(monkeypatch):
     cuda = FakeCuda(0)
     cuda.install(monkeypatch)

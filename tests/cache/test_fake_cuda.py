@@ -88,7 +88,7 @@ def test_what_a_capture_forbids(cuda):
     assert cuda.faults == ["cudaEventQuery during a capture", "an event of a capture is waited for outside it"]
 
 
-def test_a_wait_for_what_nobody_brings_is_seen():
+def test_a_wait_without_end_is_seen():
     cuda = FakeCuda(0)
     lock = cuda.schedule.Lock()
     condition = cuda.schedule.Condition(lock)

@@ -404,7 +404,7 @@ def test_a_prefetch_that_cannot_be_read_is_dropped(caplog):
 
 
 def test_nothing_moves_while_it_is_quiet():
-    """What has begun ends first; what is asked for meanwhile begins afterwards, and nobody may wait for it."""
+    """What has begun ends first; what is asked for meanwhile begins afterwards, and may not be waited for."""
     moving: list[Any] = []
 
     class Slow(Flaky):

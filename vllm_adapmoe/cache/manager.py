@@ -102,12 +102,14 @@ class ExpertCacheManager:
         self._follow(controller, link_gbps)
 
     def _check(self) -> None:
-        """Raises why no expert can be asked for now, if there is a reason."""
+        """Raises the reason why no expert can be asked for now, if there is one."""
         if self.closed:
             raise CacheClosed
         self.transfers.check()
         if self.transfers.quiet:
-            raise RuntimeError("experts are asked for while a CUDA graph is captured, which may wait for nothing")
+            raise RuntimeError(
+                "experts are asked for while a CUDA graph is captured; run no step of a request within `quiet`"
+            )
 
     @property
     def stats(self) -> CacheStats:
@@ -256,7 +258,7 @@ class ExpertCacheManager:
 
     @contextmanager
     def whole_layer(self, layer: int) -> Iterator[bool]:
-        """While it lasts no expert leaves its slot, if all of `layer` are resident and none is in use; yields whether.
+        """Evicts no expert while it lasts, if all of `layer` are resident and none is in use; yields whether.
 
         What kernels launched in it read of the layer is not overwritten later on before they have run.
         """
@@ -281,19 +283,20 @@ class ExpertCacheManager:
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """While it lasts nothing moves, and no thread of the cache calls CUDA: for the capture of graphs.
+        """Stops all transfers while it lasts, so that no thread of the cache calls CUDA: for the capture of graphs.
 
-        A capture is the whole process's: a call of another thread can invalidate it. What is under way comes to its
-        end first; speculation that is asked for meanwhile begins afterwards.
+        A capture concerns the whole process: a call of another thread can invalidate it. Transfers in flight end first;
+        speculation that is asked for meanwhile begins afterwards.
 
         Raises:
-            RuntimeError: experts are asked for within, which would have to wait for transfers.
+            RuntimeError: on entry within itself; and within, in whatever asks for experts (`acquire`, `arrivals`,
+                `frozen`, `whole_layer`, `restart`), which would wait for transfers or record events.
         """
         transfers = self.transfers
         with transfers.lock:
             self._check()
             try:
-                transfers.hush()
+                transfers.drain()
             except BaseException:
                 transfers.resume()
                 raise

@@ -1,6 +1,5 @@
 """The memory of a pool: one tensor `[slots, ...]` for each piece of an expert."""
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
@@ -37,7 +36,8 @@ class SlotPool:
         self._bytes_of_slot = bytes_of_slot
         self._staging: list[torch.Tensor] = []
         """Page-locked records that no transfer uses."""
-        self._streams = threading.local()
+        self._streams: list[torch.cuda.Stream] = []
+        """That no copy uses. PyTorch has 32 for a device and then gives them out again: not one for each thread."""
         self._used: torch.cuda.Event | None = None
         self.mark_used()  # by the kernel that writes the zeros: no copy may come before it
 
@@ -69,10 +69,13 @@ class SlotPool:
     def copy(self, slot: int, record: torch.Tensor, tile_bytes: int) -> Iterator[int]:
         """Copies a page-locked record, uint8 `[record bytes]`, to a slot on a device; yields the bytes of each tile.
 
-        On a stream of the thread's own, after all kernels that may read what was in the slot. The slot is filled when
+        On a stream of its own, after all kernels that may read what was in the slot. The slot is filled when
         the iterator has ended, and whichever way it ends, nothing is under way to the slot any more.
         """
-        stream = self._copy_stream()
+        try:
+            stream = self._streams.pop()
+        except IndexError:
+            stream = torch.cuda.Stream(self.device)
         if self._used is not None:
             stream.wait_event(self._used)
         under_way: deque[tuple[torch.cuda.Event, int]] = deque()
@@ -92,6 +95,8 @@ class SlotPool:
         except BaseException:  # closed before its end, or an error; the copy that failed may have no event
             stream.synchronize()
             raise
+        finally:
+            self._streams.append(stream)
 
     def mark_used(self) -> None:
         """Every kernel that reads slots has been launched; nothing is copied over them before it has run."""
@@ -99,11 +104,6 @@ class SlotPool:
             used = torch.cuda.Event()
             used.record()
             self._used = used  # not before: other threads look, and a wait for an unrecorded event is over at once
-
-    def _copy_stream(self) -> torch.cuda.Stream:
-        if not hasattr(self._streams, "stream"):
-            self._streams.stream = torch.cuda.Stream(self.device)
-        return self._streams.stream
 
 
 def _wait(event: torch.cuda.Event, nbytes: int) -> int:

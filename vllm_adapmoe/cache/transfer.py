@@ -112,9 +112,9 @@ class TransferEngine:
         self.fatal: Exception | None = None
         """Ended the transfers for good: an error that is not one of reading."""
         self.frozen = 0
-        """Contexts within which no expert may leave: nothing speculative starts."""
+        """Contexts within which no expert may be evicted: nothing speculative starts."""
         self.quiet = False
-        """Nothing starts at all."""
+        """Between `drain` and `resume`."""
         self.cpus = cpus
         self._counted_until = 0.0
         """Up to when `fetch_seconds` is counted, of `time.perf_counter`."""
@@ -187,7 +187,7 @@ class TransferEngine:
     def _serve(self) -> None:
         try:
             self._serve_jobs()
-        except Exception as error:  # else it would end in silence, and who waits would wait for ever
+        except Exception as error:  # or the thread that waits would wait for ever
             with self.changed:
                 self._fail(error)
 
@@ -287,10 +287,10 @@ class TransferEngine:
         if self.fatal is not None:
             raise self.fatal
 
-    # Who wants it quiet
+    # For the capture of graphs
 
-    def hush(self) -> None:
-        """Lets what is under way come to its end, and starts nothing until `resume`; no thread calls CUDA then."""
+    def drain(self) -> None:
+        """Waits until transfers in flight have ended, and starts none until `resume`: no thread calls CUDA then."""
         self.quiet = True
         while self.jobs:
             self.check()
@@ -298,6 +298,7 @@ class TransferEngine:
         self.check()
 
     def resume(self) -> None:
+        """Starts transfers again."""
         self.quiet = False
         self.changed.notify_all()
 
