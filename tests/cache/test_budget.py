@@ -15,6 +15,7 @@ from vllm_adapmoe.cache.budget import (
     activation_bytes,
     bytes_of,
     count_slots,
+    split_layers,
 )
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 
@@ -145,3 +146,28 @@ def test_activations_of_mixtral():
     stream, pairs, logits = 2048 * 8 * 4096 * 2, 4096 * ((3 * 14336 + 2 * 4096) * 2 + 4 * 4096), 256 * 32000 * 22
     assert activation_bytes(tokens=2048, logit_rows=256, **size) == stream + pairs + logits + RUNTIME_BYTES
     assert activation_bytes(tokens=0, logit_rows=0, **size) == RUNTIME_BYTES
+
+
+def test_a_pool_of_marlin_is_divided_below_32_gib_a_tensor():
+    """DeepSeek-V3 in 4 bit on an H200: gate and up of an expert are 14 MiB, 5000 slots of them 68 GiB."""
+    parts = split_layers(range(58), 5000, 14 << 20, 32 * GiB)
+    assert [len(part) for part in parts] == [20, 19, 19]
+    assert parts[0][:3] == [0, 3, 6]
+    assert split_layers(range(58), 2340, 14 << 20, 32 * GiB) == [list(range(58))]
+    assert len(split_layers(range(58), 2341, 14 << 20, 32 * GiB)) == 2  # 32 GiB to the byte would be one too many
+
+
+@given(
+    layers=st.integers(1, 100), experts=st.integers(1, 512), share=st.floats(0.01, 1), piece=st.integers(1, 64 << 20),
+    limit=st.sampled_from([GiB, 4 * GiB, 32 * GiB]),
+)  # fmt: skip
+def test_no_tensor_of_a_divided_pool_reaches_the_limit(layers, experts, share, piece, limit):
+    slots = max(1, int(layers * experts * share))
+    parts = split_layers(range(layers), slots, piece, limit)
+    assert sorted(layer for part in parts for layer in part) == list(range(layers))
+    total = layers * experts * piece
+    shapes = [ExpertShape(len(part) * experts, piece, 1) for part in parts]
+    counts = [shape.num_experts * (slots * piece) // total for shape in shapes]  # as `count_slots` shares a budget
+    assert sum(counts) > slots - len(parts)
+    if len(parts) < layers:
+        assert all(count * piece < limit for count in counts)

@@ -18,10 +18,15 @@ Matrix = dict[str, Any]
 
 
 def ask(capability: str) -> Matrix:
-    """What `run_backends.py` prints."""
+    """What vLLM builds at a compute capability, by format."""
+    return run_played("run_backends", capability)
+
+
+def run_played(script: str, capability: str) -> Matrix:
+    """What a script prints that plays a GPU, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         run = subprocess.run(
-            [sys.executable, "-m", "tests.integration.run_backends", capability, folder],
+            [sys.executable, "-m", f"tests.integration.{script}", capability, folder],
             capture_output=True, text=True, timeout=300, cwd=ROOT,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         )  # fmt: skip

@@ -18,27 +18,11 @@ from tests.integration.fake_cuda import install, set_optional_packages
 CAPABILITY = tuple(int(part) for part in sys.argv[1].split("."))
 install(CAPABILITY)  # type: ignore[arg-type]
 
-import torch  # noqa: E402
-from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
-from vllm.distributed import init_distributed_environment, initialize_model_parallel  # noqa: E402
-from vllm.engine.arg_utils import EngineArgs  # noqa: E402
-from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory  # noqa: E402
-from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts  # noqa: E402
+from vllm.config import VllmConfig  # noqa: E402
 
+from tests.integration.played_layers import build, configure, save, start  # noqa: E402
 from tests.integration.quantised_configs import CHECKPOINTS, ONLINE, OVERRIDDEN  # noqa: E402
 from vllm_adapmoe.config import AdapMoEError  # noqa: E402
-
-HIDDEN, INNER, EXPERTS, TOP_K = 512, 512, 8, 2
-MODEL = {
-    "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_size": HIDDEN, "intermediate_size": INNER,
-    "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 512,
-    "num_local_experts": EXPERTS, "num_experts_per_tok": TOP_K, "max_position_embeddings": 512, "dtype": "bfloat16",
-}  # fmt: skip
-GPT_OSS = MODEL | {
-    "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "sliding_window": 64,
-    "layer_types": ["sliding_attention", "full_attention"], "swiglu_limit": 7.0,
-}  # fmt: skip
-
 
 WISHES = (
     ("MXFP4 (gpt-oss)", "triton", 0.5), ("MXFP4 (gpt-oss)", "triton", 1.0), ("MXFP4 (gpt-oss)", "marlin", 0.5),
@@ -47,33 +31,6 @@ WISHES = (
     ("bf16", "marlin", 0.5),
 )  # fmt: skip
 """A checkpoint, what the user sets as `moe_backend`, and the share of experts that is to be resident."""
-
-
-def save(name: str, quantisation: dict[str, Any] | None, folder: Path) -> Path:
-    """A checkpoint without weights."""
-    model = GPT_OSS if "gpt-oss" in name else MODEL
-    if quantisation is not None:
-        model = model | {"quantization_config": quantisation}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(model))
-    return folder
-
-
-def configure(folder: Path, **more: Any) -> VllmConfig:
-    args = {"max_model_len": 512, "skip_tokenizer_init": True, "load_format": "dummy"}
-    return EngineArgs(model=str(folder), **(args | more)).create_engine_config()
-
-
-def build(vllm_config: VllmConfig, name: str) -> RoutedExperts:
-    """One layer, as the model would build it."""
-    vllm_config.compilation_config.static_forward_context.clear()
-    more: dict[str, Any] = {"activation": "swigluoai", "has_bias": True} if "gpt-oss" in name else {}
-    with set_current_vllm_config(vllm_config), torch.device("cpu"):
-        runner = FusedMoEFactory(
-            num_experts=EXPERTS, top_k=TOP_K, hidden_size=HIDDEN, intermediate_size=INNER, params_dtype=torch.bfloat16,
-            quant_config=vllm_config.quant_config, prefix="model.layers.0.mlp.experts", **more,
-        )  # fmt: skip
-    return runner.routed_experts
 
 
 def kernel(vllm_config: VllmConfig, name: str) -> dict[str, Any]:
@@ -99,9 +56,7 @@ def attempt(name: str, folder: Path, **args: Any) -> dict[str, Any]:
 
 def main() -> None:
     folder = Path(sys.argv[2])
-    init_distributed_environment(1, 0, f"file://{sys.argv[2]}/rendezvous", 0, "gloo")
-    with set_current_vllm_config(VllmConfig()):
-        initialize_model_parallel(1, 1)
+    start(folder)
     cases = {name: (name, {}) for name in CHECKPOINTS} | {name: ("bf16", args) for name, args in ONLINE.items()}
     told: dict[str, Any] = {}
     for present in (False, True):

@@ -198,6 +198,28 @@ def _missing(nbytes: int, memory: DeviceMemory) -> str:
     return f"{missing} bytes ({missing / GiB:.3f} GiB) more than the {memory.left / GiB:.3f} GiB left: {memory}"
 
 
+def split_layers(layers: Sequence[int], slots: int, piece_bytes: int, limit: int) -> list[list[int]]:
+    """Divides the layers of a pool among several, so that no tensor of one reaches `limit` bytes.
+
+    A kernel that counts in 32 bits reads no further into a tensor. Pools that share its slots in proportion to their
+    layers hold as many experts as one would; what is lost is that layers of different pools cannot lend each other
+    slots. Layers take turns, so that each pool has early ones and late ones.
+
+    Args:
+        layers: indices of layers with equal numbers of experts.
+        slots: of the pool.
+        piece_bytes: of the largest tensor of one expert.
+        limit: bytes.
+    """
+    parts = 1
+    while parts < len(layers):
+        most = -(-len(layers) // parts)
+        if slots * most * piece_bytes < limit * len(layers):
+            break
+        parts += 1
+    return [list(layers[part::parts]) for part in range(parts)]
+
+
 def bytes_of(shapes: Sequence[ExpertShape], slots: Sequence[int]) -> int:
     """Memory of so many slots in each pool."""
     return sum(count * shape.bytes_per_expert for shape, count in zip(shapes, slots, strict=True))

@@ -26,6 +26,7 @@ from vllm_adapmoe.cache.budget import (
     choose_slots,
     count_slots,
     slots_without,
+    split_layers,
 )
 from vllm_adapmoe.cache.controller import CacheController, CacheSetup, CacheShape
 from vllm_adapmoe.cache.manager import ExpertCacheManager
@@ -34,7 +35,7 @@ from vllm_adapmoe.integration.compat import expected_loads_settings, heads_setti
 from vllm_adapmoe.integration.graph_memory import bookkeeping_of_worker, graphs_of_worker
 from vllm_adapmoe.integration.identity import model_identity
 from vllm_adapmoe.integration.layers import CachedExperts
-from vllm_adapmoe.integration.mapped_experts import MappedExperts
+from vllm_adapmoe.integration.mapped_experts import MappedExperts, kernel_of
 from vllm_adapmoe.integration.memory import ModelWatch, least_kv_cache, step_bytes, usable_memory
 from vllm_adapmoe.store.base import ExpertStore, StoreWriter
 from vllm_adapmoe.store.file import PackInvalid, PackMissing, PackOfAnother, open_pack
@@ -43,6 +44,10 @@ from vllm_adapmoe.store.host_memory import host_memory
 from vllm_adapmoe.store.pack_writer import PackWriter
 from vllm_adapmoe.store.record import RecordLayout
 from vllm_adapmoe.store.shard import StoreShard
+
+TENSOR_BYTES = {"MarlinExperts": 32 * GiB}
+"""What a kernel reads of a tensor at most. Marlin's offset into all experts of a pool, `b_gl_rd`, is 32 bits wide and
+counts 16 bytes (`csrc/moe/marlin_moe_wna16/marlin_template.h` of vLLM 0.32)."""
 
 logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
 
@@ -173,6 +178,25 @@ class ExpertLoading:
             for shape, group in zip(self._loaded_shapes, self._groups, strict=True)
         ]
 
+    def _split_pools(self, store: ExpertStore) -> bool:
+        """Divides pools with a tensor that is too long for their kernel. Returns whether there was one."""
+        groups, shapes = [], []
+        for group, shape, slots in zip(self._groups, self._loaded_shapes, self._slots, strict=True):
+            limit = TENSOR_BYTES.get(type(kernel_of(self.layers[group[0]])).__name__)
+            longest = max(piece.nbytes for piece in store.layouts[group[0]].pieces)
+            parts = [group] if limit is None else split_layers(group, slots, longest, limit)
+            if len(parts) > 1:
+                logger.info(
+                    "Expert cache: %d layers have %d pools instead of one, for their kernel reads %.0f GiB of a tensor "
+                    "at most", len(group), len(parts), (limit or 0) / GiB,
+                )  # fmt: skip
+            for part in parts:
+                groups.append(part)
+                shapes.append(replace(shape, num_experts=sum(self.layers[index].local_num_experts for index in part)))
+        divided = len(groups) > len(self._groups)
+        self._groups, self._loaded_shapes = groups, shapes
+        return divided
+
     def _memory(self, resident: bool) -> DeviceMemory:
         """What this worker may use, and what of it goes to anything but slots; `resident`: every expert has one."""
         weights = self.model.other_weights([p for layer in self.layers for p in layer.expert_parameters().values()])
@@ -253,6 +277,8 @@ class ExpertLoading:
         store = self._store if self._writer is None else self._writer.seal()
         assert store is not None
         self._slots = count_slots(self.config, self._shapes_in(store), self._memory_before)
+        if self._split_pools(store):
+            self._slots = count_slots(self.config, self._shapes_in(store), self._memory_before)
         held = None
         maps = [layer.expert_map for layer in self.layers]
         if maps[0] is not None:
