@@ -4,18 +4,28 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from vllm_adapmoe.bench.gpu_check import check, engines, in_place_rows, kernel_rows, published, records, slot_rows
+from vllm_adapmoe.bench.gpu_check import (
+    check,
+    engines,
+    in_place_rows,
+    kernel_rows,
+    published,
+    records,
+    slot_rows,
+    tokens,
+)
 from vllm_adapmoe.bench.gpu_check.__main__ import main
 from vllm_adapmoe.bench.gpu_check.decode import Limits, check_decode
 from vllm_adapmoe.bench.gpu_check.device import Device
-from vllm_adapmoe.bench.gpu_check.engine_process import MARK, EngineFailed, EngineProcess
-from vllm_adapmoe.bench.gpu_check.report import MET, MISSED, NOT_RUN, Result, attempt, failed, render
+from vllm_adapmoe.bench.gpu_check.engine_process import MARK, SPEED, EngineFailed, EngineProcess
+from vllm_adapmoe.bench.gpu_check.report import MET, MISSED, NOT_RUN, SKIPPED, Result, Row, attempt, failed, render
 from vllm_adapmoe.bench.gpu_check.routing import curves, draw_tokens
 from vllm_adapmoe.bench.gpu_check.shapes import MIXTRAL, QWEN3, Shape
 from vllm_adapmoe.cache.addresses import AddressTable
@@ -40,7 +50,7 @@ def test_all_of_it(tmp_path):
     rows = [row for part in check.run_check(CPU, (TINY,), torch.float16, 7, (1, 4), 1, 2) for row in part]
     assert {row.section for row in rows} == {"correctness", "copies", "decode", "vllm"}
     assert [row.verdict for row in rows if row.section == "correctness"] == [MET] * 6
-    assert [row.section for row in rows if row.verdict == NOT_RUN] == ["vllm"]
+    assert [row.section for row in rows if row.verdict in (NOT_RUN, SKIPPED)] == ["vllm"]
     assert not failed(rows)
     decoded = [row.details for row in rows if "per_token" in row.details]
     assert len(decoded) == 3 * (4 + 2)
@@ -271,21 +281,172 @@ def test_says_that_there_is_no_device(tmp_path, capsys, monkeypatch):
 # vLLM
 
 
-def test_skipped_without_vllm(monkeypatch):
+class NoCuda(Device):
+    """Takes itself for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu")
+        self.cuda = True
+
+    def give_back(self) -> None:
+        pass
+
+
+def only_engines(monkeypatch, free_bytes: int = 64 << 30) -> list[Row]:
+    """What the check says of engines on a device with so much memory, without its other parts."""
+    for name in ("check_kernel", "check_slots", "check_waves", "check_refills", "check_in_place", "check_copies",
+                 "check_decode"):  # fmt: skip
+        monkeypatch.setattr(check, name, lambda *args: [])
+    monkeypatch.setattr(NoCuda, "free_bytes", lambda self: free_bytes)
+    monkeypatch.setattr(check, "available_memory", lambda: 64 << 30)
+    monkeypatch.setattr(tokens.torch.cuda, "get_device_capability", lambda device: (8, 0))
+    return [row for part in check.run_check(NoCuda(), (TINY,), torch.bfloat16, 7) for row in part]
+
+
+def test_without_vllm_engines_are_skipped_and_without_the_plugin_that_fails(monkeypatch):
     monkeypatch.setattr(engines, "entry_points", lambda group: [])
-    (row,) = engines.check_engines(TINY, time.monotonic() + 1)
-    assert "not installed beside vLLM" in row.figure
+    (row,) = only_engines(monkeypatch)
+    assert "not installed beside vLLM" in row.figure and row.verdict == NOT_RUN and failed([row])
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
-    (row,) = engines.check_engines(TINY, time.monotonic() + 1)
-    assert (row.figure, row.verdict) == ("vLLM not importable: skipped", NOT_RUN)
+    (row,) = only_engines(monkeypatch)
+    assert (row.figure, row.verdict) == ("vLLM not importable", SKIPPED) and not failed([row])
+
+
+def test_engines_that_cannot_be_run_fail(monkeypatch):
+    """A process that ends at once, with vLLM installed: not run, for each, and the check fails."""
+
+    class Broken:
+        def __init__(self, *args):
+            raise EngineFailed("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(tokens, "EngineProcess", Broken)
+    monkeypatch.setattr(tokens, "write_checkpoint", lambda *args: None)
+    monkeypatch.setattr(engines, "EngineProcess", Broken)
+    rows = only_engines(monkeypatch)
+    assert len(rows) == len(tokens.CONTENDERS) + 2
+    assert {row.verdict for row in rows} == {NOT_RUN} and all(failed([row]) for row in rows)
+    assert "illegal memory access" in rows[0].figure
+
+
+GIB = 1 << 30
+
+
+def test_memory_of_24_gib_and_less(monkeypatch):
+    """Engines beside each other, and how many layers they have, by what is free."""
+    assert tokens.engines_together(23 * GIB, 16) == 6 and tokens.engines_together(23 * GIB, 6) == 3
+    assert tokens.engines_together(7 * GIB, 16) == 2 and tokens.engines_together(4 * GIB, 1) == 1
+    with pytest.raises(MemoryError, match=r"2\.0 GiB of the device are free, an engine needs 3\.5"):
+        tokens.engines_together(2 * GIB, 16)
+    host = 64 * GIB
+    for free, layers in ((78, 8), (23, 4), (18, 4)):
+        shape = engines.fitting(QWEN3, free * GIB, host)
+        assert shape.layers == layers
+        for fraction in (1.0, *engines.FRACTIONS):
+            together = 1 + len(engines.contenders_of(fraction))
+            assert together * engines.engine_bytes(shape, fraction) < free * GIB
+    assert engines.fitting(QWEN3, 78 * GIB, 20 * GIB).layers == 4, "the host bounds it, too"
+    with pytest.raises(MemoryError, match=r"4 layers need 17.7 GiB of the device .* 11.0 and 64.0 are"):
+        engines.fitting(QWEN3, 11 * GIB, host)
+    monkeypatch.setattr(check, "check_tokens", lambda *args: [])
+    monkeypatch.setattr(engines, "LAYERS", (8, 10**6))
+    (row,) = only_engines(monkeypatch, 4 * GIB)
+    assert row.verdict == SKIPPED and "4.0 and 64.0 are free" in row.figure and not failed([row])
+
+
+def said(tokens_of: list[int], logprobs: list[float], **others):
+    """What an engine answers, of one prompt."""
+    answer = [(tokens_of, [[value, value, token] for token, value in zip(tokens_of, logprobs, strict=True)])]
+    return {
+        "runner": "V2", "graphs": "FULL", "kernels": ["TritonExperts"], "alone": answer, "together": answer,
+        "forced": answer, "forced_again": answer, "cache": {"in_place": 3.0},
+    } | others  # fmt: skip
+
+
+def judged(one: tokens.Contender, found, stock, noisy=None) -> str:
+    eager = None if noisy is None else stock | {"noisy": noisy["alone"]}
+    return tokens._row(tokens.Plan(prompts=(90,)), one, found, stock, eager).verdict
+
+
+def test_what_is_promised_of_engines():
+    stock, logits = said([5, 6, 7], [-1.0, -2.0, -3.0]), [-1.0, -2.0, -3.001]
+    bits, graphs, waves, in_place = (
+        tokens.Contender("bf16", 0.5, *rest)
+        for rest in (
+            (tokens.SAME_BITS,), (tokens.SAME_TOKENS, "fetch", False), (tokens.ROUNDING,),
+            (tokens.ROUNDING, "in_place", False),
+        )
+    )  # fmt: skip
+    assert judged(bits, stock, stock) == judged(graphs, said([5, 6, 7], logits), stock) == MET
+    assert judged(bits, said([5, 6, 7], logits), stock) == MISSED, "the last bit"
+    assert judged(graphs, said([5, 6, 8], [-1.0, -2.0, -3.0]), stock) == MISSED
+    assert judged(bits, said([5, 6, 7], [-1.0, -2.0, -3.0], kernels=["MarlinExperts"]), stock) == MISSED
+    noisy = said([5, 6, 7], [-1.0, -2.0, -3.01])
+    near, far = said([5, 6, 7], [-1.0, -2.005, -3.0]), said([5, 6, 7], [-1.0, -2.0, -3.05])
+    for one in (waves, in_place):
+        assert judged(one, near, stock, noisy) == MET and judged(one, far, stock, noisy) == MISSED
+        assert judged(one, said([5, 6, 7], [float("nan")] * 3), stock, noisy) == MISSED
+    other = said([5, 6, 7], [-1.0, -2.0, -3.0])
+    other["forced"] = [([5, 6, 7], [[-1.0, -0.9, 9], [-2.0, -2.0, 6], [-3.0, -3.0, 7]])]
+    assert judged(in_place, other, stock, noisy) == MISSED, "the first token is another"
+    one, two = tokens.CONTENDERS[7:9]
+    (row,) = tokens._agreement([(one, stock), (two, stock)])
+    assert one.decode == two.decode == "in_place" and row.verdict == MET
+    for wrong in (near, stock | {"forced_again": near["alone"]}, stock | {"cache": {}}):
+        assert [row.verdict for row in tokens._agreement([(one, stock), (two, wrong)])] == [MISSED]
 
 
 def test_an_engine_that_ends_says_why(tmp_path):
     """Here: an argument is missing."""
-    process = EngineProcess([str(tmp_path), "stock", "1.0", "1"], time.monotonic() + 60)
-    with pytest.raises(EngineFailed, match="required: tokens"):
+    process = EngineProcess(SPEED, [str(tmp_path), "stock", "1.0", "1"], time.monotonic() + 60)
+    with pytest.raises(EngineFailed, match="required: tokens, device_bytes"):
         process.decode()
     process.close()
+
+
+ENGINES_OF_TESTS = tokens.Plan(
+    Shape("tiny", 2, 8, 2, 128, 128), 512, (5, 70), 6,
+    [
+        *(tokens.Contender(kind, 0.5, tokens.SAME_BITS) for kind in ("bf16", "fp8", "gptq")),
+        tokens.Contender("bf16", 0.25, tokens.ROUNDING),
+    ],
+)  # fmt: skip
+FAULT = """
+import sys
+if sys.argv[0] == "-m":  # an engine's process: of two experts that are asked for each has the other's slot
+    from vllm_adapmoe.cache.manager import ExpertCacheManager
+
+    arrivals = ExpertCacheManager.arrivals
+
+    def swapped(self, layer, experts, *others):
+        yield from arrivals(self, layer, experts, *others)
+        if len(experts) > 1:
+            one, two = list(experts)[:2]
+            slots = self.slot_maps[layer]
+            slots[one], slots[two] = slots[two].clone(), slots[one].clone()
+
+    ExpertCacheManager.arrivals = swapped
+"""
+
+
+@pytest.mark.engine
+def test_tokens_of_engines():
+    """Real engines on the CPU: three formats are stock's to the last bit, waves but for rounding."""
+    rows = list(tokens.check_tokens(CPU, 1, time.monotonic() + 500, ENGINES_OF_TESTS))
+    assert [row.verdict for row in rows] == [MET] * 4, [row.figure for row in rows]
+    assert all(row.figure == "24 of 24 tokens, the same log probabilities" for row in rows[:3])
+    assert all(row.details["cache"]["demand_loads"] > 8 for row in rows)
+    assert 0 < rows[3].details["distance"] < rows[3].details["noise"] < 0.2
+
+
+@pytest.mark.engine
+def test_tokens_of_engines_with_a_wrong_slot_map(tmp_path, monkeypatch):
+    """Planted in the plugin's engines: both rows are missed."""
+    (tmp_path / "sitecustomize.py").write_text(FAULT)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    plan = replace(ENGINES_OF_TESTS, contenders=[one for one in ENGINES_OF_TESTS.contenders if one.kind == "bf16"])
+    rows = list(tokens.check_tokens(CPU, 1, time.monotonic() + 300, plan))
+    assert [row.verdict for row in rows] == [MISSED] * 2, [row.figure for row in rows]
+    assert failed(rows[:1]) and failed(rows[1:])
 
 
 @pytest.mark.engine
