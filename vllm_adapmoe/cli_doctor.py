@@ -10,7 +10,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.doctor.finding import Finding, print_findings, serves
+from vllm_adapmoe.integration.version_check import explain_import_error
 
 
 def doctor(
@@ -41,6 +43,13 @@ def _findings(model: str | None, store_dir: Path | None) -> Iterator[Finding]:
     try:
         from vllm_adapmoe.integration.doctor import check_installation, check_model, device_type
     except Exception as error:  # whatever an installation that does not fit raises
+        if isinstance(error, ImportError):
+            try:
+                explain_import_error(error)
+            except AdapMoEError as unsupported:
+                text, _, advice = str(unsupported).rpartition("; ")
+                yield Finding("Installation", "problem", text, advice)
+                return
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         yield Finding(
             "Installation", "problem", f"vLLM cannot be imported ({reason})",

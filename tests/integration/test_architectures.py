@@ -43,10 +43,17 @@ def check_gating(engine: Engine) -> None:
     assert (one_kept - ungated).abs().max() > 3 * (all_kept - ungated).abs().max()
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
+SAMPLE = {"qwen3_moe", "deepseek_v3"}
+"""Run with every vLLM, beside the Transformers backend: plain, and with shared experts and grouped routing."""
+
+
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(name, marks=pytest.mark.versions if name in SAMPLE else ()) for name in CONFIGS]
+)
 def test_architecture(architecture, tiny_model):
     compare(tiny_model(architecture))
 
 
+@pytest.mark.versions
 def test_transformers_backend(tiny_model):
     compare(tiny_model("qwen3_moe"), model_impl="transformers")

@@ -9,7 +9,7 @@ from conftest import TINY_MIXTRAL
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, everything, hidden_states, prompts
 from vllm_adapmoe.integration.engine import Engine
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.versions]
 
 VOCABULARY = 2048
 EXPERTS = 96

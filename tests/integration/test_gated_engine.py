@@ -176,6 +176,7 @@ def _looks_ahead(worker: Any) -> bool:
 
 
 @pytest.mark.engine
+@pytest.mark.versions
 def test_configured_gating_compiled(caplog):
     """`LLM(...)` with a loss budget and every expert resident: compiled, gated, and said in the log."""
     config = {

@@ -101,6 +101,7 @@ def test_two_ranks(tiny_model, monkeypatch):
         assert told() | {"stall_seconds": 0} == both | {"stall_seconds": 0}
 
 
+@pytest.mark.versions
 def test_an_output_that_is_still_on_its_way():
     """As a CUDA device gives it, with asynchronous scheduling: the report is of its step, and nothing is waited for."""
     from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
@@ -109,6 +110,9 @@ def test_an_output_that_is_still_on_its_way():
         def get_output(self) -> ModelRunnerOutput:
             waited.append(self)
             return ModelRunnerOutput(req_ids=["a"], req_id_to_index={"a": 0})
+
+        def get_kv_connector_output(self) -> str:  # abstract from 0.33 on
+            return "what is left of a step that failed"
 
     waited: list[object] = []
     steps = iter(range(10))
@@ -120,6 +124,7 @@ def test_an_output_that_is_still_on_its_way():
     second = with_attributes(ModelRunnerOutput(req_ids=["b"], req_id_to_index={"b": 0}), report)
     assert with_attributes(None, report) is None, "not the end of a step"
     third = with_attributes(EMPTY_MODEL_RUNNER_OUTPUT, report)
+    assert first.get_kv_connector_output() == "what is left of a step that failed"
     assert not waited
     assert (first.get_output().worker_stats, second.worker_stats, third.worker_stats) == (0, 1, 2)
     assert not hasattr(EMPTY_MODEL_RUNNER_OUTPUT, "worker_stats")

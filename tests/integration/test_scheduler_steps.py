@@ -24,6 +24,8 @@ from vllm.v1.structured_output import StructuredOutputManager
 from vllm_adapmoe.integration import scheduler as ours
 from vllm_adapmoe.scheduling.report import StepReport, StepTimes
 
+pytestmark = pytest.mark.versions
+
 BLOCK = 16
 STEP, SWEEP = 0.010, 0.200
 """Seconds that a decode step and a step with a prompt wait for experts."""

@@ -42,6 +42,7 @@ def check_top(server: DemoServer) -> None:
     assert sum(layer["resident"] for layer in told["layers"]) <= 24
 
 
+@pytest.mark.versions
 def test_serve_stream_abort_and_metrics(tmp_path, monkeypatch):
     from tests.integration.test_dashboard import check_names
 

@@ -3,6 +3,7 @@
 Each check runs in a fresh process, for what matters is what was imported before what.
 """
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -12,12 +13,15 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY_MIXTRAL
 
+pytestmark = pytest.mark.versions
+
 BIN = Path(sys.executable).parent
-PATCHES = sorted((ROOT / "patches" / "vllm-0.32").glob("*.patch"))
+VERSION = importlib.metadata.version("vllm")
+PATCHES = sorted((ROOT / "patches" / f"vllm-{VERSION.rpartition('.')[0]}").glob("*.patch"))
 CONFIG = {"cache_experts": 48, "store": "host"}
 SUMMARY = """
 import json
-from vllm_adapmoe.integration.compat import EDITS
+from vllm_adapmoe.integration.edits import EDITS
 def summary(config):
     return [config.additional_config, config.parallel_config.worker_cls,
             str(config.scheduler_config.scheduler_cls), config.compute_hash()]
@@ -106,7 +110,7 @@ print(json.dumps([
     assert with_plugin == without_plugin == unpatched["stock"]
     assert registered == []
     assert nothing == []
-    needed = ("", ".integration", ".integration.plugin", ".integration.compat")
+    needed = ("", ".integration", ".integration.plugin", ".integration.compat", ".integration.edits")
     assert set(imported) <= {f"vllm_adapmoe{name}" for name in needed}
 
 

@@ -1,37 +1,65 @@
-"""Everything that depends on the version of vLLM: the edits that no registration can make.
+"""Everything in which the supported versions of vLLM differ, by looking for features: versions are not compared.
 
-`patches/` holds the same as diffs for vLLM itself. Where vLLM has the fields already, nothing is edited here.
+With the method off this file is loaded into any vLLM, so nothing of vLLM is imported before it is asked for. What no
+registration can do is in `edits.py`; what a version that is not supported is told, in `version_check.py`.
 """
 
-import dataclasses
-import functools
-import importlib.util
-import sys
-from collections.abc import Callable, Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+OLDEST, NEWEST = "0.30", "0.33"
+"""Releases that are supported, patch releases included."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
-@dataclasses.dataclass
-class EngineFields:
-    """M1: what `EngineArgs` gains, so that flags, `LLM(...)` and Ray's engine arguments accept it."""
+@dataclass(frozen=True)
+class Shim:
+    """What some supported version needs and later ones do not: a test fails once `OLDEST` does without."""
 
-    moe_method: str | None = None
-    adapmoe_config: dict[str, Any] | str | None = None
+    name: str
+    before: str
+    """First release that does without."""
+    old: str
+    """Dotted name in vLLM that the shim is for: there before that release, and not from it on."""
 
 
-@dataclasses.dataclass
-class StatsFields:
-    """M2: what `SchedulerStats` gains, to carry counters of the worker to the front end."""
+SHIMS: list[Shim] = []
 
-    worker_stats: dict[str, float | list[float]] | None = None
+
+def needed_before(release: str, old: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Declares a function of this file a `Shim`."""
+
+    def declare(function: Callable[P, T]) -> Callable[P, T]:
+        SHIMS.append(Shim(function.__name__, release, old))
+        return function
+
+    return declare
+
+
+@needed_before("0.33", old="vllm.v1.core.kv_cache_utils.max_memory_usage_bytes")
+def kv_cache_counting() -> tuple[Callable[..., int], Callable[..., None]]:
+    """`max_memory_usage_bytes` and `unify_hybrid_kv_cache_specs`, which 0.33 has moved."""
+    try:
+        from vllm.v1.core.kv_cache_planning import max_memory_usage_bytes, unify_hybrid_kv_cache_specs
+    except ImportError:
+        from vllm.v1.core.kv_cache_utils import max_memory_usage_bytes, unify_hybrid_kv_cache_specs
+    return max_memory_usage_bytes, unify_hybrid_kv_cache_specs
+
+
+@needed_before("0.33", old="vllm.envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND")
+def old_ray_executor_chosen() -> bool:
+    """Whether Ray workers would run under vLLM's old executor, which 0.33 no longer has."""
+    from vllm import envs
+
+    return not getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", True)
 
 
 def adapmoe_settings(vllm_config: Any) -> Any:
     """What `additional_config["adapmoe"]` holds; None where the method is off."""
-    additional = vllm_config.additional_config
+    additional = getattr(vllm_config, "additional_config", None)  # asked of any vLLM
     return additional.get("adapmoe") if isinstance(additional, dict) else None
 
 
@@ -75,117 +103,3 @@ def marlin_takes_mxfp4_with_quantised_activations() -> bool:
     from vllm.model_executor.layers.fused_moe.oracle import mxfp4
 
     return hasattr(mxfp4, "_warn_on_bf16_fallback")
-
-
-def add_fields(cls: Any, fields: type) -> bool:
-    """Adds the fields of the dataclass `fields` to the dataclass `cls` as keyword arguments.
-
-    Running `dataclass()` over `cls` again would lose its default factories, so the new fields are put beside the old
-    and `__init__` is wrapped. Returns whether anything was missing.
-    """
-    missing = {field.name: field for field in dataclasses.fields(fields) if field.name not in cls.__dataclass_fields__}
-    if not missing:
-        return False
-    original = cls.__init__
-
-    @functools.wraps(original)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        for name, field in missing.items():
-            setattr(self, name, kwargs.pop(name, field.default))
-        original(self, *args, **kwargs)
-
-    cls.__init__ = __init__
-    cls.__dataclass_fields__ = cls.__dataclass_fields__ | missing
-    for name, field in missing.items():
-        setattr(cls, name, field.default)
-        cls.__annotations__[name] = field.type
-    return True
-
-
-def edit_engine_args(module: ModuleType) -> None:
-    """M1 on `vllm.engine.arg_utils`: fields, flags, and the call that applies them."""
-    base, derived = module.EngineArgs, module.AsyncEngineArgs
-    if not add_fields(base, EngineFields):
-        return
-    add_fields(derived, EngineFields)
-    add_cli_args, create_engine_config = base.add_cli_args, base.create_engine_config
-
-    @functools.wraps(add_cli_args)
-    def with_flags(parser: Any) -> Any:
-        parser = add_cli_args(parser)
-        group = parser.add_argument_group(title="MoE method", description="How routed experts are held and run.")
-        group.add_argument(
-            "--moe-method", default=None, help="Name of an installed MoE method plugin, for instance adapmoe."
-        )
-        group.add_argument(
-            "--adapmoe-config",
-            default=None,
-            help="Configuration of the adapmoe method: a JSON file, a JSON object, or single keys as in "
-            "--adapmoe-config.cache_gb 8",
-        )
-        return parser
-
-    @functools.wraps(create_engine_config)
-    def with_moe_method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        config = create_engine_config(self, *args, **kwargs)
-        if self.moe_method or self.adapmoe_config is not None or adapmoe_settings(config) is not None:
-            from vllm_adapmoe.integration.switch import switch_on
-
-            switch_on(self, config)
-        return config
-
-    base.add_cli_args = staticmethod(with_flags)
-    base.create_engine_config = with_moe_method
-
-
-def edit_scheduler_stats(module: ModuleType) -> None:
-    """M2 on `vllm.v1.metrics.stats`."""
-    add_fields(module.SchedulerStats, StatsFields)
-
-
-EDITS: dict[str, Callable[[ModuleType], None]] = {
-    "vllm.engine.arg_utils": edit_engine_args,
-    "vllm.v1.metrics.stats": edit_scheduler_stats,
-}
-
-
-class _EditedSpec(ModuleSpec):
-    """Spec of a module that is edited as soon as its import ends, also when that import is already under way."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name == "_initializing" and not value and self.name in sys.modules:
-            EDITS[self.name](sys.modules[self.name])
-
-
-class _EditFinder(MetaPathFinder):
-    """Finds the modules to edit as everyone else does, and marks their specs."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname not in EDITS:
-            return None
-        sys.meta_path.remove(self)
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            sys.meta_path.insert(0, self)
-        if spec is not None:
-            spec.__class__ = _EditedSpec
-        return spec
-
-
-def install_edits() -> None:
-    """Arranges every edit, now or when its module is imported. Once per process, however often it is called."""
-    if any(isinstance(finder, _EditFinder) for finder in sys.meta_path):
-        return
-    for name, edit in EDITS.items():
-        module = sys.modules.get(name)
-        if module is None:
-            continue
-        if getattr(module.__spec__, "_initializing", False):
-            module.__spec__.__class__ = _EditedSpec
-        else:
-            edit(module)
-    sys.meta_path.insert(0, _EditFinder())

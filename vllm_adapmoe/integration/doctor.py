@@ -20,11 +20,11 @@ from vllm_adapmoe.integration.loading import pack_folder
 from vllm_adapmoe.integration.model_check import expert_bytes_of, feature_checks
 from vllm_adapmoe.integration.model_info import count_moe_layers
 from vllm_adapmoe.integration.switch import METHOD, WORKERS
+from vllm_adapmoe.integration.version_check import SUPPORTED, is_supported, remedy
 from vllm_adapmoe.store.base import StoreError
 from vllm_adapmoe.store.file import PackMissing, open_pack
 from vllm_adapmoe.store.host_memory import host_memory
 
-TESTED = "0.32"
 GROUPS = ("vllm.platform_plugins", "vllm.general_plugins", "vllm.stat_logger_plugins")
 SECTION = "Installation"
 IN_PART = {"load_format", "speculative_config", "enable_expert_parallel"}
@@ -40,12 +40,11 @@ def check_installation() -> Iterator[Finding]:
     """VLLM, the entry points, and the edits."""
     packages = importlib.metadata.packages_distributions().get("vllm", [])
     names = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    if vllm.__version__.startswith(f"{TESTED}."):
-        yield Finding(SECTION, "ok", f"vLLM {vllm.__version__} ({names}), the version that is tested")
+    text = f"vLLM {vllm.__version__} ({names})"
+    if is_supported(vllm.__version__):
+        yield Finding(SECTION, "ok", f"{text}; {SUPPORTED} are supported")
     else:
-        yield Finding(
-            SECTION, "note", f"vLLM {vllm.__version__} ({names}); tested is {TESTED}", f"if it fails, try {TESTED}"
-        )
+        yield Finding(SECTION, "note", f"{text}; {SUPPORTED} are tested", f"if it fails, {remedy()}")
     try:
         importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:

@@ -80,7 +80,18 @@ class ExpertLoading:
         return slots_device()
 
     def add(self, layer: CachedExperts) -> int:
-        """Registers a layer under construction; returns its index among the model's MoE layers."""
+        """Registers a layer under construction; returns its index among the model's MoE layers.
+
+        Raises:
+            AdapMoEError: the model's own class of it does more than call kernels, which a cached layer would leave out.
+        """
+        for cls in type(layer).__mro__:
+            theirs = issubclass(cls, RoutedExperts) and not issubclass(cls, CachedExperts) and cls is not RoutedExperts
+            if theirs and "forward_modular" in vars(cls):
+                raise AdapMoEError(
+                    f"{cls.__name__}, vLLM's class of this model's experts, does not only run them "
+                    "(forward_modular); remove moe_method"
+                )
         self.layers.append(layer)
         return len(self.layers) - 1
 

@@ -13,10 +13,10 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms import current_platform
-from vllm.v1.core.kv_cache_utils import max_memory_usage_bytes, unify_hybrid_kv_cache_specs
 
 from vllm_adapmoe.cache.budget import DeviceMemory, activation_bytes
 from vllm_adapmoe.config import AdapMoEConfig
+from vllm_adapmoe.integration.compat import kv_cache_counting
 
 
 def usable_memory(config: AdapMoEConfig, vllm_config: VllmConfig) -> DeviceMemory:
@@ -73,6 +73,7 @@ def least_kv_cache(vllm_config: VllmConfig) -> tuple[int, str]:
             spec = layer.get_kv_cache_spec(vllm_config)
             if spec is not None:
                 specs[name] = spec
+    max_memory_usage_bytes, unify_hybrid_kv_cache_specs = kv_cache_counting()
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         unify_hybrid_kv_cache_specs(specs)
     block = sum(spec.page_size_bytes for spec in specs.values())

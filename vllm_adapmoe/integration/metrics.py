@@ -66,6 +66,8 @@ class ExpertCacheStatLogger(StatLoggerBase):
 
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
         self.enabled = adapmoe_settings(vllm_config) is not None
+        if not self.enabled:
+            return
         self.labels = [str(vllm_config.model_config.served_model_name), str(engine_index)]
         # One of several API servers is told of some of the steps, which adds up on `/metrics` but not in a log.
         self.logs = vllm_config.parallel_config._api_process_count == 1
@@ -99,13 +101,7 @@ class ExpertCacheStatLogger(StatLoggerBase):
                 collectors[key] = gauge(PREFIX + name, text, labels, multiprocess_mode="mostrecent")
         collectors["stall_seconds"] = histogram(PREFIX + STALL[0], STALL[1], LABELS, buckets=STALL_BUCKETS)
 
-    def record(
-        self,
-        scheduler_stats: Any,
-        iteration_stats: Any,
-        mm_cache_stats: Any = None,
-        engine_idx: int = 0,
-    ) -> None:
+    def record(self, scheduler_stats: Any, *args: Any, **kwargs: Any) -> None:
         stats = getattr(scheduler_stats, "worker_stats", None)
         if not self.enabled or not stats:
             return
@@ -139,7 +135,7 @@ class ExpertCacheStatLogger(StatLoggerBase):
                 one.inc(value)
 
     def log(self) -> None:
-        if not self.logs:
+        if not self.enabled or not self.logs:
             return
         now = time.monotonic()
         change = {key: value - self.logged[key] for key, value in self.counted.items()}
@@ -167,6 +163,10 @@ class ExpertCacheStatLogger(StatLoggerBase):
         if change["loss_spent"] and self.num_layers:
             parts.append(f"gating loss: {change['loss_spent'] / tokens * self.num_layers:.4f} nats/token")
         return parts
+
+
+# An engine without the method makes one too: what a later vLLM asks of its loggers must not keep that from starting.
+ExpertCacheStatLogger.__abstractmethods__ = frozenset()
 
 
 def _metric_classes() -> tuple[Any, Any, Any]:

@@ -14,6 +14,7 @@ from vllm.platforms import current_platform
 from vllm_adapmoe.cache.budget import DeviceMemory, ExpertShape, count_slots
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.integration import loading
+from vllm_adapmoe.integration.compat import old_ray_executor_chosen
 from vllm_adapmoe.integration.identity import model_identity
 from vllm_adapmoe.integration.layers import CachedExperts
 from vllm_adapmoe.integration.memory import usable_memory
@@ -95,7 +96,7 @@ def feature_checks(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
          "packs, profiles and shares count the layers of the whole model; use tensor_parallel_size"),
         (parallel.use_ray and current_platform.is_cpu(), "distributed_executor_backend='ray'",
          "vLLM's Ray executor has no CPU workers; remove it, and scale with replicas (examples/ray_serve.md)"),
-        (parallel.use_ray and not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0",
+        (parallel.use_ray and old_ray_executor_chosen(), "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0",
          "the old Ray executor runs the model past the worker, which would not see failed reads; unset it"),
         (current_platform.is_cuda() and envs.VLLM_USE_BREAKABLE_CUDAGRAPH, "VLLM_USE_BREAKABLE_CUDAGRAPH=1",
          "graphs would be broken elsewhere than where the host decides; set VLLM_USE_BREAKABLE_CUDAGRAPH=0, "

@@ -1,4 +1,6 @@
-"""Where vLLM finds us. Nothing here imports vLLM: its own import is still under way."""
+"""Where vLLM finds us. While its own import is under way nothing here imports it."""
+
+from typing import Any
 
 
 def announce() -> None:
@@ -6,7 +8,7 @@ def announce() -> None:
 
     General plugins load when `EngineArgs` is made, too late for `LLM(moe_method=...)` and for the command line.
     """
-    from vllm_adapmoe.integration.compat import install_edits
+    from vllm_adapmoe.integration.edits import install_edits
 
     install_edits()
 
@@ -14,3 +16,19 @@ def announce() -> None:
 def register() -> None:
     """General plugin: the same for processes where no platform plugin is asked (`VLLM_TARGET_DEVICE=cpu`)."""
     announce()
+
+
+def switch_on(engine_args: Any, vllm_config: Any) -> None:
+    """Configures the engine for the method (`switch.switch_on`), if this vLLM is one that it works with.
+
+    Raises:
+        AdapMoEError: it is not, or a setting or feature of the engine does not go with the method.
+    """
+    from vllm_adapmoe.integration.one_line import print_errors_as_one_line
+    from vllm_adapmoe.integration.version_check import check_version
+
+    print_errors_as_one_line()
+    check_version()
+    from vllm_adapmoe.integration import switch
+
+    switch.switch_on(engine_args, vllm_config)

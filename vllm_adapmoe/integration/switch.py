@@ -1,7 +1,5 @@
 """Switches the method on in an engine's configuration, whichever way it was asked for."""
 
-import sys
-from types import TracebackType
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -40,7 +38,6 @@ def switch_on(engine_args: Any, vllm_config: VllmConfig) -> None:
     Raises:
         AdapMoEError: contradictory or unknown settings, or a model or feature that cannot work with them.
     """
-    _print_errors_as_one_line()
     config = _requested(engine_args, vllm_config)
     if engine_args.worker_cls != "auto":
         raise AdapMoEError(
@@ -150,19 +147,3 @@ def _additional(vllm_config: VllmConfig) -> dict[str, Any]:
     if not isinstance(additional, dict):
         raise AdapMoEError(f"additional_config={additional!r} is not a dict; moe_method={METHOD!r} needs one")
     return additional
-
-
-def _print_errors_as_one_line() -> None:
-    """A mistake of the user ends the program with one line instead of a traceback through vLLM."""
-    if getattr(sys.excepthook, "adapmoe", False):
-        return
-    previous = sys.excepthook
-
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if issubclass(kind, AdapMoEError):
-            print(f"vllm-adapmoe: error: {error}", file=sys.stderr)
-        else:
-            previous(kind, error, trace)
-
-    hook.adapmoe = True  # type: ignore[attr-defined]
-    sys.excepthook = hook

@@ -160,3 +160,8 @@ class WithAttributes(AsyncModelRunnerOutput):
         output = self.output.get_output()
         vars(output).update(self.attributes)
         return output
+
+    def get_kv_connector_output(self) -> Any:
+        """What of the output is left where `get_output` fails; vLLM asks for it from 0.33 on."""
+        output: Any = self.output
+        return output.get_kv_connector_output()

@@ -153,11 +153,11 @@ def check_tokens(device: Device, seed: int, ends: float, plan: Plan) -> Iterator
             running[one] = start(one.kind, adapmoe=adapmoe, eager=one.eager, in_pieces=False, forced=forced)
         in_place: list[tuple[Contender, Any]] = []
         for one, result in running.items():
-            found = _outcome(result)
+            outcome = _outcome(result)
             eager = known[one.kind, "fetch", True] if one.promise == ROUNDING else None
-            yield _row(plan, one, found, known[_reference(one)], eager)
+            yield _row(plan, one, outcome, known[_reference(one)], eager)
             if one.decode == "in_place":
-                in_place.append((one, found))
+                in_place.append((one, outcome))
         yield from _agreement(in_place)
 
 
