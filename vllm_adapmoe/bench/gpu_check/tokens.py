@@ -154,8 +154,8 @@ def check_tokens(device: Device, seed: int, ends: float, plan: Plan) -> Iterator
         in_place: list[tuple[Contender, Any]] = []
         for one, result in running.items():
             found = _outcome(result)
-            eager = known[one.kind, "fetch", True] if one.promise == ROUNDING else None
-            yield _row(plan, one, found, known[_reference(one)], eager)
+            measured = known[one.kind, "fetch", True] if one.promise == ROUNDING else None
+            yield _row(plan, one, found, known[_reference(one)], measured)
             if one.decode == "in_place":
                 in_place.append((one, found))
         yield from _agreement(in_place)
