@@ -153,9 +153,9 @@ def check_tokens(device: Device, seed: int, ends: float, plan: Plan) -> Iterator
             running[one] = start(one.kind, adapmoe=adapmoe, eager=one.eager, in_pieces=False, forced=forced)
         in_place: list[tuple[Contender, Any]] = []
         for one, result in running.items():
-            outcome = _outcome(result)
-            eager = known[one.kind, "fetch", True] if one.promise == ROUNDING else None
-            yield _row(plan, one, outcome, known[_reference(one)], eager)
+            found = _outcome(result)
+            measured = known[one.kind, "fetch", True] if one.promise == ROUNDING else None
+            yield _row(plan, one, found, known[_reference(one)], measured)
             if one.decode == "in_place":
                 in_place.append((one, outcome))
         yield from _agreement(in_place)
