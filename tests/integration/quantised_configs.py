@@ -77,6 +77,10 @@ CHECKPOINTS: dict[str, Settings | None] = {
     "W4A16, asymmetric (compressed-tensors)":
         _compressed("pack-quantized", _number(4, "int", "group", group_size=GROUP) | {"symmetric": False}, None),
     "W8A16 (compressed-tensors)": _compressed("pack-quantized", _number(8, "int", "channel"), None),
+    "AutoRound, 4 bit": {
+        "quant_method": "auto-round", "bits": 4, "group_size": GROUP, "sym": True, "data_type": "int",
+        "packing_format": "auto_round:auto_gptq",
+    },
     "W8A8, int8 (compressed-tensors)":
         _compressed("int-quantized", _number(8, "int", "channel"), _number(8, "int", "token", True)),
     "W4A8, FP8 (compressed-tensors)":
@@ -90,6 +94,10 @@ CHECKPOINTS: dict[str, Settings | None] = {
         _compressed("nvfp4-pack-quantized", _NVFP4, _NVFP4 | {"dynamic": "local"}),
     "NVFP4A16 (compressed-tensors)": _compressed("nvfp4-pack-quantized", _NVFP4, None),
     "NVFP4 (ModelOpt)": _modelopt("NVFP4", group_size=16),
+    "FP8 and NVFP4 (ModelOpt)": _modelopt("MIXED_PRECISION", quantized_layers={
+        "model.layers.0.mlp.experts.0.gate_proj": {"quant_algo": "NVFP4", "group_size": 16},
+        "model.layers.1.mlp.experts.0.gate_proj": {"quant_algo": "FP8"},
+    }),
 }  # fmt: skip
 """`quantization_config` of `config.json`, by a name for the format; None: nothing is quantised."""
 

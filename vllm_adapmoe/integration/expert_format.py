@@ -32,13 +32,13 @@ MARLIN_HIDDEN = 128
 """What Marlin wants the hidden size to be a multiple of (`check_moe_marlin_supports_config`)."""
 
 
-def expert_formats(quantisation: Any, hidden: int, inner: int) -> set[str] | None:
+def expert_formats(quantisation: Any, sizes: tuple[int, int] | None, ranks: int) -> set[str] | None:
     """Formats of routed experts, of `backends.FORMATS`; None: not told, or not one that is known here.
 
     Args:
         quantisation: vLLM's `QuantizationConfig`, or None.
-        hidden: hidden size of the model.
-        inner: intermediate size of an expert, as far as one worker has it.
+        sizes: hidden and intermediate size of an expert, as far as the model's configuration tells.
+        ranks: that share the intermediate size.
     """
     if quantisation is None:
         return {UNQUANTISED}
@@ -46,18 +46,20 @@ def expert_formats(quantisation: Any, hidden: int, inner: int) -> set[str] | Non
     found = FIXED[name] if name in FIXED else TOLD[name](quantisation) if name in TOLD else None
     if found is None or None in found:
         return None
-    return {_off_marlin(quantisation, hidden, inner) if kind == INT_WEIGHTS else str(kind) for kind in found}
+    kinds = {str(kind) for kind in found}
+    if INT_WEIGHTS in kinds and sizes is not None and not _fits_marlin(quantisation, sizes[0], sizes[1] // ranks):
+        # VLLM reads AWQ and GPTQ as `moe_wna16` then, and others with Triton.
+        kinds = kinds - {INT_WEIGHTS} | {MOE_WNA16}
+    return kinds
 
 
-def _off_marlin(quantisation: Any, hidden: int, inner: int) -> str:
-    """Where Marlin's tiles do not fit, vLLM reads AWQ and GPTQ as `moe_wna16`, and other groups with Triton."""
+def _fits_marlin(quantisation: Any, hidden: int, inner: int) -> bool:
     groups = [getattr(quantisation, "group_size", None)]
     for scheme in getattr(quantisation, "target_scheme_map", {}).values():
         groups.append(getattr(scheme.get("weights"), "group_size", None))
-    fits = hidden % MARLIN_HIDDEN == 0 and all(
+    return hidden % MARLIN_HIDDEN == 0 and all(
         group is None or (group in MARLIN_GROUPS and (group < 0 or inner % group == 0)) for group in groups
     )
-    return INT_WEIGHTS if fits else MOE_WNA16
 
 
 FIXED: dict[str, set[str]] = {

@@ -24,14 +24,13 @@ def set_moe_backend(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
     """
     kernel, quantisation = vllm_config.kernel_config, vllm_config.quant_config
     sizes = expert_sizes(vllm_config.model_config)
-    ranks = vllm_config.parallel_config.tensor_parallel_size
-    formats = None if sizes is None else expert_formats(quantisation, sizes[0], -(-sizes[1] // ranks))
+    formats = expert_formats(quantisation, sizes, vllm_config.parallel_config.tensor_parallel_size)
     if formats is None:
-        if quantisation is not None:
-            logger.warning(
-                "moe_backend=%s: which kernels compute quantization=%s with part of the experts resident is not known; "
-                "the one that vLLM chooses is checked after loading", kernel.moe_backend, quantisation.get_name(),
-            )  # fmt: skip
+        assert quantisation is not None
+        logger.warning(
+            "moe_backend=%s: which kernels compute quantization=%s with part of the experts resident is not known; "
+            "the one that vLLM chooses is checked after loading", kernel.moe_backend, quantisation.get_name(),
+        )  # fmt: skip
         return
     if MXFP4_W4A4 in formats and not marlin_takes_mxfp4_with_quantised_activations():
         raise AdapMoEError(
