@@ -9,7 +9,7 @@ from conftest import TINY_MIXTRAL
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, everything, hidden_states, prompts
 from vllm_adapmoe.integration.engine import Engine
 
-pytestmark = [pytest.mark.engine, pytest.mark.versions]
+pytestmark = pytest.mark.engine
 
 VOCABULARY = 2048
 EXPERTS = 96
@@ -36,8 +36,10 @@ def stock():
     ("config", "eager"),
     [
         pytest.param({"cache_experts": EXPERTS}, False, id="all-compiled"),
-        pytest.param({"cache_experts": EXPERTS // 2, "store": "file"}, False, id="half-file-compiled"),
-        pytest.param({"cache_fraction": 0.5, "store": "host"}, True, id="half-host-eager"),
+        pytest.param(
+            {"cache_experts": EXPERTS // 2, "store": "file"}, False, id="half-file-compiled", marks=pytest.mark.versions
+        ),
+        pytest.param({"cache_fraction": 0.5, "store": "host"}, True, id="half-host-eager", marks=pytest.mark.versions),
         pytest.param({"cache_experts": 8, "store": "file"}, True, id="one-layer-file-eager"),
     ],
 )
@@ -76,7 +78,9 @@ def rounding_noise(stock) -> float:
     return noise
 
 
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "eager", [pytest.param(True, id="eager", marks=pytest.mark.versions), pytest.param(False, id="compiled")]
+)
 def test_several_waves_are_equal_within_rounding(stock, eager):
     """With top-k slots for all layers together nearly every step needs several waves."""
     with engine({"cache_experts": 2, "store": "host"}, eager) as running:
