@@ -157,7 +157,7 @@ def check_tokens(device: Device, seed: int, ends: float, plan: Plan) -> Iterator
             measured = known[one.kind, "fetch", True] if one.promise == ROUNDING else None
             yield _row(plan, one, found, known[_reference(one)], measured)
             if one.decode == "in_place":
-                in_place.append((one, outcome))
+                in_place.append((one, found))
         yield from _agreement(in_place)
 
 
