@@ -1,15 +1,18 @@
 """The GPU check on the CPU, in Triton's interpreter: what it finds, and that planted faults do not pass."""
 
 import json
+import os
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from vllm_adapmoe.bench.gpu_check import (
     check,
@@ -20,6 +23,7 @@ from vllm_adapmoe.bench.gpu_check import (
     records,
     slot_rows,
     tokens,
+    vllm_kernel_rows,
 )
 from vllm_adapmoe.bench.gpu_check.__main__ import main
 from vllm_adapmoe.bench.gpu_check.decode import Limits, check_decode
@@ -298,7 +302,7 @@ def only_engines(monkeypatch, free_bytes: int = 64 << 30) -> list[Row]:
                  "check_decode"):  # fmt: skip
         monkeypatch.setattr(check, name, lambda *args: [])
     monkeypatch.setattr(NoCuda, "free_bytes", lambda self: free_bytes)
-    monkeypatch.setattr(check, "available_memory", lambda: 64 << 30)
+    monkeypatch.setattr(check, "host_memory", lambda: SimpleNamespace(available=64 << 30))
     monkeypatch.setattr(tokens.torch.cuda, "get_device_capability", lambda device: (8, 0))
     return [row for part in check.run_check(NoCuda(), (TINY,), torch.bfloat16, 7) for row in part]
 
@@ -322,8 +326,9 @@ def test_engines_that_cannot_be_run_fail(monkeypatch):
     monkeypatch.setattr(tokens, "EngineProcess", Broken)
     monkeypatch.setattr(tokens, "write_checkpoint", lambda *args: None)
     monkeypatch.setattr(engines, "EngineProcess", Broken)
+    monkeypatch.setattr(vllm_kernel_rows, "EngineProcess", Broken)
     rows = only_engines(monkeypatch)
-    assert len(rows) == len(tokens.CONTENDERS) + 2
+    assert len(rows) == len(tokens.CONTENDERS) + 3
     assert {row.verdict for row in rows} == {NOT_RUN} and all(failed([row]) for row in rows)
     assert "illegal memory access" in rows[0].figure
 
@@ -348,6 +353,7 @@ def test_memory_of_24_gib_and_less(monkeypatch):
     with pytest.raises(MemoryError, match=r"4 layers need 17.7 GiB of the device .* 11.0 and 64.0 are"):
         engines.fitting(QWEN3, 11 * GIB, host)
     monkeypatch.setattr(check, "check_tokens", lambda *args: [])
+    monkeypatch.setattr(check, "check_vllm_kernels", lambda *args: [])
     monkeypatch.setattr(engines, "LAYERS", (8, 10**6))
     (row,) = only_engines(monkeypatch, 4 * GIB)
     assert row.verdict == SKIPPED and "4.0 and 64.0 are free" in row.figure and not failed([row])
@@ -401,6 +407,18 @@ def test_an_engine_that_ends_says_why(tmp_path):
     with pytest.raises(EngineFailed, match="required: tokens, device_bytes"):
         process.decode()
     process.close()
+
+
+@pytest.mark.engine
+def test_vllms_kernels_on_slots():
+    """In the interpreter: as they are, with the slots of two experts exchanged, and with vLLM's own sorting."""
+    command = [sys.executable, str(Path(__file__).parent / "run_vllm_kernel_rows.py")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert results["right"] == [MET] * 2 and results["exchanged"] == [MISSED] * 2
+    assert "pairs counted in bin" in results["own sorting"]
 
 
 ENGINES_OF_TESTS = tokens.Plan(

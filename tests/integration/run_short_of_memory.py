@@ -33,7 +33,13 @@ CPUWorker.determine_available_memory = measured  # type: ignore[method-assign]
 
 
 def main() -> None:
-    args = {"enforce_eager": True, "max_model_len": 128, "max_num_seqs": 4, "kv_cache_memory_bytes": None}
+    args = {
+        "enforce_eager": True,
+        "max_model_len": 128,
+        "max_num_seqs": 4,
+        "kv_cache_memory_bytes": None,
+        "gpu_memory_utilization": 0.2,
+    }
     engine = Engine(sys.argv[1], json.loads(sys.argv[2]), **args)
     prompts = [[5 + number, 17, 301, 42, 88, 7] * 4 for number in range(3)]
     run = engine.generate(prompts, 24)

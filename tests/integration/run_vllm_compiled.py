@@ -26,7 +26,7 @@ def keep_the_mode(cls: type[CpuPlatform], vllm_config: Any) -> None:
     mode = compilation.mode
     settle(cls, vllm_config)
     if mode == CompilationMode.VLLM_COMPILE:
-        compilation.mode, compilation.backend = mode, "inductor"
+        compilation.mode, compilation.backend, compilation.compile_sizes = mode, "inductor", []
 
 
 # Here, and not below, for the processes that vLLM starts: they import this file.

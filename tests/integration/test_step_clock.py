@@ -2,11 +2,19 @@
 
 from collections import deque
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from vllm.v1.worker.gpu_worker import Worker
 
+from vllm_adapmoe.config import AdapMoEConfig
 from vllm_adapmoe.integration.step_clock import StepClock
+from vllm_adapmoe.integration.worker import ExpertCacheWorker
+from vllm_adapmoe.integration.worker_stats import Since
+from vllm_adapmoe.scheduling.report import StepTimes
 
 GPU = torch.device("cuda", 0)
 
@@ -160,3 +168,35 @@ def test_on_the_cpu_a_step_has_run_when_it_was_launched(monkeypatch):
         clock.start()
         clock.stop(about)
         assert list(clock.finished()) == [(seconds, about)]
+
+
+def test_a_worker_reports_what_steps_took_on_the_device_with_later_steps(clock, stream, monkeypatch):
+    """Two steps in flight, as under async scheduling; a step that is launched takes the host no time."""
+    monkeypatch.setattr(Worker, "execute_model", lambda worker, output: stream.launch(output.milliseconds))
+    worker: Any = object.__new__(ExpertCacheWorker)
+    experts = SimpleNamespace(forget=lambda finished: None, end=lambda: None, likeliest=dict)
+    stats = SimpleNamespace(stall_seconds=0.0, demand_loads=0, prefetches=0, fetch_seconds=0.0)
+    cache = SimpleNamespace(
+        stats=stats, num_slots=4, controller=SimpleNamespace(held=np.ones((1, 4), dtype=bool)),
+        resident=lambda: np.zeros((1, 4), dtype=bool),
+    )  # fmt: skip
+    vars(worker).update(
+        lookahead=SimpleNamespace(experts=experts, begin_step=lambda rows: None), hostless=None, expert_cache=cache,
+        _loading=SimpleNamespace(in_step=False), _budget=None, _clock=clock, _since=Since(), _config=AdapMoEConfig(),
+    )  # fmt: skip
+
+    def run(milliseconds: float, rows: int, stalled: float) -> list[StepTimes]:
+        stats.stall_seconds += stalled
+        output = SimpleNamespace(
+            num_scheduled_tokens={"a": rows}, total_num_scheduled_tokens=rows, milliseconds=milliseconds,
+            scheduled_spec_decode_tokens={}, finished_req_ids=set(),
+        )  # fmt: skip
+        worker.execute_model(output)
+        return list(worker._step_report.times)
+
+    assert run(30, 7, 0.02) == []
+    assert run(50, 1, 0.01) == []
+    stream.run()
+    first, second = run(5, 1, 0.0)
+    assert first == StepTimes(pytest.approx(0.030), pytest.approx(0.02), 0, 0.0, prefill=True)
+    assert second == StepTimes(pytest.approx(0.050), pytest.approx(0.01), 0, 0.0, prefill=False)

@@ -17,6 +17,7 @@ from vllm_adapmoe.bench.gpu_check.report import CORRECTNESS, ENGINES, SKIPPED, R
 from vllm_adapmoe.bench.gpu_check.shapes import Shape
 from vllm_adapmoe.bench.gpu_check.slot_rows import check_refills, check_slots, check_waves
 from vllm_adapmoe.bench.gpu_check.tokens import check_tokens, plan_for
+from vllm_adapmoe.bench.gpu_check.vllm_kernel_rows import WHAT, check_vllm_kernels
 from vllm_adapmoe.store.host_memory import host_memory
 
 SECONDS = 460
@@ -65,6 +66,7 @@ def run_check(
     else:
         device.give_back()  # the engines are other processes
         ends = start + TOKENS_SECONDS
+        yield attempt(CORRECTNESS, WHAT, lambda: check_vllm_kernels(seed, ends))
         yield attempt(CORRECTNESS, "tokens", lambda: check_tokens(device, seed, ends, plan_for(device)))
     for shape in shapes:
         yield attempt(COPIES, shape.name, lambda: check_copies(shape, device, dtype, seed))  # noqa: B023

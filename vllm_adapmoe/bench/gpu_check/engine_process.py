@@ -15,7 +15,8 @@ from tempfile import TemporaryFile
 from typing import Any
 
 SPEED, TOKENS = "vllm_adapmoe.integration.gpu_check", "vllm_adapmoe.integration.gpu_check_tokens"
-"""Modules to run: an engine that decodes for the clock, one whose tokens are compared."""
+KERNELS = "vllm_adapmoe.integration.gpu_check_kernels"
+"""Modules to run: an engine that decodes for the clock, one whose tokens are compared, vLLM's kernels on slots."""
 MARK = "gpu-check: "
 """Before an answer; the same as there, where this package must not look: only `integration` imports vLLM."""
 ROOT = Path(__file__).parents[3]
@@ -29,7 +30,7 @@ class EngineProcess:
     """Starts at once; several may start beside each other.
 
     Args:
-        module: `SPEED` or `TOKENS`.
+        module: `SPEED`, `TOKENS` or `KERNELS`.
         arguments: of the module.
         ends: until when it may answer, of `time.monotonic`.
     """
