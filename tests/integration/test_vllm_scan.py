@@ -10,6 +10,8 @@ from packaging.version import Version
 from tests.integration.test_versions import TREE, other_vllm
 from tests.vllm_scan.damage import Scan
 from tests.vllm_scan.tree import Tree
+from vllm_adapmoe.integration import slot_kernels
+from vllm_adapmoe.integration.compat import REBOUND
 
 
 class Planted(Tree):
@@ -77,6 +79,10 @@ FAULTS = {
         ("vllm/v1/engine/__init__.py", "    finish_reason: FinishReason", "    reason: FinishReason"),
         "EngineCoreOutput: got an unexpected keyword argument 'finish_reason'",
     ),
+    "name that a function is run with another meaning of": (
+        ("vllm/model_executor/layers/fused_moe/experts/marlin_moe.py", "M = math.ceil(", "M = ceil("),
+        "fused_marlin_moe does not use math",
+    ),
     "what is edited": (
         ("vllm/engine/arg_utils.py", "def create_engine_config(", "def create_config("),
         "vllm.engine.arg_utils.EngineArgs.create_engine_config is missing",
@@ -104,3 +110,17 @@ def test_the_scan_as_a_command(tmp_path):
     )
     assert run.returncode == (Version(TREE.version) < Version("0.33")), run.stderr
     assert "vLLM 0.33.0:" in run.stdout and f"vLLM {TREE.version}:" in run.stdout
+
+
+def test_names_that_slot_kernels_binds_again(monkeypatch):
+    """What the scan looks for is what is bound."""
+    bound: dict[str, set[str]] = {}
+
+    def note(function, names):
+        bound.setdefault(f"{function.__module__}.{function.__qualname__}", set()).update(names)
+        return function
+
+    monkeypatch.setattr(slot_kernels, "_bound_again", note)
+    for kernel in slot_kernels._BINDINGS:
+        slot_kernels.run_on_slots(kernel.__new__(kernel), 4)
+    assert bound == REBOUND

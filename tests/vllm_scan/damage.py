@@ -8,7 +8,7 @@ from inspect import Parameter
 
 from packaging.version import Version
 
-from vllm_adapmoe.integration.compat import SHIMS
+from vllm_adapmoe.integration.compat import REBOUND, SHIMS
 from vllm_adapmoe.integration.edits import EDITED, EngineFields, StatsFields
 from vllm_adapmoe.integration.vllm_names import needs
 
@@ -42,7 +42,7 @@ class Scan:
 
     def damage(self, reference: Tree | None = None) -> list[Damage]:
         """Everything that does not fit; `reference`: a vLLM that we fit, to know what we take the place of."""
-        found = [*self._names(), *self._edits(), *self._classes(), *self._uses(), *self._shims()]
+        found = [*self._names(), *self._edits(), *self._classes(), *self._uses(), *self._shims(), *self._rebound()]
         if reference is not None:
             known = Scan(reference)
             list(known._classes())
@@ -77,6 +77,16 @@ class Scan:
             is_old, has_old = Version(self.tree.version) < Version(shim.before), self.tree.find(shim.old) is not None
             if is_old != has_old:
                 yield Damage("shim", "compat.py", f"{shim.name}: {shim.old} is {'there' if has_old else 'missing'}")
+
+    def _rebound(self) -> Iterator[Damage]:
+        """Functions of theirs that we run with another meaning of some names use these."""
+        for path, names in REBOUND.items():
+            self.checked += 1
+            found = self.tree.find(path)
+            node = None if found is None else found.node
+            used = {one.id for one in ast.walk(node) if isinstance(one, ast.Name)} if node is not None else set()
+            for name in sorted(names - used):
+                yield Damage("rebound", "slot_kernels.py", f"{path} does not use {name}")
 
     # What we derive from
 

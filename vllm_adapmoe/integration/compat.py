@@ -57,6 +57,17 @@ def old_ray_executor_chosen() -> bool:
     return not getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", True)
 
 
+FUSED_MOE = "vllm.model_executor.layers.fused_moe"
+REBOUND = {
+    f"{FUSED_MOE}.experts.triton_moe.TritonExperts.apply": {"_prepare_expert_assignment", "try_get_optimal_moe_config"},
+    f"{FUSED_MOE}.experts.triton_moe.TritonWNA16Experts.apply": {"moe_align_block_size", "try_get_optimal_moe_config"},
+    f"{FUSED_MOE}.experts.marlin_moe.MarlinExperts.apply": {"fused_marlin_moe"},
+    f"{FUSED_MOE}.experts.marlin_moe.fused_marlin_moe": {"moe_align_block_size", "math"},
+    f"{FUSED_MOE}.fused_moe._prepare_expert_assignment": {"moe_align_block_size"},
+}
+"""Functions of vLLM that `slot_kernels` runs with another meaning of some global names, which they have to use."""
+
+
 def adapmoe_settings(vllm_config: Any) -> Any:
     """What `additional_config["adapmoe"]` holds; None where the method is off."""
     additional = getattr(vllm_config, "additional_config", None)  # asked of any vLLM
