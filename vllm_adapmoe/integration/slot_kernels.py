@@ -110,6 +110,7 @@ def _bound_again(function: Any, names: Mapping[str, Any]) -> FunctionType:
     for name in names:
         if name not in module or name not in function.__code__.co_names:
             raise AttributeError(f"{function.__module__}.{function.__qualname__} does not use {name}")
-    copy = FunctionType(function.__code__, {**module, **names}, function.__name__, function.__defaults__)
+    globals_ = {**module, **names}
+    copy = FunctionType(function.__code__, globals_, function.__name__, function.__defaults__, function.__closure__)
     copy.__kwdefaults__, copy.__doc__ = function.__kwdefaults__, function.__doc__
     return copy

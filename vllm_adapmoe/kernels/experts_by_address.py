@@ -36,7 +36,8 @@ def _rows_of_first_pair(ids, pairs, PAIRS: tl.constexpr, ROWS: tl.constexpr):
     return tl.where(first == mine, expert, -1), rows
 
 
-@triton.jit
+# By the number of pairs nothing is compiled anew: it changes from step to step.
+@triton.jit(do_not_specialize=["pairs"])
 def _gate_and_up(
     x, ids, addresses, out,
     pairs, hidden, inner, top_k, stride_x,
@@ -69,7 +70,7 @@ def _gate_and_up(
     tl.store(place, value, mask=some[:, None] & (n < inner)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def _down(
     activated, ids, addresses, out,
     pairs, hidden, inner,
