@@ -52,3 +52,8 @@ def test_one_that_cannot_be_installed_is_skipped_and_said_so(tmp_path):
 def test_a_failing_test_fails(tmp_path, failing):
     run, _ = ci(tmp_path, 11, **{failing: 2})
     assert run.returncode == 2
+
+
+def test_one_that_comes_to_no_end_is_said(tmp_path):
+    run, _ = ci(tmp_path, 11, TEST=124)
+    assert run.returncode == 0 and "NOT FINISHED in time: the tests with vLLM 0.31.0" in run.stdout
