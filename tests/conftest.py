@@ -5,12 +5,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 settings.register_profile("shared machine", deadline=None, print_blob=True)
 settings.load_profile("shared machine")
 
 ROOT = Path(__file__).parent.parent
+if torch.cpu._is_amx_tile_supported():  # or stock vLLM may die of its first request (`AdapMoECPUWorker.init_device`)
+    torch.cpu._init_amx()
 # Triton runs our kernels on CPU tensors if that is set before it is imported; vLLM's CPU backend uses none of it.
 os.environ["TRITON_INTERPRET"] = "1"
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples")]

@@ -374,6 +374,13 @@ class AdapMoEWorker(ExpertCacheWorker, Worker):
 class AdapMoECPUWorker(ExpertCacheWorker, CPUWorker):
     """Worker of the CPU."""
 
+    def init_device(self) -> None:
+        super().init_device()
+        # vLLM's attention uses AMX where the CPU has it (v1/attention/backends/cpu_attn.py), but leaves it to others to
+        # ask the kernel for it: until a product of oneDNN has, the first request ends the process (SIGILL).
+        if torch.cpu._is_amx_tile_supported():
+            torch.cpu._init_amx()
+
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache. vLLM counts what is resident, and slots become that only as they are filled."""
         available = super().determine_available_memory()
