@@ -20,7 +20,8 @@ LIMIT = 20 * GATE_UP_BYTES
 
 
 def pools(worker):
-    return [(pool.num_slots, max(tensor.nbytes for tensor in pool.tensors.values())) for pool in worker.cache.pools]
+    found = worker.expert_cache.pools
+    return [(pool.num_slots, max(tensor.nbytes for tensor in pool.tensors.values())) for pool in found]
 
 
 @pytest.mark.engine
