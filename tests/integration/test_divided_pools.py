@@ -1,11 +1,17 @@
 """Layers of one shape in several pools, where a kernel reads only so much of a tensor: the tokens of stock vLLM."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from conftest import TINY_MIXTRAL
 
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy, prompts
+from vllm_adapmoe.cache.budget import DeviceMemory, ExpertShape, count_slots
+from vllm_adapmoe.config import AdapMoEConfig
 from vllm_adapmoe.integration import loading
 from vllm_adapmoe.integration.engine import Engine
+from vllm_adapmoe.store.record import RecordLayout
 
 EXPERTS = 96
 GATE_UP_BYTES = 2 * 256 * 128 * 2
@@ -14,7 +20,8 @@ LIMIT = 20 * GATE_UP_BYTES
 
 
 def pools(worker):
-    return [(pool.num_slots, max(tensor.nbytes for tensor in pool.tensors.values())) for pool in worker.cache.pools]
+    found = worker.expert_cache.pools
+    return [(pool.num_slots, max(tensor.nbytes for tensor in pool.tensors.values())) for pool in found]
 
 
 @pytest.mark.engine
@@ -31,3 +38,23 @@ def test_pools_stay_below_what_the_kernel_reads(monkeypatch, store):
         found = engine.llm.collective_rpc(pools)[0]
     assert len(found) == 3 and sum(slots for slots, _ in found) == EXPERTS // 2
     assert all(nbytes < LIMIT for _, nbytes in found)
+
+
+@pytest.mark.parametrize(("kernel", "pools"), [("MarlinExperts", 3), ("TritonExperts", 1)])
+def test_only_a_kernel_with_a_limit_divides(monkeypatch, kernel, pools):
+    """Layers of two shapes: 12 whose tensors are too long together, and 2 whose are not."""
+    monkeypatch.setattr(loading, "kernel_name", lambda layer: kernel)
+    monkeypatch.setitem(loading.TENSOR_BYTES, "MarlinExperts", LIMIT)
+    gate_up, down = torch.empty(8, GATE_UP_BYTES), torch.empty(8, GATE_UP_BYTES // 2)
+    big = RecordLayout.of({"w13": gate_up.to(torch.uint8), "w2": down.to(torch.uint8)})
+    small = RecordLayout.of({"w13": gate_up[:, :1024].to(torch.uint8)})
+    own = loading.ExpertLoading(AdapMoEConfig(cache_fraction=0.5), None)  # type: ignore[arg-type]
+    own.layers = [SimpleNamespace(local_num_experts=8)] * 14  # type: ignore[list-item]
+    own._groups = [list(range(12)), [12, 13]]
+    own._loaded_shapes = [ExpertShape(96, big.nbytes, 2), ExpertShape(16, small.nbytes, 2)]
+    own._slots = [48, 8]
+    store = SimpleNamespace(layouts=[big] * 12 + [small] * 2)
+    assert own._split_pools(store) == (pools > 1)  # type: ignore[arg-type]
+    assert sorted(layer for group in own._groups for layer in group) == list(range(14))
+    slots = count_slots(own.config, own._shapes_in(store), DeviceMemory(1 << 40))  # type: ignore[arg-type]
+    assert slots == [48 // pools] * pools + [8]
