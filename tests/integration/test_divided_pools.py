@@ -43,7 +43,7 @@ def test_pools_stay_below_what_the_kernel_reads(monkeypatch, store):
 @pytest.mark.parametrize(("kernel", "pools"), [("MarlinExperts", 3), ("TritonExperts", 1)])
 def test_only_a_kernel_with_a_limit_divides(monkeypatch, kernel, pools):
     """Layers of two shapes: 12 whose tensors are too long together, and 2 whose are not."""
-    monkeypatch.setattr(loading, "kernel_name", lambda layer: kernel)
+    monkeypatch.setattr(loading, "kernel_of", lambda layer: type(kernel, (), {})())
     monkeypatch.setitem(loading.TENSOR_BYTES, "MarlinExperts", LIMIT)
     gate_up, down = torch.empty(8, GATE_UP_BYTES), torch.empty(8, GATE_UP_BYTES // 2)
     big = RecordLayout.of({"w13": gate_up.to(torch.uint8), "w2": down.to(torch.uint8)})
