@@ -20,7 +20,7 @@ Written from CUDA's documentation, of which it plays what the cache uses:
 Two things are looked at. *Order*: every operation knows which others are sure to have run before it (vector clocks over
 the streams and the host); two that touch the same bytes, one of them writing, must be ordered, whatever the time at
 which they ran. Python's threads count as one here, for each of its steps is seen by all of them. *Values*: operations
-run when a random clock says so, as late as nobody waits for them, and kernels may look at what they read.
+run when a random clock says so, as late as possible, and kernels may look at what they read.
 """
 
 import threading

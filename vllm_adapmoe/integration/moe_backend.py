@@ -55,7 +55,7 @@ def set_moe_backend(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
 
 
 def _surely_resident(config: AdapMoEConfig, vllm_config: VllmConfig) -> bool:
-    """Whether the budget holds every expert whatever they weigh, and nobody asks for the routing."""
+    """Returns whether the budget holds every expert whatever they weigh, and nothing is gated or traced."""
     if config.gating.mode != "off" or config.trace_out is not None:
         return False
     if config.cache_fraction == 1.0:

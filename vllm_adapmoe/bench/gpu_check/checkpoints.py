@@ -88,7 +88,7 @@ def model_config(shape: Shape, vocabulary: int) -> dict[str, Any]:
 
 def write_checkpoint(folder: Path, shape: Shape, kind: str, vocabulary: int, device: torch.device, seed: int) -> Path:
     """Writes a random model whose experts are in the format `kind` of `QUANTISE` into `folder`, and returns it."""
-    from safetensors.torch import save_file  # comes with vLLM, without which nobody reads the checkpoint
+    from safetensors.torch import save_file  # comes with vLLM, which alone reads the checkpoint
 
     folder.mkdir(parents=True, exist_ok=True)
     config = model_config(shape, vocabulary)
