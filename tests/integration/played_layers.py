@@ -1,6 +1,6 @@
 """Single MoE layers of models that exist as a `config.json` only, built by vLLM in any expert format.
 
-To be imported after `fake_cuda.install`.
+To be imported after `played_platform.install`.
 """
 
 import json

@@ -13,7 +13,7 @@ from typing import Any
 
 os.environ |= {"TRITON_INTERPRET": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 
-from tests.integration.fake_cuda import install, set_optional_packages
+from tests.integration.played_platform import install, set_optional_packages
 
 CAPABILITY = tuple(int(part) for part in sys.argv[1].split("."))
 install(CAPABILITY)  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 os.environ |= {"TRITON_INTERPRET": "1", "VLLM_LOGGING_LEVEL": "ERROR", "TORCHDYNAMO_DISABLE": "1"}
 
-from tests.integration.fake_cuda import install
+from tests.integration.played_platform import install
 
 CAPABILITY = tuple(int(part) for part in sys.argv[1].split("."))
 install(CAPABILITY)  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """The kernel that computes on slots, for every expert format and compute capability: what is set, what comes of it.
 
-vLLM's own Python answers, with the platform played (`fake_cuda.py`, `run_backends.py`): the real front end,
+vLLM's own Python answers, with the platform played (`played_platform.py`, `run_backends.py`): the real front end,
 quantisation configurations, oracles and classes of kernels. Of 0.32, all Python of the CPU wheel is that of the CUDA
 wheel, byte by byte, but for `_version.py`, `platforms/__init__.py` (which distribution has the version) and
 `utils/cpu_triton_utils.py`.
