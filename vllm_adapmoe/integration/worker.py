@@ -325,6 +325,12 @@ class AdapMoEWorker(ExpertCacheWorker, Worker):
 class AdapMoECPUWorker(ExpertCacheWorker, CPUWorker):
     """Worker of the CPU."""
 
+    def load_model(self, **kwargs: Any) -> None:
+        # vLLM's attention uses AMX without asking the kernel for it: an eager server dies of an illegal instruction,
+        # stock vLLM's (0.30 to 0.32) too, unless something else in the process has asked.
+        torch.cpu._init_amx()
+        super().load_model(**kwargs)
+
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache. vLLM counts what is resident, and slots become that only as they are filled."""
         available = super().determine_available_memory()
