@@ -1,6 +1,7 @@
 """Gating inside vLLM: what it costs in loss, what it saves, and what it must not depend on."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -184,8 +185,13 @@ def test_configured_gating_compiled(caplog):
         "profile": str(PROFILES[TINY_MIXTRAL]),
         "gating": {"mode": "token", "max_loss_increase": 0.005},
     }
-    with caplog.at_level("INFO", logger="vllm"):
-        running = Engine(TINY_MIXTRAL, config, **ENGINE_ARGS)
+    logger = logging.getLogger("vllm")
+    logger.addHandler(caplog.handler)  # it hands nothing on once vLLM has configured it
+    try:
+        with caplog.at_level("INFO", logger="vllm"):
+            running = Engine(TINY_MIXTRAL, config, **ENGINE_ARGS)
+    finally:
+        logger.removeHandler(caplog.handler)
     with running:
         assert running.generate(prompts(3, 2048, seed=4), 8).tokens
         stats = running.cache_stats()
