@@ -187,9 +187,8 @@ def test_configured_gating_compiled(monkeypatch):
     }
     from vllm_adapmoe.integration import switch
 
-    said: list[
-        str
-    ] = []  # handlers would not do: some versions configure logging, and drop them, while the engine starts
+    # Handlers would not do: some versions configure logging, and drop them, while the engine starts.
+    said: list[str] = []
     monkeypatch.setattr(switch.logger, "info", lambda text, *args: said.append(text % args))
     with Engine(TINY_MIXTRAL, config, **ENGINE_ARGS) as running:
         assert running.generate(prompts(3, 2048, seed=4), 8).tokens
