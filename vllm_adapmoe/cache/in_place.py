@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vllm_adapmoe.cache.addresses import AddressTable
-from vllm_adapmoe.cache.deferred import DeferredRouting
+from vllm_adapmoe.cache.deferred import UNSEEN, DeferredRouting
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.kernels import MAX_TOKENS
 
@@ -74,8 +74,12 @@ class InPlaceDecode:
     def warm_up(
         self, layer: int, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, costs: torch.Tensor | None
     ) -> torch.Tensor:
-        """Compiles and loads what a step of that many tokens runs; no expert is read, and the output is zero."""
-        return self.experts(layer, x, weights, torch.full_like(ids, -1), costs)
+        """Compiles and loads what a step of that many tokens runs; no expert is read, and the output is zero.
+
+        No routing is left: a graph of this in the place of a step would show.
+        """
+        self.routing.record(layer, torch.full_like(ids, UNSEEN), costs)
+        return self._run(layer, x, weights, torch.full_like(ids, -1))
 
     def _run(self, layer: int, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         gate_up, down = self.addresses.table[:, layer]
