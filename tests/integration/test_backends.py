@@ -6,6 +6,8 @@ wheel, byte by byte, but for `_version.py`, `platforms/__init__.py` (which distr
 `utils/cpu_triton_utils.py`.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import vllm
 
@@ -40,15 +42,10 @@ NOT_IN_VLLM = {
 
 @pytest.fixture(scope="module")
 def matrix():
-    """What vLLM builds at a compute capability."""
-    asked = {}
-
-    def at(capability):
-        if capability not in asked:
-            asked[capability] = ask(capability)
-        return asked[capability]
-
-    return at
+    """What vLLM builds at a compute capability: all are asked when the first is, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        asked = {capability: pool.submit(ask, capability) for capability in CAPABILITIES}
+        yield lambda capability: asked[capability].result()
 
 
 @pytest.mark.engine
