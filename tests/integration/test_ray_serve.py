@@ -30,8 +30,11 @@ ENGINE = {"enforce_eager": True, "max_model_len": 1024, "kv_cache_memory_bytes":
 THREADS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 REFERENCE = f"""
 import json
+import torch
 from vllm import LLM, SamplingParams
 if __name__ == "__main__":
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()  # stock vLLM leaves it to others (`AdapMoECPUWorker.init_device`)
     llm = LLM({str(TINY_MIXTRAL)!r}, **{ENGINE!r})
     prompts = dict.fromkeys({PROMPTS!r}, 32) | {{{LONG!r}: {LONG_TOKENS}}}
     told = {{}}
