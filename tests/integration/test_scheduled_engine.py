@@ -70,19 +70,17 @@ def serve(engine: Engine, kinds: list[int], apart: int = 3):
     return answers, times
 
 
-def assert_same(got, expected):
-    """The same bits; with AMX a row's rounding depends on the rows beside it, in stock vLLM too, and orders differ."""
-    if not torch.cpu._is_amx_tile_supported():
+def assert_same(got, expected, order_differs):
+    """The same bits; but with AMX a row's rounding depends on the rows beside it, and so on the order of requests."""
+    if not (order_differs and torch.cpu._is_amx_tile_supported()):
         assert got == expected
         return
     assert got.keys() == expected.keys()
     for name, steps in expected.items():
         for ours, theirs in zip(got[name], steps, strict=True):
-            common = ours.keys() & theirs.keys()
-            assert next(iter(ours)) == next(iter(theirs)) and len(common) >= 1  # the forced token comes first
-            assert {token: ours[token] for token in common} == pytest.approx(
-                {token: theirs[token] for token in common}, abs=0.25  # four units in the last place of a bf16 logit
-            )  # fmt: skip
+            assert next(iter(ours)) == next(iter(theirs))  # the forced token comes first
+            for token in ours.keys() & theirs.keys():
+                assert ours[token] == pytest.approx(theirs[token], abs=0.01)  # 0.0012 seen
 
 
 def start(model, adapmoe):
@@ -105,7 +103,7 @@ def test_holding_back_changes_no_token_saves_bytes_and_starves_nobody(two_kinds)
             before = engine.cache_stats()["fetched_bytes"]
             got, times = serve(engine, kinds)
             fetched[name] = engine.cache_stats()["fetched_bytes"] - before
-            assert_same(got, expected)
+            assert_same(got, expected, order_differs=name == "held")
             if name == "held":
                 assert scheduler.held_tokens > 0
                 assert scheduler.held_prefill_steps > 0
