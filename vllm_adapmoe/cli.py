@@ -14,6 +14,7 @@ from vllm_adapmoe.cli_plan import plan, transfer
 from vllm_adapmoe.cli_serve import serve, soak
 from vllm_adapmoe.cli_top import top
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
+from vllm_adapmoe.printable import OneLineError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Expert offloading for vLLM.")
 bench = typer.Typer(no_args_is_help=True, help="Side-by-side measurements; each writes a JSON result.")
@@ -106,7 +107,7 @@ def simulate(
         str, typer.Option(help="Expert slots, comma-separated; at most 1: a share of all experts.")
     ] = "0.25,0.5,0.75",
     policies: Annotated[
-        str, typer.Option(help="EVICTION[/ALLOCATION][+prefetch], comma-separated.")
+        str, typer.Option(help="EVICTION or EVICTION/ALLOCATION, with +prefetch behind it or not; comma-separated.")
     ] = "lru,lru/uniform,lfru,mrs,next_use,lru+prefetch,next_use+prefetch",
     bandwidth: Annotated[
         float | None, typer.Option(help="Of the link, 1e9 bytes per second. Without it, loads are counted, not timed.")
@@ -305,6 +306,6 @@ def main() -> None:
 
             explain_import_error(error)
             raise
-    except AdapMoEError as error:
+    except OneLineError as error:
         typer.echo(f"adapmoe: error: {error}", err=True)
         raise SystemExit(1) from None

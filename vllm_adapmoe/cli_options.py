@@ -1,13 +1,17 @@
 """Arguments and options that several commands have."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.model_folder import check_model_folder
 
-Model = Annotated[Path, typer.Argument(help="Folder of a checkpoint.", exists=True, file_okay=False)]
+Model = Annotated[
+    Path, typer.Argument(help="Folder of a checkpoint.", exists=True, file_okay=False, callback=check_model_folder)
+]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the result.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Measurements of each engine, in turn.")]
 Batch = Annotated[int, typer.Option(min=1, help="Requests in a batch.")]
@@ -25,6 +29,9 @@ def numbers(option: str, text: str) -> list[float]:
         AdapMoEError: it is not one.
     """
     try:
-        return [float(part) for part in text.split(",")]
+        values = [float(part) for part in text.split(",")]
+        if all(map(math.isfinite, values)):
+            return values
+        raise ValueError
     except ValueError:
         raise AdapMoEError(f"{option} {text!r} is not a list of numbers; separate them with commas") from None

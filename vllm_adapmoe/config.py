@@ -1,17 +1,32 @@
 """What a user may set: `additional_config["adapmoe"]`, validated."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vllm_adapmoe.files import BadFile, parse_json, read_json
+from vllm_adapmoe.printable import OneLineError
 
 BUDGETS = ("cache_gb", "cache_fraction", "cache_experts")
 LIMITS = ("threshold", "target_experts", "max_loss_increase")
 
 
-class AdapMoEError(ValueError):
+CONFIG_BYTES, CONFIG_VALUES = 1 << 20, 1000
+"""Of a configuration file, which has some twenty keys."""
+
+
+class AdapMoEError(OneLineError, ValueError):
     """A mistake the user can mend; the message is one line naming the key, the value and the remedy."""
+
+
+def _path(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("a path has no NUL in it")
+    return text
+
+
+PathText = Annotated[str, Field(max_length=4096), AfterValidator(_path)]
 
 
 class GatingConfig(BaseModel):
@@ -72,16 +87,16 @@ class AdapMoEConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    cache_gb: Annotated[float, Field(gt=0, strict=True)] | Literal["auto"] = "auto"
+    cache_gb: Annotated[float, Field(gt=0, le=1e6, strict=True)] | Literal["auto"] = "auto"
     """Memory for expert slots per worker, GiB. `auto`: what `gpu_memory_utilization` leaves after everything else."""
     cache_fraction: float | None = Field(None, gt=0, le=1, strict=True)
     """Slots as a share of all routed experts of the model."""
-    cache_experts: int | None = Field(None, ge=1, strict=True)
+    cache_experts: int | None = Field(None, ge=1, le=10**8, strict=True)
     """Slots in all, over every layer."""
     store: Literal["auto", "host", "file"] = "auto"
     """Where the backing copy of every expert lives: host memory or a packed file. `auto`: host memory beside a
     GPU, the file on the CPU."""
-    store_dir: str | None = None
+    store_dir: PathText | None = None
     """Folder of packed files; default `adapmoe` in vLLM's cache folder."""
     eviction: Literal["auto", "lru", "lfru", "mrs", "next_use", "next_token"] = "auto"
     """Who leaves when a slot is wanted. `auto`: `next_token` where the profile has heads for it, else `next_use`."""
@@ -93,13 +108,13 @@ class AdapMoEConfig(BaseModel):
     them in host memory over the link, waits for nothing, and the cache catches up behind it. `auto`: what a measurement
     at start finds to be faster; on the CPU, `fetch`."""
     prefetch: PrefetchConfig = Field(default_factory=lambda: PrefetchConfig(**{}))
-    link_gbps: float | None = Field(None, gt=0, strict=True)
+    link_gbps: float | None = Field(None, ge=1e-6, strict=True)
     """Fetches no faster than a link of so many 1e9 bytes per second: to study one that this machine does not have."""
-    trace_out: str | None = None
+    trace_out: PathText | None = None
     """File that the routing of live traffic is recorded in, for `adapmoe simulate`."""
-    trace_mib: int = Field(256, ge=1, strict=True)
+    trace_mib: int = Field(256, ge=1, le=1 << 24, strict=True)
     """Size at which the trace moves to `trace_out.1` and begins anew."""
-    profile: str | None = None
+    profile: PathText | None = None
     """What `adapmoe calibrate` wrote of this model; gating, `allocation=profile` and `eviction=next_token` need it."""
     gating: GatingConfig = Field(default_factory=lambda: GatingConfig(**{}))
     scheduler: SchedulerConfig = Field(default_factory=lambda: SchedulerConfig(**{}))
@@ -137,10 +152,10 @@ class AdapMoEConfig(BaseModel):
         given = {} if value is None else _read(value) if isinstance(value, str | Path) else value
         if not isinstance(given, dict):
             raise AdapMoEError(
-                f"adapmoe_config={given!r} is not a mapping of keys; pass a dict, a JSON object or a file"
+                f"adapmoe_config={_shown(given)} is not a mapping of keys; pass a dict, a JSON object or a file"
             )
         try:
-            return cls(**given)
+            return cls.model_validate(given)
         except ValidationError as error:
             raise AdapMoEError(_one_line(error, cls)) from None
 
@@ -159,18 +174,13 @@ class AdapMoEConfig(BaseModel):
 
 def _read(value: str | Path) -> Any:
     text = str(value)
-    if text.lstrip().startswith("{"):
-        source = "adapmoe_config"
-    else:
-        source = f"adapmoe_config file {text!r}"
-        try:
-            text = Path(text).read_text()
-        except OSError as error:
-            raise AdapMoEError(f"{source} cannot be read ({error.strerror}); pass a readable JSON file") from None
+    inline = text.lstrip().startswith("{")
+    source = "adapmoe_config" if inline else f"adapmoe_config file {text!r}"
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise AdapMoEError(f"{source} is not valid JSON ({error}); mend it there") from None
+        return parse_json(text, CONFIG_VALUES) if inline else read_json(text, CONFIG_BYTES, CONFIG_VALUES)
+    except BadFile as problem:
+        remedy = "pass a readable JSON file" if "cannot be read" in str(problem) else "mend it there"
+        raise AdapMoEError(f"{source} {problem}; {remedy}") from None
 
 
 def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
@@ -192,5 +202,13 @@ def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
     if not key:
         return "adapmoe_config: " + first["msg"].removeprefix("Value error, ")
     told = [one["msg"] for one in errors if one is first or (alternatives and one["loc"][:1] == (key,))]
+    told = [message.removeprefix("Value error, ") for message in told]
     reasons = " or ".join(message[0].lower() + message[1:] for message in told)
-    return f"adapmoe_config {key}={first['input']!r} is not usable: {reasons}"
+    return f"adapmoe_config {key}={_shown(first['input'])} is not usable: {reasons}"
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return "(a number too large to print)"

@@ -1,15 +1,16 @@
 """NextTokenHeads: linear maps that foretell the routing of a sequence's next token. Fitted by `adapmoe calibrate`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 from blake3 import blake3
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.files import HEADER_BYTES, BadFile, parse_arrays, read_bytes
 
 LEAST, MOST = 0.005, 0.995
 """Chances are never surer than that: a head is linear, and may leave [0, 1]."""
@@ -39,34 +40,73 @@ class NextTokenHeads:
         return _hash(data)
 
     @classmethod
-    def load(cls, path: Path, digest: str) -> Self:
+    def load(cls, path: Path, digest: str, layers: int, hidden: int, experts: int) -> Self:
         """Reads what a profile belongs with.
 
         Args:
             path: of the file.
             digest: what `save` returned when the profile was made.
+            layers: MoE layers of the model.
+            hidden: size of its hidden states; what its experts see may be another, up to twice that.
+            experts: of a layer.
 
         Raises:
-            AdapMoEError: unreadable, or not the heads of that profile.
+            AdapMoEError: unreadable, not the heads of that profile, or not such as that model has.
         """
+        name = f"next-token heads {str(path)!r}"
+        rows = range(2, 2 * hidden + 2)
+        most = (layers + 1) * rows[-1] * experts * np.dtype(np.float32).itemsize + HEADER_BYTES
         try:
-            data = path.read_bytes()
-        except OSError as error:
+            data = read_bytes(path, most)
+        except BadFile as problem:
             raise AdapMoEError(
-                f"next-token heads {str(path)!r} of the profile cannot be read ({error.strerror}); put the file beside "
-                "the profile, or make both with adapmoe calibrate"
+                f"{name} of the profile: the file {problem}; put the file beside the profile, or make both with "
+                "adapmoe calibrate"
             ) from None
         if _hash(data) != digest:
-            raise AdapMoEError(
-                f"next-token heads {str(path)!r} are not those that the profile was made with; make both with "
-                "adapmoe calibrate"
-            )
+            raise AdapMoEError(f"{name} are not those that the profile was made with; make both with adapmoe calibrate")
         try:
-            arrays = load(data)
-        except SafetensorError as error:
-            raise AdapMoEError(f"next-token heads {str(path)!r} are damaged ({error}); make them anew") from None
-        first = arrays.pop(FIRST)
-        return cls([arrays[f"layer.{index}"] for index in range(len(arrays))], first)
+            arrays = parse_arrays(data)
+        except BadFile as problem:
+            raise AdapMoEError(f"{name}: the file {problem}; make it anew with adapmoe calibrate") from None
+        names = [*(f"layer.{index}" for index in range(layers)), FIRST]
+        if arrays.keys() != set(names):
+            raise AdapMoEError(
+                f"{name} are {len(arrays)} arrays, not one for each of {layers} layers and one for the first; make "
+                "them anew with adapmoe calibrate"
+            )
+        for key, array in arrays.items():
+            fits = array.dtype == np.float32 and array.ndim == 2 and array.shape[1] == experts
+            if not (fits and array.shape[0] in rows and np.isfinite(array).all()):
+                raise AdapMoEError(
+                    f"{name}: {key} is {array.dtype} {list(array.shape)}, not finite float32 [hidden + 1, {experts}] "
+                    f"with hidden={hidden}; make them anew with adapmoe calibrate"
+                )
+        return cls([arrays[key] for key in names[:-1]], arrays[FIRST])
+
+    def check(self, inputs: Sequence[int], hidden: int) -> None:
+        """Refuses heads that do not fit the model as it was built.
+
+        Args:
+            inputs: size of the input of each layer's experts.
+            hidden: size of the last hidden states.
+
+        Raises:
+            AdapMoEError: names the first that does not.
+        """
+        if len(inputs) != len(self.layers):
+            raise AdapMoEError(
+                f"the next-token heads are of {len(self.layers)} MoE layers, the model has {len(inputs)}; make a "
+                "profile of it with adapmoe calibrate"
+            )
+        for name, head, size in zip(
+            [*map(str, range(len(inputs))), FIRST], [*self.layers, self.first], [*inputs, hidden], strict=True
+        ):
+            if len(head) != size + 1:
+                raise AdapMoEError(
+                    f"the next-token head {name} takes {len(head) - 1} inputs, the model gives {size}; make a profile "
+                    "of it with adapmoe calibrate"
+                )
 
 
 def heads_path(profile: str | Path) -> Path:

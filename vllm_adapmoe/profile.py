@@ -1,5 +1,6 @@
 """ModelProfile: what calibration learnt about one model. A versioned JSON; see `adapmoe calibrate`."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -8,13 +9,26 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.files import BadFile, read_json
 
 BINS_PER_DECADE = 32
 EDGES = np.logspace(-6, 2, 8 * BINS_PER_DECADE + 1)
 """Edges of the histograms of dropping costs: the first bin is below the first edge, the last above the last."""
 
+FILE_BYTES, FILE_VALUES = 64 << 20, 2_000_000
+"""Of a profile at most: 60 layers of 384 experts, 8 of them a token's, take 9 MiB and 500,000 values."""
+MOST_LAYERS, MOST_EXPERTS, MOST_TOP_K = 1024, 65_536, 256
+"""Of a model at most. What is computed with a profile takes time and memory with these."""
+
 Share = Annotated[float, Field(ge=0, le=1)]
-NotNegative = Annotated[float, Field(ge=0)]
+NotNegative = Annotated[float, Field(ge=0, le=1e9)]
+"""Far more than any measurement gives, and products of several still are numbers."""
+Positive = Annotated[float, Field(ge=1e-9, le=1e9)]
+Count = Annotated[int, Field(ge=0, le=10**15)]
+Text = Annotated[str, Field(max_length=1000)]
+Histogram = Field(max_length=len(EDGES) + 1, fail_fast=True)
+First = Field(fail_fast=True)
+"""One error of a list is enough to refuse it; millions of them would take more memory than the file."""
 
 
 class Strict(BaseModel):
@@ -26,10 +40,16 @@ class Strict(BaseModel):
 class DropHistogram(Strict):
     """How the cost c of keeping the first m experts is distributed over tokens (`gating.drop_costs`)."""
 
-    tokens: list[Share]
+    tokens: Annotated[list[Share], Histogram]
     """Share of tokens in each bin of `EDGES`; trailing empty bins are left out."""
-    costs: list[NotNegative]
+    costs: Annotated[list[NotNegative], Histogram]
     """Mean over all tokens of what c falls by when one more expert is kept, from the tokens in each bin."""
+
+    @model_validator(mode="after")
+    def shares(self) -> Self:
+        if sum(self.tokens) > 1.001:  # of what is rounded
+            raise ValueError(f"shares of tokens add up to {sum(self.tokens):.4g}, more than all")
+        return self
 
     @classmethod
     def of(cls, costs: np.ndarray, falls: np.ndarray, tokens: int) -> Self:
@@ -55,10 +75,10 @@ class DropHistogram(Strict):
 class Prediction(Strict):
     """How well a later layer's own gate, applied to this layer's input, foretells that layer's experts."""
 
-    lookahead: Annotated[int, Field(ge=1)]
+    lookahead: Annotated[int, Field(ge=1, le=MOST_LAYERS)]
     recall: Share
     """Share of the later layer's experts among the top_k foretold."""
-    precision: list[Share]
+    precision: Annotated[list[Share], First]
     """By rank: how often the best, second best, .. foretold expert is among those that the later layer uses."""
 
 
@@ -71,39 +91,39 @@ class LayerProfile(Strict):
     loss_change: float | None = None
     """Mean change of the loss per unit of dropping cost, with the first-order part that S_l leaves out."""
     loss_change_stderr: NotNegative | None = None
-    dropped: list[DropHistogram] | None = None
+    dropped: Annotated[list[DropHistogram], First] | None = None
     """For keeping the first 1, 2, .. top_k - 1 experts."""
-    popularity: list[Share] | None = None
+    popularity: Annotated[list[Share], First] | None = None
     """Share of tokens that use the expert; sums to top_k."""
-    co_use: list[tuple[int, int, Share]] | None = None
+    co_use: Annotated[list[tuple[int, int, Share]], First] | None = None
     """(expert, expert, share of tokens that use both), the most frequent pairs first, at most 4 for each expert."""
-    output_norm: list[NotNegative] | None = None
+    output_norm: Annotated[list[NotNegative], First] | None = None
     """Root mean square norm of the expert's output, before its weight."""
     reuse: Share | None = None
     """Share of a token's experts that the previous token of the sequence used too."""
-    predictions: list[Prediction] | None = None
+    predictions: Annotated[list[Prediction], First] | None = None
 
 
 class ModelInfo(Strict):
     """Which model the profile is of. `hash` is that of the checkpoint; None where only the shape is known."""
 
-    name: str
-    hash: str | None = None
-    architecture: str
-    hidden_size: int
-    num_layers: int
+    name: Text
+    hash: Text | None = None
+    architecture: Text
+    hidden_size: Annotated[int, Field(ge=0, le=1 << 24)]
+    num_layers: Annotated[int, Field(ge=0, le=MOST_LAYERS)]
     """MoE layers; 0 where a model's configuration does not tell."""
-    num_experts: int
-    top_k: int
+    num_experts: Annotated[int, Field(ge=0, le=MOST_EXPERTS)]
+    top_k: Annotated[int, Field(ge=0, le=MOST_TOP_K)]
 
 
 class DataInfo(Strict):
     """What it was calibrated on."""
 
-    hash: str
-    sequences: int
-    sequence_length: int
-    tokens: int
+    hash: Text
+    sequences: Count
+    sequence_length: Count
+    tokens: Count
     """Tokens with a loss."""
     seed: int
 
@@ -113,7 +133,7 @@ class Confirmation(Strict):
 
     threshold: float
     mean_experts: float
-    predicted_loss_increase: Annotated[float, Field(gt=0)]
+    predicted_loss_increase: Annotated[float, Field(gt=0, le=1e9)]
     """Nats per token, the sum over layers of S_l times the mean cost of what was dropped."""
     measured_loss_increase: float
     measured_stderr: NotNegative
@@ -124,25 +144,29 @@ class ModelProfile(Strict):
 
     format: Literal[1] = 1
     method: Literal["fisher", "forward", "published"]
-    source: str
+    source: Text
     """In words: where the figures come from."""
     model: ModelInfo
     data: DataInfo | None = None
-    versions: dict[str, str] = {}
-    base_loss: NotNegative | None = None
+    versions: dict[Text, Text] = {}
+    base_loss: Positive | None = None
     """Mean loss of the ungated model on the calibration data."""
-    loss_scale: Annotated[float, Field(gt=0)] = 1.0
+    loss_scale: Positive = 1.0
     """Measured over predicted loss increase of `confirmed`; predictions are multiplied by it."""
-    confirmed: list[Confirmation] = []
-    heads: str | None = None
+    confirmed: Annotated[list[Confirmation], First] = []
+    heads: Text | None = None
     """Hash of the next-token heads beside the profile (`heads.NextTokenHeads`); None: there are none."""
-    layers: list[LayerProfile]
+    layers: Annotated[list[LayerProfile], First]
 
     @model_validator(mode="after")
     def consistent(self) -> Self:
         model = self.model
+        if not 1 <= model.top_k <= model.num_experts:
+            raise ValueError(f"model.top_k={model.top_k} of model.num_experts={model.num_experts}")
         if len(self.layers) != model.num_layers:
             raise ValueError(f"{len(self.layers)} layers, but model.num_layers={model.num_layers}")
+        if not self.layers:
+            raise ValueError("no layers")
         for index, layer in enumerate(self.layers):
             if layer.dropped is not None and len(layer.dropped) != model.top_k - 1:
                 raise ValueError(f"layer {index} has {len(layer.dropped)} histograms for top-{model.top_k}")
@@ -150,6 +174,12 @@ class ModelProfile(Strict):
                 values = getattr(layer, key)
                 if values is not None and len(values) != model.num_experts:
                     raise ValueError(f"layer {index} has {key} of {len(values)} of {model.num_experts} experts")
+            for one in layer.predictions or ():
+                if len(one.precision) > model.top_k:
+                    raise ValueError(f"layer {index} has a precision of {len(one.precision)} ranks of {model.top_k}")
+            for *pair, _ in layer.co_use or ():
+                if not all(0 <= expert < model.num_experts for expert in pair):
+                    raise ValueError(f"layer {index} has experts {pair} of {model.num_experts} used together")
         return self
 
     @classmethod
@@ -160,15 +190,11 @@ class ModelProfile(Strict):
             AdapMoEError: unreadable, of another format, or inconsistent.
         """
         try:
-            text = Path(path).expanduser().read_text()
-        except OSError as error:
-            raise AdapMoEError(
-                f"profile={str(path)!r} cannot be read ({error.strerror}); make one with adapmoe calibrate"
-            ) from None
-        try:
-            return cls.model_validate_json(text)
+            return cls.model_validate(read_json(os.path.expanduser(path), FILE_BYTES, FILE_VALUES))
+        except BadFile as problem:
+            raise AdapMoEError(f"profile={str(path)!r} {problem}; make one with adapmoe calibrate") from None
         except ValidationError as error:
-            first = error.errors()[0]
+            first = error.errors(include_url=False)[0]
             place = ".".join(str(part) for part in first["loc"]) or "file"
             raise AdapMoEError(
                 f"profile={str(path)!r} is not a profile of format 1: {place}: {first['msg'].lower()}; "

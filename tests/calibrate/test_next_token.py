@@ -52,7 +52,7 @@ def test_saved_and_loaded(tmp_path):
     assert path.name == "model.heads"
     digest = made.save(path)
     assert made.save(path) == digest, "equal heads, equal files"
-    loaded = NextTokenHeads.load(path, digest)
+    loaded = NextTokenHeads.load(path, digest, 11, 4, 3)
     assert len(loaded.layers) == 11 and np.array_equal(loaded.first, made.first)
     assert all(np.array_equal(one, other) for one, other in zip(loaded.layers, made.layers, strict=True))
 
@@ -60,11 +60,11 @@ def test_saved_and_loaded(tmp_path):
 def test_heads_of_another_profile_are_refused(tmp_path):
     path = tmp_path / "model.heads"
     with pytest.raises(AdapMoEError, match=r"cannot be read .* put the file beside the profile"):
-        NextTokenHeads.load(path, "0")
+        NextTokenHeads.load(path, "0", 11, 4, 3)
     digest = heads().save(path)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(AdapMoEError, match="not those that the profile was made with"):
-        NextTokenHeads.load(path, digest)
+        NextTokenHeads.load(path, digest, 11, 4, 3)
 
 
 def test_chance_of_a_batch():

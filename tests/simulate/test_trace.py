@@ -7,7 +7,8 @@ import pytest
 
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.prefetch.foresight import Foretold
-from vllm_adapmoe.simulate.trace import FRAME_STEPS, SAMPLE, Step, TraceInfo, TraceWriter, read_trace, sample_rows
+from vllm_adapmoe.simulate.trace import FRAME_STEPS, SAMPLE, Step, TraceInfo, TraceWriter, sample_rows
+from vllm_adapmoe.simulate.trace_file import read_trace
 
 INFO = TraceInfo("a-model", [8, 8, 300], 2, 2, [100, 100, 50], [0, 0, 1])
 

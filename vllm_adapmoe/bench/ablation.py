@@ -20,7 +20,8 @@ from vllm_adapmoe.config import AdapMoEConfig, GatingConfig
 from vllm_adapmoe.gating_plan import plan_gating
 from vllm_adapmoe.profile import ModelProfile
 from vllm_adapmoe.simulate.replay import Machine, belady, replay
-from vllm_adapmoe.simulate.trace import Step, TraceInfo, read_trace
+from vllm_adapmoe.simulate.trace import Step, TraceInfo
+from vllm_adapmoe.simulate.trace_file import read_trace
 
 PARTS = ("gating", "prefetch", "cache")
 GRID = [[part for bit, part in enumerate(PARTS) if number >> bit & 1] for number in range(8)]
@@ -118,7 +119,8 @@ def run_ablation(
             warm()
             measure_batches(engine, groups, output_tokens, forced=True)
             switch("ours: base")  # ends the trace
-            traces[name] = read_trace(trace)
+            info, recorded = read_trace(trace)
+            traces[name] = info, list(recorded)
         names = list(combinations)
         for number in tqdm(range(rounds), desc="Measuring", unit="round"):
             for name in names[number % len(names) :] + names[: number % len(names)]:

@@ -1,6 +1,5 @@
 """A Mixtral checkpoint as a GGUF file for llama.cpp: the same weights, unquantised, without a tokenizer."""
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from vllm_adapmoe.bench.peer_packages import need
 from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.model_folder import read_model_config
 
 SOURCE = "adapmoe.source"
 """Key of the GGUF file: hash of the checkpoint that it was made from."""
@@ -71,9 +71,11 @@ def read_config(model: Path) -> dict[str, Any]:
     Raises:
         AdapMoEError: of another architecture, or of a kind of Mixtral that is not exported.
     """
-    config = json.loads((model / "config.json").read_text())
-    if config["model_type"] != "mixtral":
-        raise AdapMoEError(f"{model} has model_type {config['model_type']!r}; llama.cpp is compared on mixtral only")
+    config = read_model_config(model)
+    if config.get("model_type") != "mixtral":
+        raise AdapMoEError(
+            f"{model} has model_type {config.get('model_type')!r}; llama.cpp is compared on mixtral only"
+        )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     for key, value, fine in (
         ("rope_type", rope.get("rope_type", "default"), "default"),

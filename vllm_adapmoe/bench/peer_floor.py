@@ -8,7 +8,8 @@ import numpy as np
 
 from vllm_adapmoe.simulate.compare import slots_of_pools
 from vllm_adapmoe.simulate.replay import belady
-from vllm_adapmoe.simulate.trace import Step, TraceInfo, read_trace
+from vllm_adapmoe.simulate.trace import Step, TraceInfo
+from vllm_adapmoe.simulate.trace_file import read_trace
 from vllm_adapmoe.store.direct_io import open_direct, read_full
 from vllm_adapmoe.store.file import open_pack
 from vllm_adapmoe.store.record import aligned_empty
@@ -46,7 +47,8 @@ def belady_decode_bytes(trace: Path, slots: int) -> list[float]:
     Each sequence starts with an empty cache, and its prompt is one step; what that step needs has to move once in any
     cache, so the rest is what decoding has to move.
     """
-    info, steps = read_trace(trace)
+    info, recorded = read_trace(trace)
+    steps = list(recorded)
     starts = [number for number, step in enumerate(steps) if step.positions[0] == 0]
     sequences = [steps[start:end] for start, end in zip(starts, [*starts[1:], len(steps)], strict=True)]
     return [

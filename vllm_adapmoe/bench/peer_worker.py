@@ -17,6 +17,7 @@ import psutil
 from vllm_adapmoe.bench.peer_packages import need
 from vllm_adapmoe.bench.residency import ON_DEMAND
 from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.model_folder import read_model_config
 
 GGUF = "model.gguf"
 PACK, OFFLOADED = "pack", "offloaded"
@@ -152,7 +153,7 @@ def vllm_engine(spec: Spec) -> Any:
         config |= {} if spec.profile is None else {"profile": spec.profile}
         config |= GATED if spec.contender == "adapmoe-gated" else {}
         config |= {} if spec.trace is None else {"trace_out": spec.trace}
-    model = json.loads((Path(spec.model) / "config.json").read_text())
+    model = read_model_config(Path(spec.model))
     head_dim = model.get("head_dim") or model["hidden_size"] // model["num_attention_heads"]
     token = 2 * 2 * model["num_hidden_layers"] * model["num_key_value_heads"] * head_dim  # keys, values; bfloat16
     blocks = -(-spec.length // KV_BLOCK) + 2

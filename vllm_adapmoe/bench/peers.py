@@ -1,6 +1,5 @@
 """What a user would pick instead: llama.cpp, transformers and stock vLLM beside the plugin, under one memory limit."""
 
-import json
 import re
 import shutil
 from contextlib import ExitStack
@@ -20,6 +19,7 @@ from vllm_adapmoe.bench.peer_worker import CONTENDERS, OFFLOADED, PACK, Spec
 from vllm_adapmoe.bench.record import package_version, spread
 from vllm_adapmoe.bench.workload import prompts_of, ratios
 from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.model_folder import read_model_config
 
 OURS = ("adapmoe-lru", "adapmoe", "adapmoe-profile", "adapmoe-gated")
 PROFILED = OURS[2:]
@@ -111,7 +111,7 @@ class Field:
         """Gives the plugin the slots that fit beside its own needs; half of the experts where there is no limit."""
         name = "adapmoe"
         if slots is None and self.memory is not None:
-            config = json.loads((self.model / "config.json").read_text())
+            config = read_model_config(self.model)
             fewest = max(8, 2 * config.get("num_experts_per_tok", 1))
             self.settings[name]["slots"] = min(fewest, experts - 1)
             least = self.run(self.spec(name, [self.sequences[0][: self.prompt_tokens + 2]]), "Trying the least of")

@@ -1,6 +1,6 @@
 """The least that a load could take over a link: what any cache with these slots would have had to move."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -11,10 +11,11 @@ from vllm_adapmoe.bench.serve_load import WARM_TOKENS, measure
 from vllm_adapmoe.bench.server import Server
 from vllm_adapmoe.simulate.compare import slots_of_pools
 from vllm_adapmoe.simulate.replay import belady
-from vllm_adapmoe.simulate.trace import FRAME_STEPS, Step, TraceInfo, read_trace
+from vllm_adapmoe.simulate.trace import FRAME_STEPS, Step, TraceInfo
+from vllm_adapmoe.simulate.trace_file import read_trace
 
 
-def least_bytes(info: TraceInfo, steps: Sequence[Step], slots: int) -> float:
+def least_bytes(info: TraceInfo, steps: Iterable[Step], slots: int) -> float:
     """Bytes that any eviction would have to move for these steps, whatever was resident before the first.
 
     Belady's cache, without all of a layer's experts having to be there at once, less one fill of the slots.
@@ -57,14 +58,17 @@ def bound(
         `one_after_the_other_tokens_per_second`: first moving, then computing.
     """
     info, steps = read_trace(trace)
-    inside = [step for step in steps if run["started"] <= step.seconds <= run["ended"]]
+
+    def inside() -> Iterator[Step]:
+        return (step for step in steps if run["started"] <= step.seconds <= run["ended"])
+
     tokens = run["output_tokens"]
     bandwidth = run["fetched_bytes"] / max(run["fetch_seconds"], 1e-9) if link_gbps is None else link_gbps * 1e9
-    least = least_bytes(info, inside, int(run["slots"])) / tokens
+    least = least_bytes(info, inside(), int(run["slots"])) / tokens
     moving = least / bandwidth if least else 0.0
     compute = median([(one["seconds"] - one["stall_seconds"]) / one["output_tokens"] for one in rounds])
     return {
-        "steps": len(inside),
+        "steps": sum(1 for _ in inside()),
         "slots": run["slots"],
         "link_bytes_per_second": bandwidth,
         "least_bytes_per_output_token": least,

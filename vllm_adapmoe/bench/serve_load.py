@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_adapmoe.bench.server import VLLM, Server
+from vllm_adapmoe.calibrate.text import text_of
 from vllm_adapmoe.config import AdapMoEError
 
 PACKAGES = ("aiohttp", "pandas")
@@ -64,9 +65,7 @@ def domains(model: Path, text: Path | None) -> dict[str, list[int]]:
             f"--text {folder} has {len(paths)} *.txt; put at least {LEAST_DOMAINS} there, one per domain"
         )
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    return {
-        path.stem: tokenizer.encode(path.read_text(errors="replace"), add_special_tokens=False).ids for path in paths
-    }
+    return {path.stem: tokenizer.encode(text_of(path), add_special_tokens=False).ids for path in paths}
 
 
 def mixed_lengths(generator: random.Random, count: int, least: int, most: int) -> list[int]:

@@ -1,11 +1,12 @@
 """What the benchmarks ask of an engine: the same prompts, round after round."""
 
-import json
 import random
 from pathlib import Path
 from typing import Any
 
 from vllm_adapmoe.bench.record import spread
+from vllm_adapmoe.calibrate.text import text_of
+from vllm_adapmoe.model_folder import vocabulary_size
 
 COUNTERS = (
     "hits",
@@ -30,14 +31,14 @@ def prompts_of(model: Path, text: Path | None, count: int, length: int) -> list[
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-        pools = [tokenizer.encode(path.read_text(errors="replace"), add_special_tokens=False).ids for path in texts]
+        pools = [tokenizer.encode(text_of(path), add_special_tokens=False).ids for path in texts]
         prompts = []
         for number in range(count):
             pool = pools[number % len(pools)]
             start = generator.randrange(max(1, len(pool) - length))
             prompts.append(pool[start : start + length])
         return prompts
-    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+    vocabulary = vocabulary_size(model)
     return [[generator.randrange(2, vocabulary) for _ in range(length)] for _ in range(count)]
 
 

@@ -1,12 +1,20 @@
 """Where a calibration stands, in a file beside its output: what is done is not done again."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from blake3 import blake3
+from safetensors.numpy import save
 
 from vllm_adapmoe.calibrate.statistics import Sums
+from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.files import BadFile, parse_arrays, read_bytes
+
+SETTINGS = "settings"
+DIGEST_SIZE = 32
 
 
 class Progress:
@@ -15,31 +23,51 @@ class Progress:
     Args:
         path: of the file.
         settings: what the results depend on; a file made with others is not used.
+        most: bytes that the file may have.
+
+    Raises:
+        AdapMoEError: the file is damaged, or something else.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any], most: int) -> None:
         self.path = path
-        self.settings = json.dumps(settings, sort_keys=True)
+        self.settings = json.dumps(settings, sort_keys=True).encode()
         self.done: dict[str, Sums] = {}
         self.resumed = False
-        if path.is_file():
-            with np.load(path) as file:
-                if str(file["settings"]) == self.settings:
-                    self.resumed = True
-                    for name in file.files:
-                        piece, _, key = name.rpartition("/")
-                        if piece:
-                            self.done.setdefault(piece, {})[key] = file[name]
+        if not os.path.lexists(path):
+            return
+        try:
+            data = read_bytes(path, most)
+            if path.stat().st_uid != os.geteuid():
+                raise BadFile("is another user's")
+            arrays = parse_arrays(data[DIGEST_SIZE:])
+            if data[:DIGEST_SIZE] != _digest(data[DIGEST_SIZE:]) or SETTINGS not in arrays:
+                raise BadFile("is damaged")
+        except BadFile as problem:
+            raise AdapMoEError(
+                f"the calibration to go on with, {str(path)!r}, {problem}; remove it to begin anew"
+            ) from None
+        if arrays.pop(SETTINGS).tobytes() == self.settings:
+            self.resumed = True
+            for name, value in arrays.items():
+                piece, _, key = name.rpartition("/")
+                self.done.setdefault(piece, {})[key] = value
 
     def add(self, piece: str, sums: Sums) -> None:
         """Keeps the results of `piece`, on disk before this returns."""
         self.done[piece] = sums
         arrays = {f"{name}/{key}": value for name, part in self.done.items() for key, value in part.items()}
         temporary = self.path.with_name(self.path.name + ".tmp")
+        data = save({SETTINGS: np.frombuffer(self.settings, dtype=np.uint8)} | arrays)
         with temporary.open("wb") as file:
-            np.savez(file, settings=np.array(self.settings), **arrays)  # type: ignore[arg-type]
+            file.write(_digest(data))
+            file.write(data)
         temporary.replace(self.path)
 
     def finish(self) -> None:
         """Removes the file."""
         self.path.unlink(missing_ok=True)
+
+
+def _digest(data: bytes) -> bytes:
+    return blake3(data).digest(DIGEST_SIZE)

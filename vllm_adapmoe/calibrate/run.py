@@ -16,7 +16,7 @@ from vllm_adapmoe.calibrate.statistics import Sums
 from vllm_adapmoe.calibrate.text import data_hash, read_sequences
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.heads import NextTokenHeads, heads_path
-from vllm_adapmoe.profile import Confirmation, DataInfo, LayerProfile, ModelInfo, ModelProfile
+from vllm_adapmoe.profile import MOST_LAYERS, Confirmation, DataInfo, LayerProfile, ModelInfo, ModelProfile
 
 Method = Literal["fisher", "forward", "auto"]
 GROUP_TOKENS = 4096
@@ -75,7 +75,9 @@ def calibrate(
         seed=seed,
     )
     settings = {"model": info.model_dump(), "data": described.model_dump(), "method": method, "versions": versions}
-    progress = Progress(output.with_name(output.name + ".partial"), settings)
+    sums = len(groups) * (info.num_experts + 4096)  # of how experts are used together, and of all else
+    most = 8 * (info.num_layers or MOST_LAYERS) * info.num_experts * (2 * info.hidden_size + sums) + (1 << 28)
+    progress = Progress(output.with_name(output.name + ".partial"), settings, most)
     if progress.resumed:
         tqdm.write(f"going on with {progress.path}: {len(progress.done)} pieces are done")
     if method == "fisher":

@@ -6,6 +6,10 @@ import numpy as np
 from blake3 import blake3
 
 from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.files import BadFile, read_text
+
+TEXT_BYTES = 1 << 30
+"""Of a file of text at most."""
 
 
 def read_sequences(model: Path, data: Path, length: int, count: int, seed: int) -> list[list[int]]:
@@ -22,11 +26,14 @@ def read_sequences(model: Path, data: Path, length: int, count: int, seed: int) 
     paths = sorted(data.rglob("*.txt")) if data.is_dir() else [data]
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise AdapMoEError(f"model={str(model)!r} has no tokenizer ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # whatever transformers and tokenizers say of files that they cannot use
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise AdapMoEError(
+            f"model={str(model)!r} has no tokenizer ({reason}); name the folder of a checkpoint"
+        ) from None
     sequences: list[list[int]] = []
     for path in paths:
-        ids = tokenizer(path.read_text(errors="replace"), verbose=False, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(text_of(path), verbose=False, add_special_tokens=False)["input_ids"]
         if tokenizer.bos_token_id is not None:
             ids = [tokenizer.bos_token_id, *ids]
         sequences += [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
@@ -34,6 +41,18 @@ def read_sequences(model: Path, data: Path, length: int, count: int, seed: int) 
         raise AdapMoEError(f"data={str(data)!r} holds fewer than two sequences of {length} tokens; give more text")
     order = np.random.default_rng(seed).permutation(len(sequences))[:count]
     return [sequences[index] for index in order]
+
+
+def text_of(path: Path) -> str:
+    """The text of a file; what is not UTF-8 in it is replaced.
+
+    Raises:
+        AdapMoEError: it cannot be read, or is larger than a tokenizer takes at once.
+    """
+    try:
+        return read_text(path, TEXT_BYTES)
+    except BadFile as problem:
+        raise AdapMoEError(f"text {str(path)!r} {problem}; name a text file, or a folder of *.txt") from None
 
 
 def data_hash(sequences: list[list[int]]) -> str:

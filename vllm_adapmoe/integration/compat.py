@@ -88,7 +88,7 @@ def expected_loads_settings(vllm_config: Any) -> Any:
 
 
 def heads_settings(vllm_config: Any) -> Any:
-    """What `additional_config["adapmoe_heads"]` holds: path and hash of the profile's next-token heads, if any."""
+    """What `additional_config["adapmoe_heads"]` holds: path, hash and shape of the next-token heads, if any."""
     additional = vllm_config.additional_config
     return additional.get("adapmoe_heads") if isinstance(additional, dict) else None
 

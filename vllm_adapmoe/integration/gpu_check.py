@@ -16,6 +16,7 @@ from typing import Any
 from vllm.platforms import current_platform
 
 from vllm_adapmoe.integration.engine import Engine
+from vllm_adapmoe.model_folder import vocabulary_size
 
 MARK = "gpu-check: "
 GROUP = 4
@@ -65,7 +66,7 @@ def main() -> None:
     parser.add_argument("device_bytes", type=int)
     options = parser.parse_args()
     adapmoe, arguments = engine_arguments(options.kind, options.resident, options.expert_bytes)
-    vocabulary = json.loads((options.model / "config.json").read_text())["vocab_size"]
+    vocabulary = vocabulary_size(options.model)
     chance = random.Random(0)
     ids = [chance.randrange(2, vocabulary) for _ in range(PROMPT_TOKENS + options.tokens)]
     with Engine(

@@ -3,7 +3,7 @@
 import sys
 from types import TracebackType
 
-from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.printable import OneLineError
 
 
 def print_errors_as_one_line() -> None:
@@ -13,7 +13,7 @@ def print_errors_as_one_line() -> None:
     previous = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if issubclass(kind, AdapMoEError):
+        if issubclass(kind, OneLineError):
             print(f"vllm-adapmoe: error: {error}", file=sys.stderr)
         else:
             previous(kind, error, trace)

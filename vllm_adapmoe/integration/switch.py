@@ -109,9 +109,11 @@ def _follow_profile(config: AdapMoEConfig, profile: ModelProfile, additional: di
     if profile.heads is not None:
         assert config.profile is not None
         path = heads_path(config.profile).resolve()
-        NextTokenHeads.load(path, profile.heads)
+        model = profile.model
+        shape = (model.num_layers, model.hidden_size, model.num_experts)
+        NextTokenHeads.load(path, profile.heads, *shape)
         # They are too big to travel with the configuration: every worker reads the file.
-        additional[HEADS] = {"path": str(path), "hash": profile.heads}
+        additional[HEADS] = {"path": str(path), "hash": profile.heads, "shape": list(shape)}
     elif config.eviction == "next_token":
         raise AdapMoEError(
             f"eviction=next_token: profile={config.profile!r} has no next-token heads; make it anew with "

@@ -72,7 +72,10 @@ class ExpertCacheWorker(ProbedWorker, Worker):
         self._set_gating(gating_settings(self.vllm_config))
         self.hostless = HostlessSteps.of(self.vllm_config, self.moe_layers, self.expert_cache)
         heads = heads_settings(self.vllm_config)
-        self.heads = None if heads is None else NextTokenHeads.load(Path(heads["path"]), heads["hash"])
+        self.heads = None
+        if heads is not None:
+            self.heads = NextTokenHeads.load(Path(heads["path"]), heads["hash"], *heads["shape"])
+            self.heads.check([layer.hidden_size for layer in self.moe_layers], self.model_config.get_hidden_size())
         self._look_ahead(config)
         model = self.model_runner.get_model()
         note_what_is_traced(self.vllm_config, model, self.moe_layers, self.hostless is not None)

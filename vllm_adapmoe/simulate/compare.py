@@ -17,7 +17,8 @@ from vllm_adapmoe.cache.eviction import POLICIES
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.profile import ModelProfile
 from vllm_adapmoe.simulate.replay import Machine, belady, replay
-from vllm_adapmoe.simulate.trace import Step, TraceInfo, read_trace
+from vllm_adapmoe.simulate.trace import Steps, TraceInfo
+from vllm_adapmoe.simulate.trace_file import read_trace
 
 ALLOCATIONS = ("pool", "uniform", "profile", "trace")
 
@@ -126,7 +127,7 @@ def run_simulate(
     }
 
 
-def _point(info: TraceInfo, steps: Sequence[Step], setup: CacheSetup, machine: Machine) -> dict[str, Any]:
+def _point(info: TraceInfo, steps: Steps, setup: CacheSetup, machine: Machine) -> dict[str, Any]:
     result = replay(info, steps, setup, machine)
     stats = result.stats
     useful = stats["prefetch_hits"] + stats["late"]

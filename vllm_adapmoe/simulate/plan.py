@@ -1,6 +1,6 @@
 """What a token costs by number of slots, from a replay of recorded routing."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -15,7 +15,8 @@ from vllm_adapmoe.gating import gate_tokens
 from vllm_adapmoe.memory_plan import Estimate, ModelSize, Speed
 from vllm_adapmoe.simulate.compare import slots_of_pools
 from vllm_adapmoe.simulate.replay import Machine, replay
-from vllm_adapmoe.simulate.trace import Step, TraceInfo, read_trace
+from vllm_adapmoe.simulate.trace import Step, Steps, TraceInfo
+from vllm_adapmoe.simulate.trace_file import read_trace
 
 
 @dataclass
@@ -23,7 +24,7 @@ class TraceReplay:
     """A trace, replayed with the server's defaults for records and a machine of given sizes and speeds."""
 
     info: TraceInfo
-    steps: list[Step]
+    steps: Steps
     model: ModelSize
     speed: Speed
     allocation: str
@@ -66,12 +67,17 @@ class TraceReplay:
             sensitivity: of each layer; None: the trace as it was recorded.
             threshold: of gating.
         """
-        steps = self.steps
+        steps: Steps = self.steps
         name = "Replaying"
         if sensitivity is not None:
-            steps = [gated(step, sensitivity, threshold) for step in steps]
+            steps = GatedSteps(steps, sensitivity, threshold)
             name += ", gated"
-        asked = _distinct(steps)
+        asked = tokens = 0
+        heads = False
+        for step in steps:
+            asked += _distinct(step)
+            tokens += len(step.positions)
+            heads = heads or bool(step.expected)
         compute = self.speed.compute_seconds(self.model, asked / len(steps))
         machine = Machine(self.speed.link, compute / self.model.num_layers)
         config = {"allocation": self.allocation}
@@ -79,12 +85,10 @@ class TraceReplay:
             config["profile"] = "given"
         settings = AdapMoEConfig.parse(config)
         made = []
-        tokens = sum(len(step.positions) for step in steps)
         for count in tqdm(slots, desc=name, unit="replay"):
             if count == self.model.experts:  # then there is no cache to replay
                 made.append(Estimate(asked / tokens, 0.0, 0.0, tokens / (len(steps) * compute)))
                 continue
-            heads = any(step.expected for step in steps)
             setup = CacheSetup.of(settings, slots_of_pools(self.info, count), self.curves, heads)
             result = replay(self.info, steps, setup, machine)
             made.append(
@@ -96,6 +100,21 @@ class TraceReplay:
                 )
             )
         return made
+
+
+@dataclass
+class GatedSteps:
+    """Steps after adaptive gating by token; see `gated`."""
+
+    steps: Steps
+    sensitivity: Sequence[float]
+    threshold: float
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[Step]:
+        return (gated(step, self.sensitivity, self.threshold) for step in self.steps)
 
 
 def gated(step: Step, sensitivity: Sequence[float], threshold: float) -> Step:
@@ -111,8 +130,6 @@ def gated(step: Step, sensitivity: Sequence[float], threshold: float) -> Step:
     return replace(step, weights=torch.stack(kept).numpy().astype(np.float16))
 
 
-def _distinct(steps: Sequence[Step]) -> int:
-    """Experts that a layer's step asks for, summed: each is read once, however many tokens use it."""
-    return sum(
-        len(np.unique(ids[weights > 0])) for step in steps for ids, weights in zip(step.ids, step.weights, strict=True)
-    )
+def _distinct(step: Step) -> int:
+    """Experts that a step asks for of every layer: each is read once, however many tokens use it."""
+    return sum(len(np.unique(ids[weights > 0])) for ids, weights in zip(step.ids, step.weights, strict=True))

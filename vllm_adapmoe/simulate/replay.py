@@ -1,8 +1,9 @@
 """Replays a routing trace against a cache: the worker's own decisions, on a virtual link and clock."""
 
 import heapq
+from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ from vllm_adapmoe.cache.eviction import EvictionPolicy, ExpertKey
 from vllm_adapmoe.cache.residency import Load, waves
 from vllm_adapmoe.cache.tiles import tile_bytes
 from vllm_adapmoe.prefetch.planner import Foretell
-from vllm_adapmoe.simulate.trace import Step, TraceInfo
+from vllm_adapmoe.simulate.trace import Step, Steps, TraceInfo
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class Replay:
 
 def replay(
     info: TraceInfo,
-    steps: Sequence[Step],
+    steps: Steps,
     setup: CacheSetup,
     machine: Machine | None = None,
     eviction: Callable[[int, int], EvictionPolicy] | None = None,
@@ -142,9 +143,10 @@ def replay(
     controller = CacheController(info.shape, setup, eviction)
     link = controller.transfers = VirtualLink(controller, machine)
     time = 0.0
-    foreseen = 0
+    foreseen = tokens = 0
     ends = [0.0]
     for step in steps:
+        tokens += len(step.positions)
         controller.begin_step(step.prompt_tokens, () if step.begin is None else list(step.begin))
         for layer in range(len(info.num_experts)):
             ids, kept = step.ids[layer], step.weights[layer] > 0
@@ -177,7 +179,7 @@ def replay(
     return Replay(
         asdict(stats),
         stats.demand_loads,
-        sum(len(step.positions) for step in steps),
+        tokens,
         time,
         np.diff(ends).tolist(),
         foreseen,
@@ -194,7 +196,7 @@ def _foretell(step: Step, layer: int) -> Foretell:
     return lambda distance: step.foretold.get((layer, distance))
 
 
-def belady(info: TraceInfo, steps: Sequence[Step], slots: Sequence[int], atomic: bool = True) -> np.ndarray:
+def belady(info: TraceInfo, steps: Iterable[Step], slots: Sequence[int], atomic: bool = True) -> np.ndarray:
     """Loads of the optimal cache without prefetch, which knows the future.
 
     Args:
@@ -207,37 +209,42 @@ def belady(info: TraceInfo, steps: Sequence[Step], slots: Sequence[int], atomic:
     Returns:
         int64 `[layers]`.
     """
-    events = [
-        (layer, np.flatnonzero(np.bincount(step.ids[layer][step.weights[layer] > 0], minlength=1)).tolist())
-        for step in steps
-        for layer in range(len(info.num_experts))
-    ]
-    uses: dict[ExpertKey, deque[int]] = {}
-    for number, (layer, experts) in enumerate(events):
-        for expert in experts:
-            uses.setdefault((layer, expert), deque()).append(number)
-    never = len(events)
+    layers = len(info.num_experts)
+    uses, ends = array("H"), array("q", [0])  # a trace may be long: flat, not objects
+    for step in steps:
+        for ids, weights in zip(step.ids, step.weights, strict=True):
+            uses.extend(np.flatnonzero(np.bincount(ids[weights > 0], minlength=1)).tolist())
+            ends.append(len(uses))
+    never = len(ends) - 1
+    following = np.full(len(uses), never)
+    """The next event that uses the same expert."""
+    later: dict[ExpertKey, int] = {}
+    for event in range(never - 1, -1, -1):
+        for use in range(ends[event], ends[event + 1]):
+            key = event % layers, uses[use]
+            following[use] = later.get(key, never)
+            later[key] = event
     resident: list[dict[ExpertKey, int]] = [{} for _ in slots]
     heaps: list[list[tuple[int, ExpertKey]]] = [[] for _ in slots]
-    loads = np.zeros(len(info.num_experts), dtype=np.int64)
-    for layer, experts in events:
+    loads = np.zeros(layers, dtype=np.int64)
+    for event in range(never):
+        layer = event % layers
         pool = info.pool_of[layer]
         here, heap = resident[pool], heaps[pool]
+        experts = uses[ends[event] : ends[event + 1]].tolist()
+        next_use = dict(zip(experts, following[ends[event] : ends[event + 1]].tolist(), strict=True))
         groups = waves(experts, slots[pool]) if atomic else [[expert] for expert in experts]
         for group in groups:
             held = []
             for expert in group:
                 key = layer, expert
-                queue = uses[key]
-                queue.popleft()
-                following = queue[0] if queue else never
                 if key not in here:
                     loads[layer] += 1
-                here[key] = following
-                held.append((-following, key))
+                here[key] = next_use[expert]
+                held.append((-next_use[expert], key))
             while len(here) > slots[pool]:
-                following, key = heapq.heappop(heap)
-                if here.get(key) == -following:  # not what was pushed for an earlier use
+                use, key = heapq.heappop(heap)
+                if here.get(key) == -use:  # not what was pushed for an earlier use
                     del here[key]
             for item in held:
                 heapq.heappush(heap, item)

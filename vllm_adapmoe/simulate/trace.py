@@ -1,10 +1,11 @@
 """Routing traces: what every step of live traffic asked of every layer, and what was foretold of it.
 
 A trace is a line of JSON (`TraceInfo`) and then frames, each 4 bytes of length and a zlib-compressed safetensors
-container with the arrays of up to `FRAME_STEPS` steps. A frame that was cut short by a kill is left out when reading.
+container with the arrays of up to `FRAME_STEPS` steps. `trace_file` reads it.
 """
 
 import json
+import logging
 import os
 import struct
 import zlib
@@ -12,36 +13,46 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal, Protocol
 
 import numpy as np
-from safetensors.numpy import load, save
+from pydantic import Field
+from safetensors.numpy import save
 
 from vllm_adapmoe.cache.controller import CacheShape
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.prefetch.foresight import Foretold
+from vllm_adapmoe.profile import MOST_EXPERTS, MOST_LAYERS, MOST_TOP_K
 
-FORMAT = 1
+logger = logging.getLogger(__name__)
+
+FORMAT: Literal[1] = 1
 FRAME_STEPS = 64
 FRAME_ROWS = 4096
+FRAME_BYTES = 1 << 28
+"""Of a frame's arrays at most: 119,000 tokens of 94 layers that choose 8 experts."""
 SAMPLE = 64
 """Rows of a step that predictions are made for; of a larger step every n-th."""
 
 
+PerLayer = Field(min_length=1, max_length=MOST_LAYERS, fail_fast=True)
+
+
 @dataclass(frozen=True)
 class TraceInfo:
-    """What a trace is of."""
+    """What a trace is of; the bounds are those of a file that is read."""
 
-    model: str
-    num_experts: list[int]
+    model: Annotated[str, Field(max_length=4096)]
+    num_experts: Annotated[list[Annotated[int, Field(ge=1, le=MOST_EXPERTS)]], PerLayer]
     """Of each MoE layer."""
-    top_k: int
-    lookahead: int
+    top_k: Annotated[int, Field(ge=1, le=MOST_TOP_K)]
+    lookahead: Annotated[int, Field(ge=0, le=MOST_LAYERS)]
     """Later layers that predictions are recorded for; 0: none are."""
-    expert_bytes: list[int]
+    expert_bytes: Annotated[list[Annotated[int, Field(ge=0, le=1 << 50)]], PerLayer]
     """Bytes of an expert of each MoE layer."""
-    pool_of: list[int]
+    pool_of: Annotated[list[Annotated[int, Field(ge=0, le=MOST_LAYERS)]], PerLayer]
     """Pool of each MoE layer: layers whose experts have one shape share one."""
-    format: int = FORMAT
+    format: Literal[1] = FORMAT
 
     @property
     def shape(self) -> CacheShape:
@@ -77,6 +88,14 @@ class Step:
     def prompt_tokens(self) -> int:
         """Rows of requests that have several."""
         return sum(rows for rows in Counter(self.requests).values() if rows > 1)
+
+
+class Steps(Protocol):
+    """Steps in order, as often as they are asked for: a list of them, or those of a file, read anew each time."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Step]: ...
 
 
 def sample_rows(rows: int) -> slice:
@@ -115,10 +134,21 @@ class TraceWriter:
 
     def flush(self) -> None:
         """Writes the frame under way."""
-        if not self.steps:
+        steps, self.steps = self.steps, []
+        if steps:
+            self._write(steps)
+
+    def _write(self, steps: list[Step]) -> None:
+        arrays = save(_frame(steps, self.info))
+        if len(arrays) > FRAME_BYTES:
+            if len(steps) == 1:
+                logger.warning("A step of %d tokens is too large for the trace, and left out", len(steps[0].positions))
+                return
+            half = len(steps) // 2
+            self._write(steps[:half])
+            self._write(steps[half:])
             return
-        data = zlib.compress(save(_frame(self.steps, self.info)), 1)
-        self.steps = []
+        data = zlib.compress(arrays, 1)
         if self.file.tell() + len(data) > self.max_bytes:
             self.file.close()
             os.replace(self.path, self.path.with_name(self.path.name + ".1"))
@@ -157,80 +187,3 @@ def _frame(steps: Sequence[Step], info: TraceInfo) -> dict[str, np.ndarray]:
         arrays[f"expected.{layer}.of"] = np.array([layer in step.expected for step in steps])
         arrays[f"expected.{layer}"] = np.stack([step.expected[layer] for step in steps if layer in step.expected])
     return arrays
-
-
-def _steps(arrays: dict[str, np.ndarray]) -> Iterator[Step]:
-    names = json.loads(arrays["names"].tobytes())
-    foretold: list[dict[tuple[int, int], Foretold]] = [{} for _ in arrays["rows"]]
-    for name in arrays:
-        if name.startswith("foretold.") and name.endswith(".rows"):
-            prefix = name.removesuffix(".rows")
-            _, layer, distance = prefix.split(".")
-            start = 0
-            for number, rows in enumerate(arrays[name].tolist()):
-                if rows >= 0:
-                    made = [arrays[f"{prefix}.{part}"][start : start + rows] for part in ("ids", "kept")]
-                    foretold[number][int(layer), int(distance)] = Foretold(made[0].astype(np.int64), made[1])
-                    start += rows
-    expected: list[dict[int, np.ndarray]] = [{} for _ in arrays["rows"]]
-    for name in arrays:
-        if name.startswith("expected.") and name.endswith(".of"):
-            prefix = name.removesuffix(".of")
-            for number, chances in zip(np.flatnonzero(arrays[name]).tolist(), arrays[prefix], strict=True):
-                expected[number][int(prefix.removeprefix("expected."))] = chances
-    begin: list[np.ndarray | None] = [None for _ in arrays["rows"]]
-    if "begin" in arrays:
-        for number, chances in zip(np.flatnonzero(arrays["begin.of"]).tolist(), arrays["begin"], strict=True):
-            begin[number] = chances
-    start = 0
-    for number, rows in enumerate(arrays["rows"].tolist()):
-        here = slice(start, start + rows)
-        start += rows
-        yield Step(
-            seconds=float(arrays["seconds"][number]),
-            requests=[names[index] for index in arrays["requests"][here].tolist()],
-            positions=arrays["positions"][here],
-            ids=arrays["ids"][:, here].astype(np.int64),
-            weights=arrays["weights"][:, here],
-            foretold=foretold[number],
-            expected=expected[number],
-            begin=begin[number],
-        )
-
-
-def read_trace(path: Path) -> tuple[TraceInfo, list[Step]]:
-    """Reads a trace, with the older part `path.1` before it if there is one.
-
-    Raises:
-        AdapMoEError: not a trace, or of another format.
-    """
-    older = path.with_name(path.name + ".1")
-    steps: list[Step] = []
-    info = None
-    for part in (older, path):
-        if part == path or part.exists():
-            info = _read(part, steps)
-    assert info is not None
-    if not steps:
-        raise AdapMoEError(f"trace {str(path)!r} has no step yet; send requests, then stop the server or wait")
-    return info, steps
-
-
-def _read(path: Path, steps: list[Step]) -> TraceInfo:
-    try:
-        with path.open("rb") as file:
-            info = TraceInfo(**json.loads(file.readline()))
-            while length := file.read(4):
-                data = file.read(struct.unpack("<I", length)[0]) if len(length) == 4 else b""
-                try:
-                    arrays = load(zlib.decompress(data))
-                except zlib.error:  # cut short
-                    break
-                steps.extend(_steps(arrays))
-    except OSError as error:
-        raise AdapMoEError(f"trace {str(path)!r} cannot be read ({error.strerror}); name a file of trace_out") from None
-    except (ValueError, TypeError, AttributeError):
-        raise AdapMoEError(f"{str(path)!r} is not a trace; name a file that trace_out wrote") from None
-    if info.format != FORMAT:
-        raise AdapMoEError(f"trace {str(path)!r} has format {info.format}, not {FORMAT}; record it anew")
-    return info

@@ -6,10 +6,11 @@ from typing import Protocol
 import torch
 
 from vllm_adapmoe.cache.eviction import ExpertKey
+from vllm_adapmoe.printable import OneLineError
 from vllm_adapmoe.store.record import RecordLayout
 
 
-class StoreError(RuntimeError):
+class StoreError(OneLineError, RuntimeError):
     """Records that cannot be written or read; the message is one line: the file, what is wrong, the remedy."""
 
 

@@ -88,7 +88,7 @@ def _cell(layer: LayerView, gated: bool, bar: int) -> str:
     digits = len(f"{layer.experts:.0f}")
     text = f"{layer.layer:>2} "
     if bar:
-        filled = round(bar * layer.resident / layer.experts) if layer.experts else 0
+        filled = round(bar * min(1.0, max(0.0, layer.resident / layer.experts))) if layer.experts > 0 else 0
         text += "█" * filled + "░" * (bar - filled) + " "
     text += f"{layer.resident:>{digits}.0f}/{layer.experts:.0f} {_number(layer.hit_rate, '.0%'):>4}"
     return text + (f" {_number(layer.experts_per_token, '.2f'):>4}" if gated else "")

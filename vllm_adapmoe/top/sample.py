@@ -1,5 +1,7 @@
 """One reading of a server's `/metrics`."""
 
+import http.client
+import math
 import time
 import urllib.error
 import urllib.request
@@ -8,8 +10,13 @@ from dataclasses import dataclass, field
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.printable import printable
 
 TIMEOUT = 5.0
+"""Seconds for an answer, whole."""
+ANSWER_BYTES = 64 << 20
+LAYERS = 4096
+"""More than any model has; each is a line of the view."""
 CACHE = "vllm:adapmoe_"
 
 
@@ -38,14 +45,18 @@ def parse_sample(text: str, at: float) -> Sample:
         for name, labels, value, *_ in family.samples:
             if name.endswith(("_bucket", "_created")):
                 continue
+            if not math.isfinite(value):
+                value = 0.0
             if "layer" in labels and name.startswith(CACHE):
                 by_layer = sample.layers.setdefault(name.removeprefix(CACHE + "layer_"), {})
                 layer = int(labels["layer"])
+                if not 0 <= layer < LAYERS:
+                    raise ValueError(f"layer {layer} of {LAYERS} at most")
                 by_layer[layer] = by_layer.get(layer, 0.0) + value
             else:
                 sample.values[name] = sample.values.get(name, 0.0) + value
             if name == CACHE + "slots":
-                model = labels.get("model_name", "")
+                model = printable(labels.get("model_name", ""))
     return Sample(at, model, sample.values, sample.layers)
 
 
@@ -62,17 +73,31 @@ def read_sample(address: str) -> Sample:
         AdapMoEError: nobody answers, it is not vLLM, or it serves without the method.
     """
     url = metrics_url(address)
+    if not url.startswith(("http://", "https://")):
+        raise AdapMoEError(f"{url} is not the address of a server; give one like http://localhost:8000")
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
-            text = answer.read().decode()
-        sample = parse_sample(text, time.monotonic())
+        sample = parse_sample(_answer(url).decode(), time.monotonic())
     except urllib.error.HTTPError as error:
         raise AdapMoEError(f"{url} answers {error.code}: no vLLM server; give the address of one") from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         raise AdapMoEError(f"{url} cannot be read ({reason}); give the address of a running vLLM server") from None
     if not any(name.startswith("vllm:") for name in sample.values):
         raise AdapMoEError(f"{url} has no metrics of vLLM; give the address of a vLLM server")
-    if CACHE + "slots" not in sample.values:
+    if not {CACHE + "slots", CACHE + "resident_experts"} <= sample.values.keys():
         raise AdapMoEError(f"{url} serves without the expert cache; start it with --moe-method adapmoe")
     return sample
+
+
+def _answer(url: str) -> bytes:
+    """What is at a URL; whoever answers it may do so slowly, or without end."""
+    end = time.monotonic() + TIMEOUT
+    data = b""
+    with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+        while part := answer.read1(1 << 16):
+            data += part
+            if len(data) > ANSWER_BYTES:
+                raise ValueError(f"more than {ANSWER_BYTES} bytes")
+            if time.monotonic() > end:
+                raise ValueError(f"no whole answer in {TIMEOUT:.0f} s")
+    return data

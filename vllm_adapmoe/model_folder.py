@@ -1,0 +1,85 @@
+"""The folder of a checkpoint, looked at before libraries open what is in it."""
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.files import BadFile, parse_json, read_bytes
+
+CONFIG_BYTES, CONFIG_VALUES = 16 << 20, 1_000_000
+"""Of a `config.json` at most; some have a label for each of many classes."""
+MOST = 65_536
+"""Layers, experts or heads: whoever builds a model from its configuration makes an object of each."""
+
+
+def check_model_folder(folder: Path) -> Path:
+    """Returns the folder, if nothing in it would keep a reader of models from ever coming back.
+
+    Raises:
+        AdapMoEError: a pipe, socket or device among its files, or a `config.json` that no model has.
+    """
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise AdapMoEError(f"model={str(folder)!r} cannot be read ({error.strerror}); name a checkpoint") from None
+    for entry in entries:
+        try:
+            mode = entry.stat().st_mode
+        except OSError:  # a link to nowhere: a reader says so
+            continue
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise AdapMoEError(f"model={str(folder)!r}: {entry.name!r} in it is not a regular file; remove it")
+    if (folder / "config.json").exists():
+        read_model_config(folder)
+    return folder
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """Returns a model's `config.json`.
+
+    Raises:
+        AdapMoEError: there is none, or none that a model can be built from.
+    """
+    path = folder / "config.json"
+    try:
+        config = parse_json(read_bytes(path, CONFIG_BYTES), CONFIG_VALUES, strict=False)
+        if not isinstance(config, dict):
+            raise BadFile("is not an object")
+        for key, value in _numbers(config):
+            if value > MOST and any(word in key for word in ("layer", "expert", "head")):
+                raise BadFile(f"is not usable: {key} = {value} of {MOST} at most")
+    except BadFile as problem:
+        raise AdapMoEError(f"{str(path)!r} {problem}; name the folder of a checkpoint") from None
+    return config
+
+
+def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """Counts of things, by name: `num_hidden_layers`, however deep."""
+    left: list[Any] = [config]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            for key, one in value.items():
+                if isinstance(one, int) and key.startswith(("num_", "n_")):
+                    yield key, one
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+
+
+def vocabulary_size(folder: Path) -> int:
+    """Returns the number of token ids that a model knows.
+
+    Raises:
+        AdapMoEError: its configuration does not tell.
+    """
+    config = read_model_config(folder)
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        size = part.get("vocab_size")
+        if isinstance(size, int) and 2 < size < 1 << 31:
+            return size
+    raise AdapMoEError(f"{str(folder)!r} has no vocab_size in its config.json; name the folder of a checkpoint")

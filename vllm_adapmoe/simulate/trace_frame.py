@@ -1,0 +1,163 @@
+"""One frame of a trace: compressed arrays that are to fit each other and the model, and the steps in them."""
+
+import re
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from vllm_adapmoe.files import BadFile, parse_arrays, parse_json
+from vllm_adapmoe.prefetch.foresight import Foretold
+from vllm_adapmoe.simulate.trace import FRAME_BYTES, FRAME_STEPS, Step, TraceInfo
+
+NAMES = 1 << 20
+"""Names of requests at most."""
+ALWAYS = frozenset(("seconds", "rows", "names", "requests", "positions", "ids", "weights"))
+OTHERS = re.compile(
+    r"foretold\.(-1|[0-9]{1,4})\.([0-9]{1,4})\.(rows|ids|kept)|expected\.([0-9]{1,4})(?:\.of)?|begin(?:\.of)?"
+)
+
+Frame = dict[str, np.ndarray]
+
+
+def read_frame(data: bytes, info: TraceInfo) -> Iterator[Step]:
+    """The steps of a frame, which is checked before the first of them.
+
+    Raises:
+        BadFile: damaged, too large, or of another model.
+    """
+    return _steps(_checked(parse_arrays(_inflate(data)), info))
+
+
+def _inflate(data: bytes) -> bytes:
+    inflater = zlib.decompressobj()
+    try:
+        arrays = inflater.decompress(data, FRAME_BYTES + 1)
+    except zlib.error as error:
+        raise BadFile(f"is damaged ({error})") from None
+    if len(arrays) > FRAME_BYTES:
+        raise BadFile(f"has more than {FRAME_BYTES} bytes of arrays")
+    if not inflater.eof or inflater.unused_data:
+        raise BadFile("is damaged (it does not end where it should)")
+    return arrays
+
+
+def _checked(arrays: Frame, info: TraceInfo) -> Frame:
+    """A frame whose arrays fit each other and the model.
+
+    Raises:
+        BadFile: they do not.
+    """
+    layers, most = len(info.num_experts), max(info.num_experts)
+
+    def within(name: str, array: np.ndarray, least: int, limit: int) -> None:
+        if array.size and not (int(array.min()) >= least and int(array.max()) < limit):
+            raise BadFile(f"has {name!r} from {array.min()} to {array.max()}, not from {least} to {limit - 1}")
+
+    def chances(name: str, array: np.ndarray, experts: range) -> None:
+        if array.shape[1] not in experts:
+            raise BadFile(f"has an array {name!r} of {array.shape[1]} experts, of {most} at most")
+        if array.size and not (array.min() >= 0 and array.max() <= 1):
+            raise BadFile(f"has {name!r} from {array.min()} to {array.max()}, which are no chances")
+
+    def take(name: str, kinds: str, *shape: int) -> np.ndarray:
+        """An array of one of the `kinds` (numpy's letters), of this shape; -1: any."""
+        array = arrays.get(name)
+        if array is None:
+            raise BadFile(f"has no array {name!r}")
+        fits = array.ndim == len(shape) and all(
+            want in (-1, have) for want, have in zip(shape, array.shape, strict=True)
+        )
+        if not fits or array.dtype.kind not in kinds:
+            raise BadFile(f"has an array {name!r} that is {array.dtype} {list(array.shape)}")
+        if kinds == "b":
+            within(name, array.view(np.uint8), 0, 2)  # numpy counts any other byte as it comes
+        return array
+
+    rows = take("rows", "i", -1)
+    within("rows", rows, 1, 1 << 31)
+    steps, total = len(rows), int(rows.sum(dtype=np.int64))
+    if steps > FRAME_STEPS:
+        raise BadFile(f"has {steps} steps, of {FRAME_STEPS} at most")
+    if not np.isfinite(take("seconds", "f", steps)).all():
+        raise BadFile("has steps at no time")
+    names = parse_json(take("names", "u", -1).tobytes(), NAMES)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise BadFile("has names that are no list of texts")
+    within("requests", take("requests", "i", total), 0, len(names))
+    within("positions", take("positions", "i", total), 0, 1 << 31)
+    for number, ids in enumerate(take("ids", "u", layers, total, info.top_k)):
+        within(f"ids of layer {number}", ids, 0, info.num_experts[number])
+    take("weights", "f", layers, total, info.top_k)
+    for name in sorted(arrays.keys() - ALWAYS):
+        match = OTHERS.fullmatch(name)
+        if match is None:
+            raise BadFile(f"has an array {name!r} that no trace has")
+        layer, distance, part, expected = match.group(1, 2, 3, 4)
+        if part == "rows":
+            target = int(layer) + int(distance)
+            if not 0 <= target < layers or int(distance) < 1:
+                raise BadFile(f"has an array {name!r} of a layer that the model lacks")
+            prefix = name.removesuffix(".rows")
+            made = take(name, "i", steps)
+            within(name, made, -1, 1 << 31)
+            count = int(made[made > 0].sum(dtype=np.int64))
+            ids = take(f"{prefix}.ids", "u", count, -1)
+            within(prefix, ids, 0, info.num_experts[target])
+            if not 1 <= ids.shape[1] <= info.top_k:
+                raise BadFile(f"has an array {prefix!r} of {ids.shape[1]} experts of a token, of {info.top_k} at most")
+            take(f"{prefix}.kept", "b", *ids.shape)
+        elif part is not None:
+            take(f"foretold.{layer}.{distance}.rows", "i", steps)
+        elif expected is not None:
+            if int(expected) >= layers:
+                raise BadFile(f"has an array {name!r} of a layer that the model lacks")
+            of = take(f"expected.{expected}.of", "b", steps)
+            chances(name, take(f"expected.{expected}", "f", int(of.sum()), -1), range(1, most + 1))
+        else:
+            of = take("begin.of", "b", steps)
+            begin = take("begin", "f", int(of.sum()), -1, most)
+            chances(name, begin.reshape(-1, most), range(most, most + 1))
+            if begin.shape[1] > layers:
+                raise BadFile(f"has an array {name!r} of {begin.shape[1]} layers, of {layers} at most")
+    return arrays
+
+
+def _steps(arrays: Frame) -> Iterator[Step]:
+    """The steps of a checked frame."""
+    names = parse_json(arrays["names"].tobytes(), NAMES)
+    foretold: list[dict[tuple[int, int], Foretold]] = [{} for _ in arrays["rows"]]
+    for name in arrays:
+        if name.startswith("foretold.") and name.endswith(".rows"):
+            prefix = name.removesuffix(".rows")
+            _, layer, distance = prefix.split(".")
+            start = 0
+            for number, rows in enumerate(arrays[name].tolist()):
+                if rows >= 0:
+                    made = [arrays[f"{prefix}.{part}"][start : start + rows] for part in ("ids", "kept")]
+                    foretold[number][int(layer), int(distance)] = Foretold(made[0], made[1])
+                    start += rows
+    expected: list[dict[int, np.ndarray]] = [{} for _ in arrays["rows"]]
+    for name in arrays:
+        if name.startswith("expected.") and name.endswith(".of"):
+            prefix = name.removesuffix(".of")
+            for number, chances in zip(np.flatnonzero(arrays[name]).tolist(), arrays[prefix], strict=True):
+                expected[number][int(prefix.removeprefix("expected."))] = chances
+    begin: list[np.ndarray | None] = [None for _ in arrays["rows"]]
+    if "begin" in arrays:
+        for number, chances in zip(np.flatnonzero(arrays["begin.of"]).tolist(), arrays["begin"], strict=True):
+            begin[number] = chances
+    start = 0
+    for number, rows in enumerate(arrays["rows"].tolist()):
+        here = slice(start, start + rows)
+        start += rows
+        yield Step(
+            seconds=float(arrays["seconds"][number]),
+            requests=[names[index] for index in arrays["requests"][here].tolist()],
+            positions=arrays["positions"][here],
+            ids=arrays["ids"][:, here],
+            weights=arrays["weights"][:, here],
+            foretold=foretold[number],
+            expected=expected[number],
+            begin=begin[number],
+        )
