@@ -1,6 +1,7 @@
 """The `adapmoe` command."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,18 @@ from rich.console import Console
 
 from vllm_adapmoe.bench.record import write
 from vllm_adapmoe.cli_doctor import doctor
-from vllm_adapmoe.cli_options import Batch, Model, Output, OutputTokens, PromptTokens, Rounds, Text, numbers
+from vllm_adapmoe.cli_keys import fold_keys
+from vllm_adapmoe.cli_options import (
+    Batch,
+    CacheSettings,
+    Model,
+    Output,
+    OutputTokens,
+    PromptTokens,
+    Rounds,
+    Text,
+    numbers,
+)
 from vllm_adapmoe.cli_plan import plan, transfer
 from vllm_adapmoe.cli_serve import serve, soak
 from vllm_adapmoe.cli_top import top
@@ -55,9 +67,7 @@ def calibrate(
     tokens: Annotated[int, typer.Option(min=512, help="Tokens of the data to use.")] = 65_536,
     sequence_length: Annotated[int, typer.Option(min=16, help="Tokens of one sequence.")] = 256,
     seed: Annotated[int, typer.Option(help="Of the choice of sequences.")] = 0,
-    adapmoe_config: Annotated[
-        str | None, typer.Option(help="Expert cache of the engine: JSON or file. Default: as memory demands.")
-    ] = None,
+    adapmoe_config: CacheSettings = None,
 ) -> None:
     """Measures a model: what its layers lose when experts are dropped, and how it routes."""
     _quieten_vllm()
@@ -80,9 +90,7 @@ def evaluate(
     ] = None,
     tokens: Annotated[int, typer.Option(min=512, help="Tokens of the data to use.")] = 65_536,
     sequence_length: Annotated[int, typer.Option(min=16, help="Tokens of one sequence.")] = 256,
-    adapmoe_config: Annotated[
-        str | None, typer.Option(help="Expert cache of the engine: JSON or file. Default: as memory demands.")
-    ] = None,
+    adapmoe_config: CacheSettings = None,
     output: Output = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file for the plot.")] = None,
 ) -> None:
@@ -300,7 +308,7 @@ def main() -> None:
     """Entry point; a mistake of the user is one line and exit code 1."""
     try:
         try:
-            app()
+            app(args=[*fold_keys(sys.argv[1:])])
         except ImportError as error:
             from vllm_adapmoe.integration.version_check import explain_import_error
 

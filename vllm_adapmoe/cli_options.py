@@ -18,6 +18,11 @@ Batch = Annotated[int, typer.Option(min=1, help="Requests in a batch.")]
 Text = Annotated[
     Path | None, typer.Option(help="Folder of *.txt to take prompts from; default: random tokens.", exists=True)
 ]
+CacheSettings = Annotated[
+    list[str] | None,
+    typer.Option(help="Expert cache of the engine: JSON, a file, single keys as in --adapmoe-config.cache_gb 8. "
+                 "Default: as memory demands."),
+]  # fmt: skip
 PromptTokens = Annotated[int, typer.Option(min=1)]
 OutputTokens = Annotated[int, typer.Option(min=2)]
 

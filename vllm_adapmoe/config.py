@@ -1,16 +1,14 @@
 """What a user may set: `additional_config["adapmoe"]`, validated."""
 
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from vllm_adapmoe.config_merge import BUDGETS, LIMITS, merged
 from vllm_adapmoe.files import BadFile, parse_json, read_json
 from vllm_adapmoe.printable import OneLineError
-
-BUDGETS = ("cache_gb", "cache_fraction", "cache_experts")
-LIMITS = ("threshold", "target_experts", "max_loss_increase")
-
 
 CONFIG_BYTES, CONFIG_VALUES = 1 << 20, 1000
 """Of a configuration file, which has some twenty keys."""
@@ -144,16 +142,14 @@ class AdapMoEConfig(BaseModel):
     def parse(cls, value: Any) -> Self:
         """Validates what a user gave: None, a mapping, a JSON object as text, or the path of a JSON file.
 
+        A list of those is merged (`merged`): of a key that several have, the last one's value counts.
+
         Raises:
             AdapMoEError: unreadable file, malformed JSON, unknown key, wrong type or impossible value.
         """
         if isinstance(value, cls):
             return value
-        given = {} if value is None else _read(value) if isinstance(value, str | Path) else value
-        if not isinstance(given, dict):
-            raise AdapMoEError(
-                f"adapmoe_config={_shown(given)} is not a mapping of keys; pass a dict, a JSON object or a file"
-            )
+        given = _mapping(value)
         try:
             return cls.model_validate(given)
         except ValidationError as error:
@@ -170,6 +166,17 @@ class AdapMoEConfig(BaseModel):
     def transport(self) -> dict[str, Any]:
         """The plain JSON form carried to every process in `additional_config["adapmoe"]`."""
         return self.model_dump(mode="json", exclude_defaults=True)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if isinstance(value, list | tuple):
+        return reduce(merged, map(_mapping, value), {})
+    given = {} if value is None else _read(value) if isinstance(value, str | Path) else value
+    if not isinstance(given, dict):
+        raise AdapMoEError(
+            f"adapmoe_config={_shown(given)} is not a mapping of keys; pass a dict, a JSON object or a file"
+        )
+    return given
 
 
 def _read(value: str | Path) -> Any:

@@ -18,7 +18,10 @@ pytestmark = pytest.mark.versions
 BIN = Path(sys.executable).parent
 VERSION = importlib.metadata.version("vllm")
 PATCHES = sorted((ROOT / "patches" / f"vllm-{VERSION.rpartition('.')[0]}").glob("*.patch"))
-CONFIG = {"cache_experts": 48, "store": "host"}
+CONFIG = {"cache_experts": 48, "store": "host", "prefetch": {"lookahead": 2, "max_experts": 3}}
+FILE = {"cache_fraction": 0.1, "store": "host", "prefetch": {"lookahead": 5, "max_experts": 3}}
+KEYS = ("--adapmoe-config.cache_experts", "48", "--adapmoe-config.prefetch.lookahead", "2")
+"""Single keys that make `CONFIG` of `FILE`."""
 SUMMARY = """
 import json
 from vllm_adapmoe.integration.edits import EDITS
@@ -45,8 +48,19 @@ WAYS = (
     + f"""
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
-import dataclasses, pickle
-MODEL, CONFIG = {str(TINY_MIXTRAL)!r}, {CONFIG!r}
+import dataclasses, os, pickle
+MODEL, CONFIG, FILE, KEYS = {str(TINY_MIXTRAL)!r}, {CONFIG!r}, {FILE!r}, {KEYS!r}
+from pathlib import Path
+from tempfile import mkdtemp
+import yaml
+folder = Path(mkdtemp(dir=os.environ.get("TMPDIR")))
+file, whole, nested, single = (folder / name for name in ("f.json", "whole.yaml", "nested.yaml", "single.yaml"))
+file.write_text(json.dumps(FILE))
+whole.write_text(yaml.safe_dump({{"moe_method": "adapmoe", "adapmoe-config": str(file)}}))
+nested.write_text(yaml.safe_dump({{"moe-method": "adapmoe", "adapmoe_config": FILE}}))
+single.write_text(yaml.safe_dump({{"moe-method": "adapmoe", "adapmoe-config": str(file),
+                                  "adapmoe-config.cache_experts": 48, "adapmoe-config.prefetch.lookahead": 2}}))
+JSON_KEYS = json.dumps({{"cache_experts": 48, "prefetch": {{"lookahead": 2}}}})
 
 def from_flags(*flags):
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
@@ -61,7 +75,22 @@ ways = {{
     "additional": EngineArgs(model=MODEL, additional_config={{"adapmoe": CONFIG}}),
     "json flag": from_flags("--moe-method", "adapmoe", "--adapmoe-config", json.dumps(CONFIG)),
     "dotted flags": from_flags("--moe-method", "adapmoe", "--adapmoe-config.cache_experts", "48",
-                               "--adapmoe-config.store", "host"),
+                               "--adapmoe-config.store", "host", "--adapmoe-config.prefetch",
+                               json.dumps(CONFIG["prefetch"])),
+    "file, then keys": from_flags("--moe-method", "adapmoe", "--adapmoe-config", str(file), *KEYS),
+    "keys, then file": from_flags(*KEYS, f"--adapmoe-config={{file}}", "--moe-method=adapmoe"),
+    "json, then keys": from_flags("--moe_method", "adapmoe", "--adapmoe_config", json.dumps(FILE),
+                                  "--adapmoe_config.cache_experts=48", "--adapmoe_config.prefetch.lookahead=2"),
+    "file, then json": from_flags("--moe-method", "adapmoe", "--adapmoe-config", str(file),
+                                  "--adapmoe-config", JSON_KEYS),
+    "file named in yaml": from_flags("--config", str(whole), *KEYS),
+    "yaml": from_flags("--config", str(nested), *KEYS),
+    "yaml, then json": from_flags("--config", str(nested), "--adapmoe-config", JSON_KEYS),
+    "keys in yaml": from_flags("--config", str(single)),
+    "python, file and keys": EngineArgs(model=MODEL, moe_method="adapmoe",
+                                        adapmoe_config=[str(file), json.loads(JSON_KEYS)]),
+    "additional, file and keys": EngineArgs(model=MODEL,
+                                            additional_config={{"adapmoe": [str(file), json.loads(JSON_KEYS)]}}),
     "underscores": from_flags("--moe_method", "adapmoe", "--adapmoe_config", json.dumps(CONFIG)),
 }}
 stock = summary(EngineArgs(model=MODEL).create_engine_config())
@@ -169,6 +198,14 @@ PARSE_ERRORS = {
     "larger than the device": (["--adapmoe-config.cache_experts", "48", "--kv-cache-memory-bytes", "1T"], " bytes ("),
     "two budgets": (["--adapmoe-config", '{"cache_gb": 1, "cache_experts": 8}'], "cache_gb=1.0, cache_experts=8"),
     "missing file": (["--adapmoe-config", "/no/such.json"], "/no/such.json"),
+    "two budgets in single keys": (
+        ["--adapmoe-config.cache_gb", "1", "--adapmoe-config.cache_experts", "8"],
+        "cache_gb=1.0, cache_experts=8",
+    ),
+    "unknown nested key": (
+        ["--adapmoe-config", '{"cache_experts": 48}', "--adapmoe-config.prefetch.ahead", "2"],
+        "'prefetch.ahead' is not known",
+    ),
     "too few slots": (["--adapmoe-config.cache_experts", "1"], "cache_experts=1"),
     "too many slots": (["--adapmoe-config.cache_experts", "97"], "cache_experts=97"),
     "store_dir is a file": (["--adapmoe-config.store_dir", __file__], "store_dir="),

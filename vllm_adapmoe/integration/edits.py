@@ -23,7 +23,8 @@ class EngineFields:
     """M1: what `EngineArgs` gains, so that flags, `LLM(...)` and Ray's engine arguments accept it."""
 
     moe_method: str | None = None
-    adapmoe_config: dict[str, Any] | str | None = None
+    adapmoe_config: dict[str, Any] | str | list[dict[str, Any] | str] | None = None
+    """A list: merged, the last one's keys win."""
 
 
 @dataclasses.dataclass
@@ -75,9 +76,11 @@ def edit_engine_args(module: ModuleType) -> None:
         )
         group.add_argument(
             "--adapmoe-config",
+            # vLLM's parser makes one more of these of all single keys, and puts it last.
+            action="append",
             default=None,
             help="Configuration of the adapmoe method: a JSON file, a JSON object, or single keys as in "
-            "--adapmoe-config.cache_gb 8",
+            "--adapmoe-config.cache_gb 8. Several are merged: single keys win, then the last.",
         )
         return parser
 
