@@ -22,7 +22,7 @@ class AdapMoEError(OneLineError, ValueError):
 
 def _path(text: str) -> str:
     if "\0" in text:
-        raise ValueError("a path has no NUL in it")
+        raise ValueError("a path should have no NUL in it")
     return text
 
 
@@ -157,7 +157,8 @@ class AdapMoEConfig(BaseModel):
         try:
             return cls.model_validate(given)
         except ValidationError as error:
-            raise AdapMoEError(_one_line(error, cls)) from None
+            where = f" (in {str(value)!r})" if isinstance(value, str | Path) and not _is_inline(value) else ""
+            raise AdapMoEError(_one_line(error, cls) + where) from None
 
     @property
     def automatic(self) -> bool:
@@ -172,9 +173,12 @@ class AdapMoEConfig(BaseModel):
         return self.model_dump(mode="json", exclude_defaults=True)
 
 
+def _is_inline(value: str | Path) -> bool:
+    return str(value).lstrip().startswith("{")
+
+
 def _read(value: str | Path) -> Any:
-    text = str(value)
-    inline = text.lstrip().startswith("{")
+    text, inline = str(value), _is_inline(value)
     source = "adapmoe_config" if inline else f"adapmoe_config file {text!r}"
     try:
         return parse_json(text, CONFIG_VALUES) if inline else read_json(text, CONFIG_BYTES, CONFIG_VALUES)
