@@ -26,6 +26,7 @@ from vllm_adapmoe.cli_plan import plan, transfer
 from vllm_adapmoe.cli_serve import serve, soak
 from vllm_adapmoe.cli_top import top
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
+from vllm_adapmoe.model_folder import check_named_model
 from vllm_adapmoe.printable import OneLineError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Expert offloading for vLLM.")
@@ -48,6 +49,7 @@ def pack(
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="As in `vllm serve`.")] = 1,
 ) -> None:
     """Packs a model's experts into the file that `vllm serve --moe-method adapmoe` reads them from."""
+    check_named_model(model)
     from vllm_adapmoe.integration.packing import pack_experts
 
     folder = pack_experts(

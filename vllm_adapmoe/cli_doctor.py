@@ -13,6 +13,8 @@ from rich.console import Console
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.doctor.finding import Finding, print_findings, serves
 from vllm_adapmoe.integration.version_check import explain_import_error
+from vllm_adapmoe.model_folder import check_named_model
+from vllm_adapmoe.printable import printable
 
 
 def doctor(
@@ -62,5 +64,10 @@ def _findings(model: str | None, store_dir: Path | None) -> Iterator[Finding]:
         yield from check_machine(device)
         yield from check_disk(store_dir, needed=device == "cpu")
         if model is not None:
-            yield from check_model(model, store_dir)
+            try:
+                check_named_model(model)
+            except AdapMoEError as error:
+                yield Finding(f"Model {printable(model)}", "problem", str(error), fails=f"serving {model}: {error}")
+            else:
+                yield from check_model(model, store_dir)
     yield from check_extras()

@@ -9,6 +9,12 @@ import typer
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.model_folder import check_model_folder
 
+
+def check_any_model(folder: Path | None) -> Path | None:
+    """`check_model_folder`, where a model is named."""
+    return None if folder is None else check_model_folder(folder)
+
+
 Model = Annotated[
     Path, typer.Argument(help="Folder of a checkpoint.", exists=True, file_okay=False, callback=check_model_folder)
 ]

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from vllm_adapmoe.bench.record import write
-from vllm_adapmoe.cli_options import Model, Output, numbers
+from vllm_adapmoe.cli_options import Model, Output, check_any_model, numbers
 from vllm_adapmoe.config import AdapMoEError
 
 StoreDir = Annotated[Path | None, typer.Option(help="Folder of the packed file; default: vLLM's cache.")]
@@ -77,7 +77,10 @@ def plan(
 
 def transfer(
     model: Annotated[
-        Path | None, typer.Argument(help="Folder of a checkpoint, to read its pack.", exists=True, file_okay=False)
+        Path | None,
+        typer.Argument(
+            help="Folder of a checkpoint, to read its pack.", exists=True, file_okay=False, callback=check_any_model
+        ),
     ] = None,
     record_mib: Annotated[
         str, typer.Option(help="Records of a pack of random bytes, MiB, comma-separated; without MODEL.")

@@ -20,7 +20,7 @@ class AdapMoEError(OneLineError, ValueError):
 
 def _path(text: str) -> str:
     if "\0" in text:
-        raise ValueError("a path has no NUL in it")
+        raise ValueError("a path should have no NUL in it")
     return text
 
 
@@ -153,7 +153,7 @@ class AdapMoEConfig(BaseModel):
         try:
             return cls.model_validate(given)
         except ValidationError as error:
-            raise AdapMoEError(_one_line(error, cls)) from None
+            raise AdapMoEError(_one_line(error, cls) + _where(value)) from None
 
     @property
     def automatic(self) -> bool:
@@ -179,9 +179,18 @@ def _mapping(value: Any) -> dict[str, Any]:
     return given
 
 
+def _where(value: Any) -> str:
+    """Names the file, where one was given and nothing else."""
+    [source] = value if isinstance(value, list | tuple) and len(value) == 1 else [value]
+    return f" (in {str(source)!r})" if isinstance(source, str | Path) and not _is_inline(source) else ""
+
+
+def _is_inline(value: str | Path) -> bool:
+    return str(value).lstrip().startswith("{")
+
+
 def _read(value: str | Path) -> Any:
-    text = str(value)
-    inline = text.lstrip().startswith("{")
+    text, inline = str(value), _is_inline(value)
     source = "adapmoe_config" if inline else f"adapmoe_config file {text!r}"
     try:
         return parse_json(text, CONFIG_VALUES) if inline else read_json(text, CONFIG_BYTES, CONFIG_VALUES)

@@ -29,6 +29,10 @@ class BadFile(ValueError):
     """What is wrong with a file, without its name: `cannot be read (Permission denied)`, `is not valid JSON (..)`."""
 
 
+class NoFile(BadFile):
+    """There is no file of that name."""
+
+
 def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
     """Opens a regular file; returns its descriptor.
 
@@ -61,6 +65,8 @@ def open_binary(path: str | Path) -> io.BufferedReader:
     """
     try:
         return io.BufferedReader(io.FileIO(open_regular(path)))
+    except FileNotFoundError as error:
+        raise NoFile(f"cannot be read ({error.strerror})") from None
     except OSError as error:
         raise BadFile(f"cannot be read ({error.strerror})") from None
 

@@ -37,6 +37,16 @@ def check_model_folder(folder: Path) -> Path:
     return folder
 
 
+def check_named_model(model: str) -> None:
+    """Checks a model that is named by its folder; of a hub's name nothing is known here.
+
+    Raises:
+        AdapMoEError: as `check_model_folder`.
+    """
+    if os.path.isdir(model):
+        check_model_folder(Path(model))
+
+
 def read_model_config(folder: Path) -> dict[str, Any]:
     """Returns a model's `config.json`.
 

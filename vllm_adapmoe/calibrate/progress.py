@@ -11,7 +11,7 @@ from safetensors.numpy import save
 
 from vllm_adapmoe.calibrate.statistics import Sums
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.files import BadFile, parse_arrays, read_bytes
+from vllm_adapmoe.files import BadFile, NoFile, parse_arrays, read_bytes
 
 SETTINGS = "settings"
 DIGEST_SIZE = 32
@@ -34,8 +34,6 @@ class Progress:
         self.settings = json.dumps(settings, sort_keys=True).encode()
         self.done: dict[str, Sums] = {}
         self.resumed = False
-        if not os.path.lexists(path):
-            return
         try:
             data = read_bytes(path, most)
             if path.stat().st_uid != os.geteuid():
@@ -43,6 +41,8 @@ class Progress:
             arrays = parse_arrays(data[DIGEST_SIZE:])
             if data[:DIGEST_SIZE] != _digest(data[DIGEST_SIZE:]) or SETTINGS not in arrays:
                 raise BadFile("is damaged")
+        except NoFile:
+            return
         except BadFile as problem:
             raise AdapMoEError(
                 f"the calibration to go on with, {str(path)!r}, {problem}; remove it to begin anew"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from vllm_adapmoe.files import BadFile, parse_arrays, parse_json
+from vllm_adapmoe.files import HEADER_BYTES, BadFile, parse_arrays, parse_json
 from vllm_adapmoe.prefetch.foresight import Foretold
 from vllm_adapmoe.simulate.trace import FRAME_BYTES, FRAME_STEPS, Step, TraceInfo
 
@@ -32,6 +32,9 @@ def read_frame(data: bytes, info: TraceInfo) -> Iterator[Step]:
 def _inflate(data: bytes) -> bytes:
     inflater = zlib.decompressobj()
     try:
+        # Before a megabyte becomes many: how the arrays begin.
+        if not 2 <= int.from_bytes(zlib.decompressobj().decompress(data, 8), "little") <= HEADER_BYTES:
+            raise BadFile("is damaged (no arrays)")
         arrays = inflater.decompress(data, FRAME_BYTES + 1)
     except zlib.error as error:
         raise BadFile(f"is damaged ({error})") from None

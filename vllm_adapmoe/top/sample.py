@@ -1,7 +1,6 @@
 """One reading of a server's `/metrics`."""
 
 import http.client
-import math
 import time
 import urllib.error
 import urllib.request
@@ -15,6 +14,8 @@ from vllm_adapmoe.printable import printable
 TIMEOUT = 5.0
 """Seconds for an answer, whole."""
 ANSWER_BYTES = 64 << 20
+MOST = 1e18
+"""Of a counter; a server counts bytes in years."""
 LAYERS = 4096
 """More than any model has; each is a line of the view."""
 CACHE = "vllm:adapmoe_"
@@ -45,7 +46,7 @@ def parse_sample(text: str, at: float) -> Sample:
         for name, labels, value, *_ in family.samples:
             if name.endswith(("_bucket", "_created")):
                 continue
-            if not math.isfinite(value):
+            if not abs(value) < MOST:  # NaN, too
                 value = 0.0
             if "layer" in labels and name.startswith(CACHE):
                 by_layer = sample.layers.setdefault(name.removeprefix(CACHE + "layer_"), {})
