@@ -19,7 +19,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from vllm_adapmoe.checkpoint import checkpoint_hash
 from vllm_adapmoe.heads import heads_path
 from vllm_adapmoe.profile import ModelProfile
 
@@ -94,6 +93,8 @@ def main() -> None:
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (args.output / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     if args.profile is not None:  # the same function routes and loses the same; only the checkpoint is another
+        from vllm_adapmoe.integration.identity import checkpoint_hash
+
         profile = ModelProfile.load(args.profile)
         info = profile.model.model_copy(update={"name": args.output.name, "hash": checkpoint_hash(args.output)})
         profile.model_copy(update={"model": info}).save(args.output / "profile.json")

@@ -1,10 +1,9 @@
-"""What the folder of a checkpoint holds: a hash that tells one from another, and sizes from its configuration."""
+"""What the folder of a checkpoint holds: sizes of the model, from its configuration."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from blake3 import blake3
 
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.memory_plan import ModelSize, StepSize
@@ -12,29 +11,12 @@ from vllm_adapmoe.profile import ModelInfo
 from vllm_adapmoe.store.record import align
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth")
-SAMPLES = 64
-BLOCK = 4096
 TOP_K = ("num_experts_per_tok", "moe_topk", "num_experts_per_token")
 
 
-def checkpoint_hash(folder: Path) -> str:
-    """Hash of a checkpoint's configuration and weights.
-
-    Hashing every byte would cost as much as loading them, so of each weight file it takes the name, the size, the
-    first block (with safetensors: names, types and places of the tensors) and evenly spread samples.
-    """
-    digest = blake3()
-    config = folder / "config.json"
-    if config.is_file():
-        digest.update(config.read_bytes())
-    for path in sorted(path for pattern in WEIGHT_FILES for path in folder.glob(pattern)):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as file:
-            for sample in range(SAMPLES):
-                file.seek(max(0, size - BLOCK) * sample // (SAMPLES - 1))
-                digest.update(file.read(BLOCK))
-    return digest.hexdigest()[:32]
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has more of a checkpoint than its configuration."""
+    return any(next(folder.glob(pattern), None) for pattern in WEIGHT_FILES)
 
 
 def measure_checkpoint(
@@ -48,7 +30,7 @@ def measure_checkpoint(
         expert_bits: bits of a weight of a routed expert, scales included; None: those of `dtype`.
 
     Returns:
-        The model as a profile names it, with a hash if there are weights, and its sizes.
+        The model as a profile names it, without a hash, and its sizes.
 
     Raises:
         AdapMoEError: no configuration, or one that transformers cannot build or that has no routed experts.
@@ -71,7 +53,6 @@ def measure_checkpoint(
     read = other if output is None or output.weight is embedding else other - embedding.numel()
     info = ModelInfo(
         name=folder.resolve().name,
-        hash=checkpoint_hash(folder) if any(next(folder.glob(one), None) for one in WEIGHT_FILES) else None,
         architecture=architectures[0],
         hidden_size=config.hidden_size,
         num_layers=len(layers),

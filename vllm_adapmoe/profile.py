@@ -105,7 +105,7 @@ class LayerProfile(Strict):
 
 
 class ModelInfo(Strict):
-    """Which model the profile is of. `hash` is that of the checkpoint; None where only the shape is known."""
+    """Which model the profile is of. `hash` is of every byte of it (`SourceFiles`); None: only the shape is known."""
 
     name: Text
     hash: Text | None = None
@@ -208,14 +208,14 @@ class ModelProfile(Strict):
         temporary.replace(path)
 
     def check(self, model: ModelInfo, path: str) -> None:
-        """Refuses a profile of another model.
+        """Refuses a profile of another model; without a hash, the shape has to do.
 
         Raises:
             AdapMoEError: names what differs.
         """
         mine = self.model
         keys: tuple[str, ...] = ("architecture", "num_layers", "num_experts", "top_k", "hidden_size")
-        if mine.hash is not None:
+        if mine.hash is not None and model.hash is not None:
             keys = (*keys, "hash")
         for key in keys:
             own, other = getattr(mine, key), getattr(model, key)

@@ -1,12 +1,13 @@
 """A pack is whole or not there, whoever is killed, waits or runs out of space."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +17,9 @@ import torch
 from tests.store.test_stores import IDENTITY, assert_same, layer, pack, read_all
 from vllm_adapmoe.store.base import StoreError
 from vllm_adapmoe.store.file import FileStore, PackInvalid, PackMissing, open_pack
+from vllm_adapmoe.store.file_hash import hash_bytes
 from vllm_adapmoe.store.pack_writer import PackWriter
+from vllm_adapmoe.store.record import ALIGNMENT, RecordLayout
 
 PACK = """
 import sys, torch
@@ -69,26 +72,131 @@ def waiting(caplog: pytest.LogCaptureFixture):
         yield start
 
 
-def test_a_killed_pack_leaves_nothing_that_looks_whole(tmp_path, waiting):
-    path = tmp_path / "experts.pack"
-    packer = start_packing(path, 10**6)
-    go(packer)
+def wait_for_bytes(folder: Path, nbytes: int) -> None:
     deadline = time.monotonic() + 60
-    while sum(file.stat().st_size for file in tmp_path.iterdir()) < 20 << 20:
+    while sum(file.stat().st_size for file in folder.glob("*.partial")) < nbytes:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    (partial,) = tmp_path.iterdir()
+
+
+def full_layers(first: int, end: int) -> dict[int, dict[str, torch.Tensor]]:
+    """What `PACK` packs."""
+    return {index: {"w": torch.full((8, 512, 512), float(index))} for index in range(first, end)}
+
+
+def test_a_killed_pack_leaves_nothing_that_looks_whole_and_is_gone_on_with(tmp_path, waiting):
+    path, other = tmp_path / "experts.pack", tmp_path / "other" / "experts.pack"
+    packer = start_packing(path, 10**6)
+    go(packer)
+    wait_for_bytes(tmp_path, 20 << 20)
+    partial = tmp_path / "experts.pack.partial"
     with pytest.raises(PackMissing):
         open_pack(path, IDENTITY)
     with pytest.raises(PackInvalid):
         open_pack(partial, {})
-    next_pack = waiting(put_and_seal, path, [layer(0)])
+    next_writer = waiting(PackWriter, path, IDENTITY, 1)
     packer.send_signal(signal.SIGKILL)
     packer.wait()
-    store = next_pack.result(timeout=60)
-    assert_same(read_all(store), [layer(0)])
+    writer = next_writer.result(timeout=60)
+    whole = len(writer.packed)
+    assert list(writer.packed) == list(range(whole)) and whole >= 2
+    assert writer.layout(1) == RecordLayout.of(full_layers(1, 2)[1])
+    assert writer.measure_rate() > 0
+    for index, tensors in full_layers(whole, whole + 2).items():
+        writer.put_layer(index, tensors)
+    store = writer.seal()
+    assert_same(read_all(store), list(full_layers(0, whole + 2).values()))
     store.close()
     assert [file.name for file in tmp_path.iterdir()] == ["experts.pack"]
+    put_and_seal(other, list(full_layers(0, whole + 2).values())).close()
+    assert path.read_bytes() == other.read_bytes()
+
+
+def leave_three_layers(path: Path) -> int:
+    """What a killed writer of layers 0 to 2 leaves; returns the bytes of a layer."""
+    writer = PackWriter(path, IDENTITY, expected_bytes=1)
+    for index in range(3):
+        writer.put_layer(index, layer(index))
+    writer._file.close()
+    return (path.with_name("experts.pack.partial").stat().st_size - ALIGNMENT) // 3
+
+
+def flip(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def last_line(journal: Path, change: Callable[[dict], object]) -> None:
+    """Changes the journal's last line, and gives it the right checksum."""
+    lines = journal.read_bytes().splitlines()
+    content = json.loads(lines[-1].partition(b" ")[2])
+    change(content)
+    text = json.dumps(content).encode()
+    journal.write_bytes(b"\n".join([*lines[:-1], hash_bytes(text).encode() + b" " + text]) + b"\n")
+
+
+LEFT = {
+    "as it was": (lambda partial, journal, nbytes: None, 3),
+    "torn line": (lambda partial, journal, nbytes: os.truncate(journal, journal.stat().st_size - 9), 2),
+    "half a layer more": (lambda partial, journal, nbytes: os.truncate(partial, ALIGNMENT + 3 * nbytes + 4096), 3),
+    "last record not on the disk": (lambda partial, journal, nbytes: os.truncate(partial, 3 * nbytes), 2),
+    "flipped bit in layer 1": (lambda partial, journal, nbytes: flip(partial, ALIGNMENT + nbytes + 5), 1),
+    "flipped bit in the journal": (lambda partial, journal, nbytes: flip(journal, journal.stat().st_size // 2), None),
+    "no journal": (lambda partial, journal, nbytes: journal.unlink(), 0),
+    "no partial file": (lambda partial, journal, nbytes: partial.unlink(), 0),
+    "empty journal": (lambda partial, journal, nbytes: journal.write_bytes(b""), 0),
+    "absurd record": (
+        lambda partial, journal, nbytes: last_line(
+            journal, lambda content: content["layout"][0].update(shape=[1 << 40, 1 << 20])
+        ),
+        2,
+    ),
+    "absurd offset": (
+        lambda partial, journal, nbytes: last_line(journal, lambda content: content.update(offset=-(1 << 70))),
+        2,
+    ),
+    "another kind of line": (
+        lambda partial, journal, nbytes: last_line(journal, lambda content: content.update(digests=7)),
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LEFT)
+def test_what_a_killed_writer_left_is_checked(case, tmp_path):
+    path = tmp_path / "experts.pack"
+    nbytes = leave_three_layers(path)
+    damage, whole = LEFT[case]
+    damage(path.with_name("experts.pack.partial"), path.with_name("experts.pack.partial.journal"), nbytes)
+    writer = PackWriter(path, IDENTITY, expected_bytes=1)
+    kept = len(writer.packed)
+    assert kept < 3 if whole is None else kept == whole
+    for index in range(kept, 3):
+        writer.put_layer(index, layer(index))
+    store = writer.seal()
+    assert_same(read_all(store), [layer(index) for index in range(3)])
+    store.close()
+    assert [file.name for file in tmp_path.iterdir()] == ["experts.pack"]
+
+
+def test_what_a_killed_writer_of_another_pack_left_is_written_over(tmp_path):
+    path = tmp_path / "experts.pack"
+    leave_three_layers(path)
+    writer = PackWriter(path, IDENTITY | {"vllm": "2"}, expected_bytes=1)
+    assert not writer.packed and writer.bytes_left == 1
+    writer.abort()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_space_for_the_rest_keeps_what_is_packed(small_disk):
+    path = small_disk / "experts.pack"
+    leave_three_layers(path)
+    with pytest.raises(StoreError, match="free some space"):
+        PackWriter(path, IDENTITY, expected_bytes=1 << 30)
+    writer = PackWriter(path, IDENTITY, expected_bytes=1)
+    assert len(writer.packed) == 3
+    writer.abort()
 
 
 def test_two_processes_make_one_pack(tmp_path):

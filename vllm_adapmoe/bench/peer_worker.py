@@ -230,7 +230,7 @@ def prepare(spec: Spec) -> None:
     """Makes the GGUF file, or packs the experts, unless they are there and of this checkpoint."""
     if spec.contender == "llama.cpp":
         from vllm_adapmoe.bench.gguf_export import export, exported_from
-        from vllm_adapmoe.checkpoint import checkpoint_hash
+        from vllm_adapmoe.integration.identity import checkpoint_hash
 
         path, source = Path(spec.files) / GGUF, checkpoint_hash(Path(spec.model))
         if exported_from(path) != source:

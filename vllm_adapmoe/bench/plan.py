@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vllm_adapmoe.bench.link import measure_link, measure_weights
-from vllm_adapmoe.checkpoint import measure_checkpoint, measure_step
+from vllm_adapmoe.checkpoint import has_weights, measure_checkpoint, measure_step
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.memory_plan import (
     Estimate,
@@ -64,10 +64,11 @@ def run_plan(question: Question) -> dict[str, Any]:
     profile = None if question.profile is None else ModelProfile.load(question.profile)
     info, _ = measure_checkpoint(question.model, dtype, (question.expert_bits or [16.0])[0])
     if profile is not None:
-        # A folder without weights has no hash: then the shape has to do.
-        profile.check(
-            info if info.hash else info.model_copy(update={"hash": profile.model.hash}), str(question.profile)
-        )
+        profile.check(info, str(question.profile))
+        if profile.model.hash is not None and has_weights(question.model):
+            from vllm_adapmoe.integration.identity import checkpoint_hash
+
+            profile.check(info.model_copy(update={"hash": checkpoint_hash(question.model)}), str(question.profile))
     reserve = _reserve(question, dtype)
     if question.allocation == "profile" and not has_statistics(profile):
         raise AdapMoEError("--allocation=profile needs a --profile with statistics of routing; see adapmoe calibrate")

@@ -15,14 +15,15 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm_adapmoe.cache.budget import GiB
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.doctor.finding import Finding
-from vllm_adapmoe.integration.identity import model_identity
-from vllm_adapmoe.integration.loading import pack_folder
+from vllm_adapmoe.integration.identity import load_identity, source_files
 from vllm_adapmoe.integration.model_check import expert_bytes_of, feature_checks
 from vllm_adapmoe.integration.model_info import count_moe_layers
+from vllm_adapmoe.integration.pack_store import open_valid, pack_folder, pack_names
 from vllm_adapmoe.integration.switch import METHOD, WORKERS
 from vllm_adapmoe.integration.version_check import SUPPORTED, is_supported, remedy
 from vllm_adapmoe.store.base import StoreError
-from vllm_adapmoe.store.file import PackMissing, open_pack
+from vllm_adapmoe.store.file import PackMissing
+from vllm_adapmoe.store.folder import others_who_may_write
 from vllm_adapmoe.store.host_memory import host_memory
 
 GROUPS = ("vllm.platform_plugins", "vllm.general_plugins", "vllm.stat_logger_plugins")
@@ -136,12 +137,18 @@ def _sizes(section: str, config: Any) -> Iterator[Finding]:
 
 
 def _pack(section: str, config: Any, settings: AdapMoEConfig) -> Iterator[Finding]:
-    path = pack_folder(settings, config) / "experts-0-of-1.pack"
     try:
-        open_pack(path, model_identity(config)).close()
+        sources = source_files(config.model_config, config.load_config, download=False)
+        path = pack_folder(settings, sources) / pack_names(config)[0]
+        open_valid(path, load_identity(config), sources).close()
     except PackMissing:
         yield Finding(section, "ok", f"not packed yet: the first start with store=file writes {path}")
-    except StoreError as error:
+    except (StoreError, AdapMoEError) as error:
         yield Finding(section, "note", str(error), "the first start packs anew, or says what to do")
     else:
         yield Finding(section, "ok", f"packed already in {path}")
+        others = others_who_may_write(path)
+        if others is not None:
+            yield Finding(
+                section, "note", f"{path} can be replaced by {others}", "chmod go-w, or set another store_dir"
+            )

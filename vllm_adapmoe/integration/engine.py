@@ -10,6 +10,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.inputs import TokensPrompt
 
 from vllm_adapmoe.integration.forced_tokens import forced_sampling, forcing_arguments
+from vllm_adapmoe.integration.identity import model_hash
 from vllm_adapmoe.integration.model_info import count_moe_layers, model_info
 from vllm_adapmoe.profile import ModelInfo
 
@@ -130,6 +131,7 @@ def count_experts(model: Path) -> int:
 
 
 def describe_model(model: Path) -> ModelInfo:
-    """The checkpoint in a folder, as a profile names it."""
-    config = EngineArgs(model=str(model), skip_tokenizer_init=True).create_model_config()
-    return model_info(config)
+    """The checkpoint in a folder, as a profile names it, with the hash of all its bytes."""
+    arguments = EngineArgs(model=str(model), skip_tokenizer_init=True)
+    config = arguments.create_model_config()
+    return model_info(config).model_copy(update={"hash": model_hash(config, arguments.create_load_config())})

@@ -1,15 +1,14 @@
 """Takes a model's experts from the checkpoint into a store while vLLM loads it, then makes the expert cache."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
-from vllm import envs
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
@@ -33,17 +32,27 @@ from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.integration.compat import expected_loads_settings, heads_settings
 from vllm_adapmoe.integration.graph_memory import bookkeeping_of_worker, graphs_of_worker
-from vllm_adapmoe.integration.identity import model_identity
+from vllm_adapmoe.integration.identity import load_identity, source_files
 from vllm_adapmoe.integration.layers import CachedExperts
 from vllm_adapmoe.integration.mapped_experts import MappedExperts, kernel_of
 from vllm_adapmoe.integration.memory import ModelWatch, least_kv_cache, step_bytes, usable_memory
+from vllm_adapmoe.integration.pack_store import (
+    cores_of_parent,
+    open_or_pack,
+    pack_folder,
+    pack_name,
+    say_how_long,
+    store_kind,
+    warn_of_others,
+)
 from vllm_adapmoe.store.base import ExpertStore, StoreWriter
-from vllm_adapmoe.store.file import PackInvalid, PackMissing, PackOfAnother, open_pack
+from vllm_adapmoe.store.file import FileStore
 from vllm_adapmoe.store.host import HostStore
 from vllm_adapmoe.store.host_memory import host_memory
 from vllm_adapmoe.store.pack_writer import PackWriter
 from vllm_adapmoe.store.record import RecordLayout
 from vllm_adapmoe.store.shard import StoreShard
+from vllm_adapmoe.store.source_files import SourceFiles
 
 TENSOR_BYTES = {"MarlinExperts": 32 * GiB}
 """What a kernel reads of a tensor at most. Marlin's offset into all experts of a pool, `b_gl_rd`, is 32 bits wide and
@@ -68,10 +77,11 @@ class ExpertLoading:
         """The worker runs a step of requests."""
         self.model = ModelWatch()
         self._began = False
-        self._restored = False
         self._slots: list[int] = []
         self._store: ExpertStore | None = None
         self._writer: StoreWriter | None = None
+        self._sources: SourceFiles | None = None
+        self._put: set[int] = set()
         self._progress: tqdm | None = None
 
     @cached_property
@@ -95,11 +105,12 @@ class ExpertLoading:
         self.layers.append(layer)
         return len(self.layers) - 1
 
-    @property
-    def restored(self) -> bool:
-        """Whether the experts are in a valid pack already."""
+    def is_packed(self, layer: int) -> bool:
+        """Whether the experts of a layer are in a pack already, or in the part of one that a killed start has left."""
         self._begin()
-        return self._restored
+        if isinstance(self._writer, PackWriter):
+            return layer in self._writer.packed and layer not in self._put
+        return self._store is not None
 
     @property
     def all_resident(self) -> bool:
@@ -109,9 +120,7 @@ class ExpertLoading:
 
     @property
     def store_kind(self) -> str:
-        if self.config.store != "auto":
-            return self.config.store
-        return "file" if current_platform.is_cpu() else "host"
+        return store_kind(self.config)
 
     def _begin(self) -> None:
         if self._began:
@@ -138,21 +147,17 @@ class ExpertLoading:
             self._writer = HostStore(self.device)
             action = "Loading experts"
         else:
-            path, identity = self.pack_path(), self._identity()
-            try:
-                self._store = open_pack(path, identity)
-                self._restored = True
-                logger.info("Expert cache: using the packed experts in %s", path)
+            self._sources = source_files(self.vllm_config.model_config, self.vllm_config.load_config)
+            path = self.pack_path()
+            found = open_or_pack(self.config, path, self._identity(), self._sources, experts, expert_bytes)
+            warn_of_others(path if found.path.exists() else path.parent)
+            if isinstance(found, FileStore):
+                self._store = found
                 return
-            except PackMissing:
-                logger.info("Expert cache: packing %d experts (%.2f GiB) into %s", experts, expert_bytes / GiB, path)
-            except PackOfAnother as error:
-                if self.config.store_dir is not None:
-                    raise AdapMoEError(f"store_dir={self.config.store_dir!r}: {error}") from None
-                logger.info("Expert cache: packing %d experts anew: %s", experts, error)
-            except PackInvalid as error:
-                logger.warning("Expert cache: packing %d experts anew: %s", experts, error)
-            self._writer = PackWriter(path, identity, expected_bytes=expert_bytes)
+            self._writer = found
+            if get_tensor_model_parallel_rank() == 0:
+                say_how_long(found)
+            self._sources.start_hashing(cores_of_parent())
             action = "Packing experts"
         self._progress = tqdm(
             total=len(self.layers), desc=action, unit="layer", disable=get_tensor_model_parallel_rank() != 0
@@ -229,7 +234,8 @@ class ExpertLoading:
     def pack_path(self) -> Path:
         """The packed file of this rank: in `store_dir`, or in a folder of the model's own in vLLM's cache."""
         ranks = self.vllm_config.parallel_config.tensor_parallel_size
-        return pack_folder(self.config, self.vllm_config) / f"experts-{self._shard()}-of-{ranks}.pack"
+        assert self._sources is not None
+        return pack_folder(self.config, self._sources) / pack_name(self._shard(), ranks)
 
     def _shard(self) -> str:
         """What this rank has of the experts: its part of each, or, under expert parallelism, some of them whole."""
@@ -241,16 +247,18 @@ class ExpertLoading:
     def _identity(self) -> dict[str, str]:
         method = self.layers[0].quant_method
         kernel = getattr(method, "experts_cls", None)
-        return model_identity(self.vllm_config) | {
+        return load_identity(self.vllm_config) | {
             "tensor_parallel_rank": self._shard(),
             "method": type(method).__name__,
             "kernel": kernel.__name__ if kernel is not None else "",
             "layers": str(len(self.layers)),
+            "experts": ",".join(str(layer.local_num_experts) for layer in self.layers),
         }
 
     def put(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Stores the experts of a layer, one tensor `[experts, ...]` in kernel format for each parameter."""
         assert self._writer is not None
+        self._put.add(layer)
         self._writer.put_layer(layer, {name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
         if self._progress is not None:
             self._progress.update()
@@ -265,8 +273,13 @@ class ExpertLoading:
 
     def record_names(self, layer: int) -> list[str]:
         """The names of what the pack holds of each expert of a layer."""
+        return [piece.name for piece in self._packed_layout(layer).pieces]
+
+    def _packed_layout(self, layer: int) -> RecordLayout:
+        if isinstance(self._writer, PackWriter):
+            return self._writer.layout(layer)
         assert self._store is not None
-        return [piece.name for piece in self._store.layouts[layer].pieces]
+        return self._store.layouts[layer]
 
     def check(self, layer: int, blank: Mapping[str, torch.Tensor]) -> None:
         """Compares the kernel format of one expert with that of the pack.
@@ -274,17 +287,30 @@ class ExpertLoading:
         Raises:
             AdapMoEError: they differ, which a pack of the same identity should never do.
         """
-        assert self._store is not None
-        if RecordLayout.of(blank) != self._store.layouts[layer]:
+        if RecordLayout.of(blank) != self._packed_layout(layer):
             raise AdapMoEError(f"{self.pack_path()} holds experts in another kernel format; delete it and start again")
+        if self._progress is not None:
+            self._progress.update()
 
-    def finish(self) -> ExpertCacheManager | None:
-        """Seals the store and lets every layer serve from the cache; None where every expert is resident."""
+    def finish(self, model: Any) -> ExpertCacheManager | None:
+        """Seals the store and lets every layer serve from the cache; None where every expert is resident.
+
+        Raises:
+            AdapMoEError: a pack would be of files that are not identified.
+            StoreError: the model's files have changed while it was loaded from them; or a pack cannot be written.
+        """
         self._begin()
         if self._progress is not None:
             self._progress.close()
         if self.all_resident:
             return None
+        if self._sources is not None:
+            if getattr(model, "secondary_weights", None):
+                raise AdapMoEError(
+                    f"model={self.vllm_config.model_config.model!r} has weights of more than one checkpoint, which a "
+                    "pack cannot be held to; set store='host'"
+                )
+            self._sources.check_unchanged()
         store = self._store if self._writer is None else self._writer.seal()
         assert store is not None
         self._slots = count_slots(self.config, self._shapes_in(store), self._memory_before)
@@ -307,9 +333,8 @@ class ExpertLoading:
             expert_bytes=[layout.nbytes for layout in store.layouts],
             held=held,
         )
-        # The CPU worker's main thread is bound to the first core of its OpenMP threads, and a thread inherits that:
-        # readers would take turns with the kernels there. Its parent has the cores that the user gave.
-        cpus = os.sched_getaffinity(os.getppid())
+        # Readers would take turns with the kernels on the core that this thread is bound to.
+        cpus = cores_of_parent()
         cache = ExpertCacheManager(
             store, self._controller(shape), self.device, link_gbps=self.config.link_gbps, reader_cpus=cpus
         )
@@ -354,19 +379,12 @@ class ExpertLoading:
             layer.use_cache(cache)
         return taken
 
-    def abort(self) -> None:
-        """Leaves nothing half-written behind."""
-        if self._writer is not None:
+    def abort(self, error: BaseException) -> None:
+        """Leaves nothing half-written behind, unless this process was told to end: the next start goes on then."""
+        if self._sources is not None:
+            self._sources.stop_hashing()
+        if self._writer is not None and isinstance(error, Exception):
             self._writer.abort()
-
-
-def pack_folder(config: AdapMoEConfig, vllm_config: VllmConfig) -> Path:
-    """The folder of a model's packed files."""
-    if config.store_dir is not None:
-        return Path(config.store_dir).expanduser()
-    identity = model_identity(vllm_config)
-    name = Path(vllm_config.model_config.model).name
-    return Path(envs.VLLM_CACHE_ROOT) / "adapmoe" / f"{name}-{identity['model'][:12]}"
 
 
 def _check_host_memory(expert_bytes: int) -> None:
@@ -396,8 +414,8 @@ def expert_loading(config: AdapMoEConfig, vllm_config: VllmConfig) -> Iterator[E
     try:
         with loading.model.watching():
             yield loading
-    except BaseException:
-        loading.abort()
+    except BaseException as error:
+        loading.abort(error)
         raise
     finally:
         for name in names:

@@ -3,7 +3,6 @@
 import os
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +14,10 @@ from vllm_adapmoe.cache.budget import DeviceMemory, ExpertShape, count_slots
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.integration import loading
 from vllm_adapmoe.integration.compat import old_ray_executor_chosen
-from vllm_adapmoe.integration.identity import model_identity
 from vllm_adapmoe.integration.layers import CachedExperts
 from vllm_adapmoe.integration.memory import usable_memory
 from vllm_adapmoe.integration.model_info import count_moe_layers, expert_sizes
-from vllm_adapmoe.store.base import StoreError
-from vllm_adapmoe.store.file import PackInvalid, PackMissing, open_pack
+from vllm_adapmoe.integration.pack_store import check_store
 
 LOAD_FORMATS = {"auto", "hf", "safetensors", "fastsafetensors", "pt", "mistral", "npcache", "dummy", "runai_streamer"}
 BITS = {"fp8": 8, "experts_int8": 8, "mxfp4": 4, "gpt_oss_mxfp4": 4}
@@ -62,14 +59,16 @@ def check_model(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
             if is_set:
                 raise AdapMoEError(f"{setting} does not work with enable_expert_parallel=True: {reason}")
     layers = count_moe_layers(model.hf_text_config)
+    few_slots = config.cache_fraction is not None and config.cache_fraction < 1
     if layers is not None:
+        few_slots |= config.cache_experts is not None and config.cache_experts < layers * experts_of_rank
         expert_bytes = expert_bytes_of(model)
         if expert_bytes is not None or config.cache_gb == "auto":
             whole = ranks == 1 or vllm_config.parallel_config.enable_expert_parallel
             of_rank = 1 if expert_bytes is None else expert_bytes if whole else expert_bytes // ranks
             shape = ExpertShape(layers * experts_of_rank, of_rank, top_k or 1)
-            count_slots(config, [shape], _device_memory(config, vllm_config))
-    _check_store(config, vllm_config)
+            few_slots |= sum(count_slots(config, [shape], _device_memory(config, vllm_config))) < shape.num_experts
+    check_store(config, vllm_config, few_slots)
 
 
 def _device_memory(config: AdapMoEConfig, vllm_config: VllmConfig) -> DeviceMemory:
@@ -139,30 +138,3 @@ def _weight_bits(model: ModelConfig) -> int | None:
         return settings["bits"]
     weights = [group.get("weights") or {} for group in settings.get("config_groups", {}).values()]
     return min((weight["num_bits"] for weight in weights if "num_bits" in weight), default=BITS.get(model.quantization))
-
-
-def _check_store(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
-    """A folder the user named must be usable, and must not hold another model's experts."""
-    if config.store_dir is None:
-        return
-    if config.store == "host":
-        raise AdapMoEError(f"store_dir={config.store_dir!r} has no meaning with store='host'; remove one")
-    if config.store == "auto" and not current_platform.is_cpu():
-        raise AdapMoEError(f"store_dir={config.store_dir!r} needs a packed file; set store='file'")
-    folder = Path(config.store_dir).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise AdapMoEError(
-            f"store_dir={config.store_dir!r} cannot be written ({error.strerror}); name a writable folder"
-        ) from None
-    for path in folder.glob("experts-*.pack"):
-        try:
-            open_pack(path, model_identity(vllm_config)).close()
-        except (PackMissing, PackInvalid):
-            continue  # the worker packs anew
-        except StoreError as error:
-            raise AdapMoEError(f"store_dir={config.store_dir!r}: {error}") from None

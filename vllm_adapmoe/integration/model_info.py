@@ -5,16 +5,13 @@ from typing import Any
 
 from vllm.config import ModelConfig
 
-from vllm_adapmoe.checkpoint import checkpoint_hash
-from vllm_adapmoe.integration.identity import checkpoint_folder
 from vllm_adapmoe.profile import ModelInfo
 
 
 def model_info(model: ModelConfig) -> ModelInfo:
-    """The model, as a profile names it; `num_layers` is 0 where only the built model tells."""
+    """The model, as a profile names it, without its hash; `num_layers` is 0 where only the built model tells."""
     return ModelInfo(
         name=Path(model.model).name,
-        hash=checkpoint_hash(checkpoint_folder(model.model, model.revision)),
         architecture=model.architectures[0],
         hidden_size=model.get_hidden_size(),
         num_layers=count_moe_layers(model.hf_text_config) or 0,

@@ -7,7 +7,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.executor import Executor
 
 from vllm_adapmoe.config import AdapMoEConfig
-from vllm_adapmoe.integration.loading import pack_folder
+from vllm_adapmoe.integration.identity import source_files
+from vllm_adapmoe.integration.pack_store import pack_folder
 
 
 def pack_experts(model: str, store_dir: str | None, **engine_args: Any) -> Path:
@@ -29,4 +30,5 @@ def pack_experts(model: str, store_dir: str | None, **engine_args: Any) -> Path:
     vllm_config = arguments.create_engine_config()
     executor = Executor.get_class(vllm_config)(vllm_config)
     executor.shutdown()
-    return pack_folder(AdapMoEConfig.parse(config), vllm_config)
+    sources = source_files(vllm_config.model_config, vllm_config.load_config)
+    return pack_folder(AdapMoEConfig.parse(config), sources)

@@ -71,7 +71,7 @@ class StreamedExperts(RoutedExperts):
         expert_id: int,
         return_success: bool = False,
     ) -> bool | None:
-        if self.loading.restored:
+        if self.loading.is_packed(self.cache_layer):
             return True if return_success else None
         if self.expert_map is not None and expert_id is not None and self.expert_map[expert_id] < 0:
             return False if return_success else None  # another rank has it
@@ -130,7 +130,7 @@ class StreamedExperts(RoutedExperts):
         self._move_to_device(parameters)
         held = held_tensors(self)
         foreign = {id(tensor) for tensor in held.values()} - {id(parameter) for parameter in parameters.values()}
-        if self.loading.restored:
+        if self.loading.is_packed(self.cache_layer):
             names = self.loading.record_names(self.cache_layer)
             self._process_blank(parameters, names)
         else:
@@ -144,7 +144,7 @@ class StreamedExperts(RoutedExperts):
         tensors = {path: tensor for path, tensor in held_tensors(self).items() if id(tensor) not in foreign}
         self.expert_tensors = ExpertTensors.of(tensors, [name for name in names if name in tensors])
         self._check_weights()
-        if self.loading.restored:
+        if self.loading.is_packed(self.cache_layer):
             self.loading.check(self.cache_layer, self.expert_tensors.tensors)
         else:
             self.loading.put(self.cache_layer, self.expert_tensors.tensors)
@@ -154,7 +154,7 @@ class StreamedExperts(RoutedExperts):
         """On a GPU weights are brought into the kernel's format there, a layer at a time."""
         device = self.loading.device
         for name, parameter in self.named_parameters(recurse=False):
-            blank = name in parameters and self.loading.restored
+            blank = name in parameters and self.loading.is_packed(self.cache_layer)
             if name not in self._foreign_parameters and parameter.device != device and not blank:
                 parameter.data = parameter.data.to(device)
 

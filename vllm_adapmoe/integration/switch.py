@@ -11,6 +11,7 @@ from vllm_adapmoe.allocation_plan import curves_of_profile
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.gating_plan import describe, plan_gating
 from vllm_adapmoe.heads import NextTokenHeads, heads_path
+from vllm_adapmoe.integration.identity import model_hash
 from vllm_adapmoe.integration.model_check import check_model
 from vllm_adapmoe.integration.model_info import model_info
 from vllm_adapmoe.integration.moe_backend import set_moe_backend
@@ -92,7 +93,11 @@ def _profile(config: AdapMoEConfig, vllm_config: VllmConfig) -> ModelProfile | N
     if config.gating.mode != "off" and (vllm_config.model_config.get_num_experts_per_tok() or 2) < 2:
         raise AdapMoEError("gating has nothing to drop: this model uses one expert per token; remove gating")
     profile = ModelProfile.load(config.profile)
-    profile.check(model_info(vllm_config.model_config), config.profile)
+    info = model_info(vllm_config.model_config)
+    profile.check(info, config.profile)  # what needs no reading first
+    if profile.model.hash is not None:
+        value = model_hash(vllm_config.model_config, vllm_config.load_config)
+        profile.check(info.model_copy(update={"hash": value}), config.profile)
     return profile
 
 

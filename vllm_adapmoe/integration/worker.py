@@ -67,7 +67,7 @@ class ExpertCacheWorker(ProbedWorker, Worker):
         self._step_report, self._since, self._clock = None, Since(), StepClock(slots_device())
         with expert_loading(config, self.vllm_config) as loading:
             super().load_model(**kwargs)
-            self.expert_cache = loading.finish()
+            self.expert_cache = loading.finish(self.model_runner.get_model())
         self.moe_layers, self._loading = loading.layers, loading
         self._set_gating(gating_settings(self.vllm_config))
         self.hostless = HostlessSteps.of(self.vllm_config, self.moe_layers, self.expert_cache)

@@ -13,6 +13,7 @@ from vllm_adapmoe.store.base import StoreError
 from vllm_adapmoe.store.direct_io import drop_cached, is_aligned, open_direct, read_full
 from vllm_adapmoe.store.pack_index import PackIndex, decode_head, digest
 from vllm_adapmoe.store.record import ALIGNMENT, align, aligned_empty
+from vllm_adapmoe.store.source_files import SourceFiles
 
 
 class PackMissing(StoreError):
@@ -27,8 +28,14 @@ class PackOfAnother(StoreError):
     """A sound pack, but of another model or vLLM version."""
 
 
+class PackOutdated(StoreError):
+    """A sound pack of files that have been changed since: to be made anew."""
+
+
 def open_pack(path: Path, identity: dict[str, str]) -> "FileStore":
-    """Opens the pack at `path` if it was made from `identity`, which may be a part of what the pack's own has.
+    """Opens the pack at `path` if it was made with the settings `identity`, which may be a part of the pack's own.
+
+    Of which files it was made, `FileStore.check_sources` compares.
 
     Raises:
         PackMissing: no such file.
@@ -91,6 +98,24 @@ class FileStore:
 
     def num_experts(self, layer: int) -> int:
         return len(self._index.digests[layer])
+
+    def check_sources(self, sources: SourceFiles) -> None:
+        """Compares the files that the pack was made from with those of a model as it is now.
+
+        Raises:
+            PackOutdated: files of the same origin were changed.
+            PackOfAnother: it was made from another model.
+            StoreError: a file of the model cannot be read.
+        """
+        difference = sources.difference(self._index.sources)
+        if difference is None:
+            return
+        if self._index.origin == sources.origin:
+            raise PackOutdated(f"{self.path} was made before {sources.origin!r} was changed: {difference}")
+        raise PackOfAnother(
+            f"{self.path} holds the experts of another model (of {self._index.origin!r}: {difference}); delete it or "
+            "set another store_dir"
+        )
 
     def record_offset(self, key: ExpertKey) -> int:
         """Where a record begins in the file."""

@@ -1,25 +1,35 @@
-"""Writes a packed file: streamed, synced, and named only when it is whole."""
+"""Writes a packed file: streamed, synced, named only when it is whole, and gone on with if its writer was killed."""
 
 import errno
 import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Collection, Mapping
 from io import FileIO
 from pathlib import Path
 
 import torch
 
 from vllm_adapmoe.store.base import StoreError
-from vllm_adapmoe.store.direct_io import drop_cached, open_direct, write_full
+from vllm_adapmoe.store.direct_io import drop_cached, open_direct, read_full, write_full
 from vllm_adapmoe.store.file import FileStore, open_pack
+from vllm_adapmoe.store.file_hash import HashCache
 from vllm_adapmoe.store.pack_index import PackIndex, digest, encode_head
+from vllm_adapmoe.store.pack_journal import Layer, PackJournal
 from vllm_adapmoe.store.record import ALIGNMENT, RecordLayout, align, aligned_empty
+from vllm_adapmoe.store.source_files import SourceFiles
 
 logger = logging.getLogger(__name__)
 
+GiB = 1 << 30
+
 PARTIAL = ".partial"
+JOURNAL = ".journal"
+PROBE_BYTES = 64 << 20
+"""Written to measure the disk, in pieces, for at most `PROBE_SECONDS`."""
+PROBE_SECONDS = 0.5
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -27,48 +37,130 @@ class PackWriter:
     """Packs into `path`, by way of a partial file beside it that is locked while its writer lives.
 
     There is one writer of a pack at a time. A second one waits; if the first has finished the same pack by then, that
-    one is used and nothing is written. What a killed writer left is overwritten.
+    one is used and nothing is written. What a killed writer of the same pack left is gone on with after its last whole
+    layer, once every record of it has been checked.
 
     Args:
         path: the pack to be.
-        identity: what it is made from.
+        identity: settings that it is made with.
         expected_bytes: of all records together; checked against the free space first.
+        sources: files that it is made from; None: none.
 
     Raises:
         StoreError: the folder cannot be written, or has too little space.
     """
 
-    def __init__(self, path: Path, identity: dict[str, str], expected_bytes: int) -> None:
+    def __init__(
+        self, path: Path, identity: dict[str, str], expected_bytes: int, sources: SourceFiles | None = None
+    ) -> None:
         self.path = path
         self._expected_bytes = expected_bytes
-        self._index = PackIndex(identity)
-        self._layers: dict[int, tuple[RecordLayout, int, list[bytes]]] = {}
+        self._sources = SourceFiles("", {}, HashCache(path.parent)) if sources is None else sources
+        self._index = PackIndex(identity, self._sources.origin)
+        self._layers: dict[int, Layer] = {}
         self._finished: FileStore | None = None
         self._record: tuple[RecordLayout, torch.Tensor] | None = None
         self._partial = path.with_name(path.name + PARTIAL)
+        self._journal = PackJournal(path.with_name(path.name + PARTIAL + JOURNAL), identity, self._sources)
         self._end = ALIGNMENT
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file, self._direct, waited = _open_locked(self._partial)
-            os.ftruncate(self._file.fileno(), 0)  # what a killed writer left counts as free space
+        except OSError as error:
+            raise self._unwritable(error) from None
+        if waited and self._find_finished():
+            self._give_up()
+            return
+        try:
+            self._resume()
             free = shutil.disk_usage(path.parent).free
         except OSError as error:
-            raise StoreError(f"{path.parent} cannot be written ({error.strerror}); set another store_dir") from None
-        if waited and self._find_finished():
-            self.abort()
-        elif free < expected_bytes:
-            self.abort()
-            raise StoreError(
-                f"{path} needs {expected_bytes} bytes, {free} are free; free some space or set another store_dir"
-            )
+            self._give_up()
+            raise self._unwritable(error) from None
+        needed = expected_bytes - (self._end - ALIGNMENT)
+        if free < needed:
+            if self._layers:
+                self._file.close()  # for the next start, which may find more room
+            else:
+                self._give_up()
+            raise StoreError(f"{path} needs {needed} bytes, {free} are free; free some space or set another store_dir")
+
+    def _unwritable(self, error: OSError) -> StoreError:
+        return StoreError(f"{self.path.parent} cannot be written ({error.strerror}); set another store_dir")
 
     def _find_finished(self) -> bool:
         """Whether the writer that was waited for made this very pack."""
         try:
-            self._finished = open_pack(self.path, self._index.identity)
+            store = open_pack(self.path, self._index.identity)
+            store.check_sources(self._sources)
         except StoreError:
             return False
+        self._finished = store
         return True
+
+    def _resume(self) -> None:
+        """Keeps what is whole of a killed writer's layers, in the order of the file, and cuts off the rest."""
+        start = time.monotonic()
+        for index, layer in self._journal.read().items():
+            layout, offset, digests = layer
+            if offset != self._end or index in self._layers or not self._is_whole(layer):
+                break
+            self._layers[index] = layer
+            self._end += layout.nbytes * len(digests)
+        os.ftruncate(self._file.fileno(), self._end if self._layers else 0)  # the rest counts as free space
+        self._journal.begin(self._layers)
+        if self._layers:
+            logger.info(
+                "%s: %d layers (%.2f GiB) were packed already, and have been checked in %.0f s; going on after them",
+                self.path, len(self._layers), self._end / GiB, time.monotonic() - start,
+            )  # fmt: skip
+
+    def _is_whole(self, layer: Layer) -> bool:
+        layout, offset, digests = layer
+        if offset + layout.nbytes * len(digests) > os.fstat(self._file.fileno()).st_size:
+            return False  # before memory is taken for a record that only the journal claims
+        record = self._record_of(layout)
+        for number, expected in enumerate(digests):
+            try:
+                count = read_full(self._file.fileno(), [record], offset + number * layout.nbytes)
+            except OSError:
+                return False
+            if count != layout.nbytes or digest(record.numpy().data) != expected:
+                return False
+        return True
+
+    @property
+    def packed(self) -> Collection[int]:
+        """The layers that need not be put: a killed writer, or one that was waited for, has written them."""
+        return range(self._finished.num_layers) if self._finished is not None else self._layers.keys()
+
+    def layout(self, layer: int) -> RecordLayout:
+        """Of a packed layer."""
+        return self._finished.layouts[layer] if self._finished is not None else self._layers[layer][0]
+
+    @property
+    def bytes_left(self) -> int:
+        """To be written, as far as `expected_bytes` tells."""
+        return 0 if self._finished is not None else max(0, self._expected_bytes - (self._end - ALIGNMENT))
+
+    def measure_rate(self) -> float:
+        """Bytes per second that the disk takes, measured on the part of the file that is yet to be written.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+        piece = aligned_empty(4 << 20).zero_()
+        start, end = time.monotonic(), self._end
+        try:
+            while end - self._end < PROBE_BYTES and time.monotonic() - start < PROBE_SECONDS:
+                write_full(self._file.fileno(), piece, end)
+                os.fdatasync(self._file.fileno())
+                end += len(piece)
+            seconds = time.monotonic() - start
+            os.ftruncate(self._file.fileno(), self._end)
+        except OSError as error:
+            raise self._failed(error) from None
+        return (end - self._end) / seconds
 
     def put_layer(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
         layout = RecordLayout.of(tensors)
@@ -96,6 +188,10 @@ class PackWriter:
         except OSError as error:
             raise self._failed(error) from None
         self._layers[layer] = (layout, start, digests)
+        try:
+            self._journal.add(layer, self._layers[layer])
+        except OSError as error:
+            raise self._failed(error) from None
 
     def _record_of(self, layout: RecordLayout) -> torch.Tensor:
         # Kept from layer to layer: malloc was seen to hold on to eight records when each layer allocated its own. The
@@ -107,6 +203,11 @@ class PackWriter:
     def seal(self) -> FileStore:
         if self._finished is not None:
             return self._finished
+        try:
+            self._index.sources = self._sources.sources()
+        except StoreError:
+            self.abort()  # what was packed may be of two models
+            raise
         for layer in range(len(self._layers)):
             layout, offset, digests = self._layers[layer]
             self._index.layouts.append(layout)
@@ -122,6 +223,7 @@ class PackWriter:
             pack, direct = open_direct(self._partial, os.O_RDONLY)
             store = FileStore(self.path, FileIO(pack), direct, self._index)
             self._partial.rename(self.path)
+            self._journal.remove()
             _sync_folder(self.path.parent)
         except OSError as error:
             raise self._failed(error) from None
@@ -129,7 +231,12 @@ class PackWriter:
         return store
 
     def abort(self) -> None:
+        self._sources.stop_hashing()
+        self._give_up()
+
+    def _give_up(self) -> None:
         if not self._file.closed:  # else it is sealed or aborted, and a partial file there is another writer's
+            self._journal.remove()
             self._partial.unlink(missing_ok=True)
             self._file.close()
 
@@ -151,8 +258,8 @@ def _open_locked(partial: Path) -> tuple[FileIO, bool, bool]:
     """
     waited = False
     while True:
-        fd, direct = open_direct(partial, os.O_WRONLY | os.O_CREAT)
-        file = FileIO(fd, "w")
+        fd, direct = open_direct(partial, os.O_RDWR | os.O_CREAT)
+        file = FileIO(fd, "r+")
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

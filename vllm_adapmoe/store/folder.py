@@ -1,0 +1,37 @@
+"""The folder that packs are in: whether it can be used, and who else may write there."""
+
+import os
+import stat
+from pathlib import Path
+
+
+def why_not_writable(folder: Path) -> str | None:
+    """Makes the folder if it is not there; why no file can be made in it, or None. Writes nothing into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return error.strerror or type(error).__name__
+    if os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        return None
+    read_only = os.statvfs(folder).f_flag & os.ST_RDONLY
+    return "Read-only file system" if read_only else "Permission denied"
+
+
+def others_who_may_write(path: Path) -> str | None:
+    """Says who, beside this user and root, may put other bytes in place of a file's; None: nobody.
+
+    That is who owns the file or one of the folders above it, or may write to one of them.
+    """
+    for place in (path, *path.absolute().parents):
+        try:
+            found = place.stat()
+        except OSError:
+            continue
+        if found.st_uid not in (0, os.geteuid()):
+            return f"user {found.st_uid}, to whom {str(place)!r} belongs"
+        sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX and place != path.absolute().parent
+        if found.st_mode & stat.S_IWOTH and not sticky:
+            return f"everybody, for {str(place)!r} has mode {stat.S_IMODE(found.st_mode):o}"
+        if found.st_mode & stat.S_IWGRP and not sticky and found.st_gid != 0:
+            return f"group {found.st_gid}, for {str(place)!r} has mode {stat.S_IMODE(found.st_mode):o}"
+    return None

@@ -1,0 +1,188 @@
+"""The files that a model is loaded from, identified by every byte of them."""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from vllm_adapmoe.store.base import StoreError
+from vllm_adapmoe.store.file_hash import HashCache, Stamp, hash_bytes
+
+logger = logging.getLogger(__name__)
+
+GiB = 1 << 30
+THREADS = 4
+"""Files that are hashed at once. One thread hashes 2.1 GB/s from the page cache of a cloud machine with AVX-512."""
+BAR_SECONDS = 3
+"""Hashing that takes longer has a progress bar, and is said to have happened."""
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file as it was when its bytes went into a pack."""
+
+    name: str
+    hash: str
+    stamp: Stamp | None
+    """None: the file was so new that its stamp would not show a change."""
+
+
+class SourceFiles:
+    """The files of one model, as they are now: its weights, and the settings that decide what becomes of them.
+
+    Args:
+        origin: where they are, in words that stay the same from start to start: the model's folder.
+        paths: by their names within the model, in the order in which they are loaded.
+        hashes: of files that have been read before.
+
+    Raises:
+        StoreError: one of them is not there.
+    """
+
+    def __init__(self, origin: str, paths: Mapping[str, Path], hashes: HashCache) -> None:
+        self.origin = origin
+        self._paths = dict(paths)
+        self._cache = hashes
+        self._now = time.time_ns()
+        self._stamps = {name: self._stamp(name) for name in self._paths}
+        self._hashes: dict[str, str] = {}
+        self._running: tuple[ThreadPoolExecutor, dict[str, Future[str]]] | None = None
+        self._stop = threading.Event()
+
+    def _stamp(self, name: str) -> Stamp:
+        try:
+            return Stamp.of(self._paths[name])
+        except OSError as error:
+            raise StoreError(
+                f"{str(self._paths[name])!r} cannot be read ({error.strerror}); make the model whole and start again"
+            ) from None
+
+    @property
+    def nbytes(self) -> int:
+        """Of all files."""
+        return sum(stamp.nbytes for stamp in self._stamps.values())
+
+    def stamps(self) -> dict[str, Stamp | None]:
+        """By name, what tells that a file has not changed; None for one that is too new to tell by it."""
+        return {name: stamp if stamp.is_settled(self._now) else None for name, stamp in self._stamps.items()}
+
+    def difference(self, recorded: Sequence[SourceFile]) -> str | None:
+        """Names the first file that differs from what a pack was made from; None: every byte is the same.
+
+        Reads a file only if its stamp is not the recorded one, and nothing of it is remembered.
+
+        Raises:
+            StoreError: a file cannot be read.
+        """
+        theirs = {source.name: source for source in recorded}
+        for name in sorted(theirs.keys() ^ self._stamps.keys()):
+            return f"{name!r} is {'not there any more' if name in theirs else 'new'}"
+        doubtful = []
+        for name, stamp in self._stamps.items():
+            recorded_stamp = theirs[name].stamp
+            if recorded_stamp is not None and recorded_stamp == stamp:
+                self._hashes[name] = theirs[name].hash
+            elif recorded_stamp is not None and recorded_stamp.nbytes != stamp.nbytes:
+                return f"{name!r} has {stamp.nbytes} bytes, {recorded_stamp.nbytes} before"
+            else:
+                doubtful.append(name)
+        self._hash(doubtful)
+        return next((f"{name!r} has other bytes" for name in doubtful if self._hashes[name] != theirs[name].hash), None)
+
+    def model_hash(self) -> str:
+        """Hash of all files: names and bytes.
+
+        Raises:
+            StoreError: a file cannot be read.
+        """
+        self._hash(list(self._paths))
+        return hash_bytes("".join(f"{self._hashes[name]} {name}\n" for name in sorted(self._hashes)).encode())
+
+    def check_unchanged(self) -> None:
+        """Compares every file with what it was when this object was made.
+
+        Raises:
+            StoreError: one has changed since.
+        """
+        for name, stamp in self._stamps.items():
+            if self._stamp(name) != stamp:
+                raise StoreError(
+                    f"{str(self._paths[name])!r} has changed while the model was loaded from it; start again"
+                )
+
+    # While the model is loaded
+
+    def start_hashing(self, cpus: set[int]) -> None:
+        """Hashes in the background, on `cpus`, in the order of loading: what is read once is in the page cache."""
+        assert self._running is None
+        threads = ThreadPoolExecutor(THREADS, "hash", lambda: os.sched_setaffinity(0, cpus))
+        wanted = [name for name in self._paths if name not in self._hashes]
+        self._running = threads, {name: threads.submit(self._hash_one, name, self._count) for name in wanted}
+
+    def stop_hashing(self) -> None:
+        """Ends what runs in the background."""
+        if self._running is not None:
+            self._stop.set()
+            self._running[0].shutdown(cancel_futures=True)
+            self._running = None
+
+    def sources(self) -> list[SourceFile]:
+        """What a pack records of the files it was made from, sorted by name; waits for the hashes.
+
+        Raises:
+            StoreError: a file cannot be read, or has changed since this object was made.
+        """
+        if self._running is not None:
+            threads, futures = self._running
+            self._hashes |= {name: future.result() for name, future in futures.items()}
+            threads.shutdown()
+            self._running = None
+        else:
+            self._hash(list(self._paths))
+        self.check_unchanged()
+        stamps = self.stamps()
+        return [SourceFile(name, self._hashes[name], stamps[name]) for name in sorted(stamps)]
+
+    def _count(self, nbytes: int) -> None:
+        if self._stop.is_set():
+            raise StoreError("stopped")
+
+    # Hashing
+
+    def _hash_one(self, name: str, count: Callable[[int], object]) -> str:
+        try:
+            return self._cache.hash_of(self._paths[name], self._stamps[name], count)[0]
+        except OSError as error:
+            raise StoreError(f"{str(self._paths[name])!r} cannot be read ({error.strerror}); check the disk") from None
+
+    def _hash(self, names: Sequence[str]) -> None:
+        """Hashes files that have not been yet; the caller waits, and is told for what."""
+        names = [name for name in names if name not in self._hashes]
+        if not names:
+            return
+        start, total = time.monotonic(), sum(self._stamps[name].nbytes for name in names)
+        with _bar(total) as count, ThreadPoolExecutor(min(THREADS, len(names)), "hash") as threads:
+            self._hashes |= dict(zip(names, threads.map(lambda name: self._hash_one(name, count), names), strict=True))
+        seconds = time.monotonic() - start
+        if seconds > BAR_SECONDS:
+            logger.info("Identified %s by %.2f GiB of files in %.0f s", self.origin, total / GiB, seconds)
+
+
+@contextmanager
+def _bar(total: int) -> Iterator[Callable[[int], object]]:
+    """A progress bar, if it takes long; gives what to tell it of bytes."""
+    lock = threading.Lock()
+    with tqdm(total=total, desc="Identifying weights", unit="B", unit_scale=True, delay=BAR_SECONDS) as bar:
+
+        def count(nbytes: int) -> None:
+            with lock:
+                bar.update(nbytes)
+
+        yield count
