@@ -47,14 +47,18 @@ def pack(
     dtype: Annotated[str, typer.Option(help="As in `vllm serve`.")] = "auto",
     quantization: Annotated[str | None, typer.Option(help="As in `vllm serve`.")] = None,
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="As in `vllm serve`.")] = 1,
+    revision: Annotated[str | None, typer.Option(help="As in `vllm serve`.")] = None,
+    download_dir: Annotated[str | None, typer.Option(help="As in `vllm serve`.")] = None,
+    load_format: Annotated[str, typer.Option(help="As in `vllm serve`.")] = "auto",
 ) -> None:
     """Packs a model's experts into the file that `vllm serve --moe-method adapmoe` reads them from."""
     check_named_model(model)
     from vllm_adapmoe.integration.packing import pack_experts
 
     folder = pack_experts(
-        model, store_dir, dtype=dtype, quantization=quantization, tensor_parallel_size=tensor_parallel_size
-    )
+        model, store_dir, dtype=dtype, quantization=quantization, tensor_parallel_size=tensor_parallel_size,
+        revision=revision, download_dir=download_dir, load_format=load_format,
+    )  # fmt: skip
     Console().print(f"packed into {folder}", markup=False)
 
 

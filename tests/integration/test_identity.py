@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from vllm_adapmoe.integration.engine import Engine
 
 pytestmark = pytest.mark.engine
 
+ADAPMOE = str(Path(sys.executable).parent / "adapmoe")
 PROMPTS = [[5 + number, 17, 301, 42, 88, 7] * 4 for number in range(3)]
 ARGS: dict[str, Any] = {
     "max_model_len": 128,
@@ -93,3 +97,41 @@ def test_a_pack_serves_what_it_was_made_from_and_is_only_read(tmp_path, read_onl
     assert tokens(model, config | {"store_dir": str(read_only)}) == stock
     assert pack.stat().st_ino == second
     assert [path.name for path in store.iterdir()] == [pack.name]
+
+
+def test_a_killed_pack_is_gone_on_with(tmp_path):
+    """From the real engine, killed when 7 of 12 layers are packed: the pack is the one that is made in one go."""
+    run = [sys.executable, str(Path(__file__).with_name("run_pack.py")), str(TINY_MIXTRAL)]
+    killed = subprocess.run([*run, "7", str(tmp_path / "store")], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    left = sorted(path.name for path in (tmp_path / "store").iterdir())
+    assert left == ["experts-0-of-1.pack.partial", "experts-0-of-1.pack.partial.journal"]
+    stores = [str(tmp_path / name) for name in ("store", "one-go")]
+    both = subprocess.run([*run, "0", *stores], capture_output=True, text=True)
+    assert both.returncode == 0, both.stderr[-2000:]
+    assert both.stdout.splitlines()[-1] == f"packed 12 layers into {stores[1]}"
+    assert f"packed 5 layers into {stores[0]}" in both.stdout
+    text = both.stdout + both.stderr
+    assert "7 layers (0.01 GiB) were packed already" in text
+    assert re.search(
+        r"0\.01 GiB to pack; the disk takes [0-9.]+ GB/s: at least 0 s, .*VLLM_ENGINE_READY_TIMEOUT_S", text
+    )
+    packs = [Path(store) / "experts-0-of-1.pack" for store in stores]
+    assert packs[0].read_bytes() == packs[1].read_bytes()
+    assert [path.name for path in packs[0].parent.iterdir()] == [packs[0].name]
+
+
+def test_a_folder_that_packs_cannot_be_made_in_is_said_before_any_weight_is_read(tmp_path):
+    """Without the right to write everywhere that root has, and with HOME=/."""
+    (tmp_path / "closed").mkdir(mode=0o555)
+    command = [ADAPMOE, "pack", str(TINY_MIXTRAL)]
+    if os.geteuid() == 0:
+        lost = "-dac_override,-dac_read_search"
+        command = ["setpriv", "--bounding-set", lost, "--inh-caps", lost, *command]
+    env = os.environ | {"HOME": "/", "VLLM_CACHE_ROOT": str(tmp_path / "closed" / "cache")}
+    run = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert run.returncode == 1
+    (line,) = [line for line in run.stderr.splitlines() if "adapmoe: error:" in line]
+    assert f"'{tmp_path}/closed/cache/adapmoe' (VLLM_CACHE_ROOT), cannot be written (Permission denied)" in line
+    assert "set store_dir to one that can be" in line
+    assert "Loading" not in run.stdout + run.stderr and "Traceback" not in run.stderr

@@ -15,6 +15,7 @@ from conftest import ROOT, TINY_MIXTRAL
 
 pytestmark = pytest.mark.versions
 
+TINY_QWEN = ROOT / "examples" / "tiny_qwen3moe" / "model"
 BIN = Path(sys.executable).parent
 VERSION = importlib.metadata.version("vllm")
 PATCHES = sorted((ROOT / "patches" / f"vllm-{VERSION.rpartition('.')[0]}").glob("*.patch"))
@@ -298,13 +299,16 @@ def test_a_dense_model_and_another_models_store_are_refused(tmp_path):
     code = f"""
 from vllm.engine.arg_utils import EngineArgs
 from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.integration.identity import Folder, load_identity, source_files
 from vllm_adapmoe.store.pack_writer import PackWriter
 from pathlib import Path
 from transformers import LlamaConfig
 import torch
 folder = Path({str(tmp_path)!r})
 LlamaConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, architectures=["LlamaForCausalLM"]).save_pretrained(folder / "llama")
-writer = PackWriter(folder / "store" / "experts-0-of-1.pack", {{"model": "another"}}, 1)
+made = EngineArgs(model={str(TINY_MIXTRAL)!r}, skip_tokenizer_init=True).create_engine_config()
+sources = source_files(Folder({str(TINY_QWEN)!r}), made.load_config)
+writer = PackWriter(folder / "store" / "experts-0-of-1.pack", load_identity(made), 1, sources)
 writer.put_layer(0, {{"w": torch.ones(2, 2)}})
 writer.seal()
 for model, config in (folder / "llama", {{}}), ({str(TINY_MIXTRAL)!r}, {{"store_dir": str(folder / "store")}}):
@@ -317,7 +321,7 @@ for model, config in (folder / "llama", {{}}), ({str(TINY_MIXTRAL)!r}, {{"store_
     refused = [line for line in run.stdout.splitlines() if line.startswith("refused:")]
     assert len(refused) == 2, run.stderr[-2000:]
     assert "has no routed experts; remove moe_method" in refused[0]
-    assert "another model" in refused[1] and "store_dir" in refused[1]
+    assert f"another model (of '{TINY_QWEN}': 'model.safetensors' has" in refused[1] and "store_dir" in refused[1]
 
 
 def test_a_scheduler_that_does_not_listen_is_named():

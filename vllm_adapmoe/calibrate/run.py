@@ -96,6 +96,8 @@ def calibrate(
         groups,
         progress,
     )
+    if describe_model(model) != info:
+        raise AdapMoEError(f"model={str(model)!r} has changed while it was calibrated; start again")
     heads = _heads(progress, len(layers))
     profile = profile.model_copy(update={"heads": heads.save(heads_path(output))})
     profile.save(output)

@@ -88,7 +88,7 @@ def _weight_files(model: Model, load: LoadConfig, download: bool) -> tuple[Path,
         if loader is RunaiModelStreamerLoader:
             files = RunaiModelStreamerLoader(load)._prepare_weights(model.model_weights or name, model.revision)
             folder = os.path.commonpath([os.path.dirname(file) for file in files])
-        elif loader is DefaultModelLoader:
+        elif loader is DefaultModelLoader and load.load_format != "npcache":  # that loads copies which it makes itself
             folder, files, *_ = DefaultModelLoader(load)._prepare_weights(name, None, model.revision, True, None)
         else:
             raise AdapMoEError(
@@ -140,7 +140,7 @@ def load_identity(vllm_config: VllmConfig) -> dict[str, str]:
     """The part of a pack's settings that is known before any layer is built."""
     model, load, parallel = vllm_config.model_config, vllm_config.load_config, vllm_config.parallel_config
     return {
-        "weights": "dummy" if load.load_format == "dummy" else "loaded",
+        "kind of weights": "random" if load.load_format == "dummy" else "a checkpoint's",
         "dtype": str(model.dtype),
         "quantization": str(model.quantization),
         "vllm": vllm_version,

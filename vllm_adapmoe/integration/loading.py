@@ -45,7 +45,7 @@ from vllm_adapmoe.integration.pack_store import (
     store_kind,
     warn_of_others,
 )
-from vllm_adapmoe.store.base import ExpertStore, StoreWriter
+from vllm_adapmoe.store.base import ExpertStore, StoreError, StoreWriter
 from vllm_adapmoe.store.file import FileStore
 from vllm_adapmoe.store.host import HostStore
 from vllm_adapmoe.store.host_memory import host_memory
@@ -150,14 +150,16 @@ class ExpertLoading:
             self._sources = source_files(self.vllm_config.model_config, self.vllm_config.load_config)
             path = self.pack_path()
             found = open_or_pack(self.config, path, self._identity(), self._sources, experts, expert_bytes)
-            warn_of_others(path if found.path.exists() else path.parent)
+            if get_tensor_model_parallel_rank() == 0:
+                warn_of_others(path)
             if isinstance(found, FileStore):
                 self._store = found
                 return
             self._writer = found
             if get_tensor_model_parallel_rank() == 0:
                 say_how_long(found)
-            self._sources.start_hashing(cores_of_parent())
+            if len(found.packed) < len(self.layers):
+                self._sources.start_hashing(cores_of_parent())
             action = "Packing experts"
         self._progress = tqdm(
             total=len(self.layers), desc=action, unit="layer", disable=get_tensor_model_parallel_rank() != 0
@@ -416,6 +418,8 @@ def expert_loading(config: AdapMoEConfig, vllm_config: VllmConfig) -> Iterator[E
             yield loading
     except BaseException as error:
         loading.abort(error)
+        if isinstance(error, StoreError):  # a line for the user, as everything before a server serves
+            raise AdapMoEError(str(error)) from None
         raise
     finally:
         for name in names:

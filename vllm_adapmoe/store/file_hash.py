@@ -17,7 +17,7 @@ from blake3 import blake3
 
 logger = logging.getLogger(__name__)
 
-BLOCK = 4 << 20
+BLOCK = 1 << 20
 SETTLED_NS = 2_000_000_000
 """A file's clock ticks in steps of up to two seconds (FAT; ext4 and NFS are finer): a file that was changed within one
 step of being read may change again without another time, so its stamp proves nothing."""
