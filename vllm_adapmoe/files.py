@@ -42,15 +42,15 @@ def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
         OSError: as the system says, or that it is no regular file.
     """
     try:
-        fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o644)
     except ValueError:  # a NUL, or half of a surrogate pair
-        raise OSError(errno.EINVAL, "not a name that a file can have") from None
+        raise OSError(errno.ENXIO, "not a name that a file can have") from None
     try:
         mode = os.fstat(fd).st_mode
         if stat.S_ISDIR(mode):
             raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
         if not stat.S_ISREG(mode):
-            raise OSError(errno.EINVAL, "not a regular file")
+            raise OSError(errno.ENXIO, "not a regular file")
     except OSError:
         os.close(fd)
         raise

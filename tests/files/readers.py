@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from blake3 import blake3
 from conftest import ROOT, TINY_MIXTRAL
 
@@ -29,6 +30,10 @@ from vllm_adapmoe.simulate.plan import gated
 from vllm_adapmoe.simulate.replay import Machine, belady, replay
 from vllm_adapmoe.simulate.trace import Step, TraceInfo, TraceWriter
 from vllm_adapmoe.simulate.trace_file import read_trace
+from vllm_adapmoe.store.file import open_pack
+from vllm_adapmoe.store.pack_index import decode_head, encode_head
+from vllm_adapmoe.store.pack_writer import PackWriter
+from vllm_adapmoe.store.record import ALIGNMENT, align
 
 LAYERS, HIDDEN, EXPERTS, TOP_K = 3, 4, 5, 2
 SETTINGS = {"model": "m"}
@@ -103,6 +108,38 @@ def model_config_file(path: Path) -> None:
 
 def text_file(path: Path) -> None:
     path.write_text("Some text.\n" * 10)
+
+
+def pack_file(path: Path) -> None:
+    """One layer of two records, and one of records with another layout."""
+    writer = PackWriter(path, {"model": "m"}, 1 << 16)
+    writer.put_layer(0, {"w1": torch.arange(2 * 600, dtype=torch.int64).view(2, 20, 30), "scale": torch.ones(2, 3)})
+    writer.put_layer(1, {"w1": torch.ones(3, 8, dtype=torch.bfloat16)})
+    writer.seal().close()
+
+
+def index_of(pack: bytes) -> tuple[int, bytes]:
+    """Where the index of a pack is, and what it is."""
+    offset, size, _ = decode_head(pack[:ALIGNMENT], len(pack))
+    return offset, pack[offset : offset + size]
+
+
+def with_index(pack: bytes, index: bytes) -> bytes:
+    """A pack with another index, and checksums that are right."""
+    offset, _ = index_of(pack)
+    return encode_head(offset, index) + pack[ALIGNMENT:offset] + index.ljust(align(len(index)), b"\0")
+
+
+def use_pack(path: Path) -> int:
+    store = open_pack(path, {"model": "m"})
+    try:
+        for layer, layout in enumerate(store.layouts):
+            for expert in range(store.num_experts(layer)):
+                into = [torch.empty(piece.nbytes, dtype=torch.uint8) for piece in layout.pieces]
+                store.read((layer, expert), into)
+        return store.num_layers
+    finally:
+        store.close()
 
 
 def use_profile(path: Path) -> ModelProfile:
@@ -183,6 +220,7 @@ READERS = {
     "profile": Reader(profile_file, use_profile),
     "heads": Reader(heads_file, use_heads),
     "trace": Reader(trace_file, use_trace),
+    "pack": Reader(pack_file, use_pack, absent="does not exist"),
     "progress": Reader(progress_file, use_progress, absent=""),
     "model_config": Reader(model_config_file, use_model_config, inside="config.json"),
     "text": Reader(text_file, text_of),

@@ -18,7 +18,7 @@ from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutate import damaged_arrays, damaged_bytes, damaged_json
-from readers import INFO, READERS, SETTINGS, frame_of, heads_arrays, trace_steps, try_reading
+from readers import INFO, READERS, SETTINGS, frame_of, heads_arrays, index_of, trace_steps, try_reading, with_index
 from safetensors.numpy import save
 
 from vllm_adapmoe.simulate.trace import _frame
@@ -66,6 +66,9 @@ def damaged(kind: str) -> st.SearchStrategy[bytes]:
                 "routing/0/loss": np.ones(2),
             }
             return damaged_arrays(arrays).map(checked) | damaged_bytes(data)
+        case "pack":
+            index = json.loads(index_of(data)[1])
+            return damaged_json(index).map(lambda index: with_index(data, index)) | damaged_bytes(data)
         case "trace":
             return damaged_frames() | damaged_info() | damaged_bytes(data)
     return damaged_bytes(data)

@@ -11,13 +11,16 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
-from readers import LAYERS, READERS, info_json, profile_file, try_reading
+from blake3 import blake3
+from readers import LAYERS, READERS, index_of, info_json, profile_file, try_reading, with_index
 from safetensors.numpy import save
 
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.files import BadFile, parse_json, read_bytes
-from vllm_adapmoe.printable import LONGEST, printable
+from vllm_adapmoe.printable import LONGEST, OneLineError, printable
 from vllm_adapmoe.profile import ModelProfile
+from vllm_adapmoe.store.pack_index import HEAD, MAGIC
+from vllm_adapmoe.store.record import ALIGNMENT
 
 pytestmark = pytest.mark.timeout(60)  # an open that waits for ever
 
@@ -80,7 +83,8 @@ def test_something_else_in_its_place(kind, place, tmp_path):
     before = time.monotonic()
     message = try_reading(kind, path)
     assert message or (place is nowhere and not READERS[kind].absent)
-    assert not message or (said in message and str(path.parent) in message)
+    assert not message or said in message or (place is nowhere and READERS[kind].absent in message)
+    assert not message or str(path.parent) in message
     assert time.monotonic() - before < 10
 
 
@@ -102,14 +106,14 @@ def test_a_file_that_may_not_be_read(kind):
         Path(folder).chmod(0o755)
         READERS[kind].write(path := READERS[kind].at(Path(folder)))
         path.chmod(0)
-        with as_nobody(), pytest.raises(AdapMoEError, match="Permission denied"):
+        with as_nobody(), pytest.raises(OneLineError, match="Permission denied"):
             READERS[kind].read(path)
 
 
 def test_folders_that_may_not_be_read(kind, tmp_path):
     READERS[kind].write(path := READERS[kind].at(tmp_path))
     tmp_path.chmod(0)
-    with as_nobody(), pytest.raises(AdapMoEError, match="Permission denied"):
+    with as_nobody(), pytest.raises(OneLineError, match="Permission denied"):
         READERS[kind].read(path)
     tmp_path.chmod(0o700)
 
@@ -134,7 +138,7 @@ def test_gigabytes_of_json(kind, tmp_path):
             try_reading(kind, path)
 
 
-@pytest.mark.parametrize("name", ["two\nlines", "\x1b[31mred\x1b[0m", "\u202egnirts", "half\udc80", "a" * 250])
+@pytest.mark.parametrize("name", ["two\nlines", "\x1b[31mred\x1b[0m", "\u202egnirts", "half\udc80", "a" * 200])
 def test_names_do_not_forge_lines(kind, name, tmp_path):
     READERS[kind].write(path := READERS[kind].at(tmp_path, name))
     assert try_reading(kind, path) == ""
@@ -267,6 +271,43 @@ def test_the_older_part_of_a_trace(tmp_path):
     older.unlink()
     write_trace(older, model="other")
     assert "of another server" in try_reading("trace", path)
+
+
+def test_a_pack_that_claims_more_than_there_is(tmp_path):
+    """An index of a terabyte, in a file of that size with nothing in it: of what use is a right checksum?"""
+    path = tmp_path / "pack"
+    size = 1 << 40
+    head = HEAD.pack(MAGIC, ALIGNMENT, size, blake3(b"").digest())
+    path.write_bytes(head + blake3(head).digest())
+    os.truncate(path, ALIGNMENT + size)
+    assert "has an index of 1099511627776 bytes" in try_reading("pack", path)
+
+
+def test_a_pack_whose_records_are_elsewhere(tmp_path):
+    READERS["pack"].write(path := tmp_path / "pack")
+    pack = path.read_bytes()
+    index = json.loads(index_of(pack)[1])
+
+    def said(**change: object) -> str:
+        layers = [index["layers"][0] | change, *index["layers"][1:]]
+        path.write_bytes(with_index(pack, json.dumps(index | {"layers": layers}).encode()))
+        return try_reading("pack", path)
+
+    assert said() == ""
+    first = index["layers"][0]
+    for offset in (0, -ALIGNMENT, 1 << 50, index["layers"][1]["offset"]):
+        assert "outside of" in said(offset=offset)
+    for offset in (ALIGNMENT + 512, "x", None, 4096.0):
+        assert "MoE layer 0 at byte" in said(offset=offset) or "something else" in said(offset=offset)
+    assert "outside of" in said(digests=first["digests"] * 100_000)
+    assert "no checksum" in said(digests=[])
+    assert "no checksum" in said(digests=["00"])
+    for shape in ([1 << 40], [1 << 62, 1 << 62], [-1], ["x"], [[]], [0.5], [1] * 100_000):
+        assert said(layout=[first["layout"][0] | {"shape": shape}])
+    for dtype in ("Tensor", "nothing", 5, None, "\n"):
+        assert "something else" in said(layout=[first["layout"][0] | {"dtype": dtype}])
+    path.write_bytes(with_index(pack, json.dumps(index | {"layers": []}).encode()))
+    assert "has no layer" in try_reading("pack", path)
 
 
 def test_a_link_that_would_take_for_ever():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from vllm_adapmoe.files import open_regular
 from vllm_adapmoe.store.record import ALIGNMENT
 
 logger = logging.getLogger(__name__)
@@ -20,12 +21,12 @@ logger = logging.getLogger(__name__)
 def open_direct(path: Path, flags: int) -> tuple[int, bool]:
     """Opens `path`, with O_DIRECT if the file system has it; returns the descriptor and whether it does."""
     try:
-        return os.open(path, flags | os.O_DIRECT, 0o644), True
+        return open_regular(path, flags | os.O_DIRECT), True
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
         _log_buffered(path.parent)
-        return os.open(path, flags, 0o644), False
+        return open_regular(path, flags), False
 
 
 @cache

@@ -11,6 +11,7 @@ from blake3 import blake3
 from vllm_adapmoe.cache.eviction import ExpertKey
 from vllm_adapmoe.store.base import StoreError
 from vllm_adapmoe.store.direct_io import drop_cached, is_aligned, open_direct, read_full
+from vllm_adapmoe.store.pack_check import read_index
 from vllm_adapmoe.store.pack_index import PackIndex, decode_head, digest
 from vllm_adapmoe.store.record import ALIGNMENT, align, aligned_empty
 from vllm_adapmoe.store.source_files import SourceFiles
@@ -47,9 +48,11 @@ def open_pack(path: Path, identity: dict[str, str]) -> "FileStore":
         file = FileIO(fd)  # closes itself when nobody holds it
         index = _read_index(fd)
     except FileNotFoundError:
-        raise PackMissing(f"{path} does not exist") from None
-    except (ValueError, KeyError, OSError) as error:
-        raise PackInvalid(f"{path} {error}") from None
+        raise PackMissing(f"{path} does not exist; adapmoe pack, or a start with store=file, writes it") from None
+    except OSError as error:
+        raise PackInvalid(f"{path} cannot be read ({error.strerror}); remove it") from None
+    except ValueError as error:
+        raise PackInvalid(f"{path} {error}; remove it, and start again to pack anew") from None
     for key, value in identity.items():
         found = index.identity.get(key)
         if found != value:
@@ -71,7 +74,7 @@ def _read_index(fd: int) -> PackIndex:
     data = blocks[:length].numpy().tobytes()
     if blake3(data).digest() != checksum:
         raise ValueError("has a damaged index")
-    return PackIndex.decode(data)
+    return read_index(data, offset)
 
 
 class FileStore:

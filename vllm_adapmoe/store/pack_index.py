@@ -23,6 +23,8 @@ from vllm_adapmoe.store.source_files import SourceFile
 MAGIC = b"adapmoe-experts\x02"
 HEAD = struct.Struct("<16sQQ32s")  # magic, offset and size of the index, its checksum; then a checksum of these
 DIGEST_SIZE = 16
+INDEX_BYTES = 64 << 20
+"""Of an index; that of 100 layers with 1,024 experts has 4 MiB."""
 
 
 def digest(data: Any) -> bytes:
@@ -107,6 +109,8 @@ def decode_head(block: bytes, file_size: int) -> tuple[int, int, bytes]:
     magic, offset, size, index_checksum = HEAD.unpack(head)
     if magic != MAGIC:
         raise ValueError("has another format version")
+    if size > INDEX_BYTES:
+        raise ValueError(f"has an index of {size} bytes, of {INDEX_BYTES} at most")
     if file_size != offset + align(size):
         raise ValueError(f"has {file_size} bytes instead of {offset + align(size)}")
     return offset, size, index_checksum
