@@ -7,6 +7,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.executor import Executor
 
 from vllm_adapmoe.config import AdapMoEConfig
+from vllm_adapmoe.integration.left_out import check_not_left_out
 from vllm_adapmoe.integration.loading import pack_folder
 
 
@@ -16,6 +17,7 @@ def pack_experts(model: str, store_dir: str | None, **engine_args: Any) -> Path:
     Raises:
         AdapMoEError: as when serving.
     """
+    check_not_left_out()
     described = EngineArgs(model=model, **engine_args).create_model_config()
     experts, top_k = described.get_num_experts(), described.get_num_experts_per_tok() or 1
     # The fewest slots that a token can do with: any cache that is not complete has a store behind it.
