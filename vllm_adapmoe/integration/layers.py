@@ -44,6 +44,20 @@ class CachedExperts(StreamedExperts):
         self.global_num_experts = pool.num_slots  # kernels count the rows of the weights, which are slots now
         self.expert_tensors.replace(pool.tensors)
 
+    def begin_reload(self) -> None:
+        super().begin_reload()
+        self.global_num_experts = self.moe_config.num_experts
+
+    def end_reload(self) -> None:
+        super().end_reload()
+        if self.cache is not None:
+            self.use_cache(self.cache)
+
+    def finish_loading(self) -> None:
+        super().finish_loading()
+        if self.cache is not None:  # weights are replaced while the engine runs; vLLM keeps the tensors that it had
+            self.use_cache(self.cache)
+
     @property
     def is_stock(self) -> bool:
         """Whether vLLM's own code runs; `torch.compile` traces what that says when the model is first called."""
