@@ -3,9 +3,13 @@
 import gc
 import weakref
 
-from tests.cache.test_manager import assert_served, host_store, manager
+import torch
+
+from tests.cache.test_manager import LAYERS, assert_served, host_store, manager
 from vllm_adapmoe.cache.budget import ExpertShape, slots_without
 from vllm_adapmoe.cache.controller import CacheController, CacheSetup
+from vllm_adapmoe.store.host import HostStore
+from vllm_adapmoe.store.record import as_bytes
 
 
 def test_fewer_slots_serve_and_the_old_memory_is_let_go():
@@ -33,3 +37,29 @@ def test_slots_are_given_back_in_proportion_and_never_too_few():
     assert slots_without(shapes, [100, 20], 1) == [99, 19]
     assert slots_without(shapes, [100, 20], 130_000) is None
     assert slots_without(shapes, [100, 20], 10**9) is None
+
+
+def test_other_records_from_another_store_and_from_the_same_one():
+    first, other = host_store(), HostStore(torch.device("cpu"))
+    cache = manager(first, [8, 3], lookahead=2, max_experts=1)
+    inverted = [
+        {name: (as_bytes(tensor) ^ 255).view(tensor.dtype).view(tensor.shape) for name, tensor in tensors.items()}
+        for tensors in LAYERS
+    ]
+    try:
+        assert_served(cache, 0, [0, 1, 2, 3])
+        for number, layers in enumerate((inverted, LAYERS)):  # in a store of its own, and then over the records there
+            for index, tensors in enumerate(layers):
+                other.put_layer(index, tensors)
+            if number == 0:
+                other.seal()
+            cache.replace_store(other)
+            assert cache.num_resident == 0 and all((slot_map == -1).all() for slot_map in cache.slot_maps)
+            slots = cache.acquire(0, [1, 3])[[1, 3]].tolist()
+            for name, tensor in cache.pool(0).tensors.items():
+                assert torch.equal(as_bytes(tensor[slots]), as_bytes(layers[0][name][[1, 3]]))
+            cache.release(0, [1, 3])
+            assert cache.stats.misses == 4 + 2 * (number + 1), "counters go on"
+        assert not first._layers, "the one before is closed"
+    finally:
+        cache.close()

@@ -50,4 +50,32 @@ def test_a_plugin_that_vllm_is_told_to_leave_out():
     assert run.returncode == 1
     words = " ".join(run.stdout.split())
     assert "VLLM_PLUGINS=another leaves the plugin out" in words
+    assert "without a word, where only additional_config asks for the cache" in words
+    assert "does not take it" not in words, "not the model's fault"
     assert "What will work here" not in words
+
+
+def test_who_needs_a_plugin_that_is_left_out_says_so(tmp_path):
+    """Nothing of ours runs in vLLM then: what it says of the other ways must not look like a start without them."""
+    env = os.environ | {"VLLM_PLUGINS": "another"}
+    pack = [Path(sys.executable).parent / "adapmoe", "pack", TINY_MIXTRAL, "--store-dir", tmp_path]
+    run = subprocess.run(pack, capture_output=True, text=True, env=env)
+    assert run.returncode != 0
+    assert run.stderr.splitlines()[-1] == (
+        "adapmoe: error: VLLM_PLUGINS=another leaves the plugin out; add adapmoe to it, or unset it"
+    )
+    code = f"""
+import sys
+from vllm import LLM
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+try:
+    LLM({str(TINY_MIXTRAL)!r}, moe_method="adapmoe")
+except TypeError as error:
+    print(error)
+AsyncEngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(["--moe-method", "adapmoe"])
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert run.returncode == 2
+    assert "unexpected keyword argument 'moe_method'" in run.stdout.splitlines()[-1]
+    assert "unrecognized arguments: --moe-method adapmoe" in run.stderr.splitlines()[-1]

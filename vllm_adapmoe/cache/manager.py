@@ -65,6 +65,7 @@ class ExpertCacheManager:
 
     def _follow(self, controller: CacheController, link_gbps: float | None) -> None:
         self.controller = controller
+        self._link_gbps = link_gbps
         link = None if link_gbps is None else link_gbps * 1e9
         self.transfers = controller.transfers = TransferEngine(
             controller, self.pools, self.store, self.readers, link, self.reader_cpus, self._left, self._arrived
@@ -100,6 +101,23 @@ class ExpertCacheManager:
         for slot_map in self.slot_maps:
             slot_map.fill_(-1)
         self._follow(controller, link_gbps)
+
+    def replace_store(self, store: ExpertStore) -> None:
+        """Serves from other records of the same layouts, between two steps: slots are empty, and counters go on.
+
+        The store so far is closed, unless it is this one.
+        """
+        self._check()
+        self.transfers.close()
+        if store is not self.store:
+            self.store.close()
+            self.store = store
+        before, controller = self.controller, self.controller.anew()
+        controller.stats = before.stats
+        controller.layer_hits, controller.layer_misses = before.layer_hits, before.layer_misses
+        for slot_map in self.slot_maps:
+            slot_map.fill_(-1)
+        self._follow(controller, self._link_gbps)
 
     def _check(self) -> None:
         """Raises the reason why no expert can be asked for now, if there is one."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.metadata
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from vllm_adapmoe.cache.budget import GiB
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.doctor.finding import Finding
 from vllm_adapmoe.integration.identity import load_identity, source_files
+from vllm_adapmoe.integration.left_out import REMEDY, left_out
 from vllm_adapmoe.integration.model_check import expert_bytes_of, feature_checks
 from vllm_adapmoe.integration.model_info import count_moe_layers
 from vllm_adapmoe.integration.pack_store import open_valid, pack_folder, pack_names
@@ -59,11 +59,13 @@ def check_installation() -> Iterator[Finding]:
         yield Finding(
             SECTION, "problem", f"entry points are missing: {', '.join(missing)}", "install vllm-adapmoe again with pip"
         )
-    allowed = os.environ.get("VLLM_PLUGINS")
-    if allowed is not None and METHOD not in allowed.split(","):
+    reason = left_out()
+    if reason is not None:
         yield Finding(
-            SECTION, "problem", f"VLLM_PLUGINS={allowed} leaves the plugin out", f"add {METHOD} to it, or unset it"
-        )
+            SECTION, "problem", reason, REMEDY,
+            fails=f"{reason}: --moe-method and LLM(moe_method=...) are unknown to vLLM, and it serves every expert "
+            "resident, without a word, where only additional_config asks for the cache",
+        )  # fmt: skip
         return
     fields = {"moe_method": EngineArgs, "worker_stats": SchedulerStats}
     absent = [
@@ -86,7 +88,9 @@ def check_installation() -> Iterator[Finding]:
 
 
 def check_model(model: str, store_dir: Path | None) -> Iterator[Finding]:
-    """What the start of a server would say of a model, and its sizes."""
+    """What the start of a server would say of a model, and its sizes; nothing where the plugin is left out."""
+    if left_out() is not None:
+        return
     settings = {} if store_dir is None else {"store_dir": str(store_dir), "store": "file"}
     section = f"Model {model}"
     try:

@@ -11,6 +11,7 @@ from vllm.inputs import TokensPrompt
 
 from vllm_adapmoe.integration.forced_tokens import forced_sampling, forcing_arguments
 from vllm_adapmoe.integration.identity import model_hash
+from vllm_adapmoe.integration.left_out import check_not_left_out
 from vllm_adapmoe.integration.model_info import count_moe_layers, model_info
 from vllm_adapmoe.profile import ModelInfo
 
@@ -42,6 +43,8 @@ class Engine:
         self, model: Path | str, adapmoe: dict[str, Any] | None, forced: bool = False, **engine_args: Any
     ) -> None:
         self.cached = adapmoe is not None
+        if self.cached:
+            check_not_left_out()
         method = {} if adapmoe is None else {"moe_method": "adapmoe", "adapmoe_config": adapmoe}
         defaults = {
             "skip_tokenizer_init": True,

@@ -44,6 +44,20 @@ class CachedExperts(StreamedExperts):
         self.global_num_experts = pool.num_slots  # kernels count the rows of the weights, which are slots now
         self.expert_tensors.replace(pool.tensors)
 
+    def begin_reload(self) -> None:
+        super().begin_reload()
+        self.global_num_experts = self.moe_config.num_experts
+
+    def end_reload(self) -> None:
+        super().end_reload()
+        if self.cache is not None:
+            self.use_cache(self.cache)
+
+    def finish_loading(self) -> None:
+        super().finish_loading()
+        if self.cache is not None:  # weights are replaced while the engine runs; vLLM keeps the tensors that it had
+            self.use_cache(self.cache)
+
     @property
     def is_stock(self) -> bool:
         """Whether vLLM's own code runs; `torch.compile` traces what that says when the model is first called."""
@@ -61,6 +75,9 @@ class CachedExperts(StreamedExperts):
     ) -> Any:
         if self.is_stock:
             return super().forward_modular(x, topk_weights, topk_ids, shared_experts, shared_experts_input)
+        if self.apply_router_weight_on_input:
+            # Here, where torch.compile sees it among what is around, as in vLLM's own layer (`prepare_finalize/`).
+            x = x * topk_weights.to(x.dtype)
         # Opaque to torch.compile: what is missing or dropped is known only when the ids and weights are.
         return torch.ops.vllm.adapmoe_routed_experts(x, topk_weights, topk_ids, self.layer_name)
 
@@ -68,7 +85,7 @@ class CachedExperts(StreamedExperts):
         """Experts of one step: gates, acquires slots for what is kept, and runs vLLM's kernel on the slots.
 
         Args:
-            x: `[tokens, hidden]`.
+            x: `[tokens, hidden]`, times its weight under `apply_router_weight_on_input`.
             topk_weights: `[tokens, top_k]`, float32.
             topk_ids: `[tokens, top_k]`, int32, logical expert ids.
 
@@ -282,6 +299,8 @@ class CachedExperts(StreamedExperts):
         return self._run_kernel(x, weights, self._slot_map()[ids].unsqueeze(1).to(x.device))
 
     def _run_kernel(self, x: torch.Tensor, topk_weights: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        if self.apply_router_weight_on_input:  # `forward_modular` has, and vLLM would once more
+            topk_weights = torch.ones_like(topk_weights)
         output = self.quant_method.apply(
             layer=self,
             x=x,

@@ -71,6 +71,7 @@ class Lookahead:
         self.requests = requests
         self.lookahead = lookahead
         self.heads = heads
+        self.routers = routers
         self.corrections = [_correction(router) for router in routers]
         self.gates = [find_gate(model, layer.layer_name) for layer in layers]
         self.stacks: list[GateStack | None] = [None] * len(layers)
@@ -94,6 +95,12 @@ class Lookahead:
         """
         for index, layer in enumerate(self.layers):
             self._stack(index, torch.empty(0, layer.hidden_size, dtype=dtype, device=device))
+
+    def follow_weights(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Learns the gates anew: the model's weights have been replaced."""
+        self.corrections = [_correction(router) for router in self.routers]
+        self.stacks = [None] * len(self.layers)
+        self.prepare(dtype, device)
 
     def begin_step(self, rows: Mapping[str, int]) -> None:
         """A step with so many rows of each request is about to run: fetches for its first layers."""

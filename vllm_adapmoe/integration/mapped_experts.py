@@ -34,6 +34,8 @@ class MappedExperts(CachedExperts):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.deferred: DeferredRouting | None = None
         self.in_place: InPlaceDecode | None = None
+        self._on_slots = False
+        """`use_slot_kernel` was called."""
         self._row_of: torch.Tensor | None = None
         """int32 `[experts + 1]`, on the device, while a kernel runs that is to use it."""
         self._whole: tuple[bytes, torch.Tensor] | None = None
@@ -58,6 +60,12 @@ class MappedExperts(CachedExperts):
                 "set --moe-backend triton, or marlin for 4-bit weights"
             )
         run_on_slots(kernel, self.local_num_experts)
+        self._on_slots = True
+
+    def finish_loading(self) -> None:
+        super().finish_loading()
+        if self._on_slots:  # with replaced weights comes another kernel
+            self.use_slot_kernel()
 
     @property
     def expert_map(self) -> torch.Tensor | None:

@@ -8,6 +8,7 @@ from vllm.v1.executor import Executor
 
 from vllm_adapmoe.config import AdapMoEConfig
 from vllm_adapmoe.integration.identity import source_files
+from vllm_adapmoe.integration.left_out import check_not_left_out
 from vllm_adapmoe.integration.pack_store import pack_folder
 
 
@@ -17,6 +18,7 @@ def pack_experts(model: str, store_dir: str | None, **engine_args: Any) -> Path:
     Raises:
         AdapMoEError: as when serving.
     """
+    check_not_left_out()
     described = EngineArgs(model=model, **engine_args).create_model_config()
     experts, top_k = described.get_num_experts(), described.get_num_experts_per_tok() or 1
     # The fewest slots that a token can do with: any cache that is not complete has a store behind it.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
+from vllm.platforms import current_platform
 
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.integration.expert_tensors import ExpertTensors, held_tensors
@@ -27,6 +28,9 @@ class StreamedExperts(RoutedExperts):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._arrived: set[tuple[str, int | None, str]] = set()
+        """Parameter, expert and shard of every weight that came through `weight_loader`."""
+        self._first_arrivals: set[tuple[str, int | None, str]] | None = None
+        """`_arrived` of the first loading, once weights have been replaced since."""
         self._finished = False
         super().__init__(*args, **kwargs)
 
@@ -71,10 +75,11 @@ class StreamedExperts(RoutedExperts):
         expert_id: int,
         return_success: bool = False,
     ) -> bool | None:
-        if self.loading.is_packed(self.cache_layer):
-            return True if return_success else None
         if self.expert_map is not None and expert_id is not None and self.expert_map[expert_id] < 0:
             return False if return_success else None  # another rank has it
+        if self.loading.is_packed(self.cache_layer):
+            self._note_arrival(param, loaded_weight, shard_id, expert_id)
+            return True if return_success else None
         if self._finished:
             raise AdapMoEError(
                 f"{self.layer_name}: the checkpoint holds {weight_name} beyond what {type(self.quant_method).__name__} "
@@ -117,6 +122,39 @@ class StreamedExperts(RoutedExperts):
         names = [name for name in self._loaded_names.values() if biased or not name.endswith("_bias")]
         return self.local_num_experts * sum(len(self._shards(name)) for name in names)
 
+    def begin_reload(self) -> None:
+        """Expects every weight once more, in parameters of the shapes that they were loaded in."""
+        if self._first_arrivals is None:
+            self._first_arrivals = self._arrived
+        self._arrived, self._finished = set(), False
+        vars(self).pop("_loaded_names", None)
+
+    def end_reload(self) -> None:
+        """No more weights are expected; finds the experts' tensors, which vLLM has put back, where they are now."""
+        self._finished = True
+        if hasattr(self, "expert_tensors"):
+            self.expert_tensors = ExpertTensors.of(held_tensors(self), list(self.expert_tensors.tensors))
+
+    @property
+    def came_by_loader(self) -> bool:
+        """Whether the experts were loaded by `weight_loader`, not by code of the model's own."""
+        return bool(self._arrived if self._first_arrivals is None else self._first_arrivals)
+
+    @property
+    def reloaded(self) -> bool:
+        """Since `begin_reload`, weights have arrived and been brought into the kernel's format."""
+        return self._finished and bool(self._arrived)
+
+    def missing(self) -> str | None:
+        """Of a layer that some weights have come for since `begin_reload`: one that has not, in words."""
+        if not self._arrived:
+            return None
+        if self._first_arrivals:
+            lacking = sorted(self._first_arrivals - self._arrived, key=str)
+            return None if not lacking else "{} of expert {} ({})".format(*lacking[0])
+        found, wanted = len(self._arrived), self._expected_arrivals()  # the first weights were made up
+        return None if found >= wanted else f"{wanted - found} of {wanted} tensors"
+
     def finish_loading(self) -> None:
         """Brings the loaded experts into the kernel's format, puts them into the store and frees them.
 
@@ -130,6 +168,10 @@ class StreamedExperts(RoutedExperts):
         self._move_to_device(parameters)
         held = held_tensors(self)
         foreign = {id(tensor) for tensor in held.values()} - {id(parameter) for parameter in parameters.values()}
+        if self._first_arrivals is not None and current_platform.is_cpu():
+            # With a kernel that is there already, vLLM takes weights for those of a GPU, and packs them for no CPU
+            # (`UnquantizedFusedMoEMethod._setup_kernel`).
+            self.quant_method.moe_kernel = None
         if self.loading.is_packed(self.cache_layer):
             names = self.loading.record_names(self.cache_layer)
             self._process_blank(parameters, names)

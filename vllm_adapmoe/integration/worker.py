@@ -28,6 +28,7 @@ from vllm_adapmoe.integration.mapped_experts import MappedExperts
 from vllm_adapmoe.integration.probed_worker import ProbedWorker
 from vllm_adapmoe.integration.step_clock import StepClock
 from vllm_adapmoe.integration.switch import heeds_worker
+from vllm_adapmoe.integration.updated_worker import UpdatedWorker
 from vllm_adapmoe.integration.worker_stats import Since, StepStats, total_stats, with_attributes
 from vllm_adapmoe.loss_budget import LossBudget
 from vllm_adapmoe.scheduling.report import StepReport, StepTimes, runs_prompt
@@ -48,7 +49,7 @@ def slot_bytes(cache: ExpertCacheManager) -> int:
     return sum(pool.nbytes for pool in cache.pools)
 
 
-class ExpertCacheWorker(ProbedWorker, Worker):
+class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
     """Mixin: builds the cache while the model loads, and reports what it did with every step."""
 
     expert_cache: ExpertCacheManager | None = None
@@ -65,6 +66,7 @@ class ExpertCacheWorker(ProbedWorker, Worker):
         """Loads the model and makes its slots: before vLLM profiles memory, so the KV cache gets what they leave."""
         config = self._config = AdapMoEConfig.parse(adapmoe_settings(self.vllm_config))
         self._step_report, self._since, self._clock = None, Since(), StepClock(slots_device())
+        self._made_up = self.vllm_config.load_config.load_format == "dummy"
         with expert_loading(config, self.vllm_config) as loading:
             super().load_model(**kwargs)
             self.expert_cache = loading.finish(self.model_runner.get_model())
@@ -81,15 +83,17 @@ class ExpertCacheWorker(ProbedWorker, Worker):
         note_what_is_traced(self.vllm_config, model, self.moe_layers, self.hostless is not None)
         self._runs_stock_layers = all(layer.is_stock for layer in self.moe_layers)
         self._watch_the_end()
+        self.refuse_what_reads_slots()
         group = get_tp_group()
         self.step_stats = StepStats(
             self.expert_cache, self.moe_layers, group.cpu_group if group.world_size > 1 else None
         )
         self._failed: set[str] = set()
         # Other ranks, or another scheduler, would not know, and go on.
-        if self.vllm_config.parallel_config.world_size == 1 and heeds_worker(
+        self._fails_requests = self.vllm_config.parallel_config.world_size == 1 and heeds_worker(
             self.vllm_config.scheduler_config.scheduler_cls
-        ):
+        )
+        if self._fails_requests:
             for layer in self.moe_layers:
                 layer.on_failure = self._fail_requests
         if self.expert_cache is not None:
@@ -251,6 +255,7 @@ class ExpertCacheWorker(ProbedWorker, Worker):
             return super().execute_model(scheduler_output)
         self._scheduler_output = scheduler_output
         self._scheduled = scheduler_output.num_scheduled_tokens
+        self._check_weights()
         if self.hostless is not None:
             self.hostless.take_in(self.lookahead)
         if self._scheduled and self.lookahead is not None:
@@ -267,6 +272,24 @@ class ExpertCacheWorker(ProbedWorker, Worker):
         if self._scheduled:
             self._step_report = self._report_step(scheduler_output)
         return self._with_stats(output)
+
+    def _check_weights(self) -> None:
+        """Lets no token of weights that are being replaced, or were in part, leave the engine.
+
+        Raises:
+            AdapMoEError: the step cannot run, or nobody would end its requests.
+        """
+        if not self._scheduled:
+            return
+        if self._update is not None:
+            raise AdapMoEError("a step was run while weights are replaced; pause generation before start_weight_update")
+        if self.broken is None:
+            return
+        if not self._fails_requests:
+            raise AdapMoEError(self.broken)
+        for name in self._scheduled.keys() - self._failed:
+            logger.error("Expert cache: request %s fails: %s", name, self.broken)
+        self._failed |= self._scheduled.keys()
 
     def _step(self, tokens: int) -> AbstractContextManager[None]:
         if self.hostless is None or not tokens:

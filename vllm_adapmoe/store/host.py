@@ -17,6 +17,8 @@ GiB = 1 << 30
 class HostStore:
     """One buffer `[experts, record bytes]` a layer. Its own writer.
 
+    A layer that is put again goes where it was: on a device its addresses are known, and there may be no room for two.
+
     Args:
         device: that the slots will be on.
     """
@@ -31,10 +33,17 @@ class HostStore:
     def put_layer(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
         layout = RecordLayout.of(tensors)
         experts = next(iter(tensors.values())).shape[0]
-        records = aligned_empty(experts * layout.nbytes).view(experts, layout.nbytes)
+        known = self._layers.get(layer)
+        if known is None:
+            records = aligned_empty(experts * layout.nbytes).view(experts, layout.nbytes)
+        else:
+            records = known[1]
+            assert known[0] == layout and len(records) == experts
         for piece in layout.pieces:
             source = tensors[piece.name].reshape(experts, -1).view(torch.uint8).view(experts, piece.nbytes)
             records[:, piece.offset : piece.offset + piece.nbytes] = source
+        if known is not None:
+            return
         self._layers[layer] = (layout, records)
         if self.device.type == "cuda" and (refusal := page_lock_refusal(records)) is not None:
             self._refusals[layer] = refusal
