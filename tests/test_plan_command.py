@@ -7,14 +7,16 @@ from multiprocessing import get_context
 import numpy as np
 import pytest
 from conftest import ROOT, TINY_MIXTRAL
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from vllm_adapmoe.bench.link import measure_link, measure_weights
-from vllm_adapmoe.checkpoint import measure_checkpoint
+from vllm_adapmoe.checkpoint_size import measure_checkpoint, measure_step
 from vllm_adapmoe.cli import app
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.simulate.plan import gated
 from vllm_adapmoe.simulate.trace import Step, TraceInfo, TraceWriter
+from vllm_adapmoe.store.record import align
 
 PROFILE = ROOT / "configs" / "tiny_mixtral.json"
 SPEEDS = ["--link", "1", "--compute", "0.5"]
@@ -58,18 +60,56 @@ def test_sizes_of_a_configuration(mixtral):
     assert measure_checkpoint(mixtral, None, 4.5)[1].expert_bytes == 3 * 4096 * 14336 * 4.5 / 8
 
 
-def test_sizes_of_real_weights(tiny_model):
+def test_sizes_of_real_weights(tiny_model, tmp_path):
     # In a process of its own, as a user runs it: vLLM's Transformers backend, in this process for another test,
     # decorates transformers' own classes, and they cannot be built without an engine any more.
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         folders = [tiny_model(architecture) for architecture in ("qwen3_moe", "deepseek_v3")]
         measured = list(process.map(measure_checkpoint, folders, [None] * 2, [None] * 2))
+        AutoConfig.for_model("jetmoe", num_hidden_layers=2).save_pretrained(tmp_path)  # experts, but none are fused
+        with pytest.raises(AdapMoEError, match="has no routed experts"):
+            process.submit(measure_checkpoint, tmp_path, None, None).result()
     shapes = [(3, 16, 4), (2, 8, 3)]
     for folder, (_, size), (layers, experts, top_k) in zip(folders, measured, shapes, strict=True):
         assert (size.num_layers, size.num_experts, size.top_k, size.all_layers) == (layers, experts, top_k, 3)
         assert size.expert_bytes == 3 * 128 * 64 * 2
         stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         assert size.other_bytes + size.experts * size.expert_bytes == pytest.approx(stored, rel=0.01)
+
+
+SMALL = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 100}
+GEMMA = SMALL | {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 32}
+SIZES = {
+    # Settings, and layers with experts, all layers, experts of a layer, experts of a token, intermediate size.
+    "afmoe": (SMALL | {"num_hidden_layers": 5, "num_dense_layers": 2, "moe_intermediate_size": 32}, (3, 5, 64, 6, 32)),
+    "dbrx": ({"d_model": 64, "n_heads": 2, "n_layers": 2, "attn_config": {"kv_n_heads": 1, "rope_theta": 1e4},
+              "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64}},
+             (2, 2, 4, 2, 32)),
+    "deepseek_v3": ({"num_hidden_layers": 4}, (1, 4, 256, 8, 2048)),
+    "ernie4_5_moe": ({"num_hidden_layers": 4}, (3, 4, 64, 6, 1536)),
+    "gemma4_text": (GEMMA | {"num_hidden_layers": 6}, (6, 6, 8, 2, 32)),
+    "gemma4": ({"text_config": GEMMA | {"num_hidden_layers": 6}}, (6, 6, 8, 2, 32)),
+    "kimi_linear": ({"num_hidden_layers": 4}, (3, 4, 256, 8, 1024)),
+    "lfm2_moe": ({"num_hidden_layers": 4, "num_dense_layers": 2, "layer_types": ["conv", "full_attention"] * 2},
+                 (2, 4, 32, 4, 1792)),
+    "llama4": ({"text_config": {"num_hidden_layers": 4, "interleave_moe_layer_step": 2}}, (2, 4, 16, 1, 8192)),
+    "longcat_flash": ({"num_layers": 2}, (2, 4, 512, 12, 2048)),
+    "qwen3_vl_moe": ({"text_config": {"num_hidden_layers": 2, "decoder_sparse_step": 2}}, (1, 2, 60, 4, 1408)),
+}  # fmt: skip
+
+
+def test_sizes_of_models_that_name_things_their_own_way(tmp_path):
+    """Experts after dense layers, every other layer, in a nested configuration, beside a vision tower, ..."""
+    for kind, (settings, (layers, every_layer, experts, top_k, inner)) in SIZES.items():
+        folder = tmp_path / kind
+        AutoConfig.for_model(kind, **settings).save_pretrained(folder)
+        info, size = measure_checkpoint(folder, None, None)
+        assert (size.num_layers, size.all_layers, size.num_experts, size.top_k) == (
+            layers, every_layer, experts, top_k
+        ), kind  # fmt: skip
+        assert size.expert_bytes == align(3 * info.hidden_size * inner * 2), kind
+        step = measure_step(folder, None, 1024)
+        assert step.inner == inner and step.kv_bytes > 0, kind
 
 
 def test_a_plan_with_gating_and_its_configuration(tmp_path):

@@ -112,9 +112,26 @@ class ModelInfo(Strict):
     architecture: Text
     hidden_size: Annotated[int, Field(ge=0, le=1 << 24)]
     num_layers: Annotated[int, Field(ge=0, le=MOST_LAYERS)]
-    """MoE layers; 0 where a model's configuration does not tell."""
+    """MoE layers. This and the numbers below are 0 before a model is built whose configuration does not tell."""
     num_experts: Annotated[int, Field(ge=0, le=MOST_EXPERTS)]
     top_k: Annotated[int, Field(ge=0, le=MOST_TOP_K)]
+
+    def check_same(self, model: "ModelInfo", path: str) -> None:
+        """Refuses the profile of this model, in the file `path`, for another model.
+
+        Raises:
+            AdapMoEError: names what differs, of what is known of the other model.
+        """
+        keys: tuple[str, ...] = ("architecture", "num_layers", "num_experts", "top_k", "hidden_size")
+        if self.hash is not None and model.hash is not None:
+            keys = (*keys, "hash")
+        for key in keys:
+            own, other = getattr(self, key), getattr(model, key)
+            if own != other and other != 0:
+                raise AdapMoEError(
+                    f"profile={path!r} is of another model ({self.name}): {key} is {own}, this model's is {other}; "
+                    "make one with adapmoe calibrate"
+                )
 
 
 class DataInfo(Strict):
@@ -213,17 +230,7 @@ class ModelProfile(Strict):
         Raises:
             AdapMoEError: names what differs.
         """
-        mine = self.model
-        keys: tuple[str, ...] = ("architecture", "num_layers", "num_experts", "top_k", "hidden_size")
-        if mine.hash is not None and model.hash is not None:
-            keys = (*keys, "hash")
-        for key in keys:
-            own, other = getattr(mine, key), getattr(model, key)
-            if own != other and (key, other) != ("num_layers", 0):
-                raise AdapMoEError(
-                    f"profile={path!r} is of another model ({mine.name}): {key} is {own}, this model's is {other}; "
-                    "make one with adapmoe calibrate"
-                )
+        self.model.check_same(model, path)
 
     # Predictions
 

@@ -267,7 +267,7 @@ def test_calibration_goes_on_where_it_was_killed(tmp_path, method):
     assert killed.read_bytes() == whole.read_bytes()
     assert not partial.exists()
     profile = ModelProfile.load(whole)
-    assert profile.model == describe_model(TINY_MIXTRAL)
+    assert profile.model == describe_model(TINY_MIXTRAL).model_copy(update={"num_layers": 12})
     assert profile.data.tokens == 64 * 63
     sensitivities = [layer.sensitivity for layer in profile.layers]
     assert sensitivities[0] == max(sensitivities)

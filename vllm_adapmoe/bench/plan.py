@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vllm_adapmoe.bench.link import measure_link, measure_weights
-from vllm_adapmoe.checkpoint import has_weights, measure_checkpoint, measure_step
+from vllm_adapmoe.checkpoint_size import has_weights, measure_checkpoint, measure_step
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.memory_plan import (
     Estimate,

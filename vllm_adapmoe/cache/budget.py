@@ -97,6 +97,33 @@ def token_bytes(hidden: int, inner: int, top_k: int, dtype_bytes: int) -> int:
     return stream + top_k * ((2 * inner + inner + 2 * hidden) * dtype_bytes + 4 * hidden)
 
 
+def check_budget(config: AdapMoEConfig, most: int | None, top_k: int, memory: DeviceMemory) -> None:
+    """Refuses, before there is a model, what no model can serve that has at most so many routed experts.
+
+    Args:
+        config: the budget.
+        most: routed experts over all layers, if every layer has them; None: not known.
+        top_k: slots that one token needs in one layer.
+        memory: as far as it is known.
+
+    Raises:
+        AdapMoEError: too few slots for one token, more of them than experts, or no memory for any.
+    """
+    slots, key = most or top_k, ""
+    if config.cache_experts is not None:
+        slots, key = config.cache_experts, f"cache_experts={config.cache_experts}"
+    elif config.cache_fraction is not None and most is not None:
+        slots, key = int(most * config.cache_fraction + 1e-9), f"cache_fraction={config.cache_fraction}"
+    if slots < top_k:
+        raise AdapMoEError(
+            f"{key} gives {slots} expert slots, but a token needs {top_k} at once; set at least cache_experts={top_k}"
+        )
+    if most is not None and slots > most:
+        raise AdapMoEError(f"{key} is more than the {most} routed experts that this model can have; set fewer")
+    if memory.left <= 0:
+        raise AdapMoEError(f"no memory for expert slots, for {_missing(0, memory)}; {memory.remedy}")
+
+
 def count_slots(config: AdapMoEConfig, shapes: Sequence[ExpertShape], memory: DeviceMemory) -> list[int]:
     """Slots of each pool under the configured budget, or, where it is `auto`, in what is left of the memory.
 

@@ -59,8 +59,8 @@ def calibrate(
     from vllm_adapmoe.integration.engine import describe_model
 
     info = describe_model(model)
-    if info.top_k < 2:
-        raise AdapMoEError(f"model={str(model)!r} uses {info.top_k} expert per token; there is nothing to gate")
+    if info.top_k == 1:
+        raise AdapMoEError(f"model={str(model)!r} uses one expert per token; there is nothing to gate")
     if method == "auto":
         method = "fisher" if fits_in_memory(model) else "forward"
     sequences = read_sequences(model, data, sequence_length, max(2, tokens // sequence_length), seed)
@@ -82,12 +82,12 @@ def calibrate(
         tqdm.write(f"going on with {progress.path}: {len(progress.done)} pieces are done")
     if method == "fisher":
         _differentiate(model, groups, progress)
-    layers = _serve(model, groups, progress, method, cache or {}, sequence_length, info)
+    layers, info = _serve(model, groups, progress, method, cache or {}, sequence_length, info)
     profile = _confirmed(
         ModelProfile(
             method=method,
             source=f"adapmoe calibrate --method {method}",
-            model=info.model_copy(update={"num_layers": len(layers)}),
+            model=info,
             data=described,
             versions=versions,
             base_loss=_base_loss(groups, progress),
@@ -131,8 +131,8 @@ def _serve(
     cache: dict[str, Any],
     sequence_length: int,
     info: ModelInfo,
-) -> list[LayerProfile]:
-    """Everything that the engine measures; the layers of the profile."""
+) -> tuple[list[LayerProfile], ModelInfo]:
+    """Everything that the engine measures: the layers of the profile, and the model with what only it told."""
     from vllm_adapmoe.integration.engine import Engine
     from vllm_adapmoe.integration.losses import prefill_losses
 
@@ -144,6 +144,8 @@ def _serve(
         max_num_batched_tokens=max(GROUP_TOKENS, sequence_length + 1),
     )
     with engine:
+        built = engine.call("experts_built")
+        info = info.model_copy(update={key: count for key, count in built.items() if not getattr(info, key)})
         engine.call("start_probe")
         for piece, group in _pieces("routing", groups, progress, "Routing"):
             engine.call("probe_layer", True)
@@ -177,7 +179,7 @@ def _serve(
         draft = ModelProfile(
             method="forward" if method == "forward" else "fisher",
             source="",
-            model=info.model_copy(update={"num_layers": count}),
+            model=info,
             layers=layers,
         )
         for place, threshold in enumerate(_thresholds(draft)):
@@ -185,7 +187,7 @@ def _serve(
             engine.call("set_gating", plan)
             for piece, group in _pieces(f"confirm{place}", groups, progress, f"Confirming {place + 1}"):
                 progress.add(piece, {"loss": np.array(prefill_losses(engine, group).nats.sum())})
-    return layers
+    return layers, info
 
 
 def _heads(progress: Progress, count: int) -> NextTokenHeads:

@@ -74,6 +74,12 @@ def adapmoe_settings(vllm_config: Any) -> Any:
     return additional.get("adapmoe") if isinstance(additional, dict) else None
 
 
+def profiled_settings(vllm_config: Any) -> Any:
+    """What `additional_config["adapmoe_profiled"]` holds: of which model the profile is; None without a profile."""
+    additional = vllm_config.additional_config
+    return additional.get("adapmoe_profiled") if isinstance(additional, dict) else None
+
+
 def gating_settings(vllm_config: Any) -> Any:
     """What `additional_config["adapmoe_gating"]` holds: the front end's `GatingPlan`; None where nothing is gated."""
     additional = vllm_config.additional_config

@@ -12,12 +12,12 @@ from vllm.platforms import current_platform
 from vllm.v1.metrics.stats import SchedulerStats
 
 from vllm_adapmoe.cache.budget import GiB
+from vllm_adapmoe.checkpoint_size import measure_checkpoint
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.doctor.finding import Finding
-from vllm_adapmoe.integration.identity import load_identity, source_files
+from vllm_adapmoe.integration.identity import config_folder, load_identity, source_files
 from vllm_adapmoe.integration.left_out import REMEDY, left_out
-from vllm_adapmoe.integration.model_check import expert_bytes_of, feature_checks
-from vllm_adapmoe.integration.model_info import count_moe_layers
+from vllm_adapmoe.integration.model_check import feature_checks, weight_bits
 from vllm_adapmoe.integration.pack_store import open_valid, pack_folder, pack_names
 from vllm_adapmoe.integration.switch import METHOD, WORKERS
 from vllm_adapmoe.integration.version_check import SUPPORTED, is_supported, remedy
@@ -113,18 +113,17 @@ def check_model(model: str, store_dir: Path | None) -> Iterator[Finding]:
 
 def _sizes(section: str, config: Any) -> Iterator[Finding]:
     model = config.model_config
-    experts, top_k, layers = (
-        model.get_num_experts(),
-        model.get_num_experts_per_tok(),
-        count_moe_layers(model.hf_text_config),
-    )
-    text = f"{model.architectures[0]}: {experts} experts, {top_k} per token"
-    nbytes = expert_bytes_of(model)
-    if layers is None or nbytes is None:
-        yield Finding(section, "ok", f"{text}; how many layers and bytes these are shows when it loads")
+    try:
+        _, size = measure_checkpoint(config_folder(model), model.dtype, weight_bits(model))
+    except AdapMoEError as error:
+        yield Finding(section, "ok", f"{model.architectures[0]}: how many experts it has shows when it loads ({error})")
         return
-    total = layers * experts * nbytes
-    text += f", in {layers} layers: {total / GiB:.2f} GiB of experts, {nbytes / 2**20:.1f} MiB each"
+    top_k, layers, nbytes = size.top_k, size.num_layers, size.expert_bytes
+    total = size.experts * nbytes
+    text = (
+        f"{model.architectures[0]}: {size.num_experts} experts, {top_k} per token, in {layers} layers: "
+        f"{total / GiB:.2f} GiB of experts, {nbytes / 2**20:.1f} MiB each"
+    )
     if device_type() == "cpu":
         room, where = host_memory().available, "memory"
     else:

@@ -9,10 +9,11 @@ from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.inputs import TokensPrompt
 
+from vllm_adapmoe.checkpoint_size import measure_checkpoint
 from vllm_adapmoe.integration.forced_tokens import forced_sampling, forcing_arguments
 from vllm_adapmoe.integration.identity import model_hash
 from vllm_adapmoe.integration.left_out import check_not_left_out
-from vllm_adapmoe.integration.model_info import count_moe_layers, model_info
+from vllm_adapmoe.integration.model_info import model_info
 from vllm_adapmoe.profile import ModelInfo
 
 KV_CACHE_BYTES = 256 << 20
@@ -127,10 +128,7 @@ class Engine:
 
 def count_experts(model: Path) -> int:
     """Routed experts of a model, over all layers."""
-    config = EngineArgs(model=str(model), skip_tokenizer_init=True).create_model_config()
-    layers = count_moe_layers(config.hf_text_config)
-    assert layers is not None, f"{model}: its configuration does not tell which layers have experts"
-    return layers * config.get_num_experts()
+    return measure_checkpoint(model, None, None)[1].experts
 
 
 def describe_model(model: Path) -> ModelInfo:

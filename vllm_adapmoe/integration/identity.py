@@ -115,6 +115,18 @@ def _settings_file(name: str, model: Model, folder: Path) -> Path | None:
     return found if isinstance(found, Path) and found.is_file() else None
 
 
+def config_folder(model: Model) -> Path:
+    """The folder on this machine that holds a model's `config.json`.
+
+    Raises:
+        AdapMoEError: there is none.
+    """
+    path = _settings_file("config.json", model, Path(model.model))
+    if path is None:
+        raise AdapMoEError(f"model={model.model!r} has no config.json on this machine; download it first")
+    return path.parent
+
+
 def model_hash(model: Model, load: LoadConfig) -> str:
     """The hash of every byte of a model, as a profile names it.
 

@@ -1,7 +1,7 @@
 """Takes a model's experts from the checkpoint into a store while vLLM loads it, then makes the expert cache."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -30,12 +30,15 @@ from vllm_adapmoe.cache.budget import (
 from vllm_adapmoe.cache.controller import CacheController, CacheSetup, CacheShape
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
+from vllm_adapmoe.integration.built_model import around_weights, check_layers, experts_built
 from vllm_adapmoe.integration.compat import expected_loads_settings, heads_settings
+from vllm_adapmoe.integration.expert_writes import ExpertWrites
 from vllm_adapmoe.integration.graph_memory import bookkeeping_of_worker, graphs_of_worker
 from vllm_adapmoe.integration.identity import load_identity, source_files
 from vllm_adapmoe.integration.layers import CachedExperts
 from vllm_adapmoe.integration.mapped_experts import MappedExperts, kernel_of
 from vllm_adapmoe.integration.memory import ModelWatch, least_kv_cache, step_bytes, usable_memory
+from vllm_adapmoe.integration.model_info import check_profile
 from vllm_adapmoe.integration.pack_store import (
     cores_of_parent,
     open_or_pack,
@@ -107,7 +110,7 @@ class ExpertLoading:
 
     def is_packed(self, layer: int) -> bool:
         """Whether the experts of a layer are in a pack already, or in the part of one that a killed start has left."""
-        self._begin()
+        self.begin()
         if isinstance(self._writer, PackWriter):
             return layer in self._writer.packed and layer not in self._put
         return self._store is not None
@@ -115,17 +118,25 @@ class ExpertLoading:
     @property
     def all_resident(self) -> bool:
         """Whether there is a slot for every expert: then vLLM's own parameters serve, and nothing is stored."""
-        self._begin()
+        self.begin()
         return sum(self._slots) == sum(layer.local_num_experts for layer in self.layers)
 
     @property
     def store_kind(self) -> str:
         return store_kind(self.config)
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Settles, before any weight is read, how many slots there are and whether a valid pack holds the experts.
+
+        Raises:
+            AdapMoEError: the layers that vLLM has built cannot be served as configured.
+        """
         if self._began:
             return
         self._began = True
+        model = self.vllm_config.model_config
+        check_layers(self.layers, model.model, model.quantization)
+        check_profile(self.vllm_config, experts_built(self.layers))
         shapes = self._loaded_shapes = self._shapes()
         self._slots, memory = choose_slots(self.config, shapes, self._memory(resident=True), self._memory(False))
         self._memory_before = memory
@@ -164,6 +175,11 @@ class ExpertLoading:
         self._progress = tqdm(
             total=len(self.layers), desc=action, unit="layer", disable=get_tensor_model_parallel_rank() != 0
         )
+
+    def taking_weights(self) -> AbstractContextManager:
+        """The context in which the model takes its weights, in whatever way."""
+        self.begin()
+        return nullcontext() if self.all_resident else ExpertWrites(self.layers, self.is_packed)
 
     def _layers_by_shape(self) -> list[list[int]]:
         groups: dict[tuple, list[int]] = {}
@@ -301,7 +317,7 @@ class ExpertLoading:
             AdapMoEError: a pack would be of files that are not identified.
             StoreError: the model's files have changed while it was loaded from them; or a pack cannot be written.
         """
-        self._begin()
+        self.begin()
         if self._progress is not None:
             self._progress.close()
         if self.all_resident:
@@ -405,7 +421,8 @@ def expert_loading(config: AdapMoEConfig, vllm_config: VllmConfig) -> Iterator[E
     The layer classes are registered for this one model and removed again: another engine in the same process, without
     the method, gets vLLM's own.
     """
-    get_model_architecture(vllm_config.model_config)  # imports the model, so that its own expert classes are known
+    # Imports the model, so that its own expert classes are known.
+    model_class, _ = get_model_architecture(vllm_config.model_config)
     loading = ExpertLoading(config, vllm_config)
     names = []
     base = experts_base()
@@ -414,7 +431,7 @@ def expert_loading(config: AdapMoEConfig, vllm_config: VllmConfig) -> Iterator[E
         PluggableLayer.register_oot(cached, name=cls.__name__)
         names.append(cls.__name__)
     try:
-        with loading.model.watching():
+        with loading.model.watching(), around_weights(model_class, loading.taking_weights):
             yield loading
     except BaseException as error:
         loading.abort(error)

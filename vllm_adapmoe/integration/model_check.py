@@ -10,13 +10,13 @@ from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 
-from vllm_adapmoe.cache.budget import DeviceMemory, ExpertShape, count_slots
+from vllm_adapmoe.cache.budget import DeviceMemory, check_budget
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.integration import loading
 from vllm_adapmoe.integration.compat import old_ray_executor_chosen
 from vllm_adapmoe.integration.layers import CachedExperts
 from vllm_adapmoe.integration.memory import usable_memory
-from vllm_adapmoe.integration.model_info import count_moe_layers, expert_sizes
+from vllm_adapmoe.integration.model_info import mentions_experts, most_experts
 from vllm_adapmoe.integration.pack_store import check_store
 
 LOAD_FORMATS = {"auto", "hf", "safetensors", "fastsafetensors", "pt", "mistral", "npcache", "dummy", "runai_streamer"}
@@ -32,8 +32,7 @@ def check_model(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
         AdapMoEError: the first thing found that cannot work.
     """
     model = vllm_config.model_config
-    experts, top_k = model.get_num_experts(), model.get_num_experts_per_tok()
-    if not experts:
+    if not mentions_experts(model):
         raise AdapMoEError(f"model={model.model!r} has no routed experts; remove moe_method")
     for is_set, setting, reason in feature_checks(vllm_config):
         if is_set:
@@ -47,9 +46,9 @@ def check_model(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
             f"gating.mode=batch does not work with tensor_parallel_size={ranks}: every rank has others resident; "
             "use gating.mode=token"
         )
-    experts_of_rank = experts
+    most = most_experts(model)
     if vllm_config.parallel_config.enable_expert_parallel and ranks > 1:
-        experts_of_rank = -(-experts // ranks)
+        most = None if most is None else -(-model.get_num_experts() // ranks) * model.get_total_num_hidden_layers()
         for is_set, setting, reason in (
             (config.trace_out is not None, f"trace_out={config.trace_out!r}",
              "a replay would need the experts of all ranks; record with tensor_parallel_size alone"),
@@ -58,16 +57,9 @@ def check_model(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
         ):  # fmt: skip
             if is_set:
                 raise AdapMoEError(f"{setting} does not work with enable_expert_parallel=True: {reason}")
-    layers = count_moe_layers(model.hf_text_config)
-    few_slots = config.cache_fraction is not None and config.cache_fraction < 1
-    if layers is not None:
-        few_slots |= config.cache_experts is not None and config.cache_experts < layers * experts_of_rank
-        expert_bytes = expert_bytes_of(model)
-        if expert_bytes is not None or config.cache_gb == "auto":
-            whole = ranks == 1 or vllm_config.parallel_config.enable_expert_parallel
-            of_rank = 1 if expert_bytes is None else expert_bytes if whole else expert_bytes // ranks
-            shape = ExpertShape(layers * experts_of_rank, of_rank, top_k or 1)
-            few_slots |= sum(count_slots(config, [shape], _device_memory(config, vllm_config))) < shape.num_experts
+    check_budget(config, most, model.get_num_experts_per_tok() or 1, _device_memory(config, vllm_config))
+    # How many experts there are the built model tells; with fewer slots than one layer has, a store is needed for sure.
+    few_slots = (config.cache_fraction or 1) < 1 or (config.cache_experts or sys.maxsize) < (model.get_num_experts() or 0)
     check_store(config, vllm_config, few_slots)
 
 
@@ -117,14 +109,8 @@ def feature_checks(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
     ]  # fmt: skip
 
 
-def expert_bytes_of(model: ModelConfig) -> int | None:
-    """Of one expert's weights, as far as the configuration tells: not the scales of quantised ones."""
-    sizes, bits = expert_sizes(model), _weight_bits(model)
-    return None if sizes is None or bits is None else 3 * sizes[0] * sizes[1] * bits // 8
-
-
-def _weight_bits(model: ModelConfig) -> int | None:
-    """Of one weight of an expert at least: a quantisation may leave experts out."""
+def weight_bits(model: ModelConfig) -> int | None:
+    """Returns the bits of one weight of an expert at least, scales apart: a quantisation may leave experts out."""
     dtype: Any = model.dtype
     if model.quantization is None:
         return int(dtype.itemsize) * 8

@@ -1,23 +1,46 @@
 """Which model an engine serves, as far as its configuration tells."""
 
 from pathlib import Path
-from typing import Any
 
-from vllm.config import ModelConfig
+from vllm.config import ModelConfig, VllmConfig
 
-from vllm_adapmoe.profile import ModelInfo
+from vllm_adapmoe.integration.compat import profiled_settings
+from vllm_adapmoe.profile import ModelInfo, ModelProfile
+
+MENTIONS = ("expert", "moe")
 
 
 def model_info(model: ModelConfig) -> ModelInfo:
-    """The model, as a profile names it, without its hash; `num_layers` is 0 where only the built model tells."""
+    """Returns the model, as a profile names it, before it is built: without its hash and its number of MoE layers."""
     return ModelInfo(
         name=Path(model.model).name,
         architecture=model.architectures[0],
         hidden_size=model.get_hidden_size(),
-        num_layers=count_moe_layers(model.hf_text_config) or 0,
-        num_experts=model.get_num_experts(),
+        num_layers=0,
+        num_experts=model.get_num_experts() or 0,
         top_k=model.get_num_experts_per_tok() or 0,
     )
+
+
+def profiled(profile: ModelProfile, path: str) -> dict[str, object]:
+    """Returns what a worker needs to know of a profile, to compare it with the model that is built."""
+    return {"path": path, "model": profile.model.model_dump()}
+
+
+def check_profile(vllm_config: VllmConfig, built: dict[str, int]) -> None:
+    """Compares the layers that are built with those that the profile is of, as far as the configuration did not tell.
+
+    Raises:
+        AdapMoEError: it is the profile of another model.
+    """
+    settings = profiled_settings(vllm_config)
+    if settings is None:
+        return
+    model = vllm_config.model_config
+    told = {"num_experts": model.get_num_experts(), "top_k": model.get_num_experts_per_tok()}
+    mine = ModelInfo.model_validate(settings["model"])
+    counts = built | {key: count for key, count in told.items() if count}
+    mine.check_same(mine.model_copy(update=counts), settings["path"])
 
 
 def expert_sizes(model: ModelConfig) -> tuple[int, int] | None:
@@ -28,25 +51,23 @@ def expert_sizes(model: ModelConfig) -> tuple[int, int] | None:
     return (hidden, inner) if isinstance(hidden, int) and isinstance(inner, int) else None
 
 
-def count_moe_layers(hf_config: Any) -> int | None:
-    """MoE layers of a model, from its configuration; None where that does not tell."""
-    layers = getattr(hf_config, "num_hidden_layers", None)
-    other_rules = (
-        "interleave_moe_layer_step",
-        "moe_layer_interval",
-        "layers_block_type",
-        "moe_layers",
-        "layer_types_moe",
-    )
-    if layers is None or any(getattr(hf_config, name, None) is not None for name in other_rules):
-        return None
-    dense_first = getattr(hf_config, "first_k_dense_replace", None) or 0
-    every = getattr(hf_config, "moe_layer_freq", None) or 1
-    step = getattr(hf_config, "decoder_sparse_step", None) or 1
-    dense = set(getattr(hf_config, "mlp_only_layers", None) or ())
-    if not isinstance(every, int):
-        return None
-    return sum(
-        layer >= dense_first and layer % every == 0 and (layer + 1) % step == 0 and layer not in dense
-        for layer in range(layers)
-    )
+def mentions_experts(model: ModelConfig) -> bool:
+    """Whether anything in a model's configuration, however deep, has to do with experts; if not, it has none."""
+
+    def names(settings: object) -> bool:
+        if isinstance(settings, dict):
+            return any(
+                any(word in str(key).lower() for word in MENTIONS) or names(its) for key, its in settings.items()
+            )
+        return isinstance(settings, list) and any(map(names, settings))
+
+    return bool(model.get_num_experts()) or names(model.hf_config.to_dict())
+
+
+def most_experts(model: ModelConfig) -> int | None:
+    """Returns how many routed experts a model has at most, over all layers; None where its configuration gives none.
+
+    How many of its layers have experts is seen when it is built.
+    """
+    experts = model.get_num_experts()
+    return model.get_total_num_hidden_layers() * experts if experts else None

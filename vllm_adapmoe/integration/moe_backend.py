@@ -8,7 +8,7 @@ from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.integration.backends import AUTO, MXFP4_W4A4, choose_backend
 from vllm_adapmoe.integration.compat import marlin_takes_mxfp4_with_quantised_activations
 from vllm_adapmoe.integration.expert_format import expert_formats
-from vllm_adapmoe.integration.model_info import count_moe_layers, expert_sizes
+from vllm_adapmoe.integration.model_info import expert_sizes, most_experts
 
 logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
 
@@ -60,5 +60,5 @@ def _surely_resident(config: AdapMoEConfig, vllm_config: VllmConfig) -> bool:
         return False
     if config.cache_fraction == 1.0:
         return True
-    layers = count_moe_layers(vllm_config.model_config.hf_text_config)
-    return layers is not None and config.cache_experts == layers * vllm_config.model_config.get_num_experts()
+    most = most_experts(vllm_config.model_config)
+    return most is not None and config.cache_experts == most

@@ -6,6 +6,7 @@ from typing import Any
 
 from vllm.v1.worker.gpu_worker import Worker
 
+from vllm_adapmoe.integration.built_model import experts_built
 from vllm_adapmoe.integration.layers import CachedExperts
 from vllm_adapmoe.integration.lookahead import Lookahead
 from vllm_adapmoe.integration.probe import RoutingProbe, plain
@@ -15,6 +16,10 @@ class ProbedWorker(Worker):
     """Mixin over a worker whose MoE layers are cached."""
 
     moe_layers: list[CachedExperts]
+
+    def experts_built(self) -> dict[str, int]:
+        """`built_model.experts_built`."""
+        return experts_built(self.moe_layers)
 
     def start_probe(self) -> None:
         """Records the routing from here on (`RoutingProbe`). Eager engines only."""

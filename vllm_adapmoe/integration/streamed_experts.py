@@ -12,6 +12,7 @@ from vllm.platforms import current_platform
 
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.integration.expert_tensors import ExpertTensors, held_tensors
+from vllm_adapmoe.integration.expert_writes import on_host
 
 if TYPE_CHECKING:
     from vllm_adapmoe.integration.loading import ExpertLoading
@@ -42,7 +43,7 @@ class StreamedExperts(RoutedExperts):
 
         def create_on_host(layer: RoutedExperts, *args: Any, **kwargs: Any) -> None:
             before = set(dict(self.named_parameters()))
-            with torch.device("cpu"):
+            with on_host():
                 create_weights(layer, *args, **kwargs)
             self._foreign_parameters = before
 
@@ -55,6 +56,16 @@ class StreamedExperts(RoutedExperts):
         wrapped.process_weights_after_loading = finish
         method.requires_device_loading = False
         return method
+
+    @property
+    def finished(self) -> bool:
+        """Whether the experts have been handed over."""
+        return self._finished
+
+    @property
+    def has_arrivals(self) -> bool:
+        """Whether weights have come through `weight_loader`."""
+        return bool(self._arrived)
 
     def expert_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters `[local experts, ...]` of the quantisation method: what an expert's record is made of."""

@@ -13,7 +13,7 @@ from vllm_adapmoe.gating_plan import describe, plan_gating
 from vllm_adapmoe.heads import NextTokenHeads, heads_path
 from vllm_adapmoe.integration.identity import model_hash
 from vllm_adapmoe.integration.model_check import check_model
-from vllm_adapmoe.integration.model_info import model_info
+from vllm_adapmoe.integration.model_info import model_info, profiled
 from vllm_adapmoe.integration.moe_backend import set_moe_backend
 from vllm_adapmoe.profile import ModelProfile
 
@@ -23,6 +23,7 @@ METHOD = "adapmoe"
 GATING = "adapmoe_gating"
 LOADS = "adapmoe_expected_loads"
 HEADS = "adapmoe_heads"
+PROFILED = "adapmoe_profiled"
 WORKERS = {
     "cpu": "vllm_adapmoe.integration.worker.AdapMoECPUWorker",
     "cuda": "vllm_adapmoe.integration.worker.AdapMoEWorker",
@@ -53,6 +54,8 @@ def switch_on(engine_args: Any, vllm_config: VllmConfig) -> None:
     profile = _profile(config, vllm_config)
     additional = {**_additional(vllm_config), METHOD: config.transport()}
     if profile is not None:
+        assert config.profile is not None
+        additional[PROFILED] = profiled(profile, config.profile)
         _follow_profile(config, profile, additional)
     vllm_config.additional_config = additional
     vllm_config.parallel_config.worker_cls = WORKERS[device]

@@ -1,0 +1,63 @@
+"""What vLLM has built of a model, before its weights are read: a configuration does not always tell."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from torch import nn
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.platforms import current_platform
+
+from vllm_adapmoe.config import AdapMoEError
+
+
+@contextmanager
+def around_weights(model_class: type[nn.Module], enter: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    """While it lasts, a model of this class takes its weights in a context that `enter` makes: once it is built.
+
+    Whatever loader brings the weights, and whether or not the model hands them to its layers' weight loaders.
+    """
+    built: Any = model_class
+    original, own = built.load_weights, "load_weights" in vars(model_class)
+
+    @functools.wraps(original)
+    def load_weights(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with enter():
+            return original(model, *args, **kwargs)
+
+    built.load_weights = load_weights
+    try:
+        yield
+    finally:
+        if own:
+            built.load_weights = original
+        else:
+            del built.load_weights
+
+
+def experts_built(layers: Sequence[RoutedExperts]) -> dict[str, int]:
+    """Returns the keys of `ModelInfo` that only these layers tell for every model; of several sizes the largest."""
+    return {
+        "num_layers": len(layers),
+        "num_experts": max(layer.global_num_experts for layer in layers),
+        "top_k": max(layer.top_k for layer in layers),
+    }
+
+
+def check_layers(layers: Sequence[RoutedExperts], model: str, quantization: str | None) -> None:
+    """Refuses what no cache can serve.
+
+    Raises:
+        AdapMoEError: no layers, or a quantisation for whose experts vLLM has no kernel here.
+    """
+    if not layers:
+        raise AdapMoEError(
+            f"model={model!r} has no routed experts that vLLM runs in its fused layer; remove moe_method"
+        )
+    for layer in layers:
+        if not hasattr(layer.quant_method, "is_monolithic"):  # a property, which asks a kernel's class that is None
+            raise AdapMoEError(
+                f"quantization={quantization!r}: vLLM has no kernel for its experts on this "
+                f"{current_platform.device_type}; remove it, or take a checkpoint in another format"
+            )
