@@ -59,7 +59,8 @@ def check_model(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
                 raise AdapMoEError(f"{setting} does not work with enable_expert_parallel=True: {reason}")
     check_budget(config, most, model.get_num_experts_per_tok() or 1, _device_memory(config, vllm_config))
     # How many experts there are the built model tells; with fewer slots than one layer has, a store is needed for sure.
-    few_slots = (config.cache_fraction or 1) < 1 or (config.cache_experts or sys.maxsize) < (model.get_num_experts() or 0)
+    few_slots = (config.cache_fraction or 1) < 1
+    few_slots |= (config.cache_experts or sys.maxsize) < (model.get_num_experts() or 0)
     check_store(config, vllm_config, few_slots)
 
 
