@@ -5,13 +5,17 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY_MIXTRAL
+from conftest import ROOT, TINY_MIXTRAL
 
-COMMIT, OLD = "c" * 40, "0" * 40
+from tests.integration.small_hub import COMMIT, SmallHub
+
+OLD = "0" * 40
+RUN_OFFLINE = Path(__file__).with_name("run_offline.py")
 MODELSCOPE = """
 from pathlib import Path
 def snapshot_download(model_id, cache_dir=None, revision=None, **others):
@@ -140,3 +144,41 @@ def test_what_cannot_be_identified_is_refused_by_name(found, case):
     with pytest.raises(ValueError, match=REFUSED[case]):
         raise ValueError(found[case]["refused"])
     assert "\n" not in found[case]["refused"]
+
+
+@pytest.fixture
+def hub() -> Iterator[SmallHub]:
+    """A hub that serves the bundled model as `org/m`."""
+    hub = SmallHub(TINY_MIXTRAL)
+    yield hub
+    hub.close()
+
+
+@pytest.mark.engine
+def test_a_model_by_its_name_is_the_one_in_the_folder(tmp_path, hub):
+    """A cache holds nothing but its configuration so far: a profile is held to weights that are yet to be downloaded.
+
+    They go into a `download_dir`, and the pack that is made of them serves the same model from a folder.
+    """
+    hub_cache(tmp_path / "hub", TINY_MIXTRAL, COMMIT, only="*.json")
+    config = {
+        "cache_experts": 48, "store": "file", "store_dir": str(tmp_path / "store"),
+        "profile": str(ROOT / "configs" / "tiny_mixtral.json"), "eviction": "next_token",
+    }  # fmt: skip
+    args = {"kv_cache_memory_bytes": 8 << 20}
+    answers = []
+    for model, more in (("org/m", {"download_dir": str(tmp_path / "downloads")}), (str(TINY_MIXTRAL), {})):
+        run = subprocess.run(
+            [sys.executable, RUN_OFFLINE, model, json.dumps(config), json.dumps(args | more)],
+            capture_output=True, text=True,
+            env=os.environ | {
+                "HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0",
+                "HF_HUB_DISABLE_XET": "1",
+            },
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr[-3000:]
+        answers.append(json.loads(run.stdout.splitlines()[-1])["tokens"])
+    assert answers[0] == answers[1]
+    assert "using the packed experts" in run.stdout + run.stderr
+    assert (tmp_path / "downloads" / "models--org--m" / "snapshots" / COMMIT / "model.safetensors").exists()
+    assert [path.name for path in (tmp_path / "store").iterdir()] == ["experts-0-of-1.pack"]

@@ -94,7 +94,7 @@ def test_a_killed_pack_leaves_nothing_that_looks_whole_and_is_gone_on_with(tmp_p
         open_pack(path, IDENTITY)
     with pytest.raises(PackInvalid):
         open_pack(partial, {})
-    next_writer = waiting(PackWriter, path, IDENTITY, 1)
+    next_writer = waiting(PackWriter, path, IDENTITY, 1 << 30)
     packer.send_signal(signal.SIGKILL)
     packer.wait()
     writer = next_writer.result(timeout=60)

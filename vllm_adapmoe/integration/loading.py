@@ -310,6 +310,12 @@ class ExpertLoading:
         if self._progress is not None:
             self._progress.update()
 
+    def _check_experts(self, store: ExpertStore) -> None:
+        """Compares how many layers and experts there are, whatever a pack says that it was made from."""
+        theirs = [store.num_experts(layer) for layer in range(store.num_layers)]
+        if theirs != [layer.local_num_experts for layer in self.layers]:
+            raise AdapMoEError(f"{self.pack_path()} holds other layers or experts than the model; delete it")
+
     def finish(self, model: Any) -> ExpertCacheManager | None:
         """Seals the store and lets every layer serve from the cache; None where every expert is resident.
 
@@ -331,6 +337,7 @@ class ExpertLoading:
             self._sources.check_unchanged()
         store = self._store if self._writer is None else self._writer.seal()
         assert store is not None
+        self._check_experts(store)
         self._slots = count_slots(self.config, self._shapes_in(store), self._memory_before)
         if self._split_pools(store):
             self._slots = count_slots(self.config, self._shapes_in(store), self._memory_before)

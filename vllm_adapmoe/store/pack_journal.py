@@ -32,6 +32,7 @@ class PackJournal:
 
     def __init__(self, path: Path, identity: Mapping[str, str], sources: SourceFiles) -> None:
         self.path = path
+        self._temporary = path.with_name(path.name + ".tmp")
         stamps = {name: None if stamp is None else asdict(stamp) for name, stamp in sources.stamps().items()}
         # The bytes of the files are not known yet. What has no stamp may have other ones the next time: no journal of
         # it is ever taken up.
@@ -71,9 +72,8 @@ class PackJournal:
             OSError: as the system says.
         """
         lines = [_line(self._head)] + [_line(_content(index, layer)) for index, layer in layers.items()]
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_bytes(b"".join(lines))
-        temporary.replace(self.path)
+        self._temporary.write_bytes(b"".join(lines))
+        self._temporary.replace(self.path)
 
     def add(self, index: int, layer: Layer) -> None:
         """Notes a layer whose records have all been written.
@@ -90,6 +90,7 @@ class PackJournal:
     def remove(self) -> None:
         """Ends it: the pack has its name, or is given up."""
         self.path.unlink(missing_ok=True)
+        self._temporary.unlink(missing_ok=True)
 
 
 def _content(index: int, layer: Layer) -> dict[str, Any]:

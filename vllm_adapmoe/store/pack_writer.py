@@ -11,12 +11,13 @@ from io import FileIO
 from pathlib import Path
 
 import torch
+from blake3 import blake3
 
 from vllm_adapmoe.store.base import StoreError
 from vllm_adapmoe.store.direct_io import drop_cached, open_direct, read_full, write_full
 from vllm_adapmoe.store.file import FileStore, open_pack
 from vllm_adapmoe.store.file_hash import HashCache
-from vllm_adapmoe.store.pack_index import PackIndex, digest, encode_head
+from vllm_adapmoe.store.pack_index import DIGEST_SIZE, PackIndex, digest, encode_head
 from vllm_adapmoe.store.pack_journal import Layer, PackJournal
 from vllm_adapmoe.store.record import ALIGNMENT, RecordLayout, align, aligned_empty
 from vllm_adapmoe.store.source_files import SourceFiles
@@ -27,6 +28,7 @@ GiB = 1 << 30
 
 PARTIAL = ".partial"
 JOURNAL = ".journal"
+TILE_BYTES = 4 << 20
 PROBE_BYTES = 64 << 20
 """Written to measure the disk, in pieces, for at most `PROBE_SECONDS`."""
 PROBE_SECONDS = 0.5
@@ -117,15 +119,22 @@ class PackWriter:
 
     def _is_whole(self, layer: Layer) -> bool:
         layout, offset, digests = layer
-        if offset + layout.nbytes * len(digests) > os.fstat(self._file.fileno()).st_size:
-            return False  # before memory is taken for a record that only the journal claims
-        record = self._record_of(layout)
+        fd = self._file.fileno()
+        if offset + layout.nbytes * len(digests) > os.fstat(fd).st_size:
+            return False
+        tile = aligned_empty(TILE_BYTES)  # what the journal claims of a record is not taken as memory
         for number, expected in enumerate(digests):
-            try:
-                count = read_full(self._file.fileno(), [record], offset + number * layout.nbytes)
-            except OSError:
-                return False
-            if count != layout.nbytes or digest(record.numpy().data) != expected:
+            found = blake3(max_threads=1)
+            for start in range(0, layout.nbytes, TILE_BYTES):
+                part = tile[: layout.nbytes - start]
+                try:
+                    count = read_full(fd, [part], offset + number * layout.nbytes + start)
+                except OSError:
+                    return False
+                if count != len(part):
+                    return False
+                found.update(part.numpy().data)
+            if found.digest(len(expected)) != expected or len(expected) != DIGEST_SIZE:
                 return False
         return True
 
@@ -149,10 +158,10 @@ class PackWriter:
         Raises:
             StoreError: it cannot be written.
         """
-        piece = aligned_empty(4 << 20).zero_()
+        piece = aligned_empty(TILE_BYTES).zero_()
         start, end = time.monotonic(), self._end
         try:
-            while end - self._end < PROBE_BYTES and time.monotonic() - start < PROBE_SECONDS:
+            while end - self._end < min(PROBE_BYTES, self.bytes_left) and time.monotonic() - start < PROBE_SECONDS:
                 write_full(self._file.fileno(), piece, end)
                 os.fdatasync(self._file.fileno())
                 end += len(piece)
@@ -208,6 +217,9 @@ class PackWriter:
         except StoreError:
             self.abort()  # what was packed may be of two models
             raise
+        if self._layers.keys() != set(range(len(self._layers))):
+            self.abort()
+            raise StoreError(f"{self._partial} held layers that the model does not have; start again")
         for layer in range(len(self._layers)):
             layout, offset, digests = self._layers[layer]
             self._index.layouts.append(layout)

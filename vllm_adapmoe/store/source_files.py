@@ -141,6 +141,8 @@ class SourceFiles:
         """
         if self._running is not None:
             threads, futures = self._running
+            if not all(future.done() for future in futures.values()):
+                logger.info("Waiting until the rest of %s has been hashed", self.origin)
             self._hashes |= {name: future.result() for name, future in futures.items()}
             threads.shutdown()
             self._running = None
