@@ -24,8 +24,6 @@ from vllm_adapmoe.store.source_files import SourceFiles
 
 logger = logging.getLogger(__name__)
 
-GiB = 1 << 30
-
 PARTIAL = ".partial"
 JOURNAL = ".journal"
 TILE_BYTES = 4 << 20
@@ -79,7 +77,7 @@ class PackWriter:
         except OSError as error:
             self._give_up()
             raise self._unwritable(error) from None
-        needed = expected_bytes - (self._end - ALIGNMENT)
+        needed = expected_bytes - self.bytes_packed
         if free < needed:
             if self._layers:
                 self._file.close()  # for the next start, which may find more room
@@ -102,7 +100,6 @@ class PackWriter:
 
     def _resume(self) -> None:
         """Keeps what is whole of a killed writer's layers, in the order of the file, and cuts off the rest."""
-        start = time.monotonic()
         for index, layer in self._journal.read().items():
             layout, offset, digests = layer
             if offset != self._end or index in self._layers or not self._is_whole(layer):
@@ -111,11 +108,6 @@ class PackWriter:
             self._end += layout.nbytes * len(digests)
         os.ftruncate(self._file.fileno(), self._end if self._layers else 0)  # the rest counts as free space
         self._journal.begin(self._layers)
-        if self._layers:
-            logger.info(
-                "%s: %d layers (%.2f GiB) were packed already, and have been checked in %.0f s; going on after them",
-                self.path, len(self._layers), self._end / GiB, time.monotonic() - start,
-            )  # fmt: skip
 
     def _is_whole(self, layer: Layer) -> bool:
         layout, offset, digests = layer
@@ -148,9 +140,14 @@ class PackWriter:
         return self._finished.layouts[layer] if self._finished is not None else self._layers[layer][0]
 
     @property
+    def bytes_packed(self) -> int:
+        """Written so far, by this writer and the one before it."""
+        return self._end - ALIGNMENT
+
+    @property
     def bytes_left(self) -> int:
         """To be written, as far as `expected_bytes` tells."""
-        return 0 if self._finished is not None else max(0, self._expected_bytes - (self._end - ALIGNMENT))
+        return 0 if self._finished is not None else max(0, self._expected_bytes - self.bytes_packed)
 
     def measure_rate(self) -> float:
         """Bytes per second that the disk takes, measured on the part of the file that is yet to be written.

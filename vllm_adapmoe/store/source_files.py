@@ -142,7 +142,7 @@ class SourceFiles:
         if self._running is not None:
             threads, futures = self._running
             if not all(future.done() for future in futures.values()):
-                logger.info("Waiting until the rest of %s has been hashed", self.origin)
+                logger.warning("Waiting until the rest of %s has been hashed", self.origin)
             self._hashes |= {name: future.result() for name, future in futures.items()}
             threads.shutdown()
             self._running = None
@@ -174,7 +174,7 @@ class SourceFiles:
             self._hashes |= dict(zip(names, threads.map(lambda name: self._hash_one(name, count), names), strict=True))
         seconds = time.monotonic() - start
         if seconds > BAR_SECONDS:
-            logger.info("Identified %s by %.2f GiB of files in %.0f s", self.origin, total / GiB, seconds)
+            logger.warning("Identified %s by %.2f GiB of files in %.0f s", self.origin, total / GiB, seconds)
 
 
 @contextmanager
