@@ -96,14 +96,18 @@ def container(header: bytes, data: bytes) -> bytes:
 def damaged_arrays(draw: st.DrawFn, arrays: dict[str, np.ndarray]) -> bytes:
     """A safetensors container, some of whose arrays are others, or whose header is damaged."""
     made = {name: array.copy() for name, array in arrays.items()}
-    for _ in range(draw(st.integers(0, 3))):
+    for _ in range(draw(st.integers(1, 3))):
         name = draw(st.sampled_from(sorted(made)))
         array = made[name]
-        match draw(st.sampled_from(("values", "type", "shape", "drop", "rename", "add", "rows"))):
+        match draw(st.sampled_from(("values", "values", "number", "type", "shape", "drop", "rename", "add", "rows"))):
             case "values" if array.size:
                 flat = array.reshape(-1).view(np.uint8)
                 for _ in range(draw(st.integers(1, 8))):
                     flat[draw(st.integers(0, len(flat) - 1))] = draw(st.sampled_from((0, 1, 2, 7, 127, 128, 252, 255)))
+            case "number" if array.size:
+                with np.errstate(all="ignore"):
+                    number = np.array(draw(st.sampled_from((-2, -1, 0, 1, 2, 4, 5, 8, 300, np.inf, np.nan))))
+                    array.reshape(-1)[draw(st.integers(0, array.size - 1))] = number.astype(array.dtype)
             case "type":
                 kind = draw(st.sampled_from((np.uint8, np.uint16, np.int32, np.int64, np.float16, np.float64, bool)))
                 with np.errstate(all="ignore"):
@@ -120,7 +124,7 @@ def damaged_arrays(draw: st.DrawFn, arrays: dict[str, np.ndarray]) -> bytes:
             case "rows" if array.ndim:
                 made[name] = np.concatenate([array] * draw(st.integers(0, 3)) or [array[:0]])
     data = save({name: np.ascontiguousarray(array) for name, array in made.items()})
-    if draw(st.booleans()):
+    if draw(st.integers(0, 7)):
         return data
     size = int.from_bytes(data[:8], "little")
     return container(draw(damaged_json(json.loads(data[8 : 8 + size]))), data[8 + size :])
