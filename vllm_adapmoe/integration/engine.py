@@ -9,6 +9,7 @@ from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.inputs import TokensPrompt
 
+from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.integration.forced_tokens import forced_sampling, forcing_arguments
 from vllm_adapmoe.integration.model_info import count_moe_layers, model_info
 from vllm_adapmoe.profile import ModelInfo
@@ -130,6 +131,15 @@ def count_experts(model: Path) -> int:
 
 
 def describe_model(model: Path) -> ModelInfo:
-    """The checkpoint in a folder, as a profile names it."""
+    """Returns the checkpoint in a folder, as a profile names it.
+
+    Raises:
+        AdapMoEError: a pooling model.
+    """
     config = EngineArgs(model=str(model), skip_tokenizer_init=True).create_model_config()
+    if config.runner_type != "generate":
+        raise AdapMoEError(
+            f"model={str(model)!r} is a pooling model, which predicts no token: there is no loss to measure; "
+            "serve it without a profile"
+        )
     return model_info(config)
