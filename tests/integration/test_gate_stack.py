@@ -107,6 +107,13 @@ def test_linear_routers_are_read_off(router, dtype):
     )
 
 
+def test_a_router_of_another_dtype():
+    """Ling: its model widens the router's input, which the router itself does not."""
+    router = Router()
+    gate = tried(router, HIDDEN, EXPERTS, torch.bfloat16)
+    assert torch.allclose(gate.weight, router.gate.weight.T, atol=1e-5)
+
+
 class Softmax(Router):
     def made_of(self, logits):
         return logits.softmax(-1)

@@ -55,12 +55,21 @@ def try_gate(gate: torch.nn.Module, hidden: int, experts: int, dtype: torch.dtyp
     if width > hidden:
         raise Unpredictable(f"it sees {width} values of a token, the experts {hidden}")
     with _restored(gate), torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-        try:
-            return _read(gate, width, hidden, experts, dtype, device)
-        except Unpredictable:
-            raise
-        except Exception as error:  # whatever somebody's router raises when it is called by itself
-            raise Unpredictable(f"{type(error).__name__}: {error}") from None
+        failed: list[Exception] = []
+        for each in _dtypes(gate, dtype):
+            try:
+                return _read(gate, width, hidden, experts, each, device)
+            except Unpredictable:
+                raise
+            except Exception as error:  # whatever somebody's router raises when it is called by itself
+                failed.append(error)
+        raise Unpredictable(f"{type(failed[0]).__name__}: {failed[0]}")
+
+
+def _dtypes(gate: torch.nn.Module, dtype: torch.dtype) -> list[torch.dtype]:
+    """That of the experts' input, and that of the router's weights: models widen its input for some, outside of it."""
+    own = next((parameter.dtype for parameter in gate.parameters() if parameter.is_floating_point()), dtype)
+    return [dtype] if own == dtype or own.itemsize < 2 else [dtype, own]
 
 
 def _read(
