@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
-from transformers.models import deepseek_v2, deepseek_v3, granitemoe, mixtral, olmoe, qwen3_moe
+from transformers.models import deepseek_v2, deepseek_v3, granitemoe, hunyuan_v1_moe, mixtral, olmoe, qwen3_moe, zaya
 
 VOCABULARY = 512
 COMMON = {
@@ -62,11 +62,27 @@ CONFIGS: dict[str, PretrainedConfig] = {
     ),
 }  # fmt: skip
 
+UNUSUAL_ROUTERS: dict[str, PretrainedConfig] = {
+    # An MLP with a state that goes from layer to layer, over one choice more than there are experts.
+    "zaya": zaya.ZayaConfig(
+        **(COMMON | {"num_hidden_layers": 4, "pad_token_id": 2}),
+        head_dim=32,
+        moe_intermediate_size=64,
+        router_hidden_size=32,
+        num_experts=8,
+    ),
+    # Layers differ in how many experts a token uses.
+    "hunyuan_v1_moe": hunyuan_v1_moe.HunYuanMoEV1Config(
+        **(COMMON | {"num_hidden_layers": 4}), head_dim=32, intermediate_size=64, num_experts=8, moe_topk=[2, 3, 1, 2]
+    ),
+}
+"""For the Transformers backend."""
+
 
 def save_tiny_model(architecture: str, folder: Path, seed: int = 0) -> Path:
     """Writes a random bf16 checkpoint of `architecture` into `folder`, and returns the folder."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[architecture], dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config((CONFIGS | UNUSUAL_ROUTERS)[architecture], dtype=torch.bfloat16)
     for name, parameter in model.named_parameters():
         # The default 0.02 leaves logits so close together that any rounding changes the argmax.
         if parameter.dim() > 1:

@@ -25,8 +25,8 @@ def curves_of_profile(profile: ModelProfile, threshold: float, max_experts: int)
         limit = threshold / layer.sensitivity if layer.sensitivity > 0 else float("inf")
         # The share of tokens that keep more than m experts.
         more = [1.0, *(1 - one.below(limit)[0] for one in layer.dropped)]
-        before = profile.layers[index - 1].predictions if index else None
-        precision = before[0].precision if before and max_experts else []
+        before = profile.layers[index - 1].predictions if index and max_experts else None
+        precision = next((one.precision for one in before or () if one.lookahead == 1), [])
         curves.append(
             expected_loads(
                 len(layer.popularity),

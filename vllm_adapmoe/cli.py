@@ -128,7 +128,7 @@ def simulate(
     ] = None,
     compute: Annotated[float, typer.Option(help="Milliseconds of a layer in a step, fetches apart.")] = 0.5,
     step: Annotated[float, typer.Option(help="Milliseconds of a step outside its layers.")] = 1.0,
-    lookahead: Annotated[int, typer.Option(min=1, max=4, help="Layers that prefetch looks ahead.")] = 3,
+    lookahead: Annotated[int, typer.Option(min=1, max=8, help="Layers that prefetch looks ahead.")] = 3,
     max_experts: Annotated[int, typer.Option(min=1, help="Most experts that prefetch has under way.")] = 1,
     profile: Annotated[
         Path | None, typer.Option(help="What `adapmoe calibrate` wrote; for /profile.", exists=True)

@@ -20,6 +20,7 @@ from vllm_adapmoe.cache.graph_memory import (
 )
 from vllm_adapmoe.config import AdapMoEConfig
 from vllm_adapmoe.integration.gate_stack import GateStack
+from vllm_adapmoe.integration.gate_trial import LinearGate
 
 SIZES = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
 """vLLM's own for `max_num_seqs=256`: 51, as its logs have it."""
@@ -60,12 +61,12 @@ def test_more_graphs_take_more(sizes, pieces, layers):
 def test_the_cache_itself_takes_what_its_tensors_take():
     layers, experts, top_k, hidden, tokens, ahead = 5, 8, 2, 16, 64, 3
     cpu = torch.device("cpu")
-    gates = [torch.nn.Linear(hidden, experts, bias=False) for _ in range(layers)]
+    gates = [LinearGate(torch.zeros(hidden, experts), torch.zeros(experts)) for _ in range(layers)]
     head = np.zeros((hidden + 1, experts), dtype=np.float32)
     taken = head.nbytes  # the first layer's, for the end of the step before
     for index in range(layers):
         later = list(gates[index + 1 : index + 1 + ahead])
-        stack = GateStack(later, head, hidden, torch.float32, cpu)
+        stack = GateStack(later, head, hidden, cpu)
         assert stack.weight is not None and stack.bias is not None
         taken += stack.weight.nbytes + stack.bias.nbytes
     routing = DeferredRouting(layers, tokens, top_k, cpu)

@@ -19,7 +19,7 @@ def _reader_cores(worker: Any) -> list[set[int]]:
     return [os.sched_getaffinity(thread.native_id) for thread in worker.expert_cache.transfers.threads]
 
 
-def _end_readers(worker: Any) -> None:
+def end_readers(worker: Any) -> None:
     """From here on the thread that asks moves everything itself, in the order of asking: time is taken out."""
     transfers = worker.expert_cache.transfers
     transfers.close()
@@ -31,11 +31,11 @@ def _end_readers(worker: Any) -> None:
     ("slots", "config"),
     [
         (48, {}),
-        (24, {"prefetch": {"lookahead": 2, "max_experts": 2}, "eviction": "lfru"}),
+        (80, {"prefetch": {"lookahead": 8, "max_experts": 2}, "eviction": "lfru"}),
         (48, {"allocation": "trace", "eviction": "lru"}),
         (48, {"profile": str(ROOT / "configs" / "tiny_mixtral.json")}),
     ],
-    ids=["defaults", "two ahead, lfru", "lru, floors by traffic", "next-token heads"],
+    ids=["defaults", "eight ahead, lfru", "lru, floors by traffic", "next-token heads"],
 )
 def test_worker_and_replay_agree(tmp_path, slots, config):
     asked = prompts(16, 2048, seed=11)
@@ -43,7 +43,7 @@ def test_worker_and_replay_agree(tmp_path, slots, config):
     with Engine(TINY_MIXTRAL, config, enforce_eager=True, **ENGINE_ARGS) as running:
         (cores,) = running.llm.collective_rpc(_reader_cores)
         assert cores and all(one == os.sched_getaffinity(0) for one in cores), "bound to the core of the kernels"
-        running.llm.collective_rpc(_end_readers)
+        running.llm.collective_rpc(end_readers)
         for batch in (asked[:1], asked[1:9], asked, asked[3:6]):
             answers(running, batch, greedy())
         counted = running.cache_stats()
@@ -54,6 +54,8 @@ def test_worker_and_replay_agree(tmp_path, slots, config):
     if "profile" in config:
         assert {len(step.expected) for step in steps} == {12}
         assert sum((-1, 1) in step.foretold for step in steps) >= 0.9 * len(steps)
+    if prefetch["lookahead"] > 4:  # further than a trace looks by itself
+        assert info.lookahead == prefetch["lookahead"] and {key[1] for key in steps[0].foretold} >= set(range(1, 9))
     replayed = replay(info, steps, setup).stats
     assert counted["prefetches"] > 0 and counted["prefetch_hits"] > 0
     for name, value in replayed.items():

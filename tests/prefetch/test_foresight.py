@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_adapmoe.gating import gate_tokens
-from vllm_adapmoe.prefetch.foresight import Foretold, Precision, chances, foretell
+from vllm_adapmoe.prefetch.foresight import PRIOR, Foretold, Precision, chances, foretell
 
 
 @given(st.integers(0, 10**6), st.integers(1, 4), st.sampled_from([1, 3, 9]), st.sampled_from([0.0, 1e-3, 0.05]))
@@ -52,3 +52,21 @@ def test_precision_follows_the_traffic():
     for _ in range(4000):
         precision.record(foretold, [{1, 2}])
     assert precision.by_rank == pytest.approx([0, 1], abs=0.02)
+
+
+def test_layers_with_fewer_choices_than_others():
+    """One precision serves predictions of as many ranks as there are, or fewer: a model's top-k may differ by layer."""
+    precision = Precision(3)
+    said = foretell(np.random.default_rng(0).normal(size=(1, 8)).astype(np.float32), 2)
+    assert chances(said, precision.by_rank) == pytest.approx({expert: PRIOR for expert in said.ids[0].tolist()})
+    for _ in range(2000):
+        precision.record(said, [set(said.ids[0].tolist())])
+    assert precision.by_rank[:2] == pytest.approx([1, 1], abs=0.02)
+    assert foretell(np.zeros((2, 4), dtype=np.float32), 6).ids.shape == (2, 4), "no more than there are experts"
+
+
+def test_more_ranks_than_a_precision_has_are_no_likelier_than_its_last():
+    precision = Precision(1)
+    said = foretell(np.array([[3.0, 2.0, 1.0]], dtype=np.float32), 2)
+    precision.record(said, [{0}])
+    assert chances(said, precision.by_rank).keys() == {0}

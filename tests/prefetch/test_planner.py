@@ -74,3 +74,13 @@ def test_a_step_begins_with_what_its_requests_are_expected_to_use():
 def test_never_more_than_max_experts():
     planner = PrefetchPlanner([8, 8], 4, lookahead=1, max_experts=3)
     assert len(planner.plan(0, {1: said(0, 1, 2, 3)}.get, lambda *_: True, 0)) == 3
+
+
+def test_layers_that_differ_in_experts_and_in_how_many_a_token_uses():
+    planner = PrefetchPlanner([4, 8, 2], 3, lookahead=2, max_experts=8)
+    foretold = {1: said(7), 2: said(1, 0)}
+    assert planner.plan(0, foretold.get, lambda *_: True, 0) == [(1, 7)]
+    planner.record(1, np.array([[7]]), np.ones((1, 1), dtype=bool))
+    assert planner.plan(0, foretold.get, lambda key, _: key[0] == 2, 0) == [(2, 0), (2, 1)]
+    planner.record(2, np.array([[1, 0]]), np.ones((1, 2), dtype=bool))
+    assert planner.begin_step(0, [np.array([0.9, 0.0, 0.0, 0.9])], lambda *_: True) == [(0, 0), (0, 3)]

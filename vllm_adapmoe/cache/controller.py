@@ -10,7 +10,7 @@ import numpy as np
 from vllm_adapmoe.cache.allocation import StackDistances, share_out
 from vllm_adapmoe.cache.eviction import POLICIES, EvictionPolicy, ExpertKey
 from vllm_adapmoe.cache.residency import Load, Request, Residency, State
-from vllm_adapmoe.prefetch.planner import Foretell, PrefetchPlanner
+from vllm_adapmoe.prefetch.planner import Foretell, PrefetchPlanner, Want
 
 if TYPE_CHECKING:  # a cache runs with torch and numpy alone
     from vllm_adapmoe.config import AdapMoEConfig
@@ -67,6 +67,7 @@ class CacheShape:
     num_experts: Sequence[int]
     """Of each MoE layer."""
     top_k: int
+    """Experts of a token, in the layer that chooses most."""
     pool_of: Sequence[int]
     """Pool of each MoE layer: layers whose experts have one shape share one."""
     expert_bytes: Sequence[int]
@@ -312,16 +313,35 @@ class CacheController:
             for entry in pool.speculative.values()
             if entry.state in (State.QUEUED, State.LOADING) and not entry.cancelled
         )
-        chosen = self.planner.plan(layer, foretell, self._want, under_way)
-        for key in chosen:
-            self.transfers.speculate(key)
-        return chosen
+        planner = self.planner
+        return self._speculate(lambda want: planner.plan(layer, foretell, want, under_way))
 
     def begin_step(self, prompt_tokens: int, chances: Sequence[np.ndarray]) -> None:
         """A step is about to run: begins to fetch for its first layers (`PrefetchPlanner.begin_step`)."""
         if self.planner is not None:
-            for key in self.planner.begin_step(prompt_tokens, chances, self._want):
+            planner = self.planner
+            self._speculate(lambda want: planner.begin_step(prompt_tokens, chances, want))
+
+    def _speculate(self, plan: Callable[[Want], object]) -> list[ExpertKey]:
+        """Begins to fetch what a plan wants, and returns it.
+
+        A plan that fails midway has queued some: they are fetched all the same, for a layer that asks for one of them
+        would wait for it.
+        """
+        queued: list[ExpertKey] = []
+
+        def want(key: ExpertKey, sure: bool) -> bool:
+            if not self._want(key, sure):
+                return False
+            queued.append(key)
+            return True
+
+        try:
+            plan(want)
+        finally:
+            for key in queued:
                 self.transfers.speculate(key)
+        return queued
 
     def _want(self, key: ExpertKey, sure: bool) -> bool:
         return bool(self.held[key]) and self.residency(key[0]).want(key, sure)

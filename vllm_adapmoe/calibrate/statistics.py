@@ -94,7 +94,9 @@ def routing_profile(sums: Sums) -> dict[str, object]:
     predictions = [
         Prediction(
             lookahead=distance,
-            recall=_digits(sums[f"right_{distance}"].sum() / (sums[f"foretold_{distance}"] * top_k)),
+            recall=_digits(
+                sums[f"right_{distance}"].mean() / sums[f"foretold_{distance}"]
+            ),  # of the later layer's top-k
             precision=[_digits(value) for value in sums[f"right_{distance}"] / sums[f"foretold_{distance}"]],
         )
         for distance in range(1, LOOKAHEAD + 1)

@@ -10,6 +10,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.inputs import TokensPrompt
 
 from vllm_adapmoe.checkpoint_size import measure_checkpoint
+from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.integration.forced_tokens import forced_sampling, forcing_arguments
 from vllm_adapmoe.integration.identity import model_hash
 from vllm_adapmoe.integration.left_out import check_not_left_out
@@ -132,7 +133,16 @@ def count_experts(model: Path) -> int:
 
 
 def describe_model(model: Path) -> ModelInfo:
-    """The checkpoint in a folder, as a profile names it, with the hash of all its bytes."""
+    """Returns the checkpoint in a folder, as a profile names it, with the hash of all its bytes.
+
+    Raises:
+        AdapMoEError: a pooling model.
+    """
     arguments = EngineArgs(model=str(model), skip_tokenizer_init=True)
     config = arguments.create_model_config()
+    if config.runner_type != "generate":
+        raise AdapMoEError(
+            f"model={str(model)!r} is a pooling model, which predicts no token: there is no loss to measure; "
+            "serve it without a profile"
+        )
     return model_info(config).model_copy(update={"hash": model_hash(config, arguments.create_load_config())})

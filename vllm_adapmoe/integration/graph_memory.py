@@ -12,7 +12,7 @@ from vllm_adapmoe.cache.graph_memory import CapturedGraphs, bookkeeping_bytes, g
 from vllm_adapmoe.config import AdapMoEConfig
 from vllm_adapmoe.integration.compat import gating_settings, heads_settings
 from vllm_adapmoe.integration.layers import CachedExperts
-from vllm_adapmoe.integration.lookahead import TRACE_LOOKAHEAD
+from vllm_adapmoe.integration.lookahead import layers_ahead
 from vllm_adapmoe.kernels import MAX_TOKENS
 
 
@@ -83,7 +83,7 @@ def bookkeeping_of_worker(
     prefetching = not resident and prefetch.lookahead > 0 and prefetch.max_experts > 0
     heads = heads_settings(vllm_config) is not None
     follows = tracing or prefetching or heads or (not resident and config.scheduler.enabled)
-    ahead = (TRACE_LOOKAHEAD if tracing else prefetch.lookahead) if follows else 0
+    ahead = layers_ahead(prefetch, tracing) if follows else 0
     hostless = not current_platform.is_cpu() and not (resident and gating_settings(vllm_config) is None)
     return bookkeeping_bytes(
         layers=len(layers),

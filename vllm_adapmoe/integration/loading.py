@@ -370,6 +370,12 @@ class ExpertLoading:
     def _controller(self, shape: CacheShape) -> CacheController:
         heads = heads_settings(self.vllm_config) is not None
         loads = expected_loads_settings(self.vllm_config)
+        of_profile = None if loads is None else [len(curve) - 1 for curve in loads]
+        if of_profile is not None and of_profile != list(shape.num_experts):
+            raise AdapMoEError(
+                f"allocation=profile: the profile is of {len(of_profile)} MoE layers of {set(of_profile)} experts, the "
+                f"model has {len(shape.num_experts)} of {set(shape.num_experts)}; calibrate it anew"
+            )
         return CacheController(shape, CacheSetup.of(self.config, self._slots, loads, heads))
 
     @property

@@ -1,18 +1,23 @@
 """Foretells what layers will want from what runs through earlier ones, and records traces of it and of the routing."""
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
+from vllm.logger import init_logger
 
 from vllm_adapmoe.cache.host_copy import HostCopy
 from vllm_adapmoe.cache.manager import ExpertCacheManager
+from vllm_adapmoe.config import PrefetchConfig
 from vllm_adapmoe.heads import chance_of_any
-from vllm_adapmoe.integration.gate_stack import GateStack, find_gate
+from vllm_adapmoe.integration.gate_stack import GateStack
+from vllm_adapmoe.integration.gate_trial import LinearGate
+from vllm_adapmoe.integration.routers import Routers
 from vllm_adapmoe.prefetch.foresight import Foretold, foretell
 from vllm_adapmoe.scheduling.request_experts import RequestExperts
 from vllm_adapmoe.simulate.trace import SAMPLE, Step, TraceWriter, sample_rows
@@ -22,7 +27,18 @@ if TYPE_CHECKING:
 
 
 TRACE_LOOKAHEAD = 4
-"""Later layers that a trace has predictions for."""
+"""Later layers that a trace has predictions for at least."""
+STRICT = "ADAPMOE_STRICT"
+"""Environment variable: if set, a prediction that fails ends the engine, as the tests of this project want it."""
+
+logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def layers_ahead(prefetch: PrefetchConfig, tracing: bool) -> int:
+    """Later layers to look at: a trace has all that prefetch asks for, and what a replay might."""
+    return max(TRACE_LOOKAHEAD, prefetch.lookahead) if tracing else prefetch.lookahead
 
 
 @dataclass(frozen=True)
@@ -35,13 +51,34 @@ class Foresight:
     """Foretells the later layers, for prefetch and the trace; to be called once, while the event's loads arrive."""
 
 
+def _harmless(method: "Callable[Concatenate[Lookahead, P], T]") -> "Callable[Concatenate[Lookahead, P], T | None]":
+    """Lets a step go on without predictions, from here to the end, when one fails."""
+
+    @wraps(method)
+    def run(self: "Lookahead", /, *args: P.args, **kwargs: P.kwargs) -> T | None:
+        if self.failed:
+            return None
+        try:
+            return method(self, *args, **kwargs)
+        except Exception as error:  # no token depends on it, whatever it is
+            if self.cache is not None:
+                self.cache.transfers.check()  # what has ended the transfers is none of our predictions
+            if os.environ.get(STRICT):
+                raise
+            self.give_up(error)
+            return None
+
+    return run
+
+
 class Lookahead:
     """Follows a worker's steps layer by layer.
 
+    No token depends on it: whatever fails in here is said in the log, and the engine goes on without it.
+
     Args:
         layers: the model's MoE layers, in order.
-        model: to find their gates in.
-        routers: of each layer.
+        routers: theirs.
         cache: told of every routing and prediction; None where nothing is fetched ahead.
         lookahead: later layers to look at.
         heads: next-token heads of each layer; None: nobody asks for them.
@@ -54,8 +91,7 @@ class Lookahead:
     def __init__(
         self,
         layers: "list[CachedExperts]",
-        model: torch.nn.Module,
-        routers: list[Any],
+        routers: Routers,
         cache: ExpertCacheManager | None,
         lookahead: int,
         heads: Sequence[np.ndarray] | None,
@@ -70,12 +106,18 @@ class Lookahead:
         self.trace = trace
         self.requests = requests
         self.lookahead = lookahead
-        self.heads = heads
+        self.failed = False
+        """A prediction has, and there are none any more."""
         self.routers = routers
-        self.corrections = [_correction(router) for router in routers]
-        self.gates = [find_gate(model, layer.layer_name) for layer in layers]
-        self.stacks: list[GateStack | None] = [None] * len(layers)
-        self.first = None if first is None else torch.from_numpy(first).to(next(model.parameters()).device)
+        self.top_k = max(layer.top_k for layer in layers)
+        if heads is not None and [one.shape[1:] for one in heads] != [(count,) for count in routers.num_experts]:
+            logger.warning("Expert cache: the profile's next-token heads are not of this model's shape, and not used")
+            heads = first = None
+        self.heads = heads
+        self._first_head = first
+        self.stacks: list[GateStack] = []
+        """Of each layer, its head and the gates of those after it."""
+        self.first: torch.Tensor | None = None
         self.last_rows: torch.Tensor | None = None
         """Of the step under way, the last row of each request; None: every row is one."""
         self.begun: np.ndarray | None = None
@@ -89,19 +131,44 @@ class Lookahead:
 
     @torch.inference_mode()
     def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Builds every layer's stack of gates now, and not when the first request comes.
+        """Tries every router, and builds every layer's stack of gates now, and not when the first request comes.
 
         By then vLLM's KV cache has taken all memory that was left.
+
+        Args:
+            dtype: of the experts' input.
+            device: of the model.
         """
+        ahead = self.lookahead if self.cache is not None or self.trace is not None else 0
+        gates: dict[int, LinearGate | None] = {}
+        self.stacks = []
         for index, layer in enumerate(self.layers):
-            self._stack(index, torch.empty(0, layer.hidden_size, dtype=dtype, device=device))
+            later = range(index + 1, min(index + 1 + ahead, len(self.layers)))
+            for target in later:
+                if target not in gates:
+                    gates[target] = self.routers.linear(target, dtype, device)
+            head = None if self.heads is None else self.heads[index]
+            self.stacks.append(GateStack([gates[target] for target in later], head, layer.hidden_size, device))
+            gates.pop(index + 1, None)
+        self.routers.report()
+        self.first = None if self._first_head is None else torch.from_numpy(self._first_head).to(device)
 
     def follow_weights(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Learns the gates anew: the model's weights have been replaced."""
-        self.corrections = [_correction(router) for router in self.routers]
-        self.stacks = [None] * len(self.layers)
-        self.prepare(dtype, device)
+        """Learns the routers anew: the model's weights have been replaced."""
+        if not self.failed:
+            self.routers.follow_weights()
+            self.prepare(dtype, device)
 
+    def give_up(self, error: Exception) -> None:
+        """Predicts and records nothing from here on."""
+        logger.error("Expert cache: a prediction failed, and there are none any more", exc_info=error)
+        self.failed = True
+        self.cache = self.heads = self.experts = self.step = self.first = self.begun = self._at_the_end = None
+        if self.trace is not None:
+            self.trace.file.close()  # what of the last frame cannot be written is left out when it is read
+            self.trace = None
+
+    @_harmless
     def begin_step(self, rows: Mapping[str, int]) -> None:
         """A step with so many rows of each request is about to run: fetches for its first layers."""
         self._take_the_end()
@@ -111,6 +178,7 @@ class Lookahead:
             prompt_tokens = sum(count for count in rows.values() if count > 1)
             self.cache.begin_step(prompt_tokens, () if self.begun is None else list(self.begun))
 
+    @_harmless
     def foresee(
         self,
         index: int,
@@ -131,8 +199,8 @@ class Lookahead:
             product: what `product` gave for this input, on the host.
         """
         if index == 0:
-            self._begin_step(len(x), ids.shape)
-        stack = self._stack(index, x)
+            self._begin_step(len(x))
+        stack = self.stacks[index]
         outputs = None if product is None else product.numpy()
         expected = None
         if self.heads is not None:  # who leaves for this event depends on it, so it cannot wait
@@ -150,18 +218,20 @@ class Lookahead:
             self.experts.used(index, (ids if self.last_rows is None else ids[self.last_rows]).numpy())
         return Foresight(expected, partial(self._observe, index, x, weights, ids, keep, expected, outputs))
 
+    @_harmless
     def product(self, index: int, x: torch.Tensor) -> torch.Tensor | None:
         """What `foresee` will want of a decode step's input, on the device, to be read with the routing at once."""
-        stack = self._stack(index, x)
+        stack = self.stacks[index]
         wanted = self.heads is not None or ((self.cache is not None or self.trace is not None) and any(stack.slices))
         return stack.product(x) if wanted and len(x) <= SAMPLE else None
 
+    @_harmless
     def pass_first_layer(self) -> None:
         """A step begins whose first layer has left nothing to foresee."""
-        self._begin_step(None, None)
+        self._begin_step(None)
 
-    def _begin_step(self, tokens: int | None, shape: Sequence[int] | None) -> None:
-        """Of so many rows without padding (None: those of the step's requests), and ids `[tokens, top_k]`."""
+    def _begin_step(self, tokens: int | None) -> None:
+        """Of so many rows without padding; None: those of the step's requests, and nothing to record of them."""
         requests = self.requests()
         rows = [rows for _, _, rows in requests]
         self.last_rows = None
@@ -169,7 +239,7 @@ class Lookahead:
             self.last_rows = torch.tensor(rows).cumsum(0) - 1
         if self.experts is not None:
             self.experts.begin([name for name, _, _ in requests])
-        if self.trace is None or shape is None:
+        if self.trace is None or tokens is None:
             return
         self._end_trace_of_step()
         self._whole = False
@@ -177,12 +247,13 @@ class Lookahead:
             seconds=time.monotonic(),
             requests=[name for name, _, rows in requests for _ in range(rows)],
             positions=np.concatenate([np.arange(start, start + rows) for _, start, rows in requests]),
-            ids=np.zeros((len(self.layers), *shape), dtype=np.int64),
-            weights=np.zeros((len(self.layers), *shape), dtype=np.float16),
+            ids=np.zeros((len(self.layers), tokens, self.top_k), dtype=np.int64),
+            weights=np.zeros((len(self.layers), tokens, self.top_k), dtype=np.float16),
             foretold={},
             begin=self.begun,
         )
 
+    @_harmless
     def _observe(
         self,
         index: int,
@@ -195,12 +266,12 @@ class Lookahead:
     ) -> None:
         if self.cache is None and self.trace is None:
             return
-        stack = self._stack(index, x)
+        stack = self.stacks[index]
         foretold: dict[int, Foretold | None] = {}
 
         def foretell(distance: int) -> Foretold | None:
             nonlocal outputs
-            columns = stack.slices[distance - 1]
+            columns = stack.slices[distance - 1] if distance <= len(stack.slices) else None
             if distance not in foretold and columns is not None:
                 if outputs is None:
                     outputs = stack.outputs(x[sample_rows(len(x))])
@@ -218,13 +289,14 @@ class Lookahead:
                     (index, distance): one for distance, one in predictions.items() if one is not None
                 }
 
+    @_harmless
     def end_step(self, hidden: torch.Tensor) -> None:
         """The model has run: what the first layer will want next.
 
         Args:
             hidden: `[requests, hidden]`, last hidden states of the rows that a token is sampled from.
         """
-        if self.first is None or len(hidden) > SAMPLE:
+        if self.first is None or len(hidden) > SAMPLE or hidden.shape[1] != len(self.first) - 1:
             return
         # Nobody waits for it: from a GPU it is taken in when the next step begins.
         self._at_the_end = HostCopy(torch.addmm(self.first[-1], hidden.float(), self.first[:-1]))
@@ -242,6 +314,7 @@ class Lookahead:
             self.step.foretold[-1, 1] = foretold
             self._end_trace_of_step()
 
+    @_harmless
     def passed(self, requests: Sequence[tuple[str, int, int]], ids: np.ndarray) -> None:
         """A step has run without the host: remembers what its requests used.
 
@@ -257,17 +330,9 @@ class Lookahead:
             self.experts.used(index, np.where(layer_ids < 0, layer_ids.max(1, keepdims=True), layer_ids))
         self.experts.end()
 
-    def _stack(self, index: int, x: torch.Tensor) -> GateStack:
-        stack = self.stacks[index]
-        if stack is None:
-            gates = self.gates[index + 1 : index + 1 + self.lookahead]
-            head = None if self.heads is None else self.heads[index]
-            stack = self.stacks[index] = GateStack(gates, head, x.shape[1], x.dtype, x.device)
-        return stack
-
     def _foretell(self, target: int, logits: np.ndarray) -> Foretold:
         layer = self.layers[target]
-        correction = self.corrections[target]
+        correction = self.routers.corrections[target]
         if layer.gate is None or layer.gate.plan.rule not in ("token", "batch"):
             return foretell(logits, layer.top_k, correction=correction)
         by_batch = layer.gate.plan.rule == "batch"
@@ -284,11 +349,12 @@ class Lookahead:
         expected: np.ndarray | None,
     ) -> None:
         step = self.step
-        if step is None or step.ids.shape[1:] != ids.shape:
+        if step is None or len(step.positions) != len(ids):
             return
-        step.ids[index] = ids
+        chosen = ids.shape[1]  # fewer than in other layers: the rest counts as dropped
+        step.ids[index, :, :chosen] = ids
         # A kept weight is never zero, or the expert would count as dropped.
-        step.weights[index] = np.where(keep, np.maximum(weights.cpu().numpy(), 1e-6), 0)
+        step.weights[index, :, :chosen] = np.where(keep, np.maximum(weights.cpu().numpy(), 1e-6), 0)
         if expected is not None:
             step.expected[index] = expected
         self._whole = index == len(self.layers) - 1
@@ -303,8 +369,3 @@ class Lookahead:
         self._end_trace_of_step()
         if self.trace is not None:
             self.trace.close()
-
-
-def _correction(router: Any) -> np.ndarray | None:
-    bias = getattr(router, "e_score_correction_bias", None)
-    return None if bias is None else bias.detach().float().cpu().numpy()

@@ -10,7 +10,8 @@ from vllm_adapmoe.calibrate import statistics
 from vllm_adapmoe.calibrate.next_token import HeadFit
 from vllm_adapmoe.calibrate.statistics import LOOKAHEAD, Sums, half
 from vllm_adapmoe.gating import keep_most, settle
-from vllm_adapmoe.integration.gate_stack import find_gate
+from vllm_adapmoe.integration.routers import Routers
+from vllm_adapmoe.prefetch.foresight import foretell
 
 if TYPE_CHECKING:
     from vllm_adapmoe.integration.layers import CachedExperts
@@ -37,8 +38,12 @@ class RoutingProbe:
         """Next-token heads under way, by layer; -1: the first layer's, from the end of the model."""
         self._first_used: tuple[torch.Tensor, torch.Tensor] | None = None
         model.register_forward_hook(lambda module, inputs, output: self._fit_first(output))
-        self.runners = [runners[layer.layer_name] for layer in layers]
-        self.gates = [find_gate(model, layer.layer_name) for layer in layers]
+        device = next(model.parameters()).device
+        self.routers = Routers(layers, model, runners)
+        with torch.inference_mode():
+            dtypes = [layer.moe_config.in_dtype for layer in layers]
+            self.gates = [self.routers.linear(index, dtype, device) for index, dtype in enumerate(dtypes)]
+        self.routers.report()
         for index, layer in enumerate(layers):
             layer.probe = LayerProbe(self, index)
 
@@ -89,13 +94,14 @@ class RoutingProbe:
             self._add(-1, hidden[: len(used)], used, starts)
 
     def foretell(self, layer: int, x: torch.Tensor) -> torch.Tensor | None:
-        """Ids `[tokens, top_k]`, best first, that `layer` would choose for `x`; None where its gate is not found."""
-        gate, router = self.gates[layer], self.runners[layer].router
+        """Ids `[tokens, top_k]`, best first, that `layer` is foretold to choose for `x`, as when serving; None where
+        its router cannot be foretold."""
+        gate = self.gates[layer]
         if gate is None:
             return None
-        logits = gate(x)
-        weights, ids = router.select_experts(hidden_states=x, router_logits=logits[0])
-        return ids.gather(1, weights.argsort(dim=-1, descending=True, stable=True)).cpu()
+        logits = torch.addmm(gate.bias, x.float(), gate.weight).cpu().numpy()
+        foretold = foretell(logits, self.layers[layer].top_k, correction=self.routers.corrections[layer])
+        return torch.from_numpy(foretold.ids)
 
 
 class LayerProbe:

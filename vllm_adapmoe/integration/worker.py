@@ -23,9 +23,10 @@ from vllm_adapmoe.integration.hostless_steps import HostlessSteps
 from vllm_adapmoe.integration.kv_room import room_for_kv_cache
 from vllm_adapmoe.integration.layers import CachedExperts
 from vllm_adapmoe.integration.loading import expert_loading, slots_device
-from vllm_adapmoe.integration.lookahead import TRACE_LOOKAHEAD, Lookahead
+from vllm_adapmoe.integration.lookahead import Lookahead, layers_ahead
 from vllm_adapmoe.integration.mapped_experts import MappedExperts
 from vllm_adapmoe.integration.probed_worker import ProbedWorker
+from vllm_adapmoe.integration.routers import Routers
 from vllm_adapmoe.integration.step_clock import StepClock
 from vllm_adapmoe.integration.switch import heeds_worker
 from vllm_adapmoe.integration.updated_worker import UpdatedWorker
@@ -131,7 +132,7 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
                 model=self.model_config.model,
                 num_experts=list(shape.num_experts),
                 top_k=shape.top_k,
-                lookahead=TRACE_LOOKAHEAD,
+                lookahead=layers_ahead(config.prefetch, tracing=True),
                 expert_bytes=list(shape.expert_bytes),
                 pool_of=list(shape.pool_of),
             )
@@ -152,10 +153,9 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
         runners = self.vllm_config.compilation_config.static_forward_context
         return Lookahead(
             self.moe_layers,
-            self.model_runner.get_model(),
-            [runners[layer.layer_name].router for layer in self.moe_layers],
+            Routers(self.moe_layers, self.model_runner.get_model(), runners),
             cache if prefetching else None,
-            TRACE_LOOKAHEAD if trace is not None else config.prefetch.lookahead,
+            layers_ahead(config.prefetch, trace is not None),
             heads,
             first,
             request_experts,
@@ -166,8 +166,10 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
     def _watch_the_end(self) -> None:
         """Shows the lookahead the hidden states that tokens are sampled from, as soon as they are there."""
         model: Any = self.model_runner.get_model()
-        compute_logits = model.compute_logits
         self._awaits_logits = False
+        compute_logits = getattr(model, "compute_logits", None)
+        if compute_logits is None:  # a pooling model samples no token; not all of them have vLLM's method for it
+            return
 
         def watched(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if self._awaits_logits and self.lookahead is not None:  # later ones are log probabilities of prompts

@@ -62,7 +62,11 @@ def foretell(
 
 
 class Precision:
-    """How often the best, second best, .. foretold expert is used, counted as the model runs."""
+    """How often the best, second best, .. foretold expert is used, counted as the model runs.
+
+    Args:
+        top_k: ranks: experts of a token, in the layer that chooses most.
+    """
 
     def __init__(self, top_k: int) -> None:
         self.right = [PRIOR_WEIGHT * PRIOR] * top_k
@@ -82,8 +86,9 @@ class Precision:
         """
         fade = math.exp(-len(used) / MEMORY)
         ids = foretold.ids.tolist()
+        ranks = foretold.ids.shape[1]
         self.right = [
-            fade * right + sum(row[rank] in its for row, its in zip(ids, used, strict=True))
+            fade * right + (rank < ranks and sum(row[rank] in its for row, its in zip(ids, used, strict=True)))
             for rank, right in enumerate(self.right)
         ]
         self.seen = fade * self.seen + len(used)
@@ -96,14 +101,15 @@ def chances(foretold: Foretold, precision: Sequence[float]) -> dict[int, float]:
 
     Args:
         foretold: of every token of the step.
-        precision: `[top_k]`, by rank.
+        precision: by rank. A prediction may have fewer ranks, where layers differ in top-k; of more, the rest is left
+            out.
 
     Returns:
         By expert; those that no token is foretold to keep are left out.
     """
     unused: dict[int, float] = {}
     for row, kept in zip(foretold.ids.tolist(), foretold.kept.tolist(), strict=True):
-        for expert, stays, share in zip(row, kept, precision, strict=True):
+        for expert, stays, share in zip(row, kept, precision, strict=False):
             if stays:
                 unused[expert] = unused.get(expert, 1.0) * (1 - share)
     return {expert: 1 - chance for expert, chance in unused.items()}

@@ -27,7 +27,7 @@ class PrefetchPlanner:
 
     Args:
         num_experts: of each MoE layer.
-        top_k: experts of a token.
+        top_k: experts of a token, in the layer that chooses most.
         lookahead: layers to look ahead at most: further only while there is nothing to fetch for the nearer ones.
         max_experts: most that speculation may have under way.
     """

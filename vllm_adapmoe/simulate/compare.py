@@ -84,6 +84,11 @@ def run_simulate(
             f"--policies next_token: the trace {str(trace)!r} has nothing of next-token heads; record it with a "
             "profile that has them"
         )
+    if any(name.prefetch for name in names) and lookahead > info.lookahead:
+        raise AdapMoEError(
+            f"--lookahead {lookahead}: the trace {str(trace)!r} has predictions for {info.lookahead} layers ahead; "
+            f"record it with prefetch.lookahead={lookahead}"
+        )
     curves = None
     if any(name.allocation == "profile" for name in names):
         if profile is None:

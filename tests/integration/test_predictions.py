@@ -1,0 +1,75 @@
+"""A prediction never ends an engine and never changes a token, whatever the model's routers are."""
+
+from typing import Any
+
+import pytest
+from tiny_models import VOCABULARY
+
+from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy, prompts
+from tests.integration.test_worker_trace import end_readers
+from vllm_adapmoe.cache.controller import CacheSetup
+from vllm_adapmoe.integration.engine import Engine
+from vllm_adapmoe.integration.lookahead import STRICT
+from vllm_adapmoe.simulate.replay import replay
+from vllm_adapmoe.simulate.trace import read_trace
+
+pytestmark = pytest.mark.engine
+
+ARGS = ENGINE_ARGS | {"enforce_eager": True, "model_impl": "transformers"}
+ASKED, PARAMS = prompts(8, VOCABULARY, seed=1), greedy(logprobs=1)
+HALF = VLLM_STEPS | {"cache_fraction": 0.5}
+
+
+def stock(model: Any) -> list[Any]:
+    with Engine(model, None, **ARGS) as engine:
+        return answers(engine, ASKED, PARAMS)
+
+
+def test_routers_that_cannot_be_called_like_others(tiny_model, caplog):
+    """ZAYA's wants another shape, another layer's state, is not linear and has a choice that is no expert."""
+    model = tiny_model("zaya")
+    expected = stock(model)
+    with Engine(model, HALF, **ARGS) as engine:
+        assert answers(engine, ASKED, PARAMS) == expected
+        stats = engine.cache_stats()
+    said = [line for line in caplog.messages if "nothing is predicted" in line]
+    assert len(said) == 1 and "MoE layers 1 to 3 (ZayaRouter: IndexError" in said[0]
+    assert stats["misses"] > 0
+
+
+def test_layers_of_different_top_k_and_a_prediction_that_fails(tiny_model, tmp_path, caplog, monkeypatch):
+    """Eight layers ahead, of a model that has four; the replay of the trace decides as the worker did."""
+    model = tiny_model("hunyuan_v1_moe")
+    expected = stock(model)
+    ahead = {"lookahead": 8, "max_experts": 2}
+    config = HALF | {"prefetch": ahead, "trace_out": str(tmp_path / "trace")}
+    with Engine(model, config, **ARGS) as engine:
+        engine.llm.collective_rpc(end_readers)
+        assert answers(engine, ASKED, PARAMS) == expected
+        counted = engine.cache_stats()
+        engine.llm.collective_rpc(lambda worker: worker.lookahead.trace.flush())
+        info, steps = read_trace(tmp_path / "trace")
+
+        engine.llm.collective_rpc(_break_predictions)
+        with pytest.raises(ZeroDivisionError):  # in tests
+            engine.llm.collective_rpc(lambda worker: worker.lookahead.begin_step({"a": 1}))
+        monkeypatch.delenv(STRICT)
+        assert answers(engine, ASKED, PARAMS) == expected
+        (said,) = [record for record in caplog.records if "a prediction failed" in record.message]
+        assert said.exc_info is not None and said.exc_info[0] is ZeroDivisionError
+        assert engine.cache_stats()["prefetches"] == counted["prefetches"]
+    assert counted["prefetch_hits"] > 0 and info.lookahead == 8 and info.top_k == 3
+    assert [max((row > 0).sum(1).max() for row in (step.weights[layer] for step in steps)) for layer in range(4)] == [
+        2, 3, 1, 2,
+    ]  # fmt: skip
+    replayed = replay(info, steps, CacheSetup([16], "next_use", "pool", **ahead)).stats
+    for name, value in replayed.items():
+        if name not in ("stall_seconds", "fetch_seconds"):
+            assert counted[name] == value, name
+
+
+def _break_predictions(worker: Any) -> None:
+    def fail(*args: Any) -> None:
+        raise ZeroDivisionError
+
+    worker.lookahead.experts.of_any = fail
