@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, TINY_MIXTRAL
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, GptOssConfig
 from vllm.platforms import current_platform
 
 from vllm_adapmoe.bench import memory_cgroup
@@ -106,3 +109,54 @@ def test_an_automatic_budget_stays_within_what_vllm_may_use(wide_model, small, t
     refused = offline(wide_model, config | {"cache_gb": 2.2}, **share)
     assert refused.returncode != 0
     assert re.search(r"cache_gb=2.2 takes 2.180 GiB for 93 expert slots, \d+ bytes \(", refused.stderr)
+
+
+OSS = {"num_hidden_layers": 32, "num_local_experts": 16, "hidden_size": 512, "intermediate_size": 1024}
+OSS_EXPERTS = 32 * 16 * (3 * 512 * 1024 + 2 * 1024 + 512) * 2
+
+
+@pytest.fixture(scope="module")
+def copying_model(tmp_path_factory):
+    """A gpt-oss in bf16, which vLLM's loader copies into parameters past their weight loader: 1.5 GiB of experts."""
+    config = GptOssConfig(
+        **OSS, vocab_size=512, num_attention_heads=8, num_key_value_heads=2, head_dim=64, num_experts_per_tok=2,
+        max_position_embeddings=512, bos_token_id=0, eos_token_id=1, pad_token_id=1, dtype="bfloat16",
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        layer = re.sub(r"layers\.\d+", "layers", name)  # made once: layers differ by a factor
+        if layer not in tensors:
+            scale = 1.0 if "embed" in name else 0.05
+            tensors[layer] = (torch.randn(parameter.shape, generator=generator) * scale).bfloat16()
+            if parameter.dim() == 1 and "norm" in name:
+                tensors[layer] = torch.ones(parameter.shape, dtype=torch.bfloat16)
+    state = {}
+    for name, _ in model.named_parameters():
+        number = re.search(r"layers\.(\d+)", name)
+        factor = 1 if number is None or "experts" not in name else 0.75 + int(number[1]) / 64
+        state[name] = tensors[re.sub(r"layers\.\d+", "layers", name)] * factor
+    folder = tmp_path_factory.mktemp("gpt-oss")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config.architectures = ["GptOssForCausalLM"]
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.skipif(memory_cgroup.why_not() is not None, reason=str(memory_cgroup.why_not()))
+def test_experts_that_a_loader_copies_by_itself_stream_too(copying_model, tmp_path):
+    limit = 9 << 27
+    assert OSS_EXPERTS > 1.3 * limit
+    stock = answer(offline(copying_model, None))
+    config = {"cache_experts": 32, "store": "file", "store_dir": str(tmp_path), "scheduler": {"enabled": False}}
+    with memory_cgroup.limited_memory(limit) as group:
+        packed = answer(offline(copying_model, config, group.procs))
+        restored = answer(offline(copying_model, config, group.procs))
+    assert packed["tokens"] == restored["tokens"] == stock["tokens"]
+    assert packed["stats"]["misses"] > 0
+    # Two layers are in memory while the experts are packed, one expert of each while they are not.
+    layer = OSS_EXPERTS // 32
+    assert packed["peak"] < stock["peak"] - OSS_EXPERTS + 32 * layer // 16 + 3 * layer
+    assert restored["peak"] < stock["peak"] - OSS_EXPERTS + 32 * layer // 16 + 2 * layer

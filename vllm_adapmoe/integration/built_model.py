@@ -40,7 +40,7 @@ def experts_built(layers: Sequence[RoutedExperts]) -> dict[str, int]:
     """Returns the keys of `ModelInfo` that only these layers tell for every model; of several sizes the largest."""
     return {
         "num_layers": len(layers),
-        "num_experts": max(layer.global_num_experts for layer in layers),
+        "num_experts": max(layer.moe_config.num_experts for layer in layers),
         "top_k": max(layer.top_k for layer in layers),
     }
 

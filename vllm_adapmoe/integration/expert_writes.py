@@ -6,7 +6,7 @@ soon as it is complete and the loader goes on to something else, so that no more
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from mmap import mmap
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 if TYPE_CHECKING:
     from vllm_adapmoe.integration.streamed_experts import StreamedExperts
 
+MAPPED_BYTES = 1 << 16
 COPY = torch.ops.aten.copy_.default
 
 
@@ -69,24 +70,32 @@ class ExpertWrites(TorchDispatchMode):
             layer.finish_loading()
 
 
-class LazyZeros(TorchFunctionMode):
-    """Lets `torch.zeros` hand out memory that is only taken when it is written to, for tensors on the host.
+class MappedMemory(TorchFunctionMode):
+    """Maps the memory of large new tensors on the host, instead of taking it from the heap.
 
-    Quantisation methods make parameters of zeros, of all layers before the first weight is there.
+    It is taken when it is written to, also where a quantisation method makes zeros: of all layers, before the first
+    weight is there. And it is given back at once when a layer has been taken into the store; the heap would keep what
+    is freed below its end (glibc: of up to 32 MiB each).
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is not torch.zeros or torch.device(kwargs.get("device") or "cpu").type != "cpu":
+        if func not in (torch.zeros, torch.empty) or torch.device(kwargs.get("device") or "cpu").type != "cpu":
             return func(*args, **kwargs)
         like = func(*args, **(kwargs | {"device": "meta"}))
-        if not like.numel() or like.requires_grad or "out" in kwargs:
+        if (
+            like.nbytes < MAPPED_BYTES
+            or like.requires_grad
+            or not like.is_contiguous()
+            or kwargs.get("out") is not None
+        ):
             return func(*args, **kwargs)
-        return torch.frombuffer(mmap(-1, like.nbytes), dtype=torch.uint8).view(like.dtype).view(like.shape)
+        memory = mmap(-1, like.nbytes, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+        return torch.frombuffer(memory, dtype=torch.uint8).view(like.dtype).view(like.shape)
 
 
 @contextmanager
 def on_host() -> Iterator[None]:
-    """While it lasts, tensors are made on the host, and take memory when they are written to."""
-    with torch.device("cpu"), LazyZeros():
+    """While it lasts, tensors are made on the host, large ones in memory of their own."""
+    with torch.device("cpu"), MappedMemory():
         yield

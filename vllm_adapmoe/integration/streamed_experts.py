@@ -202,6 +202,10 @@ class StreamedExperts(RoutedExperts):
         else:
             self.loading.put(self.cache_layer, self.expert_tensors.tensors)
         self.expert_tensors.free()
+        held_now = {id(tensor) for tensor in held_tensors(self).values()}
+        for parameter in parameters.values():  # a loader may still hold what has been replaced since
+            if id(parameter) not in held_now:
+                parameter.data = parameter.data.new_empty(0)
 
     def _move_to_device(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """On a GPU weights are brought into the kernel's format there, a layer at a time."""
