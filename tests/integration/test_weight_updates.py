@@ -38,15 +38,20 @@ def read(folder: Any, without: str | None = None) -> Iterator[tuple[str, torch.T
         yield from ((name, tensor) for name, tensor in load_file(file).items() if name != without)
 
 
+def load_as_trainers_do(worker: Any, weights: list[tuple[str, torch.Tensor]]) -> None:
+    for named in weights:
+        worker.model_runner.model.load_weights([named])
+
+
 def served(engine: Engine) -> list[Any]:
     return answers(engine, ASKED, greedy(logprobs=1))
 
 
-def call(engine: Engine, method: str, **arguments: Any) -> None:
+def call(engine: Engine, method: Any, **arguments: Any) -> None:
     engine.llm.collective_rpc(method, kwargs=arguments)
 
 
-def refusal(engine: Engine, method: str, **arguments: Any) -> str:
+def refusal(engine: Engine, method: Any, **arguments: Any) -> str:
     """What a call says that fails: one line."""
     with pytest.raises(Exception) as caught:  # noqa: PT011 - whatever vLLM makes of it
         call(engine, method, **arguments)
@@ -70,8 +75,10 @@ def stock(tiny_model, tmp_path_factory):
 
 
 def test_every_way_with_experts_in_a_pack(stock, tmp_path):
+    """In a pack that was there already: then no expert is read from the checkpoint, but every one of an update."""
     (one, of_one, state), (other, of_other, other_state) = stock
     config = VLLM_STEPS | {"cache_fraction": 0.5, "store": "file", "store_dir": str(tmp_path / "store")}
+    Engine(one, config, **ARGS).close()
     with Engine(one, config, weight_transfer_config=WeightTransferConfig(backend="files"), **ARGS) as engine:
         (pack,) = (tmp_path / "store").iterdir()
         packed = pack.read_bytes()
@@ -80,7 +87,9 @@ def test_every_way_with_experts_in_a_pack(stock, tmp_path):
         assert "old weights are served" in refusal(engine, "reload_weights", weights_path=str(tmp_path / "nowhere"))
         assert "start with a slot for every expert" in refusal(engine, "save_tensorized_model")
         said = refusal(engine, "reload_weights", weights_iterator=list(state.items()), is_checkpoint_format=False)
-        assert "is_checkpoint_format=False writes into parameters" in said
+        assert "(is_checkpoint_format=False) writes weights into parameters, and experts are in slots" in said
+        said = refusal(engine, load_as_trainers_do, weights=list(read(other)))
+        assert "call reload_weights with weights_iterator; nothing has changed" in said
         assert served(engine) == of_one
         for number, (folder, tokens) in enumerate(((other, of_other), (other, of_other), (one, of_one))):
             call(engine, "reload_weights", weights_path=str(folder))

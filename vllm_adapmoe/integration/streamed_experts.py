@@ -33,6 +33,8 @@ class StreamedExperts(RoutedExperts):
         self._first_arrivals: set[tuple[str, int | None, str]] | None = None
         """`_arrived` of the first loading, once weights have been replaced since."""
         self._finished = False
+        self.serving = False
+        """The model is loaded, and none of its weights is expected."""
         super().__init__(*args, **kwargs)
 
     def _get_quant_method(self, *args: Any, **kwargs: Any) -> FusedMoEMethodBase:
@@ -86,6 +88,14 @@ class StreamedExperts(RoutedExperts):
         expert_id: int,
         return_success: bool = False,
     ) -> bool | None:
+        if self.serving:  # of a trainer that loads into the running model's parameters
+            if not self.loading.all_resident:
+                raise AdapMoEError(
+                    f"{weight_name} cannot be loaded into {self.layer_name}, whose experts are in slots; "
+                    "call reload_weights with weights_iterator"
+                )
+            took = super().weight_loader(param, loaded_weight, weight_name, shard_id, expert_id, return_success=True)
+            return took if return_success else None
         if self.expert_map is not None and expert_id is not None and self.expert_map[expert_id] < 0:
             return False if return_success else None  # another rank has it
         if self.loading.is_packed(self.cache_layer):
@@ -137,12 +147,12 @@ class StreamedExperts(RoutedExperts):
         """Expects every weight once more, in parameters of the shapes that they were loaded in."""
         if self._first_arrivals is None:
             self._first_arrivals = self._arrived
-        self._arrived, self._finished = set(), False
+        self._arrived, self._finished, self.serving = set(), False, False
         vars(self).pop("_loaded_names", None)
 
     def end_reload(self) -> None:
         """No more weights are expected; finds the experts' tensors, which vLLM has put back, where they are now."""
-        self._finished = True
+        self._finished = self.serving = True
         if hasattr(self, "expert_tensors"):
             self.expert_tensors = ExpertTensors.of(held_tensors(self), list(self.expert_tensors.tensors))
 

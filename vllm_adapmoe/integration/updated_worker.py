@@ -68,7 +68,7 @@ class UpdatedWorker(Worker):
         is_checkpoint_format: bool = True,
     ) -> None:
         if not is_checkpoint_format:
-            self._check_kernel_format()
+            self._check_parameters("reload_weights(is_checkpoint_format=False)", "send them in the checkpoint's format")
         update = self._begin_update("reload_weights")
 
         def reload() -> None:
@@ -83,20 +83,17 @@ class UpdatedWorker(Worker):
 
         self._or_abort("reload_weights", reload)
 
-    def _check_kernel_format(self) -> None:
-        """Refuses weights in the kernel's format where parameters are not what the kernels read.
+    def _check_parameters(self, call: str, remedy: str) -> None:
+        """Refuses to write weights into parameters where these are not what the kernels read.
 
         Raises:
-            AdapMoEError: they are slots, or copies without memory of what a CPU's kernels have packed.
+            AdapMoEError: they are slots, or what is left of weights that a CPU's kernels have packed.
         """
         model: nn.Module = self.model_runner.get_model()
         packed = next((name for name, parameter in model.named_parameters() if not parameter.numel()), None)
         if self.expert_cache is not None or packed is not None:
-            reason = "experts are in slots" if packed is None else f"{packed} is packed for the CPU"
-            raise AdapMoEError(
-                f"reload_weights: is_checkpoint_format=False writes into parameters, and {reason}; send weights in the "
-                "checkpoint's format; nothing has changed"
-            )
+            reason = "experts are in slots" if self.expert_cache is not None else f"{packed} is packed for the CPU"
+            raise AdapMoEError(f"{call} writes weights into parameters, and {reason}; {remedy}; nothing has changed")
 
     def init_weight_transfer_engine(self, init_info: dict) -> None:
         self._check_backend("init_weight_transfer_engine")
@@ -163,8 +160,23 @@ class UpdatedWorker(Worker):
             self.model_runner.get_model(), cache, RecordUpdate(cache).records, path, pattern, max_size
         )
 
-    def refuse_what_reads_slots(self) -> None:
-        """Lets methods of vLLM's worker that take parameters for weights say so, instead of working on slots."""
+    def guard_weights(self) -> None:
+        """Lets whatever takes parameters for weights say so, instead of working on slots."""
+        model: Any = self.model_runner.get_model()
+        load_weights = model.load_weights
+
+        def guarded(weights: Weights, *args: Any, **kwargs: Any) -> Any:
+            """As trainers call it: outside of an update, with one tensor after the other."""
+            if self._update is None:
+                self._check_parameters("load_weights of a running model", "call reload_weights with weights_iterator")
+                return load_weights(weights, *args, **kwargs)
+            loaded = load_weights(weights, *args, **kwargs)
+            self._update.claimed |= set(loaded or ())
+            return loaded
+
+        model.load_weights = guarded
+        for layer in self.moe_layers:
+            layer.serving = True
 
         def refuse(call: str, remedy: str, *args: Any, **kwargs: Any) -> None:
             raise AdapMoEError(

@@ -113,7 +113,7 @@ class WeightUpdate:
         """A tensor in the kernel's format has been copied to its place."""
         self._loaded = False
         """vLLM has done its part."""
-        self._claimed: set[str] = set()
+        self.claimed: set[str] = set()
         """Parameters that the model says it has loaded."""
         self._stack = ExitStack()
         if cache is not None:
@@ -124,15 +124,6 @@ class WeightUpdate:
                 layer.loading = self  # type: ignore[assignment]
                 self._stack.callback(delattr, layer, "loading")
                 get_layerwise_info(layer).restore_device = torch.device("cpu")
-        load_weights: Any = model.load_weights
-
-        def watched(weights: Weights, *args: Any, **kwargs: Any) -> Any:
-            loaded = load_weights(weights, *args, **kwargs)
-            self._claimed |= set(loaded or ())
-            return loaded
-
-        model.load_weights = watched  # type: ignore[assignment]
-        self._stack.callback(delattr, model, "load_weights")
 
     # What layers ask of their loading
 
@@ -182,7 +173,7 @@ class WeightUpdate:
             missing = module.missing()
             if missing is not None:
                 raise AdapMoEError(f"{module.layer_name} has come without {missing}")
-            own = {name for name in self._claimed if name.startswith(f"{prefix}.")}
+            own = {name for name in self.claimed if name.startswith(f"{prefix}.")}
             if own and not module.reloaded:
                 raise AdapMoEError(
                     f"{type(self.model).__name__} copies {min(own)} by itself, past vLLM's reloading; restart the "

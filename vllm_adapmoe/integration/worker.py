@@ -84,7 +84,7 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
         note_what_is_traced(self.vllm_config, model, self.moe_layers, self.hostless is not None)
         self._runs_stock_layers = all(layer.is_stock for layer in self.moe_layers)
         self._watch_the_end()
-        self.refuse_what_reads_slots()
+        self.guard_weights()
         group = get_tp_group()
         self.step_stats = StepStats(
             self.expert_cache, self.moe_layers, group.cpu_group if group.world_size > 1 else None
