@@ -1,4 +1,4 @@
-"""Serves one architecture's tiny checkpoint with stock vLLM, half resident and with the fewest slots, in this process."""
+"""Serves a tiny checkpoint with stock vLLM, half resident and with the fewest slots, in this process."""
 
 import json
 import os
