@@ -113,7 +113,7 @@ def say_how_long(writer: PackWriter) -> None:
     """Logs how many bytes are to be packed, how fast the disk is, and what helps if that takes too long."""
     if writer.bytes_packed:
         logger.info(
-            "Expert cache: %d layers (%.2f GiB) were packed by a start that was ended, and are whole: going on after them",
+            "Expert cache: %d layers (%.2f GiB) were packed by a start that was ended: going on after them",
             len(writer.packed), writer.bytes_packed / GiB,
         )  # fmt: skip
     if not writer.bytes_left:
