@@ -48,7 +48,7 @@ def open_pack(path: Path, identity: dict[str, str]) -> "FileStore":
         index = _read_index(fd)
     except FileNotFoundError:
         raise PackMissing(f"{path} does not exist") from None
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
         raise PackInvalid(f"{path} {error}") from None
     for key, value in identity.items():
         found = index.identity.get(key)
