@@ -86,7 +86,7 @@ def test_a_pack_serves_what_it_was_made_from_and_is_only_read(tmp_path, read_onl
     before = tokens(model, profiled)
     first = pack.stat().st_ino
     zero_experts(weights, 60)
-    with pytest.raises(AdapMoEError, match="profile=.* is of another model .*: hash is "):
+    with pytest.raises(AdapMoEError, match=r"profile=.* is of another model .*: hash is "):
         tokens(model, profiled)
     stock = tokens(model, None)
     assert stock != before
