@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY_MIXTRAL
+from conftest import ROOT, TINY_MIXTRAL
 
+from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.integration.engine import Engine
 
 pytestmark = pytest.mark.engine
@@ -81,9 +82,12 @@ def test_a_pack_serves_what_it_was_made_from_and_is_only_read(tmp_path, read_onl
     model, store = copy_model(tmp_path / "model"), tmp_path / "store"
     weights, pack = model / "model.safetensors", store / "experts-0-of-1.pack"
     config = {"cache_experts": 48, "store": "file", "store_dir": str(store)}
-    before = tokens(model, config)
+    profiled = config | {"profile": str(ROOT / "configs" / "tiny_mixtral.json"), "eviction": "next_token"}
+    before = tokens(model, profiled)
     first = pack.stat().st_ino
     zero_experts(weights, 60)
+    with pytest.raises(AdapMoEError, match=r"profile=.* is of another model .*: hash is "):
+        tokens(model, profiled)
     stock = tokens(model, None)
     assert stock != before
     assert tokens(model, config) == stock
@@ -107,6 +111,8 @@ def test_a_killed_pack_is_gone_on_with(tmp_path):
     left = sorted(path.name for path in (tmp_path / "store").iterdir())
     assert left == ["experts-0-of-1.pack.partial", "experts-0-of-1.pack.partial.journal"]
     stores = [str(tmp_path / name) for name in ("store", "one-go")]
+    (tmp_path / "one-go").mkdir()
+    (tmp_path / "one-go").chmod(0o777)
     both = subprocess.run([*run, "0", *stores], capture_output=True, text=True)
     assert both.returncode == 0, both.stderr[-2000:]
     assert both.stdout.splitlines()[-1] == f"packed 12 layers into {stores[1]}"
@@ -116,6 +122,7 @@ def test_a_killed_pack_is_gone_on_with(tmp_path):
     assert re.search(
         r"0\.01 GiB to pack; the disk takes [0-9.]+ GB/s: at least 0 s, .*VLLM_ENGINE_READY_TIMEOUT_S", text
     )
+    assert f"can be replaced by everybody, for '{stores[1]}' has mode 777" in text
     packs = [Path(store) / "experts-0-of-1.pack" for store in stores]
     assert packs[0].read_bytes() == packs[1].read_bytes()
     assert [path.name for path in packs[0].parent.iterdir()] == [packs[0].name]

@@ -10,6 +10,7 @@ from vllm import __version__ as vllm_version
 from vllm import envs
 from vllm.config import LoadConfig, VllmConfig
 from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 from vllm.model_executor.model_loader.runai_streamer_loader import RunaiModelStreamerLoader
@@ -58,13 +59,8 @@ def source_files(model: Model, load: LoadConfig, download: bool = True) -> Sourc
     Raises:
         AdapMoEError: vLLM finds no weights, or its bytes cannot be known.
     """
-    weights = model.model_weights or model.model
-    if is_runai_obj_uri(weights):
-        raise AdapMoEError(
-            f"model={weights!r} is in object storage, where only reading it all tells whether it has changed; "
-            "set store='host' and no profile, or download it and name the folder"
-        )
-    folder, files = _weight_files(model, load, download)
+    loader = check_identifiable(model, load)
+    folder, files = _weight_files(model, load, loader, download)
     paths = {os.path.relpath(file, folder): file for file in files}
     for name in SETTINGS:
         path = _settings_file(name, model, folder)
@@ -76,9 +72,32 @@ def source_files(model: Model, load: LoadConfig, download: bool = True) -> Sourc
         raise AdapMoEError(f"model={model.model!r}: {error}") from None
 
 
-def _weight_files(model: Model, load: LoadConfig, download: bool) -> tuple[Path, list[Path]]:
-    """The model's folder, and the files that vLLM's own loader would read, in its order."""
+def check_identifiable(model: Model, load: LoadConfig) -> type[BaseModelLoader]:
+    """Refuses weights whose bytes nothing on this machine tells; returns the class of vLLM's loader.
+
+    Raises:
+        AdapMoEError: they are in object storage, or loaded in a way whose files are not known here.
+    """
+    weights = model.model_weights or model.model
+    if is_runai_obj_uri(weights):
+        raise AdapMoEError(
+            f"model={weights!r} is in object storage, where only reading it all tells whether it has changed; "
+            "set store='host' and no profile, or download it and name the folder"
+        )
     loader = type(get_model_loader(load))
+    # npcache loads copies of the weights that it makes itself.
+    if loader not in (DummyModelLoader, RunaiModelStreamerLoader, DefaultModelLoader) or load.load_format == "npcache":
+        raise AdapMoEError(
+            f"load_format={load.load_format!r} is not one whose files are known here; set load_format='auto', or "
+            "store='host' and no profile"
+        )
+    return loader
+
+
+def _weight_files(
+    model: Model, load: LoadConfig, loader: type[BaseModelLoader], download: bool
+) -> tuple[Path, list[Path]]:
+    """The model's folder, and the files that vLLM's own loader would read, in its order."""
     name = model.model
     if loader is DummyModelLoader:
         return Path(os.path.abspath(name)), []
@@ -88,14 +107,8 @@ def _weight_files(model: Model, load: LoadConfig, download: bool) -> tuple[Path,
         if loader is RunaiModelStreamerLoader:
             files = RunaiModelStreamerLoader(load)._prepare_weights(model.model_weights or name, model.revision)
             folder = os.path.commonpath([os.path.dirname(file) for file in files])
-        elif loader is DefaultModelLoader and load.load_format != "npcache":  # that loads copies which it makes itself
-            folder, files, *_ = DefaultModelLoader(load)._prepare_weights(name, None, model.revision, True, None)
         else:
-            raise AdapMoEError(
-                f"load_format={load.load_format!r} is not one whose files are known here; set load_format='auto'"
-            )
-    except AdapMoEError:
-        raise
+            folder, files, *_ = DefaultModelLoader(load)._prepare_weights(name, None, model.revision, True, None)
     except Exception as error:  # of vLLM, huggingface_hub, ModelScope, the network
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise AdapMoEError(

@@ -11,7 +11,7 @@ from vllm.platforms import current_platform
 
 from vllm_adapmoe.cache.budget import GiB
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
-from vllm_adapmoe.integration.identity import load_identity, source_files
+from vllm_adapmoe.integration.identity import check_identifiable, load_identity, source_files
 from vllm_adapmoe.store.base import StoreError
 from vllm_adapmoe.store.file import FileStore, PackInvalid, PackMissing, PackOfAnother, PackOutdated, open_pack
 from vllm_adapmoe.store.file_hash import hash_bytes
@@ -147,6 +147,7 @@ def check_store(config: AdapMoEConfig, vllm_config: VllmConfig, needed: bool) ->
             raise AdapMoEError(f"store_dir={config.store_dir!r} needs a packed file; set store='file'")
     elif store_kind(config) == "host" or not needed:
         return
+    check_identifiable(vllm_config.model_config, vllm_config.load_config)
     problem = why_not_writable(packs_root(config))
     if config.store_dir is None and problem is None:
         return  # the worker packs anew what is not valid

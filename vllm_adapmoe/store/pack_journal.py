@@ -17,6 +17,8 @@ from vllm_adapmoe.store.record import RecordLayout
 from vllm_adapmoe.store.source_files import SourceFiles
 
 FORMAT = 1
+MOST_BYTES = 256 << 20
+"""No journal is longer: a record takes 36 bytes."""
 Layer = tuple[RecordLayout, int, list[bytes]]
 """Layout, place of the first record in the file, and the records' checksums."""
 
@@ -45,6 +47,8 @@ class PackJournal:
         Empty where there is no journal, or one of another pack. What it says of the partial file is yet to be checked.
         """
         try:
+            if self.path.stat().st_size > MOST_BYTES:
+                return {}
             lines = self.path.read_bytes().split(b"\n")
         except OSError:
             return {}
