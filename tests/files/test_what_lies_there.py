@@ -232,6 +232,38 @@ def test_a_profile_of_no_model(change, said, tmp_path):
         ModelProfile.load(path)
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        ("base_loss", 0, "base_loss"),  # of which a share is no budget
+        ("base_loss", 1e300, "base_loss"),
+        ("loss_scale", 1e-300, "loss_scale"),
+        ("layers", [], "0 layers"),
+        ("layers.0.sensitivity", 1e300, "sensitivity"),
+        ("layers.0.sensitivity", -1, "sensitivity"),
+        ("layers.0.dropped", [], "0 histograms"),
+        ("layers.0.dropped.0.tokens", [0.9, 0.9], "more than all"),
+        ("layers.0.dropped.0.tokens", [0.0] * 1000, "tokens"),
+        ("layers.0.popularity", [0.5] * 3, "3 of 8"),
+        ("layers.0.co_use", [[0, 8, 0.5]], "used together"),
+        ("layers.0.co_use", [[-1, 0, 0.5]], "used together"),
+        ("layers.0.predictions.0.precision", [0.5] * 3, "3 ranks of 2"),
+        ("layers.0.predictions.0.lookahead", 0, "lookahead"),
+        ("heads", "x" * 2000, "heads"),
+    ],
+)
+def test_a_profile_with_figures_that_cannot_be(place, value, said, tmp_path):
+    profile_file(path := tmp_path / "profile")
+    profile = json.loads(path.read_text())
+    *keys, last = [int(key) if key.isdigit() else key for key in place.split(".")]
+    part = profile
+    for key in keys:
+        part = part[key]
+    part[last] = value
+    path.write_text(json.dumps(profile))
+    assert said in try_reading("profile", path)
+
+
 def write_trace(path: Path, *frames: bytes, **info: object) -> Path:
     head = json.dumps(info_json() | info).encode() + b"\n"
     path.write_bytes(head + b"".join(len(frame).to_bytes(4, "little") + frame for frame in frames))
