@@ -226,5 +226,5 @@ def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
 def _shown(value: Any) -> str:
     try:
         return repr(value)
-    except ValueError:  # an integer of thousands of digits
-        return "(a number too large to print)"
+    except (ValueError, RecursionError):  # an integer of thousands of digits, lists in lists
+        return "(too large to print)"

@@ -11,6 +11,7 @@ from vllm_adapmoe.files import BadFile, parse_json, read_bytes
 
 CONFIG_BYTES, CONFIG_VALUES = 16 << 20, 1_000_000
 """Of a `config.json` at most; some have a label for each of many classes."""
+TOKENIZER_BYTES = 256 << 20
 MOST = 65_536
 """Layers, experts or heads: whoever builds a model from its configuration makes an object of each."""
 
@@ -78,6 +79,23 @@ def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
             left += value.values()
         elif isinstance(value, list):
             left += value
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """Returns the `tokenizers.Tokenizer` of a model.
+
+    Raises:
+        AdapMoEError: it has none, or none that can be read.
+    """
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    try:
+        return Tokenizer.from_str(read_bytes(path, TOKENIZER_BYTES).decode())
+    except BadFile as problem:
+        raise AdapMoEError(f"{str(path)!r} {problem}; name the folder of a checkpoint") from None
+    except Exception as error:  # its parser has no class of its own for what it does not take
+        raise AdapMoEError(f"{str(path)!r} is no tokenizer ({error}); name the folder of a checkpoint") from None
 
 
 def vocabulary_size(folder: Path) -> int:

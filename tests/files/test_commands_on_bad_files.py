@@ -86,6 +86,13 @@ def test_a_bad_model_is_one_line(run, content, tmp_path):
     assert not check_named_model("org/model-of-a-hub")
 
 
+def test_a_pipe_among_a_models_files(run, tmp_path):
+    (tmp_path / "config.json").write_bytes((TINY_MIXTRAL / "config.json").read_bytes())
+    os.mkfifo(tmp_path / "tokenizer\n.json")
+    code, said = run("calibrate", tmp_path, "--data", TEXT, "-o", tmp_path / "out")
+    assert code == 1 and said.count("\n") == 1 and r"'tokenizer\n.json' in it is not a regular file" in said
+
+
 def commands(group: typer.core.TyperGroup, names: tuple[str, ...] = ()):
     yield names
     for name, command in group.commands.items():
@@ -154,10 +161,11 @@ RESIDENT = "vllm:adapmoe_resident_experts 3\n"
     ],
 )  # fmt: skip
 def test_an_answer_of_no_server(run, answer, monkeypatch):
-    monkeypatch.setattr(sample, "TIMEOUT", 1.0)
+    monkeypatch.setattr(sample, "TIMEOUT", 1.0 if answer is drip else 30.0)
     monkeypatch.setattr(sample, "ANSWER_BYTES", 1 << 20)
     code, said = run("top", serve(answer), "--once")
     assert code == 1 and said.startswith("adapmoe: error: ") and said.count("\n") == 1 and ";" in said
+    assert {drip: "no whole answer in 1 s", pour: "more than 1048576 bytes"}.get(answer, "") in said
 
 
 @pytest.mark.parametrize("address", ["file:///etc/passwd", "a b", "host:80 80", "ftp://x", "http://[", "", "x\ny"])

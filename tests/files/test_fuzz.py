@@ -1,8 +1,8 @@
 """Every reader against damaged files: what it gives can be used, or it ends in one line, in little time and memory.
 
 Damage is at every depth: of the bytes, of the JSON in them, of the arrays in them, with the sizes and checksums of what
-is around it made right. `fuzz_with_coverage.py` runs the same with a fuzzer that watches coverage; what it found is in
-`tests/data/fuzz`.
+is around it made right. `fuzz_with_coverage.py` runs the same with a fuzzer that watches coverage. `tests/data/fuzz`
+has files at which readers failed once, each in another place.
 """
 
 import json
@@ -25,7 +25,7 @@ from vllm_adapmoe.simulate.trace import _frame
 
 EXAMPLES = 120
 SECONDS = 20
-FOUND = sorted((Path(__file__).parents[1] / "data" / "fuzz").glob("*.*"))
+FOUND = sorted((Path(__file__).parents[1] / "data" / "fuzz").glob("*-*"))
 
 
 def sound(kind: str) -> bytes:
@@ -107,5 +107,5 @@ def test_damaged_files(kind):
 
 
 @pytest.mark.parametrize("path", FOUND, ids=lambda path: path.name)
-def test_files_that_a_fuzzer_found(path):
+def test_files_at_which_a_reader_failed(path):
     read(path.name.partition("-")[0], path.read_bytes())

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from vllm_adapmoe.bench.peer_packages import need
@@ -48,11 +48,18 @@ class Tensor:
     read: Callable[[], torch.Tensor]
 
 
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, "pt")
+    except (OSError, SafetensorError) as error:
+        raise AdapMoEError(f"{str(path)!r} cannot be read ({error}); make the checkpoint whole") from None
+
+
 class Checkpoint:
     """The tensors of a folder of safetensors files, read when asked for."""
 
     def __init__(self, folder: Path) -> None:
-        files = [safe_open(path, "pt") for path in sorted(folder.glob("*.safetensors"))]
+        files = [_open(path) for path in sorted(folder.glob("*.safetensors"))]
         self._file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a dict
 
     def names(self) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 from vllm_adapmoe.bench.server import VLLM, Server
 from vllm_adapmoe.calibrate.text import text_of
 from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.model_folder import read_tokenizer
 
 PACKAGES = ("aiohttp", "pandas")
 """What `vllm bench serve` needs beside vLLM's own dependencies."""
@@ -56,15 +57,13 @@ def domains(model: Path, text: Path | None) -> dict[str, list[int]]:
     Raises:
         AdapMoEError: fewer than three.
     """
-    from tokenizers import Tokenizer
-
     folder = HELD_OUT if text is None else text
     paths = sorted(folder.glob("*.txt"))
     if len(paths) < LEAST_DOMAINS:
         raise AdapMoEError(
             f"--text {folder} has {len(paths)} *.txt; put at least {LEAST_DOMAINS} there, one per domain"
         )
-    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    tokenizer = read_tokenizer(model)
     return {path.stem: tokenizer.encode(text_of(path), add_special_tokens=False).ids for path in paths}
 
 
@@ -91,9 +90,7 @@ def mixed_prompts(
 
 def write_dataset(path: Path, model: Path, prompts: list[tuple[str, list[int]]], output_tokens: int) -> None:
     """A file for `vllm bench serve --dataset-name custom`: it sends text, so token ids are decoded."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    tokenizer = read_tokenizer(model)
     lines = [
         json.dumps({"prompt": tokenizer.decode(ids, skip_special_tokens=False), "output_tokens": output_tokens})
         for _, ids in prompts

@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm_adapmoe.bench.record import spread
 from vllm_adapmoe.calibrate.text import text_of
-from vllm_adapmoe.model_folder import vocabulary_size
+from vllm_adapmoe.model_folder import read_tokenizer, vocabulary_size
 
 COUNTERS = (
     "hits",
@@ -28,9 +28,7 @@ def prompts_of(model: Path, text: Path | None, count: int, length: int) -> list[
     generator = random.Random(0)
     if text is not None:
         texts = sorted(text.glob("*.txt"))
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+        tokenizer = read_tokenizer(model)
         pools = [tokenizer.encode(text_of(path), add_special_tokens=False).ids for path in texts]
         prompts = []
         for number in range(count):
