@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_models import VOCABULARY, save_tiny_model
-from tiny_multimodal import IMAGE_PIXELS, IMAGE_TOKEN, save_tiny_aria, save_tiny_qwen3_vl_moe
+from tiny_multimodal import IMAGE_PIXELS, IMAGE_TOKEN, save_tiny_aria
 from transformers import AutoModelForSequenceClassification
 from vllm import PoolingParams
 
@@ -57,15 +57,6 @@ def test_pooling_classes_and_rewards(tmp_path):
     with pytest.raises(AdapMoEError, match=r"is a pooling model, .* serve it without a profile"):
         describe_model(model)
     compare(model, ["classify", "token_classify"])
-
-
-def test_multimodal_text(tmp_path):
-    model, args = save_tiny_qwen3_vl_moe(tmp_path), EAGER | {"limit_mm_per_prompt": {"image": 0, "video": 0}}
-    with Engine(model, None, **args) as engine:
-        stock = answers(engine, ASKED, greedy(logprobs=1))
-    with Engine(model, HALF, **args) as engine:
-        assert answers(engine, ASKED, greedy(logprobs=1)) == stock
-        assert engine.cache_stats()["prefetch_hits"] > 0
 
 
 def test_multimodal_with_images(tmp_path):
