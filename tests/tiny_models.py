@@ -79,10 +79,10 @@ UNUSUAL_ROUTERS: dict[str, PretrainedConfig] = {
 """For the Transformers backend."""
 
 
-def save_tiny_model(architecture: str, folder: Path, seed: int = 0) -> Path:
+def save_tiny_model(architecture: str, folder: Path, seed: int = 0, made_by: type = AutoModelForCausalLM) -> Path:
     """Writes a random bf16 checkpoint of `architecture` into `folder`, and returns the folder."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config((CONFIGS | UNUSUAL_ROUTERS)[architecture], dtype=torch.bfloat16)
+    model = made_by.from_config((CONFIGS | UNUSUAL_ROUTERS)[architecture], dtype=torch.bfloat16)
     for name, parameter in model.named_parameters():
         # The default 0.02 leaves logits so close together that any rounding changes the argmax.
         if parameter.dim() > 1:

@@ -185,7 +185,8 @@ class ModelProfile(Strict):
         if not self.layers:
             raise ValueError("no layers")
         for index, layer in enumerate(self.layers):
-            if layer.dropped is not None and len(layer.dropped) != model.top_k - 1:
+            # Layers may differ in top-k; the model's is the largest.
+            if layer.dropped is not None and len(layer.dropped) > model.top_k - 1:
                 raise ValueError(f"layer {index} has {len(layer.dropped)} histograms for top-{model.top_k}")
             for key in ("popularity", "output_norm"):
                 values = getattr(layer, key)

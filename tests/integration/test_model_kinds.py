@@ -1,13 +1,15 @@
 """Models that are more, or less, than a text generator: stock's vectors, to the last bit, and stock's tokens."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import VOCABULARY
-from tiny_multimodal import IMAGE_PIXELS, IMAGE_TOKEN, save_tiny_aria, save_tiny_qwen3_vl_moe
+from tiny_models import VOCABULARY, save_tiny_model
+from tiny_multimodal import IMAGE_PIXELS, IMAGE_TOKEN, save_tiny_aria
+from transformers import AutoModelForSequenceClassification
 from vllm import PoolingParams
 
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy, prompts
@@ -33,18 +35,10 @@ def vectors(engine: Engine, task: Any) -> list[torch.Tensor]:
     return [made[str(number)] for number in range(len(ASKED))]
 
 
-@pytest.mark.parametrize(
-    ("architecture", "tasks", "args"),
-    [
-        ("qwen3_moe", ["embed", "token_embed"], {"convert": "embed", "model_impl": "transformers"}),
-        ("mixtral", ["classify"], {"convert": "classify"}),
-    ],
-    ids=["embeddings, Transformers backend", "classes"],
-)
-def test_pooling(tiny_model, architecture, tasks, args):
-    with Engine(tiny_model(architecture), None, **POOLING | args) as engine:
+def compare(model: Path, tasks: list[str], **args: Any) -> None:
+    with Engine(model, None, **POOLING | args) as engine:
         stock = [vectors(engine, task) for task in tasks]
-    with Engine(tiny_model(architecture), HALF, **POOLING | args) as engine:
+    with Engine(model, HALF, **POOLING | args) as engine:
         for task, expected in zip(tasks, stock, strict=True):
             made = vectors(engine, task)
             assert all(one.isfinite().all() and one.numel() > 1 for one in made)
@@ -52,24 +46,17 @@ def test_pooling(tiny_model, architecture, tasks, args):
         assert engine.cache_stats()["misses"] > 0
 
 
-def test_no_profile_of_a_pooling_model(tiny_model, tmp_path):
-    """There is no token to lose anything on: one line, before anything is measured."""
-    folder = tiny_model("qwen3_moe")
-    for name in ("model.safetensors", "config.json"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
-    config = tmp_path / "config.json"
-    config.write_text(config.read_text().replace("Qwen3MoeForCausalLM", "Qwen3MoeForSequenceClassification"))
+def test_pooling_embeddings_of_the_transformers_backend(tiny_model):
+    """A pooling model of that backend has no `compute_logits`."""
+    compare(tiny_model("qwen3_moe"), ["embed", "token_embed"], convert="embed", model_impl="transformers")
+
+
+def test_pooling_classes_and_rewards(tmp_path):
+    """There is no profile of such a model: no token is predicted, of which the loss could be measured."""
+    model = save_tiny_model("mixtral", tmp_path, made_by=AutoModelForSequenceClassification)
     with pytest.raises(AdapMoEError, match=r"is a pooling model, .* serve it without a profile"):
-        describe_model(tmp_path)
-
-
-def test_multimodal_text(tmp_path):
-    model, args = save_tiny_qwen3_vl_moe(tmp_path), EAGER | {"limit_mm_per_prompt": {"image": 0, "video": 0}}
-    with Engine(model, None, **args) as engine:
-        stock = answers(engine, ASKED, greedy(logprobs=1))
-    with Engine(model, HALF, **args) as engine:
-        assert answers(engine, ASKED, greedy(logprobs=1)) == stock
-        assert engine.cache_stats()["prefetch_hits"] > 0
+        describe_model(model)
+    compare(model, ["classify", "token_classify"])
 
 
 def test_multimodal_with_images(tmp_path):

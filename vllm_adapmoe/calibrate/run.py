@@ -251,8 +251,10 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, float]
 
     Args:
         numerator: `[groups]`.
-        denominator: `[groups]`, positive.
+        denominator: `[groups]`, positive; zeros, where a layer uses one expert a token: nothing can be dropped there.
     """
+    if not denominator.any():
+        return 0.0, 0.0
     value = numerator.sum() / denominator.sum()
     if len(numerator) < 2:
         return float(value), float("inf")
