@@ -35,6 +35,7 @@ from vllm_adapmoe.integration.built_model import around_weights, check_layers, e
 from vllm_adapmoe.integration.compat import expected_loads_settings, heads_settings
 from vllm_adapmoe.integration.expert_writes import ExpertWrites
 from vllm_adapmoe.integration.graph_memory import bookkeeping_of_worker, graphs_of_worker
+from vllm_adapmoe.integration.host_room import check_host_room
 from vllm_adapmoe.integration.identity import model_identity
 from vllm_adapmoe.integration.layers import CachedExperts
 from vllm_adapmoe.integration.mapped_experts import MappedExperts, kernel_of
@@ -43,7 +44,6 @@ from vllm_adapmoe.integration.model_info import check_profile
 from vllm_adapmoe.store.base import ExpertStore, StoreWriter
 from vllm_adapmoe.store.file import PackInvalid, PackMissing, PackOfAnother, open_pack
 from vllm_adapmoe.store.host import HostStore
-from vllm_adapmoe.store.host_memory import host_memory
 from vllm_adapmoe.store.pack_writer import PackWriter
 from vllm_adapmoe.store.record import RecordLayout
 from vllm_adapmoe.store.shard import StoreShard
@@ -145,7 +145,7 @@ class ExpertLoading:
             return
         expert_bytes = self.expert_bytes
         if self.store_kind == "host":
-            _check_host_memory(expert_bytes)
+            self._check_host_room()
             self._writer = HostStore(self.device)
             action = "Loading experts"
         else:
@@ -241,6 +241,12 @@ class ExpertLoading:
             graphs_of=graphs_of,
             bookkeeping=bookkeeping_of_worker(self.config, self.vllm_config, self.layers, resident),
         )
+
+    def _check_host_room(self) -> None:
+        layer_bytes = max(sum(p.nbytes for p in layer.expert_parameters().values()) for layer in self.layers)
+        others = self._memory_before if current_platform.is_cpu() else None
+        ranks = self.vllm_config.parallel_config.local_world_size
+        check_host_room(self._loaded_shapes, layer_bytes, self._slots, others, ranks)
 
     def pack_path(self) -> Path:
         """The packed file of this rank: in `store_dir`, or in a folder of the model's own in vLLM's cache."""
@@ -383,15 +389,6 @@ def pack_folder(config: AdapMoEConfig, vllm_config: VllmConfig) -> Path:
     identity = model_identity(vllm_config)
     name = Path(vllm_config.model_config.model).name
     return Path(envs.VLLM_CACHE_ROOT) / "adapmoe" / f"{name}-{identity['model'][:12]}"
-
-
-def _check_host_memory(expert_bytes: int) -> None:
-    memory = host_memory()
-    if expert_bytes > memory.available:
-        raise AdapMoEError(
-            f"store=host needs {expert_bytes / GiB:.2f} GiB of host memory for the experts, "
-            f"{memory.available / GiB:.2f} GiB are available, limited by {memory.limited_by}; use store=file"
-        )
 
 
 @contextmanager
