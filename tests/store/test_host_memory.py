@@ -55,6 +55,17 @@ def test_v2_takes_the_least_of_all_groups_above(tmp_path):
     assert memory_limit(root) == 16 * GiB
 
 
+def test_v2_heeds_the_limit_at_which_processes_are_slowed_down(tmp_path):
+    root = machine(tmp_path, "0::/pod\n")
+    pod = root / "sys/fs/cgroup/pod"
+    group(pod, 16 * GiB, 10 * GiB, cached=2 * GiB)
+    (pod / "memory.high").write_text("max\n")
+    assert host_memory(root).available == 8 * GiB
+    (pod / "memory.high").write_text(f"{12 * GiB}\n")
+    assert host_memory(root).available == 4 * GiB
+    assert host_memory(root).limited_by == f"{pod}/memory.high = 12.00 GiB"
+
+
 def test_v2_inside_a_container_that_sees_its_own_group_as_the_root(tmp_path):
     root = machine(tmp_path, "0::/\n")
     group(root / "sys/fs/cgroup", 32 * GiB, 30 * GiB, cached=25 * GiB)
@@ -103,15 +114,24 @@ def test_a_real_group_is_found():
 from vllm_adapmoe.bench.gpu_check.device import Device
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.doctor.machine import memory_limit
-from vllm_adapmoe.integration.loading import _check_host_memory
+from vllm_adapmoe.cache.budget import DeviceMemory, ExpertShape
+from vllm_adapmoe.integration.host_room import check_host_room
+MiB = 1 << 20
 print(memory_limit(), Device('cpu').free_bytes())
-_check_host_memory(64 << 20)
-try:
-    _check_host_memory(2 << 30)
-except AdapMoEError as error:
-    print(error)
-else:
-    print("fits")
+check_host_room([ExpertShape(64, MiB, 2)], 8 * MiB, [4], DeviceMemory(0, other_weights=MiB), 2)
+for shapes, layer, slots, others, ranks in (
+    ([ExpertShape(2048, MiB, 2)], 64 * MiB, [64], None, 1),
+    # Everything but what is needed for a while, or beside the experts, would fit.
+    ([ExpertShape(1024, MiB, 2)], 256 * MiB, [64], None, 1),
+    ([ExpertShape(512, MiB, 2)], 32 * MiB, [256], DeviceMemory(0, other_weights=512 * MiB, kv_cache=256 * MiB), 1),
+    ([ExpertShape(512, MiB, 2)], 32 * MiB, [64], None, 4),
+):
+    try:
+        check_host_room(shapes, layer, slots, others, ranks)
+    except AdapMoEError as error:
+        print(error)
+    else:
+        print("fits")
 """
     with memory_cgroup.limited_memory(3 << 29) as limited:
         run = subprocess.run(
@@ -121,8 +141,17 @@ else:
             preexec_fn=lambda: limited.procs.write_text(str(os.getpid())),
         )
     assert run.returncode == 0, run.stderr[-2000:]
-    numbers, said = run.stdout.splitlines()[-2:]
+    numbers, *said = run.stdout.splitlines()[-5:]
     limit, available = map(int, numbers.split())
     assert limit == 3 << 29 and 0 < available < 3 << 29
-    assert said.startswith("store=host needs 2.00 GiB of host memory for the experts, ")
-    assert "1.50 GiB" in said and limited.folder.name in said and said.endswith("; use store=file")
+    needs = (
+        "2281701376 bytes (2.12 GiB) of host memory, 2.00 for experts + 0.12 for 2 layers while they load; ",
+        "1610612736 bytes (1.50 GiB) of host memory, 1.00 for experts + 0.50 for 2 layers while they load; ",
+        "1677721600 bytes (1.56 GiB) of host memory, 0.50 for experts + 0.06 for 2 layers while they load + 0.25 for "
+        "slots + 0.75 for other weights, KV cache and activations; ",
+        "2415919104 bytes (2.25 GiB) of host memory, 0.50 for experts + 0.06 for 2 layers while they load on each of 4 "
+        "ranks; ",
+    )
+    for one, needed in zip(said, needs, strict=True):
+        assert one.startswith(f"store=host needs {needed}")
+        assert "1.50 GiB" in one and limited.folder.name in one and one.endswith("; use store=file")

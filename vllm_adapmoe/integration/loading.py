@@ -34,6 +34,7 @@ from vllm_adapmoe.integration.built_model import around_weights, check_layers, e
 from vllm_adapmoe.integration.compat import expected_loads_settings, heads_settings
 from vllm_adapmoe.integration.expert_writes import ExpertWrites
 from vllm_adapmoe.integration.graph_memory import bookkeeping_of_worker, graphs_of_worker
+from vllm_adapmoe.integration.host_room import check_host_room
 from vllm_adapmoe.integration.identity import load_identity, source_files
 from vllm_adapmoe.integration.layers import CachedExperts
 from vllm_adapmoe.integration.mapped_experts import MappedExperts, kernel_of
@@ -51,7 +52,6 @@ from vllm_adapmoe.integration.pack_store import (
 from vllm_adapmoe.store.base import ExpertStore, StoreError, StoreWriter
 from vllm_adapmoe.store.file import FileStore
 from vllm_adapmoe.store.host import HostStore
-from vllm_adapmoe.store.host_memory import host_memory
 from vllm_adapmoe.store.pack_writer import PackWriter
 from vllm_adapmoe.store.record import RecordLayout
 from vllm_adapmoe.store.shard import StoreShard
@@ -154,7 +154,7 @@ class ExpertLoading:
             return
         expert_bytes = self.expert_bytes
         if self.store_kind == "host":
-            _check_host_memory(expert_bytes)
+            self._check_host_room()
             self._writer = HostStore(self.device)
             action = "Loading experts"
         else:
@@ -248,6 +248,12 @@ class ExpertLoading:
             graphs_of=graphs_of,
             bookkeeping=bookkeeping_of_worker(self.config, self.vllm_config, self.layers, resident),
         )
+
+    def _check_host_room(self) -> None:
+        layer_bytes = max(sum(p.nbytes for p in layer.expert_parameters().values()) for layer in self.layers)
+        others = self._memory_before if current_platform.is_cpu() else None
+        ranks = self.vllm_config.parallel_config.local_world_size
+        check_host_room(self._loaded_shapes, layer_bytes, self._slots, others, ranks)
 
     def pack_path(self) -> Path:
         """The packed file of this rank: in `store_dir`, or in a folder of the model's own in vLLM's cache."""
@@ -418,13 +424,6 @@ class ExpertLoading:
             self._writer.abort()
 
 
-def _check_host_memory(expert_bytes: int) -> None:
-    memory = host_memory()
-    if expert_bytes > memory.available:
-        raise AdapMoEError(
-            f"store=host needs {expert_bytes / GiB:.2f} GiB of host memory for the experts, "
-            f"{memory.available / GiB:.2f} GiB are available, limited by {memory.limited_by}; use store=file"
-        )
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from vllm.platforms import current_platform
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.integration.expert_tensors import ExpertTensors, held_tensors
 from vllm_adapmoe.integration.expert_writes import on_host
+from vllm_adapmoe.integration.heap import trim_heap
 
 if TYPE_CHECKING:
     from vllm_adapmoe.integration.loading import ExpertLoading
@@ -216,6 +217,7 @@ class StreamedExperts(RoutedExperts):
         for parameter in parameters.values():  # a loader may still hold what has been replaced since
             if id(parameter) not in held_now:
                 parameter.data = parameter.data.new_empty(0)
+        trim_heap()
 
     def _move_to_device(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """On a GPU weights are brought into the kernel's format there, a layer at a time."""

@@ -57,7 +57,8 @@ def memory_limit(root: Path = Path("/")) -> int | None:
 def group_limits(root: Path = Path("/")) -> Iterator[GroupLimit]:
     """Yields the limits of this process's control group and of all above it, as far as they can be seen from here.
 
-    cgroup v2 (`Documentation/admin-guide/cgroup-v2.rst` of Linux): one tree, `memory.max`, `memory.current`. v1
+    cgroup v2 (`Documentation/admin-guide/cgroup-v2.rst` of Linux): one tree, `memory.max`, `memory.current`; at
+    `memory.high` processes are slowed down until others' pages are free, which for experts means for good. v1
     (`cgroup-v1/memory.rst`): a tree of the memory controller, `memory.limit_in_bytes`, `memory.usage_in_bytes`. In a
     container the path may be one of the host's tree, of which only the top is mounted: then that is looked at.
     """
@@ -70,12 +71,13 @@ def group_limits(root: Path = Path("/")) -> Iterator[GroupLimit]:
             top /= "memory" if (top / "memory").is_dir() else controllers
         names = [part for part in PurePosixPath(path).parts if part not in ("/", "..")]
         for depth in range(len(names), -1, -1):
-            with suppress(OSError, ValueError, KeyError):  # no limit is "max"; the root of a machine has no such file
-                yield _limit(top.joinpath(*names[:depth]), v1=bool(controllers))
+            for name in ("memory.limit_in_bytes",) if controllers else ("memory.max", "memory.high"):
+                with suppress(OSError, ValueError, KeyError):  # "max"; a machine's root has none
+                    yield _limit(top.joinpath(*names[:depth]) / name, v1=bool(controllers))
 
 
-def _limit(folder: Path, v1: bool) -> GroupLimit:
-    file = folder / ("memory.limit_in_bytes" if v1 else "memory.max")
+def _limit(file: Path, v1: bool) -> GroupLimit:
+    folder = file.parent
     limit = int(file.read_text())
     used = int((folder / ("memory.usage_in_bytes" if v1 else "memory.current")).read_text())
     stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
