@@ -63,6 +63,8 @@ SIZES: dict[str, Any] = {
     "o_lora_rank": 32,
     "o_groups": 2,
 }  # fmt: skip
+
+
 def tiny_config(cls: type[PretrainedConfig], **given: Any) -> PretrainedConfig:
     """The smallest configuration of a class whose keys are known, with `given` where a family needs something else."""
     return cls(**_merged(small_keys(cls()), given))
