@@ -12,9 +12,11 @@ import gc
 import json
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ def main() -> None:
     names = args.architectures or list(every)
     rows = json.loads(args.out.read_text())["models"] if args.architectures and args.out.exists() else {}
     import_engine()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of `wait`, which ends the child
     commit = environment()["commit"]
     for name in tqdm(names, disable=None):
         rows[name] = {"kind": every[name].kind, "commit": commit} | try_one(every[name])
@@ -95,16 +98,23 @@ def try_one(one: Architecture) -> dict[str, Any]:
 
 
 def wait(child: int, seconds: float) -> int | None:
-    """Waits for a child process and returns its status; None: it took too long, and was killed with its children."""
+    """Waits for a child process and returns its status; None: it took too long.
+
+    However this ends, the child and its children have ended, too.
+    """
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return status
-        time.sleep(0.05)
-    os.killpg(child, 9)
-    os.waitpid(child, 0)
-    return None
+    status = None
+    try:
+        while status is None and time.monotonic() < end:
+            ended, code = os.waitpid(child, os.WNOHANG)
+            status = code if ended else None
+            time.sleep(0.05)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+        if status is None:
+            os.waitpid(child, 0)
+    return status
 
 
 if __name__ == "__main__":
