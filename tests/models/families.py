@@ -40,7 +40,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 64, "hidden_size": 128, "moe_num_experts": 8, "moe_top_k": 2},
     },
-    "DeepseekV2ForCausalLM": {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+    "DeepseekV2ForCausalLM": {
+        "topk_method": "group_limited_greedy", "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2,
+    },
     "DeepseekV3ForCausalLM": LATENT,
     "DeepseekV32ForCausalLM": LATENT,
     "DiffusionGemmaForBlockDiffusion": {
