@@ -19,13 +19,13 @@ PROMPT = prompts(4, VOCABULARY, seed=6)[-1] + list(range(50, 80))
 ASKED = prompts(5, VOCABULARY, seed=1)
 KINDS = {
     "Qwen3MoeForCausalLM": "softmax, renormalised",
-    "DeepseekV2ForCausalLM": "softmax in groups, not renormalised; shared experts",
-    "DeepseekV3ForCausalLM": "sigmoid with a correction, in groups",
+    "OlmoeForCausalLM": "softmax, not renormalised",
+    "DeepseekV3ForCausalLM": "sigmoid with a correction, in groups; shared experts",
     "Lfm2MoeForCausalLM": "sigmoid with a correction; layers without attention and without experts",
     "Llama4ForCausalLM": "a function of the model; weights on the input; experts fused in the checkpoint, transposed",
     "Gemma4ForCausalLM": "a function of the model, a scale for each expert",
-    "LongcatFlashForCausalLM": "more scores than experts: some experts are the identity",
     "GraniteMoeForCausalLM": "experts fused in the checkpoint",
+    "GraniteMoeHybridForCausalLM": "Mamba layers",
     "GptOssForCausalLM": "experts with biases; a loader that copies by itself",
 }
 EVERY_VERSION = {"Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM"}
