@@ -15,7 +15,7 @@ SOURCES := vllm_adapmoe tests examples
 # For `gpu-check` alone: a Python that has torch with CUDA and Triton.
 GPU_PYTHON ?= python3
 
-.PHONY: install ray demo test test-vllm other-vllms unit quality style gpu-check clean
+.PHONY: install ray demo models test test-vllm other-vllms unit quality style gpu-check clean
 
 install: $(VENV)/.installed
 
@@ -41,6 +41,11 @@ $(VENV)/.ray: $(VENV)/.installed requirements-ray.lock
 
 demo: install
 	@$(BIN)/python examples/demo.py
+
+# Every architecture with routed experts, against stock vLLM: examples/benchmarks/models.json, docs/compatibility.md.
+models: install
+	@$(BIN)/python -m tests.models
+	@$(BIN)/python -m tests.models.table
 
 test: quality ray
 	$(BIN)/python -m pytest

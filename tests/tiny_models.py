@@ -1,10 +1,10 @@
-"""Tiny randomly initialised checkpoints of the architectures that the plugin serves."""
+"""Tiny randomly initialised checkpoints that many tests share; of any other architecture: `tests/models`."""
 
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
-from transformers.models import deepseek_v2, deepseek_v3, granitemoe, hunyuan_v1_moe, mixtral, olmoe, qwen3_moe, zaya
+from transformers.models import deepseek_v2, deepseek_v3, hunyuan_v1_moe, mixtral, qwen3_moe, zaya
 
 VOCABULARY = 512
 COMMON = {
@@ -48,17 +48,11 @@ CONFIGS: dict[str, PretrainedConfig] = {
         num_experts_per_tok=4,
         norm_topk_prob=True,
     ),
-    "olmoe": olmoe.OlmoeConfig(
-        **(COMMON | {"num_key_value_heads": 4}), intermediate_size=64, num_experts=16, num_experts_per_tok=4
-    ),
     "deepseek_v2": deepseek_v2.DeepseekV2Config(
         **LATENT_ATTENTION, topk_method="group_limited_greedy", norm_topk_prob=False, routed_scaling_factor=2.0
     ),
     "deepseek_v3": deepseek_v3.DeepseekV3Config(
         **LATENT_ATTENTION, norm_topk_prob=True, routed_scaling_factor=2.5
-    ),
-    "granite_moe": granitemoe.GraniteMoeConfig(
-        **COMMON, intermediate_size=64, num_local_experts=8, num_experts_per_tok=3
     ),
 }  # fmt: skip
 

@@ -22,7 +22,7 @@ def fold_keys(arguments: Sequence[str]) -> Iterator[str]:
         text = value if equals else next(rest, "")
         try:
             setting = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             setting = text
         for key in reversed(keys.split(".")):
             setting = {key: setting}

@@ -11,21 +11,24 @@ import argparse
 import gc
 import json
 import os
-import shutil
+import re
+import signal
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from tests.models.architectures import Architecture, moe_architectures
+from tests.models.table import RESULT
 from vllm_adapmoe.bench.record import environment, write
 
-RESULT = Path(__file__).parent / "result.json"
 SECONDS = 300
 """That one architecture may take."""
+NOT_RUN = {"checkpoint": {"cannot": "not run yet"}}
 
 
 def main() -> None:
@@ -40,15 +43,11 @@ def main() -> None:
     names = args.architectures or list(every)
     rows = json.loads(args.out.read_text())["models"] if args.architectures and args.out.exists() else {}
     import_engine()
-    run = environment()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of `wait`, which ends the child
+    commit = environment()["commit"]
     for name in tqdm(names, disable=None):
-        rows[name] = describe(every[name]) | {"commit": run["commit"]} | try_one(every[name])
-        kept = {one: rows[one] for one in every if one in rows}
-        write(args.out, {"models": kept})
-
-
-def describe(architecture: Architecture) -> dict[str, Any]:
-    return {"kind": architecture.kind}
+        rows[name] = {"kind": every[name].kind, "commit": commit} | try_one(every[name])
+        write(args.out, {"models": {one: rows.get(one, NOT_RUN) for one in every}})
 
 
 def import_engine() -> None:
@@ -69,6 +68,8 @@ def try_one(one: Architecture) -> dict[str, Any]:
     """Runs `run_one` in a fork; what it has told when it ends, crashes or takes too long."""
     from tests.models.run_one import run_one
 
+    if one.kind == "draft":
+        return {"checkpoint": {"cannot": "a draft model; drafts with experts are refused beside moe_method"}}
     with tempfile.TemporaryDirectory() as folder:
         told, log = Path(folder, "told.json"), Path(folder, "log")
         child = os.fork()
@@ -83,26 +84,37 @@ def try_one(one: Architecture) -> dict[str, Any]:
                 os._exit(0)
         status = wait(child, SECONDS)
         result = json.loads(told.read_text()) if told.exists() else {}
+        text = log.read_text(errors="replace")
         if kept := os.environ.get("MODELS_LOGS"):
-            shutil.copy(log, Path(kept) / f"{one.name}.log")
+            Path(kept, f"{one.name}.log").write_text(text)
+    step = list(result)[-1] if result else "checkpoint"
     if status != 0:
-        step = list(result)[-1] if result else "checkpoint"
         end = f"more than {SECONDS} s" if status is None else f"killed by signal {os.WTERMSIG(status)}"
         result[step] = {"error": end}
+    missing = re.findall(r"ModuleNotFoundError: .*", text)
+    if missing and "error" in result[step]:  # vLLM imports models in a process of its own, and says to look at its log
+        result[step]["error"] = missing[-1]
     return result
 
 
 def wait(child: int, seconds: float) -> int | None:
-    """Waits for a child process and returns its status; None: it took too long, and was killed with its children."""
+    """Waits for a child process and returns its status; None: it took too long.
+
+    However this ends, the child and its children have ended, too.
+    """
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return status
-        time.sleep(0.05)
-    os.killpg(child, 9)
-    os.waitpid(child, 0)
-    return None
+    status = None
+    try:
+        while status is None and time.monotonic() < end:
+            ended, code = os.waitpid(child, os.WNOHANG)
+            status = code if ended else None
+            time.sleep(0.05)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+        if status is None:
+            os.waitpid(child, 0)
+    return status
 
 
 if __name__ == "__main__":

@@ -9,13 +9,18 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import transformers
 import vllm
+from transformers.models.auto.configuration_auto import model_type_to_module_name
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from vllm.model_executor.models import registry
 
 VLLM = Path(vllm.__file__).parent
+TRANSFORMERS = Path(transformers.__file__).parent / "models"
 MODELS = "vllm.model_executor.models"
 BUILDERS = {"FusedMoEFactory", "RoutedExperts", "MoERunner"}
 """What makes a layer of routed experts; a subclass is found through its base."""
+BACKEND = "TransformersMoEForCausalLM"
 KINDS = {
     "text": registry._TEXT_GENERATION_MODELS,
     "multimodal": registry._MULTIMODAL_MODELS,
@@ -52,14 +57,31 @@ class Module:
 
 
 def moe_architectures() -> list[Architecture]:
-    """Every architecture of the installed vLLM's registry that builds routed experts; one name, one entry."""
+    """Every architecture that builds routed experts; one name, one entry.
+
+    Those of the installed vLLM's registry, then those of transformers that vLLM has no code for, and runs with
+    transformers' own (`TransformersMoEForCausalLM`).
+    """
     found: dict[str, Architecture] = {}
     for kind, entries in KINDS.items():
         for name, (module, cls) in entries.items():
             dotted = module if "." in module else f"{MODELS}.{module}"
             if name not in found and builds_experts(dotted, cls):
                 found[name] = Architecture(name, kind, dotted, cls)
+    for name in transformers_models():
+        found.setdefault(name, Architecture(name, "transformers", f"{MODELS}.transformers", BACKEND))
     return list(found.values())
+
+
+def transformers_models() -> list[str]:
+    """Language models of transformers with a class of experts, that vLLM's registry does not name."""
+    names = []
+    for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        folder = TRANSFORMERS / model_type_to_module_name(model_type)
+        code = "".join(file.read_text() for file in sorted(folder.glob("modeling_*.py")))
+        if name not in registry._VLLM_MODELS and ("use_experts_implementation" in code or "Experts(nn.Module" in code):
+            names.append(name)
+    return names
 
 
 def builds_experts(module: str, cls: str) -> bool:
@@ -71,8 +93,10 @@ def builds_experts(module: str, cls: str) -> bool:
         if (place, name) in seen:
             continue
         seen.add((place, name))
-        if name in BUILDERS or name.startswith("TransformersMoE") or name.startswith("TransformersMultiModalMoE"):
+        if name in BUILDERS or name == BACKEND:
             return True
+        if place.startswith(f"{MODELS}.transformers"):  # one module for models with and without experts
+            continue
         code = read_module(place)
         if code is None:
             continue

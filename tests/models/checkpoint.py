@@ -1,4 +1,4 @@
-"""Writes a tiny random checkpoint of an architecture, by the transformers class of that name."""
+"""Writes a tiny random checkpoint of an architecture, by transformers' model or, where there is none, by vLLM's."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,8 @@ import transformers
 from transformers import PreTrainedModel
 
 from tests.models.families import ALIASES, FAMILIES, CannotMake
+from tests.models.mirror import save_mirror
+from tests.models.own_configs import CONFIGS, REASONS, register
 from tests.models.tiny_config import tiny_config
 
 
@@ -19,8 +21,14 @@ def save_checkpoint(architecture: str, folder: Path, seed: int = 0) -> Path:
         CannotMake: transformers has no such model; the message is the reason for the table.
     """
     cls = getattr(transformers, ALIASES.get(architecture, architecture), None)
+    if architecture in CONFIGS:
+        folder.mkdir()
+        register(architecture, folder)
+        save_mirror(folder)
+        return folder
     if cls is None or getattr(cls, "config_class", None) is None:
-        raise CannotMake("no model class in transformers to write a checkpoint with")
+        reason = "transformers has no model class, and there is no configuration in tests/models/own_configs.py"
+        raise CannotMake(REASONS.get(architecture, reason))
     config = tiny_config(cls.config_class, **FAMILIES.get(architecture, {}))
     torch.manual_seed(seed)
     model = cls._from_config(config, dtype=torch.bfloat16)

@@ -40,7 +40,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 64, "hidden_size": 128, "moe_num_experts": 8, "moe_top_k": 2},
     },
-    "DeepseekV2ForCausalLM": {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+    "DeepseekV2ForCausalLM": {
+        "topk_method": "group_limited_greedy", "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2,
+    },
     "DeepseekV3ForCausalLM": LATENT,
     "DeepseekV32ForCausalLM": LATENT,
     "DiffusionGemmaForBlockDiffusion": {
@@ -49,6 +51,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "model_type": "gemma4_vision", "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32,
         },
+    },
+    "Dots1ForCausalLM": {
+        "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1,
     },
     "Ernie4_5_VLMoeForConditionalGeneration": {
         "text_config": {
@@ -75,14 +80,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "rel_extent": 64,
     },
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+    "Llama4ForCausalLM": {"num_experts_per_tok": 1},
     "Llama4ForConditionalGeneration": {
+        "text_config": {"num_experts_per_tok": 1},
         "vision_config": {
             "projector_input_dim": 128, "projector_output_dim": 128, "vision_output_dim": 128,
             "pixel_shuffle_ratio": 0.5, "intermediate_size": 512,
         }
     },
-    "LongcatFlashForCausalLM": {"mla_scale_q_lora": True, "mla_scale_kv_lora": True},
+    "LongcatFlashForCausalLM": {"mla_scale_q_lora": True, "mla_scale_kv_lora": True, "zero_expert_type": "identity"},
     "MiniMaxM2ForCausalLM": {"rotary_dim": 16, "scoring_func": "sigmoid"},
+    "MiMoV2FlashForCausalLM": {
+        "hybrid_layer_pattern": [0, 1, 1, 0], "moe_layer_freq": [0, 1, 1, 1], "layernorm_epsilon": 1e-6,
+        "topk_method": "noaux_tc", "scoring_func": "sigmoid", "n_group": 1, "topk_group": 1,
+        "n_shared_experts": None, "attention_value_scale": None, "sliding_window_size": 32,
+    },
     "NemotronH_Omni_Reasoning_V3": {"vision_config": {"video_temporal_patch_size": 2}},
     "Qwen3OmniMoeForConditionalGeneration": {
         "enable_audio_output": False,  # vLLM serves the thinker alone
@@ -96,5 +108,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen3VLMoeForConditionalGeneration": {"text_config": MROPE, "vision_config": {"num_position_embeddings": 64}},
     "Qwen4ExpForCausalLM": QWEN4,
     "Qwen4ExpForConditionalGeneration": {"text_config": QWEN4},
+    "ZayaForCausalLM": {"num_experts_per_tok": 1},
 }  # fmt: skip
 """Keys of the configuration, nested as it is; `...` leaves out what `tiny_config` would set."""

@@ -1,4 +1,4 @@
-"""Serves a tiny checkpoint with stock vLLM, half resident and with the fewest slots, in this process."""
+"""Serves one architecture's tiny checkpoint with stock vLLM, half resident and with the fewest slots."""
 
 import json
 import os
@@ -105,6 +105,8 @@ def ask(engine: Any) -> list[Any]:
     params = SamplingParams(
         max_tokens=OUTPUT_TOKENS, temperature=0, ignore_eos=True, detokenize=False, logprobs=1, prompt_logprobs=0
     )
+    if engine.llm.llm_engine.vllm_config.model_config.runner_type == "pooling":
+        return vectors(engine, prompts)
     outputs = engine.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
     return [
         {
@@ -118,6 +120,14 @@ def ask(engine: Any) -> list[Any]:
         }
         for request in outputs
     ]
+
+
+def vectors(engine: Any, prompts: list[list[int]]) -> list[Any]:
+    """What a pooling model gives for each prompt, in the place of log probabilities."""
+    tasks = ("classify", "embed", "token_classify", "token_embed")
+    task = next(task for task in tasks if task in engine.llm.supported_tasks)
+    outputs = engine.llm.encode([{"prompt_token_ids": ids} for ids in prompts], pooling_task=task, use_tqdm=False)
+    return [{"tokens": [], "logprobs": [], "prompt": one.outputs.data.float().flatten().tolist()} for one in outputs]
 
 
 def expert_layers(worker: Any) -> list[tuple[int, int, int]]:
@@ -166,9 +176,11 @@ def compare(stock: list[Any], ours: list[Any]) -> dict[str, Any]:
 
 
 def one_line(error: BaseException) -> str:
+    """The cause of it all, its message and its place in the code."""
     cause: BaseException = error
     while cause.__cause__ or (cause.__context__ and not cause.__suppress_context__):
         cause = cause.__cause__ or cause.__context__
     place = traceback.extract_tb(cause.__traceback__)[-1:] if cause.__traceback__ else []
     where = f" ({Path(place[0].filename).name}:{place[0].lineno})" if place else ""
-    return f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else ''}"[:300] + where
+    message = " ".join(str(cause).split("[type=")[0].split())
+    return f"{type(cause).__name__}: {message}"[:300] + where

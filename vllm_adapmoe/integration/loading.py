@@ -424,8 +424,6 @@ class ExpertLoading:
             self._writer.abort()
 
 
-
-
 @contextmanager
 def expert_loading(config: AdapMoEConfig, vllm_config: VllmConfig) -> Iterator[ExpertLoading]:
     """While it lasts, models are built with cached experts.

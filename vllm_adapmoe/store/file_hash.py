@@ -10,10 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
+from io import FileIO
 from pathlib import Path
 from typing import Self
 
 from blake3 import blake3
+
+from vllm_adapmoe.files import open_regular
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +64,11 @@ def hash_file(path: Path, count: Callable[[int], object]) -> str:
     """Hash of every byte of a file, read in blocks; `count` is told the bytes of each.
 
     Raises:
-        OSError: as the system says.
+        OSError: as the system says, or it is no regular file.
     """
     digest, block = blake3(max_threads=1), bytearray(BLOCK)
     view = memoryview(block)
-    with path.open("rb", buffering=0) as file:
+    with FileIO(open_regular(path)) as file:
         while nbytes := file.readinto(block):
             digest.update(view[:nbytes])
             count(nbytes)
@@ -128,7 +131,7 @@ def _read_entry(fd: int, stamp: Stamp) -> str | None:
         value = str(entry.pop("hash"))
         entry.pop("path")
         return value if entry == asdict(stamp) and re.fullmatch("[0-9a-f]{32}", value) else None
-    except (ValueError, KeyError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, AttributeError, RecursionError):
         return None  # new, or torn by a process that was killed
 
 

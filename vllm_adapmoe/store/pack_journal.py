@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vllm_adapmoe.files import BadFile, read_bytes
 from vllm_adapmoe.store.file_hash import hash_bytes
 from vllm_adapmoe.store.pack_index import layer_from_json, layer_to_json
 from vllm_adapmoe.store.record import RecordLayout
@@ -47,10 +48,8 @@ class PackJournal:
         Empty where there is no journal, or one of another pack. What it says of the partial file is yet to be checked.
         """
         try:
-            if self.path.stat().st_size > MOST_BYTES:
-                return {}
-            lines = self.path.read_bytes().split(b"\n")
-        except OSError:
+            lines = read_bytes(self.path, MOST_BYTES).split(b"\n")
+        except BadFile:
             return {}
         contents = []
         for line in lines:
