@@ -11,7 +11,7 @@ from vllm_adapmoe.cache.controller import CacheSetup
 from vllm_adapmoe.integration.engine import Engine
 from vllm_adapmoe.integration.lookahead import STRICT
 from vllm_adapmoe.simulate.replay import replay
-from vllm_adapmoe.simulate.trace import read_trace
+from vllm_adapmoe.simulate.trace_file import read_trace
 
 pytestmark = pytest.mark.engine
 
