@@ -241,7 +241,7 @@ def test_a_profile_of_no_model(change, said, tmp_path):
         ("layers", [], "0 layers"),
         ("layers.0.sensitivity", 1e300, "sensitivity"),
         ("layers.0.sensitivity", -1, "sensitivity"),
-        ("layers.0.dropped", [], "0 histograms"),
+        ("model.top_k", 1, "1 histograms for top-1"),
         ("layers.0.dropped.0.tokens", [0.9, 0.9], "more than all"),
         ("layers.0.dropped.0.tokens", [0.0] * 1000, "tokens"),
         ("layers.0.popularity", [0.5] * 3, "3 of 8"),
