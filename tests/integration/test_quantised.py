@@ -94,7 +94,7 @@ def test_half_of_the_experts(name, model, stock, tmp_path):
             stats = engine.cache_stats()
             assert stats["misses"] > 0 and stats["resident"] <= stats["slots"]
             if number == 0:
-                check_gating(engine)
+                check_gating(engine, 2)
         if packed is not None:
             assert pack.stat().st_mtime_ns == packed, "the second start reads what the first one packed"
         packed = pack.stat().st_mtime_ns
