@@ -12,10 +12,12 @@ TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install --no-deps
 SOURCES := vllm_adapmoe tests examples
+# Two files at a time: an engine's start, most of what a test with one takes, keeps one core busy.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile
 # For `gpu-check` alone: a Python that has torch with CUDA and Triton.
 GPU_PYTHON ?= python3
 
-.PHONY: install ray demo models test test-vllm other-vllms unit quality style gpu-check clean
+.PHONY: install ray demo models test test-vllm versions other-vllms unit quality style gpu-check clean
 
 install: $(VENV)/.installed
 
@@ -48,19 +50,21 @@ models: install
 	@$(BIN)/python -m tests.models.table
 
 test: quality ray
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # Another vLLM, in an environment of its own: the tests that a version can break.
 test-vllm:
 	@test -n "$(VERSION)" || { echo "make: name a vLLM: make test-vllm VERSION=$(firstword $(OTHER_VLLMS))" >&2; exit 2; }
-	@$(MAKE) --no-print-directory VENV=.venv-vllm-$(VERSION) VLLM=$(VERSION) install
-	.venv-vllm-$(VERSION)/bin/python -m pytest -m versions
+	@$(MAKE) --no-print-directory VENV=.venv-vllm-$(VERSION) VLLM=$(VERSION) versions
+
+versions: install
+	$(PYTEST) -m versions
 
 other-vllms:
 	@echo $(OTHER_VLLMS)
 
 unit: install
-	$(BIN)/python -m pytest -m "not engine"
+	$(PYTEST) -m "not engine"
 
 quality: install
 	$(BIN)/ruff check $(SOURCES)
