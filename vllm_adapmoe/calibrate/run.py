@@ -96,7 +96,7 @@ def calibrate(
         groups,
         progress,
     )
-    if describe_model(model) != info:
+    if describe_model(model).hash != info.hash:
         raise AdapMoEError(f"model={str(model)!r} has changed while it was calibrated; start again")
     heads = _heads(progress, len(layers))
     profile = profile.model_copy(update={"heads": heads.save(heads_path(output))})
