@@ -25,7 +25,7 @@ KINDS = {
     "Llama4ForCausalLM": "a function of the model; weights on the input; experts fused in the checkpoint, transposed",
     "Gemma4ForCausalLM": "a function of the model, a scale for each expert",
     "GraniteMoeForCausalLM": "experts fused in the checkpoint",
-    "GraniteMoeHybridForCausalLM": "Mamba layers",
+    "Qwen2MoeForCausalLM": "a shared expert with a gate of its own",
     "GptOssForCausalLM": "experts with biases; a loader that copies by itself",
 }
 EVERY_VERSION = {"Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM"}
