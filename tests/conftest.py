@@ -2,11 +2,19 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-import torch
-from hypothesis import settings
+EVERY_CORE = os.sched_getaffinity(0)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A core for each test process, before torch counts its threads: those of two engines that share their cores would
+    # spin for one another.
+    number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    os.sched_setaffinity(0, {sorted(EVERY_CORE)[number % len(EVERY_CORE)]})
+
+import pytest  # noqa: E402  # as torch, which is to see one core
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 settings.register_profile("shared machine", deadline=None, print_blob=True)
 settings.load_profile("shared machine")
@@ -38,6 +46,15 @@ def vllm_folders(tmp_path_factory: pytest.TempPathFactory):
         for name, value in settings.items():
             patch.setenv(name, os.environ.get(name, value) if name == "VLLM_CACHE_ROOT" else value)
         yield
+
+
+@pytest.fixture(scope="module")
+def every_core() -> Iterator[list[int]]:
+    """Lets tests with more than one engine process use all cores; gives their numbers."""
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, EVERY_CORE)
+    yield sorted(EVERY_CORE)
+    os.sched_setaffinity(0, own)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Counters on `/metrics` are the worker's own, whatever stands between: several API servers, several ranks."""
 
 import json
-import os
 import time
 import urllib.request
 
@@ -61,10 +60,9 @@ def test_two_api_servers(tmp_path, monkeypatch):
     assert "hit rate" not in log, "each of two servers would log a part as if it were all"
 
 
-def test_two_ranks(tiny_model, monkeypatch):
+def test_two_ranks(tiny_model, monkeypatch, every_core):
     """Every rank's shards count; a step waits for the slowest rank; starting over loses and repeats nothing."""
-    cores = sorted(os.sched_getaffinity(0))
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{every_core[0]}|{every_core[-1]}")
     config = {"cache_fraction": 0.5}
     args = ENGINE_ARGS | {"enforce_eager": True, "tensor_parallel_size": 2}
     with Engine(tiny_model("mixtral"), config, **args) as engine:

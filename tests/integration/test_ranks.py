@@ -1,7 +1,6 @@
 """Two ranks: each caches what it holds and decides by the routing, which is the same on both, as are the tokens."""
 
 import hashlib
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,11 +31,10 @@ SEQUENCES = read_sequences(TINY_MIXTRAL, HELDOUT, 128, 8, seed=3)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def cores() -> Iterator[None]:
+def cores(every_core) -> Iterator[None]:
     """Where vLLM puts the ranks: it takes a NUMA node for each, and wants to be told on a machine with one."""
-    cores = sorted(os.sched_getaffinity(0))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{every_core[0]}|{every_core[-1]}")
         yield
 
 

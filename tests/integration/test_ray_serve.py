@@ -160,7 +160,7 @@ def reference():
 
 
 @pytest.fixture(scope="module")
-def cluster(reference, tmp_path_factory):
+def cluster(reference, every_core, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")  # else Ray writes a token into the home folder
         patch.setenv("RAYLLM_ENABLE_WORKER_PROCESS_SETUP_HOOK", "0")  # imports vLLM where nobody needs it
