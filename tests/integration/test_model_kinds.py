@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import TINY_MIXTRAL
 from PIL import Image
 from tiny_models import VOCABULARY, save_tiny_model
 from tiny_multimodal import IMAGE_PIXELS, IMAGE_TOKEN, save_tiny_aria
@@ -20,7 +21,12 @@ pytestmark = pytest.mark.engine
 
 HALF = VLLM_STEPS | {"cache_fraction": 0.5}
 EAGER = ENGINE_ARGS | {"enforce_eager": True}
-POOLING = EAGER | {"runner": "pooling", "enable_prefix_caching": False}
+POOLING = EAGER | {
+    "runner": "pooling",
+    "enable_prefix_caching": False,
+    "skip_tokenizer_init": False,  # vLLM asks for one, though none is used
+    "tokenizer": str(TINY_MIXTRAL),
+}
 ASKED = [[token if token > 20 else 20 + token for token in ids] for ids in prompts(6, VOCABULARY, seed=1)]
 
 

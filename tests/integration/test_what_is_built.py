@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_models import COMMON
 from transformers import AfmoeConfig, AutoModelForCausalLM, DbrxConfig, JetMoeConfig
+from vllm.distributed.parallel_state import destroy_model_parallel
 
 from tests.integration.scenarios import ENGINE_ARGS, answers, greedy, prompts
 from vllm_adapmoe.config import AdapMoEError
@@ -48,6 +49,13 @@ def model(tmp_path_factory):
         return folder
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def groups():
+    """VLLM makes no group of expert-parallel ranks for DBRX, and keeps its groups for the next engine of a process."""
+    yield
+    destroy_model_parallel()
 
 
 def refusal(folder, config, **args) -> str:

@@ -55,7 +55,9 @@ def test_worker_and_replay_agree(tmp_path, slots, config):
         assert {len(step.expected) for step in steps} == {12}
         assert sum((-1, 1) in step.foretold for step in steps) >= 0.9 * len(steps)
     if prefetch["lookahead"] > 4:  # further than a trace looks by itself
-        assert info.lookahead == prefetch["lookahead"] and {key[1] for key in steps[0].foretold} >= set(range(1, 9))
+        assert info.lookahead == prefetch["lookahead"] and {key[1] for key in next(iter(steps)).foretold} >= set(
+            range(1, 9)
+        )
     replayed = replay(info, steps, setup).stats
     assert counted["prefetches"] > 0 and counted["prefetch_hits"] > 0
     for name, value in replayed.items():

@@ -17,7 +17,6 @@ from vllm.platforms import current_platform
 from vllm_adapmoe.cache.budget import DeviceMemory, activation_bytes
 from vllm_adapmoe.config import AdapMoEConfig
 from vllm_adapmoe.integration.compat import kv_cache_counting
-from vllm_adapmoe.store.host_memory import memory_limit
 
 
 def usable_memory(config: AdapMoEConfig, vllm_config: VllmConfig) -> DeviceMemory:
@@ -28,7 +27,6 @@ def usable_memory(config: AdapMoEConfig, vllm_config: VllmConfig) -> DeviceMemor
     """
     total = current_platform.get_device_total_memory()
     if current_platform.is_cpu():
-        total = min(total, memory_limit() or total)  # of a container
         total //= vllm_config.parallel_config.tensor_parallel_size
     cache = vllm_config.cache_config
     if cache.kv_cache_memory_bytes is None:
