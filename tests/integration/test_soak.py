@@ -10,7 +10,7 @@ from vllm_adapmoe.bench.serve import Load, run_serve
 from vllm_adapmoe.bench.server import KV_CACHE_BYTES, Server
 from vllm_adapmoe.bench.soak import Plan, run_soak
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("every_core")]
 
 PROFILE = str(ROOT / "configs" / "tiny_mixtral.json")
 
