@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 
@@ -174,23 +174,11 @@ class PackWriter:
             if layout != self._finished.layouts[layer]:
                 raise StoreError(f"{self.path} holds MoE layer {layer} in another kernel format; delete it")
             return
-        experts = next(iter(tensors.values())).shape[0]
-        pieces = [
-            (piece, tensors[piece.name].reshape(experts, -1).view(torch.uint8).view(experts, piece.nbytes))
-            for piece in layout.pieces
-        ]
-        record = self._record_of(layout)
         start, digests = self._end, []
         try:
-            for expert in range(experts):
-                for piece, source in pieces:
-                    record[piece.offset : piece.offset + piece.nbytes] = source[expert]
-                digests.append(digest(record.numpy().data))
-                write_full(self._file.fileno(), record, self._end)
+            for checksum in write_layer(self._file.fileno(), start, tensors, self._record_of(layout), self._direct):
+                digests.append(checksum)
                 self._end += layout.nbytes
-            if not self._direct:
-                os.fdatasync(self._file.fileno())
-                drop_cached(self._file.fileno())
         except OSError as error:
             raise self._failed(error) from None
         self._layers[layer] = (layout, start, digests)
@@ -281,6 +269,36 @@ def _open_locked(partial: Path) -> tuple[FileIO, bool, bool]:
         except FileNotFoundError:
             pass
         file.close()  # the writer that was waited for has sealed or aborted: its file is no longer the partial one
+
+
+def write_layer(
+    fd: int, offset: int, tensors: Mapping[str, torch.Tensor], record: torch.Tensor, direct: bool
+) -> Iterator[bytes]:
+    """Writes the records of a layer from `offset` on; yields the checksum of each once it is written.
+
+    Args:
+        fd: of the file.
+        offset: bytes, aligned.
+        tensors: `[experts, ...]`, of each piece.
+        record: aligned memory for one, zero where no piece is.
+        direct: the file is open for direct I/O; else its pages are dropped from the cache.
+
+    Raises:
+        OSError: as the system says.
+    """
+    experts = next(iter(tensors.values())).shape[0]
+    pieces = [
+        (piece, tensors[piece.name].reshape(experts, -1).view(torch.uint8).view(experts, piece.nbytes))
+        for piece in RecordLayout.of(tensors).pieces
+    ]
+    for expert in range(experts):
+        for piece, source in pieces:
+            record[piece.offset : piece.offset + piece.nbytes] = source[expert]
+        write_full(fd, record, offset + expert * len(record))
+        yield digest(record.numpy().data)
+    if not direct:
+        os.fdatasync(fd)
+        drop_cached(fd)
 
 
 def _block(data: bytes) -> torch.Tensor:

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from vllm_adapmoe.store.base import StoreError
-from vllm_adapmoe.store.direct_io import drop_cached, open_direct, write_full
+from vllm_adapmoe.store.direct_io import open_direct
 from vllm_adapmoe.store.file import FileStore
-from vllm_adapmoe.store.pack_index import PackIndex, digest
+from vllm_adapmoe.store.pack_index import PackIndex
+from vllm_adapmoe.store.pack_writer import write_layer
 from vllm_adapmoe.store.record import ALIGNMENT, RecordLayout, aligned_empty
 
 
@@ -51,22 +52,11 @@ class UnnamedPack:
 
     def put_layer(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """`StoreWriter.put_layer`, for a layer of the same layout as ever."""
-        layout, fd = self._layouts[layer], self._file.fileno()
-        offset, experts = self._offsets[layer], len(self._digests[layer])
-        pieces = [
-            (piece, tensors[piece.name].reshape(experts, -1).view(torch.uint8).view(experts, piece.nbytes))
-            for piece in layout.pieces
-        ]
-        record = aligned_empty(layout.nbytes).zero_()
+        record = aligned_empty(self._layouts[layer].nbytes).zero_()
         try:
-            for expert in range(experts):
-                for piece, source in pieces:
-                    record[piece.offset : piece.offset + piece.nbytes] = source[expert]
-                self._digests[layer][expert] = digest(record.numpy().data)
-                write_full(fd, record, offset + expert * layout.nbytes)
-            if not self._direct:
-                os.fdatasync(fd)
-                drop_cached(fd)
+            self._digests[layer] = list(
+                write_layer(self._file.fileno(), self._offsets[layer], tensors, record, self._direct)
+            )
         except OSError as error:
             raise StoreError(f"replaced experts cannot be written in {self.folder} ({error.strerror})") from None
 
