@@ -24,7 +24,7 @@ def read_index(data: bytes, end: int) -> PackIndex:
     if not isinstance(content, dict) or not _is_text(content.get("identity")):
         raise BadFile("has an index of something else")
     try:
-        index = PackIndex.decode(data)
+        index = PackIndex.from_json(content)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
         raise BadFile(f"has an index of something else ({type(error).__name__}: {error})") from None
     spans = []

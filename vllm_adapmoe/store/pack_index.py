@@ -59,8 +59,7 @@ class PackIndex:
         return json.dumps(content).encode()
 
     @classmethod
-    def decode(cls, data: bytes) -> Self:
-        content = json.loads(data)
+    def from_json(cls, content: dict[str, Any]) -> Self:
         index = cls(content["identity"], content["origin"])
         for source in content["sources"]:
             name, value = source.pop("name"), source.pop("hash")
