@@ -62,11 +62,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory):
     """Makes (once) and returns the folder of a tiny random model of an architecture."""
     from tiny_models import save_tiny_model
 
+    from tests.apart import apart
+
     made: dict[str, Path] = {}
 
     def make(architecture: str) -> Path:
         if architecture not in made:
-            made[architecture] = save_tiny_model(architecture, tmp_path_factory.mktemp(architecture))
+            made[architecture] = apart(save_tiny_model, architecture, tmp_path_factory.mktemp(architecture))
         return made[architecture]
 
     return make

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_models import VOCABULARY
 
+from tests.apart import apart
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy, hidden_states, prompts
 from tests.models.checkpoint import save_checkpoint
 from tests.models.run_one import expert_layers, least_fraction
@@ -77,9 +78,9 @@ def check_gating(engine: Engine, top_k: int) -> torch.Tensor:
     "architecture", [pytest.param(name, marks=pytest.mark.versions if name in EVERY_VERSION else ()) for name in KINDS]
 )
 def test_architecture(architecture, tmp_path):
-    compare(save_checkpoint(architecture, tmp_path / "model"))
+    compare(apart(save_checkpoint, architecture, tmp_path / "model"))
 
 
 @pytest.mark.versions
 def test_transformers_backend(tmp_path):
-    compare(save_checkpoint("Qwen3MoeForCausalLM", tmp_path / "model"), model_impl="transformers")
+    compare(apart(save_checkpoint, "Qwen3MoeForCausalLM", tmp_path / "model"), model_impl="transformers")

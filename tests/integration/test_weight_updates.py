@@ -12,6 +12,7 @@ from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
+from tests.apart import apart
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy, prompts
 from vllm_adapmoe.integration.engine import Engine
 
@@ -62,7 +63,7 @@ def refusal(engine: Engine, method: Any, **arguments: Any) -> str:
 @pytest.fixture(scope="module")
 def stock(tiny_model, tmp_path_factory):
     """Two checkpoints of one shape with nothing in common: of each folder stock vLLM's answers and sharded state."""
-    folders = [tiny_model("qwen3_moe"), save_tiny_model("qwen3_moe", tmp_path_factory.mktemp("other"), seed=1)]
+    folders = [tiny_model("qwen3_moe"), apart(save_tiny_model, "qwen3_moe", tmp_path_factory.mktemp("other"), seed=1)]
     found = []
     for folder in folders:
         saved = tmp_path_factory.mktemp("state")

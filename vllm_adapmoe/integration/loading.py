@@ -41,7 +41,7 @@ from vllm_adapmoe.integration.mapped_experts import MappedExperts, kernel_of
 from vllm_adapmoe.integration.memory import ModelWatch, least_kv_cache, step_bytes, usable_memory
 from vllm_adapmoe.integration.model_info import check_profile
 from vllm_adapmoe.integration.pack_store import (
-    cores_of_parent,
+    cores_of_user,
     open_or_pack,
     pack_folder,
     pack_name,
@@ -170,7 +170,7 @@ class ExpertLoading:
             if get_tensor_model_parallel_rank() == 0:
                 say_how_long(found)
             if len(found.packed) < len(self.layers):
-                self._sources.start_hashing(cores_of_parent())
+                self._sources.start_hashing(cores_of_user())
             action = "Packing experts"
         self._progress = tqdm(
             total=len(self.layers), desc=action, unit="layer", disable=get_tensor_model_parallel_rank() != 0
@@ -365,7 +365,7 @@ class ExpertLoading:
             held=held,
         )
         # Readers would take turns with the kernels on the core that this thread is bound to.
-        cpus = cores_of_parent()
+        cpus = cores_of_user()
         cache = ExpertCacheManager(
             store, self._controller(shape), self.device, link_gbps=self.config.link_gbps, reader_cpus=cpus
         )

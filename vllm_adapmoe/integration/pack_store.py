@@ -1,5 +1,6 @@
 """The packed files of a model: where they are, which of them serve, and when one is made anew."""
 
+import multiprocessing
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -204,6 +205,10 @@ def warn_of_others(path: Path) -> None:
         )  # fmt: skip
 
 
-def cores_of_parent() -> set[int]:
-    """The cores that the user gave: the CPU worker's main thread is bound to one, which its threads inherit."""
-    return os.sched_getaffinity(os.getppid())
+def cores_of_user() -> set[int]:
+    """The cores that the user gave this process, or the one that started it as a worker.
+
+    VLLM binds the main thread of a CPU worker that it starts to one core, which the worker's threads inherit.
+    """
+    started = multiprocessing.parent_process()
+    return os.sched_getaffinity(0 if started is None or started.pid is None else started.pid)
