@@ -19,6 +19,7 @@ def test_the_mix_has_every_kind_as_often_as_it_says():
     for kind, weight in WEIGHTS.items():
         share = sum(ask.kind == kind for ask in ASKS) / len(ASKS)
         assert share == pytest.approx(weight / sum(WEIGHTS.values()), abs=0.03)
+    assert [ask.kind for ask in ASKS[: len(WEIGHTS)]] == list(WEIGHTS)
 
 
 def test_a_request_is_the_same_for_the_same_seed_and_number():

@@ -76,9 +76,14 @@ class Traffic:
     seed: int
 
     def ask(self, number: int) -> Ask:
-        """The request of a number: what it is does not depend on the others."""
+        """The request of a number: what it is does not depend on the others.
+
+        The first ones are one of each kind: servers start threads for some kinds when the first one comes, which is
+        not to look like a leak after the warm-up.
+        """
         generator = random.Random(f"{self.seed}/{number}")
-        kind = generator.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
+        kinds = list(WEIGHTS)
+        kind = kinds[number] if number < len(kinds) else generator.choices(kinds, list(WEIGHTS.values()))[0]
         tokens = generator.choice((4, 16, 32, 64, 128))
         body: dict[str, Any] = {
             "model": self.model,
