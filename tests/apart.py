@@ -1,4 +1,4 @@
-"""Makes models in a process of their own.
+"""Makes and runs models of transformers in a process of their own.
 
 Where vLLM's Transformers backend serves a model, it changes the model's class (`_support_torch_compile`), and from then
 on only vLLM can make models of it.

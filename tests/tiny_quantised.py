@@ -72,13 +72,13 @@ FORMATS: dict[str, tuple[Callable[[torch.Tensor], Tensors], dict[str, Any]]] = {
 """How each format stores a weight `[rows, columns]`, and what it says of itself in `config.json`."""
 
 
-def save_quantised_model(name: str, folder: Path) -> Path:
+def save_quantised_model(name: str, folder: Path, seed: int = 0) -> Path:
     """Writes a random model whose experts are in the format `name` into `folder`, and returns the folder."""
     if name == "mxfp4":
-        _save_gpt_oss(folder)
+        _save_gpt_oss(folder, seed)
         return folder
     quantise, config = FORMATS[name]
-    save_tiny_model("mixtral", folder)
+    save_tiny_model("mixtral", folder, seed)
     _rewrite(folder, config, lambda tensor_name, tensor: _quantised(tensor_name, tensor, quantise))
     return folder
 
@@ -103,8 +103,8 @@ def _quantised(
         yield f"{name.removesuffix('.weight')}.{suffix}", part
 
 
-def _save_gpt_oss(folder: Path) -> None:
-    torch.manual_seed(0)
+def _save_gpt_oss(folder: Path, seed: int) -> None:
+    torch.manual_seed(seed)
     config = GptOssConfig(
         **COMMON, intermediate_size=128, head_dim=32, num_local_experts=8, num_experts_per_tok=2, sliding_window=64,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],

@@ -450,9 +450,16 @@ if sys.argv[0] == "-m":  # an engine's process: of two experts that are asked fo
 def test_tokens_of_engines():
     """Real engines on the CPU: three formats are stock's to the last bit, waves but for rounding."""
     rows = list(tokens.check_tokens(CPU, 1, time.monotonic() + 500, ENGINES_OF_TESTS))
-    assert [row.verdict for row in rows] == [MET] * 4, [row.figure for row in rows]
-    assert all(row.figure == "24 of 24 tokens, the same log probabilities" for row in rows[:3])
-    assert all(row.details["cache"]["demand_loads"] > 8 for row in rows)
+    bf16, *quantised, waves = rows
+    assert bf16.verdict == waves.verdict == MET, [row.figure for row in rows]
+    if torch.cpu._is_amx_tile_supported():
+        assert {row.verdict for row in quantised} == {MET}, [row.figure for row in rows]
+    else:  # stock vLLM has no kernel for them, and that is what the rows say
+        assert {row.verdict for row in quantised} == {NOT_RUN}
+        assert all(row.figure.startswith("stock vLLM: ") for row in quantised)
+    ran = [row for row in rows if row.verdict == MET]
+    assert all(row.figure == "24 of 24 tokens, the same log probabilities" for row in ran[:-1])
+    assert all(row.details["cache"]["demand_loads"] > 8 for row in ran)
     assert 0 < rows[3].details["distance"] < rows[3].details["noise"] < 0.2
 
 

@@ -21,9 +21,16 @@ LLAMA_4 = Llama4TextConfig(
 )  # fmt: skip
 
 
-def test_router_weight_on_the_input(tmp_path, monkeypatch):
+CASES = {
+    "llama4": "the router's weight multiplies the input",
+    "deepseek_v3": "sums are scaled, and shared experts are added",
+}
+
+
+@pytest.mark.parametrize("architecture", CASES)
+def test_compiled(architecture, tmp_path, monkeypatch):
     monkeypatch.setitem(tiny_models.CONFIGS, "llama4", LLAMA_4)
-    model = save_tiny_model("llama4", tmp_path)
+    model = save_tiny_model(architecture, tmp_path)
 
     def told(config: dict[str, Any] | None) -> list[Any]:
         with Engine(model, config, **ENGINE_ARGS) as engine:

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, TINY_MIXTRAL
-from tiny_models import VOCABULARY
+from tiny_models import VOCABULARY, save_tiny_model
 
+from tests.apart import apart
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy, hidden_states, prompts
 from tests.integration.test_gated_engine import assert_equal_but_for_rounding, plan_of
 from vllm_adapmoe.calibrate.text import read_sequences
@@ -191,6 +192,22 @@ def test_expert_parallel_round_robin(tiny_model):
         mine = hidden_states(engine, PROMPT_OF_TINY)[0].float()
         assert engine.llm.collective_rpc(_held) == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert 0 < (mine - stock).abs().max() <= 2**-6 * stock.abs().max()
+
+
+@pytest.mark.parametrize("ranks", [ARGS, EXPERT_PARALLEL], ids=["tensor parallel", "expert parallel"])
+def test_weights_that_are_replaced(tiny_model, tmp_path, ranks):
+    """Each rank takes its own part of the new experts: what an engine serves that starts with them."""
+    folders = [tiny_model("qwen3_moe"), apart(save_tiny_model, "qwen3_moe", tmp_path / "other", seed=1)]
+    config = VLLM_STEPS | {"cache_fraction": 0.5}
+    asked, params = prompts(4, VOCABULARY, seed=1), greedy(logprobs=1)
+    with Engine(folders[1], config | {"store": "host"}, **ranks) as engine:
+        expected = answers(engine, asked, params)
+    with Engine(folders[0], config | {"store_dir": str(tmp_path / "store")}, **ranks) as engine:
+        before = answers(engine, asked, params)
+        assert before != expected
+        for folder, tokens in zip(reversed(folders), (expected, before), strict=True):
+            engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+            assert answers(engine, asked, params) == tokens
 
 
 def _held(worker: Any) -> list[int]:

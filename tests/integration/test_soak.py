@@ -9,6 +9,7 @@ from conftest import ROOT, TINY_MIXTRAL
 from vllm_adapmoe.bench.serve import Load, run_serve
 from vllm_adapmoe.bench.server import KV_CACHE_BYTES, Server
 from vllm_adapmoe.bench.soak import Plan, run_soak
+from vllm_adapmoe.bench.soak_traffic import GREEDY
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("every_core")]
 
@@ -28,7 +29,8 @@ def test_forty_seconds_of_abuse(tmp_path):
     ended = {end for ends in ours["outcomes"].values() for end in ends}
     assert ended == {"answered", "refused", "hung up"}
     assert ours["outcomes"]["oversized"].keys() == {"refused"}
-    assert ours["replay"]["replayed"] == 20
+    answered = sum(ours["outcomes"][kind].get("answered", 0) for kind in GREEDY)
+    assert ours["replay"]["replayed"] == min(answered, 20) > 0
     assert ours["counters"]["vllm:adapmoe_fetched_bytes_total"] > 0
 
 

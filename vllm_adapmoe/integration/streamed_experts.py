@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from vllm_adapmoe.integration.loading import ExpertLoading
 
 
+SHAPE = "_weight_shape"
+"""What compressed-tensors stores beside packed weights. VLLM's reloading counts elements, those of a shape that two
+halves share twice, and so takes a layer for whole before the last shape has come (`online_process_loader` of 0.32)."""
+
+
 class StreamedExperts(RoutedExperts):
     """Mixin over `RoutedExperts` or a model's own subclass of it: hands its experts to `loading` and keeps none."""
 
@@ -102,6 +107,8 @@ class StreamedExperts(RoutedExperts):
         if self.loading.is_packed(self.cache_layer):
             self._note_arrival(param, loaded_weight, shard_id, expert_id)
             return True if return_success else None
+        if self._finished and self._first_arrivals is not None and weight_name.endswith(SHAPE):
+            return True if return_success else None
         if self._finished:
             raise AdapMoEError(
                 f"{self.layer_name}: the checkpoint holds {weight_name} beyond what {type(self.quant_method).__name__} "
@@ -172,7 +179,9 @@ class StreamedExperts(RoutedExperts):
         if not self._arrived:
             return None
         if self._first_arrivals:
-            lacking = sorted(self._first_arrivals - self._arrived, key=str)
+            lacking = sorted(
+                (one for one in self._first_arrivals - self._arrived if not one[0].endswith(SHAPE)), key=str
+            )
             return None if not lacking else "{} of expert {} ({})".format(*lacking[0])
         found, wanted = len(self._arrived), self._expected_arrivals()  # the first weights were made up
         return None if found >= wanted else f"{wanted - found} of {wanted} tensors"

@@ -171,7 +171,7 @@ class UpdatedWorker(Worker):
                 self._check_parameters("load_weights of a running model", "call reload_weights with weights_iterator")
                 return load_weights(weights, *args, **kwargs)
             loaded = load_weights(weights, *args, **kwargs)
-            self._update.claimed |= set(loaded or ())
+            self._update.check_loaded(set(loaded or ()))
             return loaded
 
         model.load_weights = guarded

@@ -1,6 +1,6 @@
 """One replacement of a running model's weights: experts go into the store again, and nothing of the old ones stays."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import ExitStack
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from vllm.config import ModelConfig
 from vllm.model_executor.model_loader.reload.layerwise import _place_kernel_tensors, get_layerwise_info
-from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS
+from vllm.model_executor.model_loader.reload.meta import SKIP_LOAD_TENSORS, SKIP_TENSORS
 
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.config import AdapMoEError
@@ -104,6 +104,11 @@ class WeightUpdate:
             )
         if records is not None:
             records.prepare()
+        self._stack = ExitStack()
+        for names in (SKIP_TENSORS, SKIP_LOAD_TENSORS):
+            added = COPIED - names
+            names |= added
+            self._stack.callback(names.difference_update, added)
         self.device = layers[0].loading.device
         self._config = config
         self._source = {name: getattr(self._config, name) for name in SOURCE if hasattr(self._config, name)}
@@ -115,7 +120,6 @@ class WeightUpdate:
         """vLLM has done its part."""
         self.claimed: set[str] = set()
         """Parameters that the model says it has loaded."""
-        self._stack = ExitStack()
         if cache is not None:
             self._stack.enter_context(cache.quiet())
         for layer in layers:
@@ -153,6 +157,31 @@ class WeightUpdate:
             yield name, tensor
             self._copied = True
 
+    def check_loaded(self, names: Set[str]) -> None:
+        """Checks parameters that the model says it has loaded.
+
+        Raises:
+            AdapMoEError: it has copied one by itself; what was copied is lost.
+        """
+        self.claimed |= names
+        modules = dict(self.model.named_modules())
+        for name in sorted(names):
+            path, _, own = name.rpartition(".")
+            module = modules.get(path)
+            if module is None or isinstance(module, CachedExperts) or own in SKIP_LOAD_TENSORS:
+                continue
+            info = get_layerwise_info(module)
+            tensor = getattr(module, own, None)
+            expected = info.can_load() and isinstance(tensor, torch.Tensor) and tensor.is_meta
+            if expected and own not in {loaded for loaded, _ in info.loaded_weights}:
+                raise self._copied_by_itself(name)
+
+    def _copied_by_itself(self, name: str) -> AdapMoEError:
+        return AdapMoEError(
+            f"{type(self.model).__name__} copies {name} by itself, past vLLM's reloading; restart the engine to serve "
+            "other weights"
+        )
+
     # The end
 
     @property
@@ -175,10 +204,7 @@ class WeightUpdate:
                 raise AdapMoEError(f"{module.layer_name} has come without {missing}")
             own = {name for name in self.claimed if name.startswith(f"{prefix}.")}
             if own and not module.reloaded:
-                raise AdapMoEError(
-                    f"{type(self.model).__name__} copies {min(own)} by itself, past vLLM's reloading; restart the "
-                    "engine to serve other weights"
-                )
+                raise self._copied_by_itself(min(own))
         came = [layer.reloaded or layer.cache_layer in self._put for layer in self.layers]
         if any(came) and not all(came):
             raise AdapMoEError(f"the experts of {self.layers[came.index(False)].layer_name} have not come")
@@ -211,6 +237,9 @@ class WeightUpdate:
             layer.end_reload()
 
 
+COPIED = {"sinks", "attention_sink_bias"}
+"""Parameters that models copy their weights into without a loader (`gpt_oss.py`, `mimo_v2.py` of vLLM 0.32). VLLM's
+reloading takes every other one off its device until its loader has been called, and would lose what is copied."""
 SOURCE = ("model", "model_weights", "revision")
 """What vLLM's reloading from a path sets of the model's configuration."""
 
