@@ -11,7 +11,7 @@ TORCH := torch==2.13.0+cpu
 # this one package.
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install --no-deps
-SOURCES := vllm_adapmoe tests examples
+SOURCES := vllm_adapmoe benchmarks tests examples
 # Two files at a time: an engine's start, most of what a test with one takes, keeps one core busy.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile
 # For `gpu-check` alone: a Python that has torch with CUDA and Triton.
@@ -42,7 +42,7 @@ $(VENV)/.ray: $(VENV)/.installed requirements-ray.lock
 	@touch $@
 
 demo: install
-	@$(BIN)/python examples/demo.py
+	@$(BIN)/python -m examples.demo
 
 # Every architecture with routed experts, against stock vLLM: examples/benchmarks/models.json, docs/compatibility.md.
 models: install
@@ -77,7 +77,7 @@ style: install
 	$(BIN)/ruff format $(SOURCES)
 
 gpu-check:
-	$(GPU_PYTHON) -m vllm_adapmoe.bench.gpu_check -o examples/benchmarks/gpu_check.json
+	$(GPU_PYTHON) -m benchmarks.gpu_check -o examples/benchmarks/gpu_check.json
 
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info

@@ -12,8 +12,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from vllm_adapmoe.bench.record import write
-from vllm_adapmoe.profile import ModelProfile
+from vllm_adapmoe.profile.model_profile import ModelProfile
+from vllm_adapmoe.results import write
 
 
 def ranks(values: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
 
-from vllm_adapmoe.bench.server import KV_CACHE_BYTES, Server, end_cleanly
+from benchmarks.server import KV_CACHE_BYTES, Server, end_cleanly
 from vllm_adapmoe.config import AdapMoEError
 
 MODEL = Path(__file__).parent / "tiny_mixtral" / "model"

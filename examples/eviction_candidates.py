@@ -2,9 +2,9 @@
 
 Each candidate gives, from what a token's layer knows, the chance that the layer's next event uses each expert. It is
 fitted on one text and replayed on another, at half the experts resident: half of the score is what it says, and half
-recent use (`vllm_adapmoe.cache.eviction.NextToken`).
+recent use (`vllm_adapmoe.policy.eviction.NextToken`).
 
-    python examples/eviction_candidates.py examples/tiny_mixtral/model --fit examples/tiny_mixtral/calibration \
+    python -m examples.eviction_candidates examples/tiny_mixtral/model --fit examples/tiny_mixtral/calibration \
         --replay examples/tiny_mixtral/heldout -o examples/benchmarks/candidates_tiny_mixtral.json
 """
 
@@ -20,11 +20,11 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from vllm_adapmoe.bench.record import write
-from vllm_adapmoe.bench.workload import prompts_of
-from vllm_adapmoe.cache.controller import CacheSetup
-from vllm_adapmoe.calibrate.next_token import HeadFit
-from vllm_adapmoe.heads import chance_of_any
+from benchmarks.workload import prompts_of
+from vllm_adapmoe.policy.controller import CacheSetup
+from vllm_adapmoe.prefetch.heads import chance_of_any
+from vllm_adapmoe.profile.next_token import HeadFit
+from vllm_adapmoe.results import write
 from vllm_adapmoe.simulate.replay import belady, replay
 from vllm_adapmoe.simulate.trace import Step, TraceInfo
 

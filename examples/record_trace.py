@@ -2,14 +2,14 @@
 
 A server records its own traffic with `--adapmoe-config.trace_out FILE`; this is for traffic that does not exist yet.
 
-    python examples/record_trace.py examples/tiny_mixtral/model examples/tiny_mixtral/heldout /tmp/trace --batch 8
+    python -m examples.record_trace examples/tiny_mixtral/model examples/tiny_mixtral/heldout /tmp/trace --batch 8
 """
 
 import argparse
 import os
 from pathlib import Path
 
-from vllm_adapmoe.bench.workload import measure_batches, prompts_of
+from benchmarks.workload import measure_batches, prompts_of
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # all requests of a batch are in its first step
-    from vllm_adapmoe.integration.engine import Engine
+    from vllm_adapmoe.integration.measure.engine import Engine
 
     length = args.prompt_tokens + args.output_tokens
     prompts = prompts_of(args.model, args.text, args.batch * args.batches, length)

@@ -19,8 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from vllm_adapmoe.heads import heads_path
-from vllm_adapmoe.profile import ModelProfile
+from vllm_adapmoe.prefetch.heads import heads_path
+from vllm_adapmoe.profile.model_profile import ModelProfile
 
 EXPERT = re.compile(r"\.experts\.\d+\.(\w+)\.weight$")
 INTO_INTERMEDIATE = {"w1", "w3", "gate_proj", "up_proj"}
@@ -93,7 +93,7 @@ def main() -> None:
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (args.output / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     if args.profile is not None:  # the same function routes and loses the same; only the checkpoint is another
-        from vllm_adapmoe.integration.identity import checkpoint_hash
+        from vllm_adapmoe.integration.loading.identity import checkpoint_hash
 
         profile = ModelProfile.load(args.profile)
         info = profile.model.model_copy(update={"name": args.output.name, "hash": checkpoint_hash(args.output)})

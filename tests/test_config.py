@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from vllm_adapmoe.cli_keys import fold_keys
+from vllm_adapmoe.cli.keys import fold_keys
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 
 

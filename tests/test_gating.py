@@ -8,7 +8,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from vllm_adapmoe.gating import (
+from vllm_adapmoe.gating.rules import (
     drop_costs,
     gate_batch,
     gate_by_weight,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vllm_adapmoe.loss_budget import RATE, LossBudget
+from vllm_adapmoe.gating.loss_budget import RATE, LossBudget
 
 
 @pytest.mark.parametrize("absent", [0.05, 0.3, 1.0])

@@ -8,9 +8,8 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_adapmoe.cache.budget import DeviceMemory, ExpertShape, GiB, choose_slots
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
-from vllm_adapmoe.memory_plan import (
+from vllm_adapmoe.planning.memory_plan import (
     UTILIZATION,
     ModelSize,
     Reserve,
@@ -20,10 +19,11 @@ from vllm_adapmoe.memory_plan import (
     closed_form,
     curves_of,
     has_statistics,
-    parse_bytes,
     slots_for,
 )
-from vllm_adapmoe.profile import ModelProfile
+from vllm_adapmoe.planning.slot_budget import DeviceMemory, ExpertShape, choose_slots
+from vllm_adapmoe.profile.model_profile import ModelProfile
+from vllm_adapmoe.units import GiB, parse_bytes
 
 MODEL = ModelSize(
     num_layers=3, num_experts=4, top_k=2, expert_bytes=100, other_bytes=500, read_bytes=400, all_layers=5

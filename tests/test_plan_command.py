@@ -10,11 +10,11 @@ from conftest import ROOT, TINY_MIXTRAL
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
-from vllm_adapmoe.bench.link import measure_link, measure_weights
-from vllm_adapmoe.checkpoint_size import measure_checkpoint, measure_step
-from vllm_adapmoe.cli import app
+from vllm_adapmoe.cli.app import app
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
-from vllm_adapmoe.simulate.plan import gated
+from vllm_adapmoe.planning.checkpoint_size import measure_checkpoint, measure_step
+from vllm_adapmoe.planning.from_trace import gated
+from vllm_adapmoe.planning.link import measure_link, measure_weights
 from vllm_adapmoe.simulate.trace import Step, TraceInfo, TraceWriter
 from vllm_adapmoe.store.record import align
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from conftest import ROOT
 
-from vllm_adapmoe.calibrate import statistics
 from vllm_adapmoe.calibrate.run import loss_scale, ratio
 from vllm_adapmoe.config import AdapMoEError, GatingConfig
-from vllm_adapmoe.gating import gate_tokens
-from vllm_adapmoe.gating_plan import describe, plan_gating
-from vllm_adapmoe.profile import Confirmation, LayerProfile, ModelInfo, ModelProfile
+from vllm_adapmoe.gating.rules import gate_tokens
+from vllm_adapmoe.profile import statistics
+from vllm_adapmoe.profile.model_profile import Confirmation, LayerProfile, ModelInfo, ModelProfile
+from vllm_adapmoe.profile.thresholds import describe, plan_gating
 
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "adapmoe_published.json").read_text())
 SENSITIVITIES = (3.0, 0.05, 0.4)

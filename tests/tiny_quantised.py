@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import COMMON, save_tiny_model
 from transformers import AutoModelForCausalLM, GptOssConfig
 
-from vllm_adapmoe.bench.gpu_check.checkpoints import GROUP, fp8_blocks, fp8_config, gptq, gptq_config, int4, pack
+from benchmarks.gpu_check.checkpoints import GROUP, fp8_blocks, fp8_config, gptq, gptq_config, int4, pack
 
 Tensors = dict[str, torch.Tensor]
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)

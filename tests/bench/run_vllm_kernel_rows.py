@@ -20,9 +20,9 @@ import torch  # noqa: E402
 from vllm import _custom_ops as ops  # noqa: E402
 from vllm.model_executor.layers.fused_moe import override_config  # noqa: E402
 
+from benchmarks.gpu_check.vllm_kernel_rows import rows_of  # noqa: E402
 from tests.integration import cuda_moe_ops  # noqa: E402
-from vllm_adapmoe.bench.gpu_check.vllm_kernel_rows import rows_of  # noqa: E402
-from vllm_adapmoe.integration import gpu_check_kernels as check  # noqa: E402
+from vllm_adapmoe.integration.measure import gpu_check_kernels as check  # noqa: E402
 
 for name in ("moe_align_block_size", "moe_sum"):
     setattr(ops, name, getattr(cuda_moe_ops, name))

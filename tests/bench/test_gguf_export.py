@@ -11,7 +11,7 @@ from vllm_adapmoe.config import AdapMoEError
 
 gguf = pytest.importorskip("gguf")
 
-from vllm_adapmoe.bench.gguf_export import export, exported_from, permute_rotary  # noqa: E402
+from benchmarks.gguf_export import export, exported_from, permute_rotary  # noqa: E402
 
 CONFIG = json.loads((TINY_MIXTRAL / "config.json").read_text())
 LAYERS, EXPERTS = CONFIG["num_hidden_layers"], CONFIG["num_local_experts"]

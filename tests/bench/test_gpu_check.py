@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from vllm_adapmoe.bench.gpu_check import (
+from benchmarks.gpu_check import (
     check,
     engines,
     in_place_rows,
@@ -25,16 +25,16 @@ from vllm_adapmoe.bench.gpu_check import (
     tokens,
     vllm_kernel_rows,
 )
-from vllm_adapmoe.bench.gpu_check.__main__ import main
-from vllm_adapmoe.bench.gpu_check.decode import Limits, check_decode
-from vllm_adapmoe.bench.gpu_check.device import Device
-from vllm_adapmoe.bench.gpu_check.engine_process import MARK, SPEED, EngineFailed, EngineProcess
-from vllm_adapmoe.bench.gpu_check.report import MET, MISSED, NOT_RUN, SKIPPED, Result, Row, attempt, failed, render
-from vllm_adapmoe.bench.gpu_check.routing import curves, draw_tokens
-from vllm_adapmoe.bench.gpu_check.shapes import MIXTRAL, QWEN3, Shape
-from vllm_adapmoe.cache.addresses import AddressTable
-from vllm_adapmoe.cache.controller import CacheSetup
+from benchmarks.gpu_check.__main__ import main
+from benchmarks.gpu_check.decode import Limits, check_decode
+from benchmarks.gpu_check.device import Device
+from benchmarks.gpu_check.engine_process import MARK, SPEED, EngineFailed, EngineProcess
+from benchmarks.gpu_check.report import MET, MISSED, NOT_RUN, SKIPPED, Result, Row, attempt, failed, render
+from benchmarks.gpu_check.routing import curves, draw_tokens
+from benchmarks.gpu_check.shapes import MIXTRAL, QWEN3, Shape
 from vllm_adapmoe.cache.manager import ExpertCacheManager
+from vllm_adapmoe.device.addresses import AddressTable
+from vllm_adapmoe.policy.controller import CacheSetup
 
 CPU = Device("cpu")
 TINY = Shape("tiny", 3, 8, 2, 64, 32, recall=(0.0, 0.8, 0.8), single=(0.1, 0.5, 0.9))
@@ -177,7 +177,7 @@ def test_a_part_that_fails_leaves_the_others(monkeypatch):
 HANGS = """
 import sys, time
 from pathlib import Path
-from vllm_adapmoe.bench.gpu_check.report import Result
+from benchmarks.gpu_check.report import Result
 result = Result(Path(sys.argv[1]), "title", {}, 1)
 with result.ended_after(0.5):
     time.sleep(60)
@@ -248,11 +248,15 @@ class Nothing:
 sys.meta_path.insert(0, Nothing())
 assert not there & {"pydantic", "typer", "rich", "vllm", "transformers", "psutil", "blake3"}, there
 
-from vllm_adapmoe.bench.gpu_check import check, decode, engines, kernel_rows, slot_rows
-from vllm_adapmoe.bench.gpu_check.__main__ import main
-from vllm_adapmoe.bench.gpu_check.device import Device
-from vllm_adapmoe.bench.gpu_check.shapes import Shape
-from vllm_adapmoe.bench.record import environment
+from benchmarks.gpu_check import check
+from benchmarks.gpu_check import decode
+from benchmarks.gpu_check import engines
+from benchmarks.gpu_check import kernel_rows
+from benchmarks.gpu_check import slot_rows
+from benchmarks.gpu_check.__main__ import main
+from benchmarks.gpu_check.device import Device
+from benchmarks.gpu_check.shapes import Shape
+from vllm_adapmoe.results import environment
 
 torch.set_num_threads(1)
 shape, device = Shape("tiny", 2, 8, 2, 32, 16), Device("cpu")
@@ -477,7 +481,7 @@ def test_tokens_of_engines_with_a_wrong_slot_map(tmp_path, monkeypatch):
 @pytest.mark.engine
 def test_engines_on_random_weights():
     """The processes of the check, on the CPU."""
-    from vllm_adapmoe.integration import gpu_check
+    from vllm_adapmoe.integration.measure import gpu_check
 
     assert gpu_check.MARK == MARK
     shape = Shape("Qwen3-MoE", 2, 8, 2, 128, 64)
@@ -491,7 +495,7 @@ def test_engines_on_random_weights():
 def test_engines_offload_the_same_bytes():
     from vllm.config.offload import OffloadConfig, PrefetchOffloadConfig, UVAOffloadConfig
 
-    from vllm_adapmoe.integration.gpu_check import engine_arguments
+    from vllm_adapmoe.integration.measure.gpu_check import engine_arguments
 
     uva, prefetch = (engine_arguments(kind, 0.25, 8 << 30) for kind in ("uva", "prefetch"))
     assert uva[0] is None and OffloadConfig(uva=UVAOffloadConfig(**uva[1])).uva.cpu_offload_gb == 6

@@ -1,4 +1,4 @@
-"""The parts of `adapmoe bench peers` that need no engine."""
+"""The parts of `python -m benchmarks peers` that need no engine."""
 
 import subprocess
 import sys
@@ -8,23 +8,23 @@ import numpy as np
 import psutil
 import pytest
 
-from vllm_adapmoe.bench import memory_cgroup, peer_packages, peer_process
-from vllm_adapmoe.bench.peer_floor import belady_decode_bytes, sequential_bandwidth
-from vllm_adapmoe.bench.peer_worker import Spec
-from vllm_adapmoe.bench.peers import parse_size
+from benchmarks import memory_cgroup, peer_packages, peer_process
+from benchmarks.peer_floor import belady_decode_bytes, sequential_bandwidth
+from benchmarks.peer_worker import Spec
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.simulate.trace import Step, TraceInfo, TraceWriter
+from vllm_adapmoe.units import parse_bytes
 
 POPEN = subprocess.Popen
 
 
 def test_sizes_have_a_unit():
-    assert parse_size("2.5GiB") == 5 << 29
-    assert parse_size("300 MiB") == 300 << 20
-    assert parse_size("1GB") == 10**9
+    assert parse_bytes("--memory", "2.5GiB") == 5 << 29
+    assert parse_bytes("--memory", "300 MiB") == 300 << 20
+    assert parse_bytes("--memory", "1GB") == 10**9
     for wrong in ("3", "1.2.3GiB", "GiB", "4KB", ""):
         with pytest.raises(AdapMoEError, match="--memory"):
-            parse_size(wrong)
+            parse_bytes("--memory", wrong)
 
 
 def test_a_missing_package_is_one_line(monkeypatch):

@@ -1,4 +1,4 @@
-"""The parts of `adapmoe bench serve` that need no server."""
+"""The parts of `python -m benchmarks serve` that need no server."""
 
 from statistics import median
 
@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from conftest import TINY_MIXTRAL
 
-from vllm_adapmoe.bench import serve_load
-from vllm_adapmoe.bench.serve import configurations, point, turned
-from vllm_adapmoe.bench.serve_bound import least_bytes
-from vllm_adapmoe.bench.server import parse_metrics
-from vllm_adapmoe.cache.controller import CacheSetup
+from benchmarks import serve_load
+from benchmarks.serve import configurations, point, turned
+from benchmarks.serve_bound import least_bytes
+from benchmarks.server import parse_metrics
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
+from vllm_adapmoe.policy.controller import CacheSetup
 from vllm_adapmoe.simulate.replay import replay
 from vllm_adapmoe.simulate.trace import Step, TraceInfo
 

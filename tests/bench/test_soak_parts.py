@@ -1,15 +1,16 @@
-"""The parts of `adapmoe bench soak` that need no server."""
+"""The parts of `python -m benchmarks soak` that need no server."""
 
 import json
 from dataclasses import replace
 
 import pytest
 
-from vllm_adapmoe.bench.soak import log_errors, tally
-from vllm_adapmoe.bench.soak_client import Outcome
-from vllm_adapmoe.bench.soak_replay import chance_of_as_many, difference, spread_out
-from vllm_adapmoe.bench.soak_traffic import REFUSED, WEIGHTS, Traffic, wrong_with
-from vllm_adapmoe.bench.soak_watch import MiB, Sample, growth
+from benchmarks.soak import log_errors, tally
+from benchmarks.soak_client import Outcome
+from benchmarks.soak_replay import chance_of_as_many, difference, spread_out
+from benchmarks.soak_traffic import REFUSED, WEIGHTS, Traffic, wrong_with
+from benchmarks.soak_watch import Sample, growth
+from vllm_adapmoe.units import MiB
 
 TRAFFIC = Traffic("m", {"a": list(range(2, 2000)), "b": list(range(2, 300))}, 1024, 3)
 ASKS = [TRAFFIC.ask(number) for number in range(2000)]

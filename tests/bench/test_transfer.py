@@ -5,8 +5,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from vllm_adapmoe.bench.transfer import AHEAD, EXPERTS, LAYERS, run_transfer, synthetic_pack
-from vllm_adapmoe.cli import app
+from benchmarks.commands import app
+from benchmarks.transfer import AHEAD, EXPERTS, LAYERS, run_transfer, synthetic_pack
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.store.file import open_pack
 
@@ -45,7 +45,7 @@ def test_a_synthetic_pack_has_the_size_asked_for(tmp_path):
 
 def test_the_command_writes_a_result(tmp_path):
     output = tmp_path / "transfer.json"
-    arguments = ["bench", "transfer", "--record-mib", "0.01171875", "--pass-mib", "1", "--rounds", "1"]
+    arguments = ["transfer", "--record-mib", "0.01171875", "--pass-mib", "1", "--rounds", "1"]
     run = CliRunner(env={"COLUMNS": "100"}).invoke(app, [*arguments, "--store-dir", str(tmp_path), "-o", str(output)])
     assert run.exit_code == 0, run.output
     assert "demand, 8 at a time" in run.output and "speculation, 2 at a time" in run.output

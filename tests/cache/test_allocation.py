@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_adapmoe.cache.allocation import (
+from vllm_adapmoe.experts import CacheShape
+from vllm_adapmoe.policy.allocation import (
     StackDistances,
     _allocate_by_programme,
     _allocate_greedily,
@@ -18,9 +19,9 @@ from vllm_adapmoe.cache.allocation import (
     expected_loads,
     is_convex,
 )
-from vllm_adapmoe.cache.controller import REVISION_STEPS, CacheController, CacheSetup, CacheShape
-from vllm_adapmoe.cache.eviction import LRU
-from vllm_adapmoe.cache.residency import Residency
+from vllm_adapmoe.policy.controller import REVISION_STEPS, CacheController, CacheSetup
+from vllm_adapmoe.policy.eviction import LRU
+from vllm_adapmoe.policy.residency import Residency
 from vllm_adapmoe.simulate.replay import Machine, VirtualLink
 
 PUBLISHED = json.loads((Path(__file__).parents[1] / "data" / "adapmoe_published.json").read_text())

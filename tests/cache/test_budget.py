@@ -7,17 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_adapmoe.cache.budget import (
+from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
+from vllm_adapmoe.planning.slot_budget import (
     RUNTIME_BYTES,
     DeviceMemory,
     ExpertShape,
-    GiB,
     activation_bytes,
     bytes_of,
     count_slots,
     split_layers,
 )
-from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
+from vllm_adapmoe.units import GiB
 
 MIXTRAL = ExpertShape(num_experts=256, bytes_per_expert=GiB // 4, top_k=2)
 OTHER = ExpertShape(num_experts=64, bytes_per_expert=GiB // 2, top_k=4)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from vllm_adapmoe.cache.controller import CacheController, CacheSetup, CacheShape
-from vllm_adapmoe.cache.eviction import ExpertKey
-from vllm_adapmoe.cache.residency import Load, State
-from vllm_adapmoe.prefetch.foresight import Foretold
+from vllm_adapmoe.experts import CacheShape, ExpertKey
+from vllm_adapmoe.policy.controller import CacheController, CacheSetup
+from vllm_adapmoe.policy.prediction import Foretold
+from vllm_adapmoe.policy.residency import Load, State
 
 
 class Submitted:

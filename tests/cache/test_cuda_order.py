@@ -16,13 +16,14 @@ from tests.cache.fake_cuda import Event, FakeCuda
 from tests.cache.schedule import Stopped
 from tests.store.test_stores import Contended
 from vllm_adapmoe.cache import slots, transfer
-from vllm_adapmoe.cache.addresses import AddressTable
-from vllm_adapmoe.cache.controller import CacheController, CacheSetup, CacheShape
 from vllm_adapmoe.cache.host_copy import HostCopy
-from vllm_adapmoe.cache.in_place import DOWN, GATE_UP, InPlaceDecode
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.cache.slots import SlotPool
-from vllm_adapmoe.prefetch.foresight import Foretold
+from vllm_adapmoe.device.addresses import AddressTable
+from vllm_adapmoe.device.in_place import DOWN, GATE_UP, InPlaceDecode
+from vllm_adapmoe.experts import CacheShape
+from vllm_adapmoe.policy.controller import CacheController, CacheSetup
+from vllm_adapmoe.policy.prediction import Foretold
 from vllm_adapmoe.store.host import HostStore
 from vllm_adapmoe.store.record import aligned_empty, as_bytes
 

@@ -7,9 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_adapmoe.cache.budget import DeviceMemory, ExpertShape, GiB, activation_bytes, choose_slots, token_bytes
-from vllm_adapmoe.cache.deferred import DeferredRouting
-from vllm_adapmoe.cache.graph_memory import (
+from vllm_adapmoe.config import AdapMoEConfig
+from vllm_adapmoe.device.deferred import DeferredRouting
+from vllm_adapmoe.integration.worker.gate_stack import GateStack
+from vllm_adapmoe.integration.worker.gate_trial import LinearGate
+from vllm_adapmoe.planning.graph_memory import (
     BLOCK_BYTES,
     PIECE_BYTES,
     WHOLE_LAYER_BYTES,
@@ -18,9 +20,8 @@ from vllm_adapmoe.cache.graph_memory import (
     bookkeeping_bytes,
     graph_bytes,
 )
-from vllm_adapmoe.config import AdapMoEConfig
-from vllm_adapmoe.integration.gate_stack import GateStack
-from vllm_adapmoe.integration.gate_trial import LinearGate
+from vllm_adapmoe.planning.slot_budget import DeviceMemory, ExpertShape, activation_bytes, choose_slots, token_bytes
+from vllm_adapmoe.units import GiB
 
 SIZES = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
 """vLLM's own for `max_num_seqs=256`: 51, as its logs have it."""

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from tests.kernels.test_experts_by_address import reference
-from vllm_adapmoe.cache.addresses import AddressTable
-from vllm_adapmoe.cache.controller import CacheController, CacheSetup, CacheShape
-from vllm_adapmoe.cache.decode_timing import DecodeTimes, time_decode
-from vllm_adapmoe.cache.deferred import DeferredRouting
-from vllm_adapmoe.cache.in_place import DOWN, GATE_UP, InPlaceDecode
 from vllm_adapmoe.cache.manager import ExpertCacheManager
-from vllm_adapmoe.cache.residency import State
+from vllm_adapmoe.device.addresses import AddressTable
+from vllm_adapmoe.device.decode_timing import DecodeTimes, time_decode
+from vllm_adapmoe.device.deferred import DeferredRouting
+from vllm_adapmoe.device.in_place import DOWN, GATE_UP, InPlaceDecode
+from vllm_adapmoe.experts import CacheShape
+from vllm_adapmoe.policy.controller import CacheController, CacheSetup
+from vllm_adapmoe.policy.residency import State
 from vllm_adapmoe.store.host import HostStore
 
 LAYERS, EXPERTS, HIDDEN, INNER, TOP_K = 2, 6, 32, 16, 2

@@ -31,12 +31,13 @@ from hypothesis.stateful import (
 import vllm_adapmoe.store.file
 from tests.cache.gates import EXPERTS, FAULTS, KERNEL, LAYERS, Event, GatedStore, Gates, holds
 from tests.store.test_stores import IDENTITY, pack
-from vllm_adapmoe.cache.controller import CacheController, CacheSetup, CacheShape
-from vllm_adapmoe.cache.eviction import POLICIES
 from vllm_adapmoe.cache.manager import ExpertCacheManager
-from vllm_adapmoe.cache.residency import State
 from vllm_adapmoe.cache.transfer import SPECULATORS, CacheClosed, Job
-from vllm_adapmoe.prefetch.foresight import Foretold
+from vllm_adapmoe.experts import CacheShape
+from vllm_adapmoe.policy.controller import CacheController, CacheSetup
+from vllm_adapmoe.policy.eviction import POLICIES
+from vllm_adapmoe.policy.prediction import Foretold
+from vllm_adapmoe.policy.residency import State
 from vllm_adapmoe.store.base import ExpertsUnavailable
 from vllm_adapmoe.store.direct_io import read_full
 from vllm_adapmoe.store.file import open_pack

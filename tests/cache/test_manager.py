@@ -17,12 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.store.test_stores import layer, pack
-from vllm_adapmoe.cache.controller import CacheController, CacheSetup, CacheShape
-from vllm_adapmoe.cache.eviction import LRU, NextUse
 from vllm_adapmoe.cache.manager import ExpertCacheManager
-from vllm_adapmoe.cache.residency import Residency, State
 from vllm_adapmoe.cache.transfer import READERS, CacheClosed, LinkLimit, TransferEngine
-from vllm_adapmoe.prefetch.foresight import Foretold
+from vllm_adapmoe.experts import CacheShape
+from vllm_adapmoe.policy.controller import CacheController, CacheSetup
+from vllm_adapmoe.policy.eviction import LRU, NextUse
+from vllm_adapmoe.policy.prediction import Foretold
+from vllm_adapmoe.policy.residency import Residency, State
 from vllm_adapmoe.store.base import StoreError
 from vllm_adapmoe.store.host import HostStore
 from vllm_adapmoe.store.record import as_bytes

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from vllm_adapmoe.cache.controller import CacheController, CacheSetup, CacheShape
-from vllm_adapmoe.cache.eviction import LFRU, LRU, MRS, POLICIES, NextToken, NextUse
-from vllm_adapmoe.cache.residency import Residency, State, waves
+from vllm_adapmoe.experts import CacheShape
+from vllm_adapmoe.policy.controller import CacheController, CacheSetup
+from vllm_adapmoe.policy.eviction import LFRU, LRU, MRS, POLICIES, NextToken, NextUse
+from vllm_adapmoe.policy.residency import Residency, State, waves
 
 LAYERS, EXPERTS, BYTES = 3, 4, 10
 

@@ -6,8 +6,8 @@ import weakref
 import torch
 
 from tests.cache.test_manager import LAYERS, assert_served, host_store, manager
-from vllm_adapmoe.cache.budget import ExpertShape, slots_without
-from vllm_adapmoe.cache.controller import CacheController, CacheSetup
+from vllm_adapmoe.planning.slot_budget import ExpertShape, slots_without
+from vllm_adapmoe.policy.controller import CacheController, CacheSetup
 from vllm_adapmoe.store.host import HostStore
 from vllm_adapmoe.store.record import as_bytes
 

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from tests.store.test_stores import layer
-from vllm_adapmoe.cache.controller import CacheController, CacheSetup, CacheShape
 from vllm_adapmoe.cache.manager import ExpertCacheManager
-from vllm_adapmoe.prefetch.foresight import Foretold
+from vllm_adapmoe.experts import CacheShape
+from vllm_adapmoe.policy.controller import CacheController, CacheSetup
+from vllm_adapmoe.policy.prediction import Foretold
 from vllm_adapmoe.store.host import HostStore
 from vllm_adapmoe.store.record import as_bytes
 from vllm_adapmoe.store.shard import StoreShard

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_adapmoe.calibrate.next_token import GRAM_BYTES, RIDGE, HeadFit, layers_at_a_time
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.heads import LEAST, MOST, NextTokenHeads, chance_of_any, heads_path
+from vllm_adapmoe.prefetch.heads import LEAST, MOST, NextTokenHeads, chance_of_any, heads_path
+from vllm_adapmoe.profile.next_token import GRAM_BYTES, RIDGE, HeadFit, layers_at_a_time
 
 
 def test_a_fit_is_the_ridge_regression_of_all_parts():

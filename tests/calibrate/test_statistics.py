@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from vllm_adapmoe.calibrate.run import ratio
-from vllm_adapmoe.calibrate.statistics import LOOKAHEAD, add, norm_sums, prediction_sums, routing_profile, routing_sums
-from vllm_adapmoe.gating import gate_tokens
-from vllm_adapmoe.profile import LayerProfile, ModelInfo, ModelProfile
+from vllm_adapmoe.gating.rules import gate_tokens
+from vllm_adapmoe.profile.model_profile import LayerProfile, ModelInfo, ModelProfile
+from vllm_adapmoe.profile.statistics import LOOKAHEAD, add, norm_sums, prediction_sums, routing_profile, routing_sums
 
 TOKENS, EXPERTS = 40, 4
 

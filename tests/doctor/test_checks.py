@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_adapmoe.bench import memory_cgroup
+from benchmarks import memory_cgroup
 from vllm_adapmoe.doctor.disk import check_disk
 from vllm_adapmoe.doctor.finding import Finding, serves
 from vllm_adapmoe.doctor.machine import check_machine

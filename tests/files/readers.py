@@ -14,19 +14,19 @@ import torch
 from blake3 import blake3
 from conftest import ROOT, TINY_MIXTRAL
 
-from vllm_adapmoe.allocation_plan import curves_of_profile
-from vllm_adapmoe.cache.controller import CacheSetup
 from vllm_adapmoe.calibrate.progress import Progress
 from vllm_adapmoe.calibrate.text import text_of
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError, GatingConfig
-from vllm_adapmoe.gating_plan import describe, plan_gating
-from vllm_adapmoe.heads import NextTokenHeads
 from vllm_adapmoe.model_folder import read_model_config, vocabulary_size
-from vllm_adapmoe.prefetch.foresight import Foretold
+from vllm_adapmoe.planning.from_trace import gated
+from vllm_adapmoe.policy.controller import CacheSetup
+from vllm_adapmoe.policy.prediction import Foretold
+from vllm_adapmoe.prefetch.heads import NextTokenHeads
 from vllm_adapmoe.printable import LONGEST, OneLineError
-from vllm_adapmoe.profile import ModelProfile
+from vllm_adapmoe.profile.expected_loads import curves_of_profile
+from vllm_adapmoe.profile.model_profile import ModelProfile
+from vllm_adapmoe.profile.thresholds import describe, plan_gating
 from vllm_adapmoe.simulate.compare import slots_of_pools
-from vllm_adapmoe.simulate.plan import gated
 from vllm_adapmoe.simulate.replay import Machine, belady, replay
 from vllm_adapmoe.simulate.trace import Step, TraceInfo, TraceWriter
 from vllm_adapmoe.simulate.trace_file import read_trace

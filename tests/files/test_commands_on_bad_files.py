@@ -15,7 +15,8 @@ from conftest import ROOT, TINY_MIXTRAL
 from readers import trace_file
 from typer.testing import CliRunner
 
-from vllm_adapmoe import cli
+from benchmarks import commands as benchmarks
+from vllm_adapmoe.cli import app as cli
 from vllm_adapmoe.model_folder import check_named_model
 from vllm_adapmoe.top import sample
 from vllm_adapmoe.top.render import render
@@ -48,13 +49,13 @@ BAD: dict[str, Callable[[Path], object]] = {
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs `adapmoe` with these arguments; the exit code and what it says on stderr."""
+    """Runs a command with these arguments; the exit code and what it says on stderr."""
 
-    def run(*arguments):
+    def run(*arguments, program=cli.app):
         monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")  # commands set it, for the whole process
         monkeypatch.setattr(sys, "argv", ["adapmoe", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            cli.run(program, "adapmoe")
         return end.value.code, capsys.readouterr().err
 
     return run
@@ -79,9 +80,13 @@ def test_a_bad_model_is_one_line(run, content, tmp_path):
         os.mkfifo(config)
     else:
         config.write_text(content)
-    for command in (("plan", tmp_path, *SPEEDS), ("pack", tmp_path), ("bench", "overhead", tmp_path), ("transfer",)):
-        arguments = ("bench", "transfer", tmp_path) if command == ("transfer",) else command
-        code, said = run(*arguments)
+    for program, command in (
+        (cli.app, ("plan", tmp_path, *SPEEDS)),
+        (cli.app, ("pack", tmp_path)),
+        (benchmarks.app, ("overhead", tmp_path)),
+        (benchmarks.app, ("transfer", tmp_path)),
+    ):
+        code, said = run(*command, program=program)
         assert code == 1 and said.startswith("adapmoe: error: ") and said.count("\n") == 1 and "config.json" in said
     assert not check_named_model("org/model-of-a-hub")
 
@@ -102,11 +107,15 @@ def commands(group: typer.core.TyperGroup, names: tuple[str, ...] = ()):
             yield (*names, name)
 
 
-@pytest.mark.parametrize("names", list(commands(typer.main.get_command(cli.app))), ids=" ".join)
-def test_every_command_has_help(names):
-    run = CliRunner(env={"COLUMNS": "200"}).invoke(cli.app, [*names, "--help"])
+@pytest.mark.parametrize(
+    ("program", "names"),
+    [(app, names) for app in (cli.app, benchmarks.app) for names in commands(typer.main.get_command(app))],
+    ids=lambda one: " ".join(one) if isinstance(one, tuple) else "",
+)
+def test_every_command_has_help(program, names):
+    run = CliRunner(env={"COLUMNS": "200"}).invoke(program, [*names, "--help"])
     assert run.exit_code == 0 and run.exception is None, run.exception
-    command = typer.main.get_command(cli.app)
+    command = typer.main.get_command(program)
     for name in names:
         command = command.commands[name]
     shown = "".join(run.output.split()).replace("│", "")

@@ -17,7 +17,7 @@ from readers import LAYERS, READERS, index_of, info_json, profile_file, try_read
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.files import BadFile, parse_json, read_bytes
 from vllm_adapmoe.printable import LONGEST, OneLineError, printable
-from vllm_adapmoe.profile import ModelProfile
+from vllm_adapmoe.profile.model_profile import ModelProfile
 from vllm_adapmoe.simulate.trace import FRAME_BYTES
 from vllm_adapmoe.store.pack_index import HEAD, MAGIC
 from vllm_adapmoe.store.record import ALIGNMENT

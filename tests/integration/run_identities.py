@@ -11,7 +11,7 @@ from typing import Any
 from vllm.config import LoadConfig
 
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.integration.identity import Folder, model_hash, source_files
+from vllm_adapmoe.integration.loading.identity import Folder, model_hash, source_files
 
 
 def identify(load: dict[str, Any], download: bool = True, **model: Any) -> dict[str, str]:

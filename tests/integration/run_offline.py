@@ -33,7 +33,7 @@ class Peak(threading.Thread):
 
 def main() -> None:
     peak = Peak()
-    from vllm_adapmoe.integration.engine import Engine
+    from vllm_adapmoe.integration.measure.engine import Engine
 
     model, config = sys.argv[1], json.loads(sys.argv[2])
     args = {"kv_cache_memory_bytes": 8 << 20} if len(sys.argv) < 4 else json.loads(sys.argv[3])

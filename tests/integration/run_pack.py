@@ -8,7 +8,7 @@ import signal
 import sys
 from typing import Any
 
-from vllm_adapmoe.integration.packing import pack_experts
+from vllm_adapmoe.integration.loading.packing import pack_experts
 from vllm_adapmoe.store.pack_writer import PackWriter
 
 

@@ -31,9 +31,9 @@ from vllm.utils.torch_utils import set_default_torch_dtype  # noqa: E402
 from tests.integration.played_layers import EXPERTS, build, configure, save, start  # noqa: E402
 from tests.integration.quantised_configs import CHECKPOINTS, ONLINE, OVERRIDDEN  # noqa: E402
 from vllm_adapmoe.config import AdapMoEError  # noqa: E402
-from vllm_adapmoe.integration import loading as loading_module  # noqa: E402
-from vllm_adapmoe.integration.expert_tensors import held_tensors  # noqa: E402
-from vllm_adapmoe.integration.loading import ExpertLoading, expert_loading  # noqa: E402
+from vllm_adapmoe.integration.layers.expert_tensors import held_tensors  # noqa: E402
+from vllm_adapmoe.integration.loading import expert_loading as loading_module  # noqa: E402
+from vllm_adapmoe.integration.loading.expert_loading import ExpertLoading, expert_loading  # noqa: E402
 
 SLOTS = 5
 torch.cuda.get_device_properties().multi_processor_count = EXPERTS // 4

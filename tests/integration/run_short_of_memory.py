@@ -11,10 +11,10 @@ import sys
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_adapmoe.cache.budget import DeviceMemory
-from vllm_adapmoe.integration.engine import Engine
-from vllm_adapmoe.integration.loading import ExpertLoading
-from vllm_adapmoe.integration.memory import least_kv_cache
+from vllm_adapmoe.integration.loading.expert_loading import ExpertLoading
+from vllm_adapmoe.integration.loading.memory import least_kv_cache
+from vllm_adapmoe.integration.measure.engine import Engine
+from vllm_adapmoe.planning.slot_budget import DeviceMemory
 
 BEFORE, LESS = 48, 20
 EXPERT_BYTES = 3 * 128 * 256 * 2

@@ -28,7 +28,7 @@ from vllm.model_executor.layers.fused_moe.config import (  # noqa: E402
 from vllm.model_executor.layers.fused_moe.experts import marlin_moe, triton_moe  # noqa: E402
 
 from tests.integration import cuda_moe_ops  # noqa: E402
-from vllm_adapmoe.integration.slot_kernels import run_on_slots  # noqa: E402
+from vllm_adapmoe.integration.layers.slot_kernels import run_on_slots  # noqa: E402
 
 for name in ("moe_align_block_size", "moe_sum", "moe_wna16_marlin_gemm", "scaled_fp8_quant"):
     setattr(ops, name, getattr(cuda_moe_ops, name))

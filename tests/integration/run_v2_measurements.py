@@ -18,9 +18,10 @@ from triton.backends import backends
 
 backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
 
-from vllm_adapmoe.bench import ablation, evaluate, frontier  # noqa: E402
-from vllm_adapmoe.integration.engine import Engine  # noqa: E402
-from vllm_adapmoe.integration.losses import decode_losses, prefill_losses  # noqa: E402
+from benchmarks import ablation, frontier  # noqa: E402
+from vllm_adapmoe.calibrate import evaluate  # noqa: E402
+from vllm_adapmoe.integration.measure.engine import Engine  # noqa: E402
+from vllm_adapmoe.integration.measure.losses import decode_losses, prefill_losses  # noqa: E402
 
 model, profile, text = map(Path, sys.argv[1:])
 LENGTH = 14

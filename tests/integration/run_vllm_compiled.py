@@ -15,8 +15,8 @@ from vllm.compilation.passes.utility.fix_functionalization import FixFunctionali
 from vllm.config import CompilationMode
 from vllm.platforms.cpu import CpuPlatform
 
-from vllm_adapmoe.cache.budget import DeviceMemory
-from vllm_adapmoe.integration.loading import ExpertLoading
+from vllm_adapmoe.integration.loading.expert_loading import ExpertLoading
+from vllm_adapmoe.planning.slot_budget import DeviceMemory
 
 settle = CpuPlatform.check_and_update_config.__func__  # type: ignore[attr-defined]
 

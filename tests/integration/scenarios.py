@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from vllm import SamplingParams
 
-from vllm_adapmoe.integration.engine import Engine
+from vllm_adapmoe.integration.measure.engine import Engine
 
 OUTPUT_TOKENS = 16
 CHUNK = 64

@@ -8,9 +8,9 @@ import pytest
 from conftest import ROOT, TINY_MIXTRAL
 
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy, prompts
-from vllm_adapmoe.cache.controller import REVISION_STEPS
 from vllm_adapmoe.calibrate.text import read_sequences
-from vllm_adapmoe.integration.engine import Engine
+from vllm_adapmoe.integration.measure.engine import Engine
+from vllm_adapmoe.policy.controller import REVISION_STEPS
 
 pytestmark = pytest.mark.engine
 

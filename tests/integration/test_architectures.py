@@ -11,7 +11,7 @@ from tests.apart import apart
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy, hidden_states, prompts
 from tests.models.checkpoint import save_checkpoint
 from tests.models.run_one import expert_layers, least_fraction
-from vllm_adapmoe.integration.engine import Engine
+from vllm_adapmoe.integration.measure.engine import Engine
 
 pytestmark = pytest.mark.engine
 

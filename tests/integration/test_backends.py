@@ -13,7 +13,7 @@ import vllm
 
 from tests.integration.backend_table import CAPABILITIES, ROOT, TAKES_MAPS, ask, markdown
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.integration.backends import (
+from vllm_adapmoe.integration.entry.backends import (
     FORMATS,
     FP8,
     INT_WEIGHTS,
@@ -25,7 +25,7 @@ from vllm_adapmoe.integration.backends import (
     W4A8,
     choose_backend,
 )  # fmt: skip
-from vllm_adapmoe.integration.slot_kernels import KERNELS
+from vllm_adapmoe.integration.layers.slot_kernels import KERNELS
 
 HOPPER = (9, 0)
 REFUSED = {

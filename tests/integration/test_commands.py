@@ -7,16 +7,20 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY_MIXTRAL
+from conftest import ROOT, TINY_MIXTRAL
 
 pytestmark = pytest.mark.engine
 
 ADAPMOE = Path(sys.executable).parent / "adapmoe"
 
 
-def adapmoe(*arguments: object) -> subprocess.CompletedProcess[str]:
+def ran(*command: object) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "COLUMNS": "100"}
-    return subprocess.run([ADAPMOE, *map(str, arguments)], capture_output=True, text=True, env=env)
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, env=env, cwd=ROOT)
+
+
+def adapmoe(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return ran(ADAPMOE, *arguments)
 
 
 def test_pack_makes_one_file_once(tmp_path):
@@ -37,13 +41,14 @@ def test_pack_makes_one_file_once(tmp_path):
 
 def test_bench_overhead_writes_what_made_it(tmp_path):
     result = tmp_path / "overhead.json"
-    run = adapmoe(
-        "bench", "overhead", TINY_MIXTRAL, "--rounds", 1, "--prompt-tokens", 16, "--output-tokens", 8, "-o", result
-    )
+    run = ran(
+        sys.executable, "-m", "benchmarks", "overhead", TINY_MIXTRAL, "--rounds", 1, "--prompt-tokens", 16,
+        "--output-tokens", 8, "-o", result,
+    )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
     assert "all resident" in run.stdout and "one short" in run.stdout
     content = json.loads(result.read_text())
     assert content["same_tokens"] is True
-    assert content["environment"]["command"].startswith("adapmoe bench overhead")
+    assert content["environment"]["command"].startswith("python -m benchmarks overhead")
     assert content["environment"]["versions"]["vllm"].startswith("0.32")
     assert content["ratio_to_stock"]["all_resident"]["decode_tokens_per_second"]["median"] > 0

@@ -11,7 +11,7 @@ from tiny_models import COMMON, VOCABULARY, save_tiny_model
 from transformers import Llama4TextConfig
 
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy, prompts
-from vllm_adapmoe.integration.engine import Engine
+from vllm_adapmoe.integration.measure.engine import Engine
 
 pytestmark = pytest.mark.engine
 

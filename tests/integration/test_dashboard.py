@@ -15,7 +15,7 @@ import yaml
 from conftest import ROOT
 from demo import DemoServer
 
-from vllm_adapmoe.bench.server import free_port
+from benchmarks.server import free_port
 
 pytestmark = pytest.mark.engine
 

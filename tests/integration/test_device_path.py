@@ -24,11 +24,13 @@ from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy, prompts
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.integration import hostless_steps, loading, mapped_experts
-from vllm_adapmoe.integration.engine import Engine
-from vllm_adapmoe.integration.graph_break import break_graph_at, graphs_in_pieces, graphs_without_host
-from vllm_adapmoe.integration.layers import padding_rows
-from vllm_adapmoe.kernels import experts_by_address
+from vllm_adapmoe.device import experts_by_address
+from vllm_adapmoe.integration.layers import mapped_experts
+from vllm_adapmoe.integration.layers.cached_experts import padding_rows
+from vllm_adapmoe.integration.layers.graph_break import break_graph_at, graphs_in_pieces, graphs_without_host
+from vllm_adapmoe.integration.loading import expert_loading as loading
+from vllm_adapmoe.integration.measure.engine import Engine
+from vllm_adapmoe.integration.worker import hostless_steps
 from vllm_adapmoe.store.record import RecordLayout
 
 pytestmark = pytest.mark.engine

@@ -7,10 +7,10 @@ import torch
 from conftest import TINY_MIXTRAL
 
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy, prompts
-from vllm_adapmoe.cache.budget import DeviceMemory, ExpertShape, count_slots
 from vllm_adapmoe.config import AdapMoEConfig
-from vllm_adapmoe.integration import loading
-from vllm_adapmoe.integration.engine import Engine
+from vllm_adapmoe.integration.loading import expert_loading as loading
+from vllm_adapmoe.integration.measure.engine import Engine
+from vllm_adapmoe.planning.slot_budget import DeviceMemory, ExpertShape, count_slots
 from vllm_adapmoe.store.record import RecordLayout
 
 EXPERTS = 96

@@ -7,7 +7,7 @@ import torch
 from conftest import TINY_MIXTRAL
 
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, everything, hidden_states, prompts
-from vllm_adapmoe.integration.engine import Engine
+from vllm_adapmoe.integration.measure.engine import Engine
 
 pytestmark = pytest.mark.engine
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_adapmoe.integration.backends import (
+from vllm_adapmoe.integration.entry.backends import (
     BLOCK_CODECS,
     FP8,
     INT_WEIGHTS,
@@ -18,7 +18,7 @@ from vllm_adapmoe.integration.backends import (
     UNQUANTISED,
     W4A8,
 )
-from vllm_adapmoe.integration.expert_format import expert_formats
+from vllm_adapmoe.integration.entry.expert_format import expert_formats
 
 
 def settings(name: str, **attributes: Any) -> SimpleNamespace:

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from vllm_adapmoe.integration.gate_stack import GateStack
-from vllm_adapmoe.integration.gate_trial import Unpredictable, try_gate
-from vllm_adapmoe.integration.routers import ranges
+from vllm_adapmoe.integration.worker.gate_stack import GateStack
+from vllm_adapmoe.integration.worker.gate_trial import Unpredictable, try_gate
+from vllm_adapmoe.integration.worker.routers import ranges
 
 CPU = torch.device("cpu")
 HIDDEN, EXPERTS = 64, 8

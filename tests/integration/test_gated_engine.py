@@ -18,10 +18,10 @@ from tests.apart import apart
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, greedy, prompts
 from vllm_adapmoe.calibrate.text import read_sequences
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.gating import gate_tokens
-from vllm_adapmoe.integration.engine import Engine, describe_model
-from vllm_adapmoe.integration.losses import decode_losses, prefill_losses
-from vllm_adapmoe.profile import ModelProfile
+from vllm_adapmoe.gating.rules import gate_tokens
+from vllm_adapmoe.integration.measure.engine import Engine, describe_model
+from vllm_adapmoe.integration.measure.losses import decode_losses, prefill_losses
+from vllm_adapmoe.profile.model_profile import ModelProfile
 
 EXAMPLES = ROOT / "examples"
 TINY_QWEN = EXAMPLES / "tiny_qwen3moe" / "model"
@@ -184,7 +184,7 @@ def test_configured_gating_compiled(monkeypatch):
         "profile": str(PROFILES[TINY_MIXTRAL]),
         "gating": {"mode": "token", "max_loss_increase": 0.005},
     }
-    from vllm_adapmoe.integration import switch
+    from vllm_adapmoe.integration.entry import switch
 
     # Handlers would not do: some versions configure logging, and drop them, while the engine starts.
     said: list[str] = []

@@ -13,9 +13,9 @@ from vllm.v1.worker.gpu import cudagraph_utils
 from tests.integration import graph_recorder
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS
 from tests.integration.test_device_path import as_on_gpu, interpreted  # noqa: F401 - fixtures
-from vllm_adapmoe.cache.deferred import RoutingUnseen
-from vllm_adapmoe.integration import mapped_experts
-from vllm_adapmoe.integration.engine import Engine
+from vllm_adapmoe.device.deferred import RoutingUnseen
+from vllm_adapmoe.integration.layers import mapped_experts
+from vllm_adapmoe.integration.measure.engine import Engine
 
 pytestmark = pytest.mark.engine
 

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, TINY_MIXTRAL
 
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.integration.engine import Engine
+from vllm_adapmoe.integration.measure.engine import Engine
 
 pytestmark = pytest.mark.engine
 

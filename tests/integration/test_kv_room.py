@@ -12,12 +12,12 @@ from conftest import TINY_MIXTRAL
 from test_memory import answer, offline
 from vllm.config import CompilationConfig, CUDAGraphMode
 
-from vllm_adapmoe.cache.budget import GiB
-from vllm_adapmoe.cache.graph_memory import CapturedGraphs
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
-from vllm_adapmoe.integration import kv_room
-from vllm_adapmoe.integration.engine import Engine
-from vllm_adapmoe.integration.graph_memory import captured_graphs
+from vllm_adapmoe.integration.loading import kv_room
+from vllm_adapmoe.integration.loading.graph_memory import captured_graphs
+from vllm_adapmoe.integration.measure.engine import Engine
+from vllm_adapmoe.planning.graph_memory import CapturedGraphs
+from vllm_adapmoe.units import GiB
 
 
 class Loading:

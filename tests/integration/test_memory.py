@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GptOssConfig
 from vllm.platforms import current_platform
 
-from vllm_adapmoe.bench import memory_cgroup
+from benchmarks import memory_cgroup
 
 pytestmark = pytest.mark.engine
 

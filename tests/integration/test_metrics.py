@@ -8,9 +8,9 @@ import pytest
 from demo import DemoServer
 
 from tests.integration.scenarios import ENGINE_ARGS, greedy, prompts
-from vllm_adapmoe.integration.engine import Engine
-from vllm_adapmoe.integration.metrics import ExpertCacheStatLogger
-from vllm_adapmoe.integration.worker_stats import with_attributes
+from vllm_adapmoe.integration.measure.engine import Engine
+from vllm_adapmoe.integration.scheduler.metrics import ExpertCacheStatLogger
+from vllm_adapmoe.integration.worker.worker_stats import with_attributes
 
 pytestmark = pytest.mark.engine
 

@@ -15,7 +15,7 @@ from vllm import PoolingParams
 
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy, prompts
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.integration.engine import Engine, describe_model
+from vllm_adapmoe.integration.measure.engine import Engine, describe_model
 
 pytestmark = pytest.mark.engine
 

@@ -1,4 +1,4 @@
-"""`adapmoe bench peers` on the bundled model, as a user runs it."""
+"""`python -m benchmarks peers` on the bundled model, as a user runs it."""
 
 import json
 import os
@@ -7,9 +7,9 @@ import sys
 from importlib.util import find_spec
 
 import pytest
-from conftest import TINY_MIXTRAL
+from conftest import ROOT, TINY_MIXTRAL
 
-from vllm_adapmoe.bench import memory_cgroup
+from benchmarks import memory_cgroup
 
 pytestmark = pytest.mark.engine
 
@@ -18,7 +18,7 @@ TOKENS = 8
 
 def test_contenders_answer_the_same_tokens(tmp_path):
     result = tmp_path / "peers.json"
-    arguments = ["bench", "peers", TINY_MIXTRAL, "--rounds", 1, "--prompt-tokens", 16, "--output-tokens", TOKENS]
+    arguments = ["peers", TINY_MIXTRAL, "--rounds", 1, "--prompt-tokens", 16, "--output-tokens", TOKENS]
     arguments += [
         "--slots",
         48,
@@ -33,8 +33,8 @@ def test_contenders_answer_the_same_tokens(tmp_path):
     if memory_cgroup.why_not() is None:
         arguments += ["--memory", "3GiB"]
     run = subprocess.run(
-        [sys.executable, "-c", "from vllm_adapmoe.cli import main; main()", *map(str, arguments)],
-        capture_output=True, text=True, env=os.environ | {"COLUMNS": "120"},
+        [sys.executable, "-m", "benchmarks", *map(str, arguments)],
+        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"COLUMNS": "120"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     content = json.loads(result.read_text())

@@ -8,9 +8,9 @@ from tiny_models import VOCABULARY
 
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy, prompts
 from tests.integration.test_worker_trace import end_readers
-from vllm_adapmoe.cache.controller import CacheSetup
-from vllm_adapmoe.integration.engine import Engine
-from vllm_adapmoe.integration.lookahead import STRICT
+from vllm_adapmoe.integration.measure.engine import Engine
+from vllm_adapmoe.integration.worker.lookahead import STRICT
+from vllm_adapmoe.policy.controller import CacheSetup
 from vllm_adapmoe.simulate.replay import replay
 from vllm_adapmoe.simulate.trace_file import read_trace
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.integration.backend_table import run_played
 from tests.integration.test_backends import NOT_IN_VLLM, REFUSED
-from vllm_adapmoe.integration.slot_kernels import KERNELS
+from vllm_adapmoe.integration.layers.slot_kernels import KERNELS
 
 SHARED = {
     name: {"w13_input_scale", "w2_input_scale"}

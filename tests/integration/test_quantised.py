@@ -20,9 +20,9 @@ from vllm.platforms import current_platform
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy, hidden_states, prompts
 from tests.integration.test_architectures import PROMPT, check_gating
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
-from vllm_adapmoe.integration.engine import Engine
-from vllm_adapmoe.integration.expert_tensors import ExpertTensors, held_tensors
-from vllm_adapmoe.integration.loading import ExpertLoading
+from vllm_adapmoe.integration.layers.expert_tensors import ExpertTensors, held_tensors
+from vllm_adapmoe.integration.loading.expert_loading import ExpertLoading
+from vllm_adapmoe.integration.measure.engine import Engine
 
 HALF = VLLM_STEPS | {"cache_fraction": 0.5}
 EAGER = ENGINE_ARGS | {"enforce_eager": True}

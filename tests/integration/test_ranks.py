@@ -13,8 +13,8 @@ from tests.apart import apart
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy, hidden_states, prompts
 from tests.integration.test_gated_engine import assert_equal_but_for_rounding, plan_of
 from vllm_adapmoe.calibrate.text import read_sequences
-from vllm_adapmoe.integration.engine import Engine
-from vllm_adapmoe.integration.losses import prefill_losses
+from vllm_adapmoe.integration.measure.engine import Engine
+from vllm_adapmoe.integration.measure.losses import prefill_losses
 from vllm_adapmoe.store.file import PackOfAnother, open_pack
 
 pytestmark = pytest.mark.engine

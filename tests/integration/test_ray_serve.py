@@ -18,7 +18,7 @@ import psutil
 import pytest
 from conftest import ROOT, TINY_MIXTRAL
 
-from vllm_adapmoe.bench.server import free_port
+from benchmarks.server import free_port
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # Ray's own
 
@@ -241,7 +241,7 @@ def test_the_old_ray_executor_is_refused(monkeypatch):
     from vllm.platforms import current_platform
 
     from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
-    from vllm_adapmoe.integration.model_check import check_model
+    from vllm_adapmoe.integration.entry.model_check import check_model
 
     config = EngineArgs(model=str(TINY_MIXTRAL), distributed_executor_backend="ray").create_engine_config()
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)

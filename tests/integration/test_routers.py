@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_adapmoe.integration.routers import Routers
+from vllm_adapmoe.integration.worker.routers import Routers
 
 HIDDEN, LATENT, EXPERTS = 64, 32, 8
 

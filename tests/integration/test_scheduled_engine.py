@@ -11,7 +11,7 @@ from scenarios import ENGINE_ARGS, prompts
 from tiny_models import VOCABULARY
 from vllm.inputs import TokensPrompt
 
-from vllm_adapmoe.integration.engine import Engine
+from vllm_adapmoe.integration.measure.engine import Engine
 
 pytestmark = pytest.mark.engine
 

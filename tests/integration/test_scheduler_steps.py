@@ -21,7 +21,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_adapmoe.integration import scheduler as ours
+from vllm_adapmoe.integration.scheduler import scheduler as ours
 from vllm_adapmoe.scheduling.report import StepReport, StepTimes
 
 pytestmark = pytest.mark.versions

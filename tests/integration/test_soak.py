@@ -1,4 +1,4 @@
-"""A short soak of a real server, and one load of `adapmoe bench serve`."""
+"""A short soak of a real server, and one load of `python -m benchmarks serve`."""
 
 import urllib.request
 
@@ -6,10 +6,10 @@ import psutil
 import pytest
 from conftest import ROOT, TINY_MIXTRAL
 
-from vllm_adapmoe.bench.serve import Load, run_serve
-from vllm_adapmoe.bench.server import KV_CACHE_BYTES, Server
-from vllm_adapmoe.bench.soak import Plan, run_soak
-from vllm_adapmoe.bench.soak_traffic import GREEDY
+from benchmarks.serve import Load, run_serve
+from benchmarks.server import KV_CACHE_BYTES, Server
+from benchmarks.soak import Plan, run_soak
+from benchmarks.soak_traffic import GREEDY
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("every_core")]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vllm_adapmoe.integration.stats_outbox import StatsOutbox
+from vllm_adapmoe.integration.worker.stats_outbox import StatsOutbox
 
 
 def step(hits: int, stall: float = 0.0, nbytes: int = 0, seconds: float = 0.0) -> dict:

@@ -11,9 +11,9 @@ import torch
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_adapmoe.config import AdapMoEConfig
-from vllm_adapmoe.integration.step_clock import StepClock
-from vllm_adapmoe.integration.worker import ExpertCacheWorker
-from vllm_adapmoe.integration.worker_stats import Since
+from vllm_adapmoe.integration.worker.step_clock import StepClock
+from vllm_adapmoe.integration.worker.worker import ExpertCacheWorker
+from vllm_adapmoe.integration.worker.worker_stats import Since
 from vllm_adapmoe.scheduling.report import StepTimes
 
 GPU = torch.device("cuda", 0)
@@ -162,7 +162,7 @@ def test_the_made_up_device_finds_faults(stream, fault):
 
 def test_on_the_cpu_a_step_has_run_when_it_was_launched(monkeypatch):
     times = iter([1.0, 1.5, 2.0, 2.25])
-    monkeypatch.setattr("vllm_adapmoe.integration.step_clock.time.perf_counter", lambda: next(times))
+    monkeypatch.setattr("vllm_adapmoe.integration.worker.step_clock.time.perf_counter", lambda: next(times))
     clock = StepClock(torch.device("cpu"))
     for about, seconds in [("a", 0.5), ("b", 0.25)]:
         clock.start()

@@ -2,7 +2,7 @@
 
 import torch
 
-from vllm_adapmoe.integration.step_routing import StepRouting, pack, read_together, unpack
+from vllm_adapmoe.integration.layers.step_routing import StepRouting, pack, read_together, unpack
 
 
 def test_tensors_of_any_width_are_packed_and_come_apart():

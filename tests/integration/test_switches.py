@@ -25,7 +25,7 @@ KEYS = ("--adapmoe-config.cache_experts", "48", "--adapmoe-config.prefetch.looka
 """Single keys that make `CONFIG` of `FILE`."""
 SUMMARY = """
 import json
-from vllm_adapmoe.integration.edits import EDITS
+from vllm_adapmoe.integration.entry.edits import EDITS
 def summary(config):
     return [config.additional_config, config.parallel_config.worker_cls,
             str(config.scheduler_config.scheduler_cls), config.compute_hash()]
@@ -299,7 +299,7 @@ def test_a_dense_model_and_another_models_store_are_refused(tmp_path):
     code = f"""
 from vllm.engine.arg_utils import EngineArgs
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.integration.identity import Folder, load_identity, source_files
+from vllm_adapmoe.integration.loading.identity import Folder, load_identity, source_files
 from vllm_adapmoe.store.pack_writer import PackWriter
 from pathlib import Path
 from transformers import LlamaConfig
@@ -328,8 +328,8 @@ def test_a_scheduler_that_does_not_listen_is_named():
     code = f"""
 import logging
 from vllm.engine.arg_utils import EngineArgs
-from vllm_adapmoe.integration.scheduler import ExpertCacheScheduler
-from vllm_adapmoe.integration.switch import heeds_worker
+from vllm_adapmoe.integration.scheduler.scheduler import ExpertCacheScheduler
+from vllm_adapmoe.integration.entry.switch import heeds_worker
 class Derived(ExpertCacheScheduler): pass
 for scheduler in ("vllm.v1.core.sched.scheduler.Scheduler", Derived):
     config = EngineArgs(

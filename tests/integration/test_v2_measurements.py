@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT, TINY_MIXTRAL
 
 from tests.integration.test_device_path import interpret
-from vllm_adapmoe.integration.forced_tokens import forcing_arguments
+from vllm_adapmoe.integration.measure.forced_tokens import forcing_arguments
 
 pytestmark = pytest.mark.engine
 

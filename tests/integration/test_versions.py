@@ -15,7 +15,7 @@ from tests.integration.test_switches import assert_one_line, python
 from tests.vllm_scan.__main__ import installed
 from tests.vllm_scan.damage import Scan
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.integration import compat, edits, version_check
+from vllm_adapmoe.integration.entry import compat, edits, version_check
 
 pytestmark = pytest.mark.versions
 
@@ -76,7 +76,7 @@ def test_an_older_one_is_refused_even_if_nothing_is_missing():
 
 
 def test_a_newer_one_that_asks_for_more_is_refused(monkeypatch):
-    from vllm_adapmoe.integration.worker_stats import WithAttributes
+    from vllm_adapmoe.integration.worker.worker_stats import WithAttributes
 
     monkeypatch.setattr(WithAttributes, "__abstractmethods__", frozenset({"get_more"}))
     with pytest.raises(
@@ -126,7 +126,7 @@ def test_a_name_that_is_missing_is_told_in_one_line(tmp_path):
 
 def test_a_newer_one_that_has_everything_is_warned_of(tmp_path):
     run = start(other_vllm(tmp_path, "0.34.0"))
-    assert "with the method: vllm_adapmoe.integration.worker.AdapMoE" in run.stdout, run.stderr[-2000:]
+    assert "with the method: vllm_adapmoe.integration.worker.worker.AdapMoE" in run.stdout, run.stderr[-2000:]
     (warning,) = [line for line in (run.stdout + run.stderr).splitlines() if "is not tested with vllm-adapmoe" in line]
     assert "vLLM 0.34.0" in warning and "0.30 to 0.33" in warning
 
@@ -134,9 +134,10 @@ def test_a_newer_one_that_has_everything_is_warned_of(tmp_path):
 def test_the_command_explains_a_failed_import(tmp_path):
     """A command imports what a supported vLLM has; of another it says so instead of a traceback."""
     folder = other_vllm(tmp_path, "0.29.1", RENAMED)
-    command = ["adapmoe", "bench", "ablation", str(TINY_MIXTRAL), "--profile", str(ROOT / "configs/tiny_mixtral.json")]
+    command = ["adapmoe", "evaluate", str(TINY_MIXTRAL), "--profile", str(ROOT / "configs/tiny_mixtral.json")]
+    command += ["--data", str(ROOT / "examples/tiny_mixtral/heldout")]
     code = f"import sys; sys.path.insert(0, {str(folder)!r}); sys.argv = {command!r}\n"
-    run = python(code + "from vllm_adapmoe.cli import main; main()")
+    run = python(code + "from vllm_adapmoe.cli.app import main; main()")
     assert run.returncode == 1
     assert f"adapmoe: error: vLLM 0.29.1 is not supported (0.30 to 0.33): {GONE} is missing; install" in run.stderr
     assert "Traceback" not in run.stderr
@@ -158,7 +159,7 @@ def test_a_module_without_what_is_edited_is_left_alone(monkeypatch):
 def test_the_stat_logger_of_an_engine_without_the_method_needs_nothing():
     from vllm.v1.metrics.loggers import StatLoggerBase
 
-    from vllm_adapmoe.integration.metrics import ExpertCacheStatLogger
+    from vllm_adapmoe.integration.scheduler.metrics import ExpertCacheStatLogger
 
     assert StatLoggerBase.__abstractmethods__, "there is something that a later vLLM could add to"
     assert not ExpertCacheStatLogger.__abstractmethods__
@@ -178,7 +179,7 @@ def test_a_model_that_runs_its_experts_in_a_way_of_its_own_is_refused():
 import torch
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
-from vllm_adapmoe.integration.loading import ExpertLoading, experts_base
+from vllm_adapmoe.integration.loading.expert_loading import ExpertLoading, experts_base
 
 class Substituted(RoutedExperts):
     def forward_modular(self, *args, **kwargs):

@@ -10,8 +10,8 @@ from packaging.version import Version
 from tests.integration.test_versions import TREE, other_vllm
 from tests.vllm_scan.damage import Scan
 from tests.vllm_scan.tree import Tree
-from vllm_adapmoe.integration import slot_kernels
-from vllm_adapmoe.integration.compat import REBOUND
+from vllm_adapmoe.integration.entry.compat import REBOUND
+from vllm_adapmoe.integration.layers import slot_kernels
 
 
 class Planted(Tree):

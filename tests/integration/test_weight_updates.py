@@ -14,7 +14,7 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngin
 
 from tests.apart import apart
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy, prompts
-from vllm_adapmoe.integration.engine import Engine
+from vllm_adapmoe.integration.measure.engine import Engine
 
 pytestmark = pytest.mark.engine
 

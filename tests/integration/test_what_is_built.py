@@ -8,8 +8,8 @@ from vllm.distributed.parallel_state import destroy_model_parallel
 
 from tests.integration.scenarios import ENGINE_ARGS, answers, greedy, prompts
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.integration.engine import Engine, describe_model
-from vllm_adapmoe.profile import LayerProfile, ModelProfile
+from vllm_adapmoe.integration.measure.engine import Engine, describe_model
+from vllm_adapmoe.profile.model_profile import LayerProfile, ModelProfile
 
 pytestmark = pytest.mark.engine
 

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from vllm_adapmoe.kernels.experts_by_address import experts_by_address
+from vllm_adapmoe.device.experts_by_address import experts_by_address
 
 HIDDEN, INNER, EXPERTS = 2048, 768, 8
 STEPS = ((1, 8), (64, 8))

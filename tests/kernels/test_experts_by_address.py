@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_adapmoe.kernels import MAX_TOKENS
-from vllm_adapmoe.kernels.experts_by_address import experts_by_address
+from vllm_adapmoe.device import MAX_TOKENS
+from vllm_adapmoe.device.experts_by_address import experts_by_address
 
 TOLERANCE = 2**-9
 """Of the largest output: what float16 (the interpreter has no bf16) loses between the two projections."""

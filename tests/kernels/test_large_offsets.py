@@ -16,7 +16,7 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
-from vllm_adapmoe.kernels import experts_by_address
+from vllm_adapmoe.device import experts_by_address
 
 LONG, SHORT = 2**27 + 32, 32
 """Their product, and that of `LONG` with 32 rows, is beyond 2**32."""

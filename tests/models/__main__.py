@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from tests.models.architectures import Architecture, moe_architectures
 from tests.models.table import RESULT
-from vllm_adapmoe.bench.record import environment, write
+from vllm_adapmoe.results import environment, write
 
 SECONDS = 300
 """That one architecture may take."""

@@ -81,7 +81,7 @@ def run_one(architecture: str, kind: str, folder: Path, result: Path) -> None:
 def start(model: Path, fraction: float | None, kind: str) -> Any:
     """An engine with this share of the experts resident; None: stock vLLM."""
     from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS
-    from vllm_adapmoe.integration.engine import Engine
+    from vllm_adapmoe.integration.measure.engine import Engine
 
     args = ENGINE_ARGS | {"enforce_eager": True, "enable_prefix_caching": False, "max_num_seqs": 8}
     if kind == "multimodal":

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_adapmoe.gating import gate_tokens
-from vllm_adapmoe.prefetch.foresight import PRIOR, Foretold, Precision, chances, foretell
+from vllm_adapmoe.gating.rules import gate_tokens
+from vllm_adapmoe.policy.prediction import PRIOR, Foretold, Precision, chances, foretell
 
 
 @given(st.integers(0, 10**6), st.integers(1, 4), st.sampled_from([1, 3, 9]), st.sampled_from([0.0, 1e-3, 0.05]))

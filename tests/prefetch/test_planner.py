@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from vllm_adapmoe.prefetch.foresight import Foretold
-from vllm_adapmoe.prefetch.planner import PrefetchPlanner
+from vllm_adapmoe.policy.prediction import Foretold
+from vllm_adapmoe.policy.prefetch_planner import PrefetchPlanner
 
 
 def said(*experts: int) -> Foretold:

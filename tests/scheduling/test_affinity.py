@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_adapmoe.cache.controller import CacheController, CacheSetup, CacheShape
+from vllm_adapmoe.experts import CacheShape
+from vllm_adapmoe.policy.controller import CacheController, CacheSetup
+from vllm_adapmoe.prefetch.request_experts import bits
 from vllm_adapmoe.scheduling.affinity import Decoding, held_back
-from vllm_adapmoe.scheduling.request_experts import bits
 from vllm_adapmoe.simulate.replay import Machine, VirtualLink
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vllm_adapmoe.scheduling.request_experts import REUSE, RequestExperts, bits
+from vllm_adapmoe.prefetch.request_experts import REUSE, RequestExperts, bits
 
 
 def test_bits_of_a_set():

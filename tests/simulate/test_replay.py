@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_adapmoe.cache.controller import CacheSetup
-from vllm_adapmoe.cache.eviction import POLICIES
-from vllm_adapmoe.cache.tiles import LEAST_TILE_BYTES, SPECULATIVE_TILE_SECONDS, TILE_BYTES, tile_bytes
-from vllm_adapmoe.prefetch.foresight import Foretold
+from vllm_adapmoe.policy.controller import CacheSetup
+from vllm_adapmoe.policy.eviction import POLICIES
+from vllm_adapmoe.policy.prediction import Foretold
+from vllm_adapmoe.policy.tiles import LEAST_TILE_BYTES, SPECULATIVE_TILE_SECONDS, TILE_BYTES, tile_bytes
 from vllm_adapmoe.simulate.replay import Machine, belady, replay
 from vllm_adapmoe.simulate.trace import Step, TraceInfo
 

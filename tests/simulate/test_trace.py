@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.prefetch.foresight import Foretold
+from vllm_adapmoe.policy.prediction import Foretold
 from vllm_adapmoe.simulate.trace import FRAME_STEPS, SAMPLE, Step, TraceInfo, TraceWriter, sample_rows
 from vllm_adapmoe.simulate.trace_file import read_trace
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from vllm_adapmoe.bench import memory_cgroup
+from benchmarks import memory_cgroup
 from vllm_adapmoe.store.host_memory import host_memory, memory_limit
 
 GiB = 1 << 30
@@ -111,11 +111,11 @@ def test_this_machine():
 def test_a_real_group_is_found():
     """All three who ask see it: the loader's check, the doctor and `gpu_check`."""
     script = """
-from vllm_adapmoe.bench.gpu_check.device import Device
+from benchmarks.gpu_check.device import Device
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.doctor.machine import memory_limit
-from vllm_adapmoe.cache.budget import DeviceMemory, ExpertShape
-from vllm_adapmoe.integration.host_room import check_host_room
+from vllm_adapmoe.planning.slot_budget import DeviceMemory, ExpertShape
+from vllm_adapmoe.integration.loading.host_room import check_host_room
 MiB = 1 << 20
 print(memory_limit(), Device('cpu').free_bytes())
 check_host_room([ExpertShape(64, MiB, 2)], 8 * MiB, [4], DeviceMemory(0, other_weights=MiB), 2)

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from vllm_adapmoe.cli import app
+from vllm_adapmoe.cli.app import app
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.top.render import render
 from vllm_adapmoe.top.sample import metrics_url, parse_sample, read_sample

@@ -8,9 +8,9 @@ from inspect import Parameter
 
 from packaging.version import Version
 
-from vllm_adapmoe.integration.compat import REBOUND, SHIMS
-from vllm_adapmoe.integration.edits import EDITED, EngineFields, StatsFields
-from vllm_adapmoe.integration.vllm_names import needs
+from vllm_adapmoe.integration.entry.compat import REBOUND, SHIMS
+from vllm_adapmoe.integration.entry.edits import EDITED, EngineFields, StatsFields
+from vllm_adapmoe.integration.entry.vllm_names import needs
 
 from .ours import Function, OurClass, OurFile, bases, read_ours
 from .signatures import constructor, is_static, misfit, narrower, signature

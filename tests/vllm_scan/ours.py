@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from vllm_adapmoe.integration.vllm_names import package_files
+from vllm_adapmoe.integration.entry.vllm_names import package_files
 
 from .tree import _last
 

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from vllm_adapmoe.cache.controller import CacheController, CacheStats
-from vllm_adapmoe.cache.eviction import ExpertKey
-from vllm_adapmoe.cache.residency import State
 from vllm_adapmoe.cache.slots import SlotPool
 from vllm_adapmoe.cache.transfer import READERS, CacheClosed, TransferEngine
-from vllm_adapmoe.prefetch.planner import Foretell
+from vllm_adapmoe.experts import ExpertKey
+from vllm_adapmoe.policy.controller import CacheController, CacheStats
+from vllm_adapmoe.policy.prefetch_planner import Foretell
+from vllm_adapmoe.policy.residency import State
 from vllm_adapmoe.store.base import ExpertStore, ExpertsUnavailable
 
 logger = logging.getLogger(__name__)

@@ -8,11 +8,11 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
-from vllm_adapmoe.cache.controller import CacheController
-from vllm_adapmoe.cache.eviction import ExpertKey
-from vllm_adapmoe.cache.residency import Load, State
 from vllm_adapmoe.cache.slots import SlotPool
-from vllm_adapmoe.cache.tiles import tile_bytes
+from vllm_adapmoe.experts import ExpertKey
+from vllm_adapmoe.policy.controller import CacheController
+from vllm_adapmoe.policy.residency import Load, State
+from vllm_adapmoe.policy.tiles import tile_bytes
 from vllm_adapmoe.store.base import ExpertStore, StoreError
 
 logger = logging.getLogger(__name__)

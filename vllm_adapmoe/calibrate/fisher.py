@@ -9,9 +9,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from vllm_adapmoe.calibrate.statistics import Sums, half
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.gating import keep_most, settle
+from vllm_adapmoe.gating.rules import keep_most, settle
+from vllm_adapmoe.profile.statistics import Sums, half
 from vllm_adapmoe.store.host_memory import host_memory
 
 EXPERT_ARGUMENTS = ("top_k_index", "top_k_weights")

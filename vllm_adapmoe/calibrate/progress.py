@@ -9,9 +9,9 @@ import numpy as np
 from blake3 import blake3
 from safetensors.numpy import save
 
-from vllm_adapmoe.calibrate.statistics import Sums
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.files import BadFile, NoFile, parse_arrays, read_bytes
+from vllm_adapmoe.profile.statistics import Sums
 
 SETTINGS = "settings"
 DIGEST_SIZE = 32

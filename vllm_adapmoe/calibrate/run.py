@@ -8,15 +8,22 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from vllm_adapmoe.calibrate import statistics
 from vllm_adapmoe.calibrate.fisher import Fisher, fits_in_memory
-from vllm_adapmoe.calibrate.next_token import layers_at_a_time
 from vllm_adapmoe.calibrate.progress import Progress
-from vllm_adapmoe.calibrate.statistics import Sums
 from vllm_adapmoe.calibrate.text import data_hash, read_sequences
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.heads import NextTokenHeads, heads_path
-from vllm_adapmoe.profile import MOST_LAYERS, Confirmation, DataInfo, LayerProfile, ModelInfo, ModelProfile
+from vllm_adapmoe.prefetch.heads import NextTokenHeads, heads_path
+from vllm_adapmoe.profile import statistics
+from vllm_adapmoe.profile.model_profile import (
+    MOST_LAYERS,
+    Confirmation,
+    DataInfo,
+    LayerProfile,
+    ModelInfo,
+    ModelProfile,
+)
+from vllm_adapmoe.profile.next_token import layers_at_a_time
+from vllm_adapmoe.profile.statistics import Sums, digits
 
 Method = Literal["fisher", "forward", "auto"]
 GROUP_TOKENS = 4096
@@ -56,7 +63,7 @@ def calibrate(
     """
     # In one process the engine sees all requests of a group at once, and the same steps in every run.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from vllm_adapmoe.integration.engine import describe_model
+    from vllm_adapmoe.integration.measure.engine import describe_model
 
     info = describe_model(model)
     if info.top_k == 1:
@@ -133,8 +140,8 @@ def _serve(
     info: ModelInfo,
 ) -> tuple[list[LayerProfile], ModelInfo]:
     """Everything that the engine measures: the layers of the profile, and the model with what only it told."""
-    from vllm_adapmoe.integration.engine import Engine
-    from vllm_adapmoe.integration.losses import prefill_losses
+    from vllm_adapmoe.integration.measure.engine import Engine
+    from vllm_adapmoe.integration.measure.losses import prefill_losses
 
     engine = Engine(
         model,
@@ -236,10 +243,10 @@ def _layers(groups: list, progress: Progress, method: str, count: int) -> list[L
         loss_change, loss_change_error = ratio(change, cost)
         layers.append(
             LayerProfile(
-                sensitivity=_digits(sensitivity),
-                sensitivity_stderr=_digits(error),
-                loss_change=_digits(loss_change),
-                loss_change_stderr=_digits(loss_change_error),
+                sensitivity=digits(sensitivity),
+                sensitivity_stderr=digits(error),
+                loss_change=digits(loss_change),
+                loss_change_stderr=digits(loss_change_error),
                 **statistics.routing_profile(routing),  # type: ignore[arg-type]
             )
         )
@@ -264,7 +271,7 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, float]
 
 def _base_loss(groups: list, progress: Progress) -> float:
     tokens = sum(len(ids) - 1 for group in groups for ids in group)
-    return _digits(_column(groups, progress, "routing", "loss").sum() / tokens)
+    return digits(_column(groups, progress, "routing", "loss").sum() / tokens)
 
 
 def _confirmed(profile: ModelProfile, groups: list, progress: Progress) -> ModelProfile:
@@ -276,14 +283,14 @@ def _confirmed(profile: ModelProfile, groups: list, progress: Progress) -> Model
         measured, error = ratio(_column(groups, progress, f"confirm{place}", "loss") - base, tokens)
         confirmed.append(
             Confirmation(
-                threshold=_digits(threshold),
-                mean_experts=_digits(profile.mean_experts(threshold)),
-                predicted_loss_increase=_digits(profile.unscaled_loss_increase(threshold)),
-                measured_loss_increase=_digits(measured),
-                measured_stderr=_digits(error),
+                threshold=digits(threshold),
+                mean_experts=digits(profile.mean_experts(threshold)),
+                predicted_loss_increase=digits(profile.unscaled_loss_increase(threshold)),
+                measured_loss_increase=digits(measured),
+                measured_stderr=digits(error),
             )
         )
-    return profile.model_copy(update={"loss_scale": _digits(loss_scale(confirmed)), "confirmed": confirmed})
+    return profile.model_copy(update={"loss_scale": digits(loss_scale(confirmed)), "confirmed": confirmed})
 
 
 def loss_scale(confirmed: list[Confirmation]) -> float:
@@ -310,10 +317,6 @@ def _versions(method: str) -> dict[str, str]:
 
     packages = ("vllm-adapmoe", "vllm", "torch", *(("transformers",) if method == "fisher" else ()))
     return {package: version(package) for package in packages}
-
-
-def _digits(value: float) -> float:
-    return float(f"{value:.6g}")
 
 
 def print_profile(profile: ModelProfile, show: Callable[..., None]) -> None:

@@ -6,12 +6,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from vllm_adapmoe.bench.link import measure_reads, pack_folder
-from vllm_adapmoe.cache.budget import GiB
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.doctor.finding import Finding, Level
+from vllm_adapmoe.planning.link import measure_reads, packs_root
 from vllm_adapmoe.store.direct_io import open_direct, read_full, write_full
 from vllm_adapmoe.store.record import ALIGNMENT, aligned_empty
+from vllm_adapmoe.units import GiB
 
 SECTION = "Disk of the packed files"
 RECORD_BYTES = 3 << 20
@@ -26,7 +26,7 @@ def check_disk(store_dir: Path | None, needed: bool) -> Iterator[Finding]:
         store_dir: as in `adapmoe_config`; None: vLLM's cache.
         needed: packed files are the default here. Otherwise what is wrong is a note.
     """
-    folder = pack_folder(store_dir).absolute()
+    folder = packs_root(store_dir).absolute()
     wrong: Level = "problem" if needed or store_dir is not None else "note"
     there = next(one for one in (folder, *folder.parents) if one.exists())
     remedy = "name another folder with --store-dir, and as store_dir in adapmoe_config"

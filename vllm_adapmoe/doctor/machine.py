@@ -10,11 +10,11 @@ from pathlib import Path
 import psutil
 import torch
 
-from vllm_adapmoe.bench.link import measure_copies
-from vllm_adapmoe.cache.budget import GiB
 from vllm_adapmoe.doctor.finding import Finding
+from vllm_adapmoe.planning.link import measure_copies
 from vllm_adapmoe.store.host_memory import host_memory, memory_limit
 from vllm_adapmoe.store.page_lock import OUT_OF_MEMORY, refusal
+from vllm_adapmoe.units import GiB
 
 SECTION = "Machine"
 PINNED_BYTES = 1 << 26
@@ -23,8 +23,8 @@ SHARED_BYTES = 1 << 28
 OPEN_FILES = 4096
 EXTRAS = {
     "matplotlib": ("plots of bench, plan, evaluate and simulate", "pip install vllm-adapmoe[plot]"),
-    "llama_cpp": ("llama.cpp in adapmoe bench peers", "pip install vllm-adapmoe[peers]"),
-    "accelerate": ("transformers in adapmoe bench peers", "pip install vllm-adapmoe[peers]"),
+    "llama_cpp": ("llama.cpp in python -m benchmarks peers", "pip install vllm-adapmoe[peers]"),
+    "accelerate": ("transformers in python -m benchmarks peers", "pip install vllm-adapmoe[peers]"),
     "ray": ("serving with Ray Serve LLM", "pip install ray[serve]"),
 }
 

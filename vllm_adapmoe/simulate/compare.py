@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from vllm_adapmoe.allocation_plan import curves_of_profile
-from vllm_adapmoe.cache.controller import CacheSetup
-from vllm_adapmoe.cache.eviction import POLICIES
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.profile import ModelProfile
+from vllm_adapmoe.policy.controller import CacheSetup
+from vllm_adapmoe.policy.eviction import POLICIES
+from vllm_adapmoe.profile.expected_loads import curves_of_profile
+from vllm_adapmoe.profile.model_profile import ModelProfile
 from vllm_adapmoe.simulate.replay import Machine, belady, replay
 from vllm_adapmoe.simulate.trace import Steps, TraceInfo
 from vllm_adapmoe.simulate.trace_file import read_trace

@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from vllm_adapmoe.cache.controller import CacheController, CacheSetup
-from vllm_adapmoe.cache.eviction import EvictionPolicy, ExpertKey
-from vllm_adapmoe.cache.residency import Load, waves
-from vllm_adapmoe.cache.tiles import tile_bytes
-from vllm_adapmoe.prefetch.planner import Foretell
+from vllm_adapmoe.experts import ExpertKey
+from vllm_adapmoe.policy.controller import CacheController, CacheSetup
+from vllm_adapmoe.policy.eviction import EvictionPolicy
+from vllm_adapmoe.policy.prefetch_planner import Foretell
+from vllm_adapmoe.policy.residency import Load, waves
+from vllm_adapmoe.policy.tiles import tile_bytes
 from vllm_adapmoe.simulate.trace import Step, Steps, TraceInfo
 
 

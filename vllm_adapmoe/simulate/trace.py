@@ -19,10 +19,10 @@ import numpy as np
 from pydantic import Field
 from safetensors.numpy import save
 
-from vllm_adapmoe.cache.controller import CacheShape
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.prefetch.foresight import Foretold
-from vllm_adapmoe.profile import MOST_EXPERTS, MOST_LAYERS, MOST_TOP_K
+from vllm_adapmoe.experts import CacheShape
+from vllm_adapmoe.policy.prediction import Foretold
+from vllm_adapmoe.profile.model_profile import MOST_EXPERTS, MOST_LAYERS, MOST_TOP_K
 
 logger = logging.getLogger(__name__)
 

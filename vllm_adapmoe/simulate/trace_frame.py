@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from vllm_adapmoe.files import HEADER_BYTES, BadFile, parse_arrays, parse_json
-from vllm_adapmoe.prefetch.foresight import Foretold
+from vllm_adapmoe.policy.prediction import Foretold
 from vllm_adapmoe.simulate.trace import FRAME_BYTES, FRAME_STEPS, Step, TraceInfo
 
 NAMES = 1 << 20

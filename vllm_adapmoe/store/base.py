@@ -5,7 +5,7 @@ from typing import Protocol
 
 import torch
 
-from vllm_adapmoe.cache.eviction import ExpertKey
+from vllm_adapmoe.experts import ExpertKey
 from vllm_adapmoe.printable import OneLineError
 from vllm_adapmoe.store.record import RecordLayout
 

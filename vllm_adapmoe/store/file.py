@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from blake3 import blake3
 
-from vllm_adapmoe.cache.eviction import ExpertKey
+from vllm_adapmoe.experts import ExpertKey
 from vllm_adapmoe.store.base import StoreError
 from vllm_adapmoe.store.direct_io import drop_cached, is_aligned, open_direct, read_full
 from vllm_adapmoe.store.pack_check import read_index

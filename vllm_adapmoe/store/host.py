@@ -5,13 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from vllm_adapmoe.cache.eviction import ExpertKey
+from vllm_adapmoe.experts import ExpertKey
 from vllm_adapmoe.store.page_lock import page_lock_refusal, page_unlock
 from vllm_adapmoe.store.record import RecordLayout, aligned_empty
+from vllm_adapmoe.units import GiB
 
 logger = logging.getLogger(__name__)
-
-GiB = 1 << 30
 
 
 class HostStore:

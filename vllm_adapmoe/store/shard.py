@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from vllm_adapmoe.cache.eviction import ExpertKey
+from vllm_adapmoe.experts import ExpertKey
 from vllm_adapmoe.store.base import ExpertStore
 from vllm_adapmoe.store.record import RecordLayout
 

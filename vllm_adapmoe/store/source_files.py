@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from vllm_adapmoe.store.base import StoreError
 from vllm_adapmoe.store.file_hash import HashCache, Stamp, hash_bytes
+from vllm_adapmoe.units import GiB
 
 logger = logging.getLogger(__name__)
 
-GiB = 1 << 30
 THREADS = 4
 """Files that are hashed at once. One thread hashes 2.1 GB/s from the page cache of a cloud machine with AVX-512."""
 BAR_SECONDS = 3

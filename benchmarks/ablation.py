@@ -1,0 +1,293 @@
+"""What each part brings: gating, prefetch and the cache's policy, alone and together, on a link of a stated speed."""
+
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from benchmarks.residency import ON_DEMAND
+from benchmarks.workload import measure, measure_batches, prompts_of, ratios
+from vllm_adapmoe.config import AdapMoEConfig, GatingConfig
+from vllm_adapmoe.policy.controller import CacheSetup
+from vllm_adapmoe.profile.expected_loads import curves_of_profile
+from vllm_adapmoe.profile.model_profile import ModelProfile
+from vllm_adapmoe.profile.thresholds import plan_gating
+from vllm_adapmoe.results import spread
+from vllm_adapmoe.simulate.replay import Machine, belady, replay
+from vllm_adapmoe.simulate.trace import Step, TraceInfo
+from vllm_adapmoe.simulate.trace_file import read_trace
+
+PARTS = ("gating", "prefetch", "cache")
+GRID = [[part for bit, part in enumerate(PARTS) if number >> bit & 1] for number in range(8)]
+WITHOUT = ON_DEMAND | {"allocation": "pool"}
+"""On demand: the baseline of `python -m benchmarks residency`."""
+FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
+    "paper": {
+        "base": {"allocation": "uniform"},
+        "prefetch": {"prefetch": {"lookahead": 1, "max_experts": 2}},
+        "cache": {"allocation": "profile"},
+    },
+    "ours": {"base": {}, "prefetch": {"prefetch": {}}, "cache": {"eviction": "next_token"}},
+}
+"""The paper's: LRU in each layer; the next layer's top experts; shares of layers by dynamic programming. And ours."""
+GATING = {"paper": "token", "ours": "batch"}
+
+
+def run_ablation(
+    model: Path,
+    profile_path: Path,
+    text: Path | None,
+    rounds: int,
+    prompt_tokens: int,
+    output_tokens: int,
+    batch: int,
+    batches: int,
+    resident: float,
+    ratio: float,
+    max_loss_increase: float,
+    loss_tokens: int,
+) -> dict[str, Any]:
+    """One engine decodes with every combination in turn, and their order moves on by one each round.
+
+    Each starts with an empty cache and warms it with two batches before the clock runs.
+
+    Args:
+        model: folder of a checkpoint.
+        profile_path: of the model.
+        text: folder of `*.txt` for prompts.
+        rounds: of every combination.
+        prompt_tokens: of a request.
+        output_tokens: of a request.
+        batch: requests at a time.
+        batches: of requests, one after the other.
+        resident: share of the experts that have a slot.
+        ratio: time to move one expert over the time of one layer with every expert resident; sets the link's speed.
+        max_loss_increase: of gating, share of the loss.
+        loss_tokens: to measure on what gating costs, without a limit on the link.
+    """
+    from vllm_adapmoe.integration.measure.engine import Engine, count_experts, describe_model
+    from vllm_adapmoe.integration.measure.losses import decode_losses
+
+    profile = ModelProfile.load(profile_path)
+    profile.check(describe_model(model), str(profile_path))
+    prompts = prompts_of(model, text, batch * batches, prompt_tokens + output_tokens)
+    groups = [prompts[start : start + batch] for start in range(0, len(prompts), batch)]
+    # On text, not on what so small a model says, which repeats itself, and so its experts.
+    arguments: dict[str, Any] = {"max_model_len": prompt_tokens + output_tokens, "forced": True}
+    with Engine(model, {"cache_fraction": 1.0}, **arguments) as full:
+        measure(full, groups[-1], output_tokens, forced=True)
+        speeds = [
+            measure_batches(full, groups, output_tokens, forced=True)["decode_tokens_per_second"] for _ in range(3)
+        ]
+    layers = profile.model.num_layers
+    layer_seconds = batch / max(speeds) / layers
+    plans = {
+        family: plan_gating(GatingConfig(**{"mode": mode, "max_loss_increase": max_loss_increase}), profile)  # type: ignore[arg-type]
+        for family, mode in GATING.items()
+    }
+    threshold = profile.threshold_for_loss(max_loss_increase)
+    combinations = {f"{family}: {'+'.join(parts) or 'base'}": (family, parts) for family in FAMILIES for parts in GRID}
+    measured: dict[str, list[dict[str, Any]]] = {name: [] for name in combinations}
+    slots = round(resident * count_experts(model))
+    config = WITHOUT | {"cache_experts": slots, "store": "host", "profile": str(profile_path)}
+    with Engine(model, config, **arguments) as engine, TemporaryDirectory() as folder:
+        engine.call("time_parts")
+        expert_bytes = engine.call("expert_bytes")
+        link = expert_bytes / (ratio * layer_seconds)
+
+        def switch(name: str, **others: Any) -> None:
+            family, parts = combinations[name]
+            plan = plans[family] if "gating" in parts else None
+            engine.call("set_gating", None if plan is None else plan.model_dump())
+            settings, curves = _settings(family, parts, profile, threshold)
+            engine.call("set_cache", settings | {"link_gbps": link / 1e9} | others, curves)
+
+        def warm() -> None:
+            measure_batches(engine, groups[-2:], output_tokens, forced=True)
+
+        # By batch, what is dropped depends on the cache: each combination has a trace of its own.
+        traces = {}
+        for name in tqdm([name for name in combinations if name == _trace_of(name)], desc="Recording", unit="trace"):
+            trace = Path(folder) / name.replace(" ", "")
+            switch(name, trace_out=str(trace))
+            warm()
+            measure_batches(engine, groups, output_tokens, forced=True)
+            switch("ours: base")  # ends the trace
+            info, recorded = read_trace(trace)
+            traces[name] = info, list(recorded)
+        names = list(combinations)
+        for number in tqdm(range(rounds), desc="Measuring", unit="round"):
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                switch(name)
+                warm()
+                before = engine.call("part_seconds")
+                result = measure_batches(engine, groups, output_tokens, forced=True)
+                after = engine.call("part_seconds")
+                measured[name].append(result | {"parts": {key: after[key] - before[key] for key in after}})
+        losses = {}
+        if loss_tokens:
+            texts = prompts_of(model, text, max(1, loss_tokens // output_tokens), prompt_tokens + output_tokens)
+            for name in ("ours: base", "paper: gating+prefetch+cache", "ours: gating+prefetch+cache"):
+                switch(name, link_gbps=None)
+                bar = tqdm(texts, desc=f"Loss, {name}", unit="request")
+                losses[name] = np.array([decode_losses(engine, [ids], prompt_tokens).nats.sum() for ids in bar])
+    tokens = len(prompts) * (prompt_tokens + output_tokens)
+    compute = _compute_seconds(measured["ours: base"], batches * output_tokens)
+    points = []
+    for name, (family, parts) in combinations.items():
+        info, steps = traces[_trace_of(name)]
+        point = _point(measured[name], measured["ours: base"], measured[f"{family}: base"], tokens)
+        setup = _setup(family, parts, profile, threshold, slots)
+        foretold = _foretold_speed(info, steps, setup, Machine(link, compute / layers), batches)
+        points.append(
+            {"family": family, "parts": parts}
+            | point
+            | {
+                "simulated_tokens_per_second": foretold,
+                "simulated_of_measured": foretold / point["decode_tokens_per_second"]["median"],
+            }
+        )
+    oracle = {"ungated": "ours: base", "gated by token": "paper: gating"}
+    return {
+        "benchmark": "ablation",
+        "model": str(model),
+        "profile": str(profile_path),
+        "resident": resident,
+        "batch": batch,
+        "batches": batches,
+        "prompt_tokens": prompt_tokens,
+        "output_tokens": output_tokens,
+        "expert_bytes": expert_bytes,
+        "ratio": ratio,
+        "resident_layer_seconds": layer_seconds,
+        "resident_tokens_per_second": spread(speeds),
+        "link_gbps": link / 1e9,
+        "threshold": threshold,
+        "mean_experts": profile.mean_experts(threshold),
+        "predicted_loss_increase": profile.loss_increase(threshold) / (profile.base_loss or 1),
+        "belady_bytes_per_token": {key: _oracle_bytes(*traces[name], slots) for key, name in oracle.items()},
+        "loss_tokens": loss_tokens // output_tokens * output_tokens,
+        "measured_loss_increase": {
+            name: _loss_increase(one, losses["ours: base"]) for name, one in losses.items() if name != "ours: base"
+        },
+        "points": points,
+    }
+
+
+def _trace_of(name: str) -> str:
+    """The combination that records what `name` is replayed from: those of equal routing share one."""
+    if "gating" not in name:
+        return "ours: base"
+    return name if name.startswith("ours") else "paper: gating"
+
+
+def _loss_increase(losses: np.ndarray, base: np.ndarray) -> dict[str, float]:
+    """Share of the loss, and its standard error; requests are independent."""
+    differences = losses - base
+    return {
+        "mean": float(differences.sum() / base.sum()),
+        "stderr": float(differences.std(ddof=1) * len(base) ** 0.5 / base.sum()) if len(base) > 1 else float("inf"),
+    }
+
+
+def _settings(
+    family: str, parts: list[str], profile: ModelProfile, threshold: float
+) -> tuple[dict[str, Any], list[list[float]] | None]:
+    """`adapmoe_config` of a combination, and its expected loads where its allocation asks for them."""
+    choices = FAMILIES[family]
+    settings = WITHOUT | choices["base"] | {"profile": "measured"}
+    for part in parts:
+        settings |= choices.get(part, {})
+    if settings["allocation"] != "profile":
+        return settings, None
+    ahead = settings["prefetch"].get("max_experts", 1) if "prefetch" in parts else 0
+    curves = curves_of_profile(profile, threshold if "gating" in parts else 0.0, ahead)
+    return settings, [curve.tolist() for curve in curves]
+
+
+def _setup(family: str, parts: list[str], profile: ModelProfile, threshold: float, slots: int) -> CacheSetup:
+    settings, curves = _settings(family, parts, profile, threshold)
+    return CacheSetup.of(AdapMoEConfig.parse(settings), [slots], curves)
+
+
+def _compute_seconds(rounds: list[dict[str, Any]], steps: int) -> float:
+    """Of a step, without fetches; the one step of a batch's prompts counts as the others."""
+    return median([(one["seconds"] - one["cache"]["stall_seconds"]) / steps for one in rounds])
+
+
+def _timed_from(steps: list[Step], batches: int) -> int:
+    """First step of a trace after the batch that warms the cache."""
+    first = [number for number, step in enumerate(steps) if step.positions[0] == 0]
+    return first[len(first) - batches]
+
+
+def _foretold_speed(info: TraceInfo, steps: list[Step], setup: CacheSetup, machine: Machine, batches: int) -> float:
+    """Tokens per second of decoding, after the batch that warms the cache."""
+    seconds = replay(info, steps, setup, machine).step_seconds
+    decode = [n for n in range(_timed_from(steps, batches), len(steps)) if (steps[n].positions > 0).all()]
+    return sum(len(steps[n].positions) for n in decode) / sum(seconds[n] for n in decode)
+
+
+def _oracle_bytes(info: TraceInfo, steps: list[Step], slots: int) -> float:
+    """That Belady's cache would move per token, the warming included."""
+    loads = belady(info, steps, [slots])
+    return float(loads @ np.array(info.expert_bytes)) / sum(len(step.positions) for step in steps)
+
+
+def _point(
+    rounds: list[dict[str, Any]],
+    base: list[dict[str, Any]],
+    family_base: list[dict[str, Any]],
+    tokens: int,
+) -> dict[str, Any]:
+    return {
+        "decode_ratio": ratios(rounds, base, "decode_tokens_per_second"),
+        "ratio_to_own_base": ratios(rounds, family_base, "decode_tokens_per_second"),
+        "decode_tokens_per_second": spread([one["decode_tokens_per_second"] for one in rounds]),
+        "demand_loads_per_token": spread([one["cache"]["demand_loads"] / tokens for one in rounds]),
+        "fetched_bytes_per_token": spread([one["cache"]["fetched_bytes"] / tokens for one in rounds]),
+        "wasted_bytes_per_token": spread([one["cache"]["wasted_bytes"] / tokens for one in rounds]),
+        "stall_share": spread([one["cache"]["stall_seconds"] / one["seconds"] for one in rounds]),
+        "lookahead_share": spread([one["parts"]["lookahead"] / one["seconds"] for one in rounds]),
+    }
+
+
+def print_ablation(result: dict[str, Any], console: Console) -> None:
+    """The result as a table."""
+    table = Table(
+        title=f"{result['resident']:.0%} resident, {result['ratio']:g} layers to move an expert, batch "
+        f"{result['batch']}",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for column in ("policies", "with", "of LRU", "min .. max", "own base", "loads", "MiB", "sim."):
+        table.add_column(column, justify="left" if column in ("policies", "with") else "right", no_wrap=True)
+    for point in result["points"]:
+        ratio = point["decode_ratio"]
+        table.add_row(
+            point["family"],
+            "+".join(point["parts"]) or "base",
+            f"{ratio['median']:.2f}",
+            f"{ratio['min']:.2f} .. {ratio['max']:.2f}",
+            f"{point['ratio_to_own_base']['median']:.2f}",
+            f"{point['demand_loads_per_token']['median']:.2f}",
+            f"{point['fetched_bytes_per_token']['median'] / 2**20:.1f}",
+            f"{point['simulated_of_measured']:.2f}",
+        )
+    console.print(table)
+    oracle = result["belady_bytes_per_token"]
+    looking = max(point["lookahead_share"]["median"] for point in result["points"])
+    console.print(
+        f"loads, MiB: demand loads and MiB moved per token; Belady's cache without prefetch: "
+        f"{oracle['ungated'] / 2**20:.1f} MiB, gated by token {oracle['gated by token'] / 2**20:.1f}; sim.: tokens/s "
+        f"foretold by a replay, of measured; link {result['link_gbps']:.2f} GB/s; gating by token keeps "
+        f"{result['mean_experts']:.2f} experts; looking ahead takes up to {looking:.0%} of the time"
+    )
+    for name, loss in result["measured_loss_increase"].items():
+        console.print(f"loss, {name}: {loss['mean']:+.2%} ± {loss['stderr']:.2%} of {result['loss_tokens']} tokens")

@@ -1,0 +1,206 @@
+"""A Mixtral checkpoint as a GGUF file for llama.cpp: the same weights, unquantised, without a tokenizer."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from benchmarks.peer_packages import need
+from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.model_folder import read_model_config
+
+SOURCE = "adapmoe.source"
+"""Key of the GGUF file: hash of the checkpoint that it was made from."""
+PROJECTIONS = {"w1": "ffn_gate_exps", "w2": "ffn_down_exps", "w3": "ffn_up_exps"}
+OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+ATTENTION = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
+
+
+def permute_rotary(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of a q or k projection as llama.cpp's `llama` architecture wants them.
+
+    The checkpoint rotates a head's first half against its second half; llama.cpp rotates neighbours.
+
+    Args:
+        weight: `[heads * head_dim, hidden]`.
+        heads: query heads for q, key heads for k.
+    """
+    rows, hidden = weight.shape
+    return weight.reshape(heads, 2, rows // heads // 2, hidden).transpose(1, 2).reshape(rows, hidden)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of the GGUF file."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Outermost dimension first, as torch counts."""
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, "pt")
+    except (OSError, SafetensorError) as error:
+        raise AdapMoEError(f"{str(path)!r} cannot be read ({error}); make the checkpoint whole") from None
+
+
+class Checkpoint:
+    """The tensors of a folder of safetensors files, read when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        files = [_open(path) for path in sorted(folder.glob("*.safetensors"))]
+        self._file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a dict
+
+    def names(self) -> list[str]:
+        return sorted(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file_of[name].get_slice(name).get_shape())
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._file_of[name].get_tensor(name)
+
+
+def read_config(model: Path) -> dict[str, Any]:
+    """`config.json` of a Mixtral.
+
+    Raises:
+        AdapMoEError: of another architecture, or of a kind of Mixtral that is not exported.
+    """
+    config = read_model_config(model)
+    if config.get("model_type") != "mixtral":
+        raise AdapMoEError(
+            f"{model} has model_type {config.get('model_type')!r}; llama.cpp is compared on mixtral only"
+        )
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    for key, value, fine in (
+        ("rope_type", rope.get("rope_type", "default"), "default"),
+        ("sliding_window", config.get("sliding_window"), None),
+        ("dtype", config.get("dtype") or config.get("torch_dtype"), "bfloat16"),
+    ):
+        if value != fine:
+            raise AdapMoEError(f"{model} has {key} {value!r}; for llama.cpp only {fine!r} is exported")
+    return config
+
+
+def tensors_of(checkpoint: Checkpoint, config: dict[str, Any]) -> Iterator[Tensor]:
+    """Tensors of the GGUF file, each read when it is written; the experts of a layer are merged.
+
+    Norms and routers are float32, as llama.cpp wants them; everything else stays bfloat16.
+    """
+
+    def plain(source: str, name: str, dtype: torch.dtype) -> Tensor:
+        return Tensor(f"{name}.weight", checkpoint.shape(source), dtype, lambda: checkpoint.read(source))
+
+    def rotary(source: str, name: str, heads: int) -> Tensor:
+        read = lambda: permute_rotary(checkpoint.read(source), heads)  # noqa: E731
+        return Tensor(f"{name}.weight", checkpoint.shape(source), torch.bfloat16, read)
+
+    def merged(sources: list[str], name: str) -> Tensor:
+        shape = (len(sources), *checkpoint.shape(sources[0]))
+        return Tensor(
+            f"{name}.weight", shape, torch.bfloat16, lambda: torch.stack([checkpoint.read(one) for one in sources])
+        )
+
+    present = set(checkpoint.names())
+    for source, name in OUTSIDE.items():
+        if f"{source}.weight" in present:  # without lm_head the embedding serves
+            yield plain(f"{source}.weight", name, torch.float32 if name.endswith("norm") else torch.bfloat16)
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    for layer in range(config["num_hidden_layers"]):
+        source, block = f"model.layers.{layer}", f"blk.{layer}"
+        for key, name in NORMS.items():
+            yield plain(f"{source}.{key}.weight", f"{block}.{name}", torch.float32)
+        for key, name in ATTENTION.items():
+            weight = f"{source}.self_attn.{key}.weight"
+            if key in heads:
+                yield rotary(weight, f"{block}.{name}", heads[key])
+            else:
+                yield plain(weight, f"{block}.{name}", torch.bfloat16)
+        moe = f"{source}.block_sparse_moe"
+        yield plain(f"{moe}.gate.weight", f"{block}.ffn_gate_inp", torch.float32)
+        for key, name in PROJECTIONS.items():
+            experts = range(config["num_local_experts"])
+            yield merged([f"{moe}.experts.{expert}.{key}.weight" for expert in experts], f"{block}.{name}")
+
+
+def export(model: Path, path: Path, source: str) -> None:
+    """Writes the GGUF file of a checkpoint, whole or not at all; never more than one tensor of it in memory.
+
+    Args:
+        model: folder of a Mixtral checkpoint in bfloat16.
+        path: of the file.
+        source: hash of the checkpoint, to know the file by (`exported_from`).
+
+    Raises:
+        AdapMoEError: another architecture; package gguf is missing.
+    """
+    config = read_config(model)
+    gguf = need("gguf")
+    checkpoint = Checkpoint(model)
+    if missing := [name for name in checkpoint.names() if not _known(name)]:
+        raise AdapMoEError(
+            f"{model} has a tensor {missing[0]!r} that the GGUF file has no place for; use another model"
+        )
+    temporary = path.with_name(path.name + ".tmp")
+    writer = gguf.GGUFWriter(temporary, "llama")
+    _describe(writer, config, source)
+    tensors = list(tensors_of(checkpoint, config))
+    types = {torch.float32: gguf.GGMLQuantizationType.F32, torch.bfloat16: gguf.GGMLQuantizationType.BF16}
+    for one in tensors:
+        nbytes = int(np.prod(one.shape)) * one.dtype.itemsize
+        writer.add_tensor_info(one.name, one.shape, np.dtype(np.uint16), nbytes, types[one.dtype])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for one in tqdm(tensors, desc="Writing GGUF", unit="tensor", leave=False):
+        data = one.read().to(one.dtype).contiguous()
+        writer.write_tensor_data(data.view(torch.uint16 if one.dtype == torch.bfloat16 else torch.uint32).numpy())
+    writer.close()
+    temporary.replace(path)
+
+
+def exported_from(path: Path) -> str | None:
+    """Hash of the checkpoint that a GGUF file was made from; None: no such file, or of someone else's making."""
+    with suppress(OSError, ValueError):
+        field = need("gguf").GGUFReader(path).get_field(SOURCE)
+        return None if field is None else str(field.contents())
+    return None
+
+
+def _known(name: str) -> bool:
+    layer = r"model\.layers\.\d+\."
+    inside = rf"({'|'.join(NORMS)}|self_attn\.({'|'.join(ATTENTION)})|block_sparse_moe\.(gate|experts\.\d+\.w[123]))"
+    return re.fullmatch(rf"({'|'.join(OUTSIDE)}|{layer}{inside})\.weight", name) is not None
+
+
+def _describe(writer: Any, config: dict[str, Any], source: str) -> None:
+    rope = config.get("rope_parameters") or {}
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    writer.add_string(SOURCE, source)
+    writer.add_tokenizer_model("none")  # token ids go in and come out
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(rope.get("rope_theta") or config.get("rope_theta", 1e6))
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_expert_count(config["num_local_experts"])
+    writer.add_expert_used_count(config["num_experts_per_tok"])

@@ -1,0 +1,63 @@
+"""`python -m benchmarks.gpu_check -o FILE`: checks the device path, prints a table and writes JSON."""
+
+import argparse
+import secrets
+import sys
+from pathlib import Path
+
+NAME = "gpu-check"
+OLDEST_PYTHON = (3, 11)
+LAST_SECOND = 475
+"""A device path that hangs must not hang the check."""
+
+
+def main() -> int:
+    """Exit status: 0, 1 if correctness failed, 2 if nothing could be run."""
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}", description=__doc__)
+    parser.add_argument("-o", "--output", type=Path, required=True, help="file of the result, JSON")
+    parser.add_argument("--seed", type=int, help="of what is drawn; drawn anew unless given, and written down")
+    options = parser.parse_args()
+    problem = _problem()
+    if problem is not None:
+        print(f"{NAME}: {problem}; nothing was run", file=sys.stderr)
+        return 2
+    seed = secrets.randbelow(2**31) if options.seed is None else options.seed
+    return run(options.output, seed)
+
+
+def _problem() -> str | None:
+    """Why nothing can be run."""
+    if sys.version_info < OLDEST_PYTHON:
+        return f"Python {sys.version.split()[0]} is too old, 3.11 it must be (GPU_PYTHON=...)"
+    try:
+        import torch
+    except ImportError:
+        return f"no torch in {sys.executable} (GPU_PYTHON=...)"
+    if not torch.cuda.is_available():
+        return f"no CUDA device found by torch {torch.__version__}"
+    return None
+
+
+def run(output: Path, seed: int) -> int:
+    """The check on the CUDA device, at the shapes of real models; returns the exit status."""
+    import torch
+    import triton
+
+    from benchmarks.gpu_check.check import run_check
+    from benchmarks.gpu_check.device import Device
+    from benchmarks.gpu_check.report import Result
+    from benchmarks.gpu_check.shapes import MIXTRAL, QWEN3
+
+    device = Device("cuda")
+    described = device.describe() | {"triton": triton.__version__}
+    title = f"{described['name']}, torch {torch.__version__}, Triton {triton.__version__}, seed {seed}"
+    command = f"python -m {__package__} {' '.join(sys.argv[1:])}"
+    result = Result(output, title, {"command": command, "device": described}, seed)
+    with result.ended_after(LAST_SECOND):
+        for part in run_check(device, (MIXTRAL, QWEN3), torch.bfloat16, seed):
+            result.add(part)
+    return result.end()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

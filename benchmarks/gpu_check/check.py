@@ -1,0 +1,93 @@
+"""The whole check: its sections one after the other, and what they came to."""
+
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from benchmarks.gpu_check.copies import SECTION as COPIES
+from benchmarks.gpu_check.copies import check_copies
+from benchmarks.gpu_check.decode import SECTION as DECODE
+from benchmarks.gpu_check.decode import TOKENS, WARM, Limits, check_decode
+from benchmarks.gpu_check.device import Device
+from benchmarks.gpu_check.engines import check_engines, fitting, obstacle
+from benchmarks.gpu_check.in_place_rows import check_in_place
+from benchmarks.gpu_check.kernel_rows import BATCHES, check_kernel
+from benchmarks.gpu_check.report import CORRECTNESS, ENGINES, SKIPPED, Row, attempt
+from benchmarks.gpu_check.shapes import Shape
+from benchmarks.gpu_check.slot_rows import check_refills, check_slots, check_waves
+from benchmarks.gpu_check.tokens import check_tokens, plan_for
+from benchmarks.gpu_check.vllm_kernel_rows import WHAT, check_vllm_kernels
+from vllm_adapmoe.store.host_memory import host_memory
+
+SECONDS = 460
+"""In all; what has not begun by then is not run."""
+TOKENS_SECONDS = 240
+"""By when engines whose tokens are compared have answered: what is right comes before what is fast."""
+DECODE_SECONDS = (300, 330)
+"""By when decoding of the first model, and of the second, begins no further variant."""
+MOST_HOST_BYTES = 24 << 30
+"""Page-locking is slow."""
+SPARE_DEVICE_BYTES = 4 << 30
+"""For anything but slots."""
+
+
+def run_check(
+    device: Device,
+    shapes: Sequence[Shape],
+    dtype: torch.dtype,
+    seed: int,
+    batches: tuple[int, ...] = BATCHES,
+    warm: int = WARM,
+    tokens: int = TOKENS,
+) -> Iterator[list[Row]]:
+    """Rows of one part of the check after the other.
+
+    Args:
+        device: that is checked.
+        shapes: of models; the last one is also that of the engines.
+        dtype: of weights.
+        seed: of everything that is drawn.
+        batches: tokens of the kernel's calls.
+        warm: decoded tokens that are not counted.
+        tokens: that are.
+    """
+    start = time.monotonic()
+    for shape in shapes:
+        common = shape, device, dtype, seed
+        yield attempt(CORRECTNESS, f"{shape.name}: kernel", lambda: check_kernel(*common, batches))  # noqa: B023
+        yield attempt(CORRECTNESS, f"{shape.name}: slots", lambda: check_slots(*common))  # noqa: B023
+        yield attempt(CORRECTNESS, f"{shape.name}: waves", lambda: check_waves(*common))  # noqa: B023
+        yield attempt(CORRECTNESS, f"{shape.name}: refills", lambda: check_refills(*common))  # noqa: B023
+        yield attempt(CORRECTNESS, f"{shape.name}: in place", lambda: check_in_place(*common))  # noqa: B023
+    without = Row(ENGINES, "adapmoe in vLLM", "no CUDA device", "", SKIPPED) if not device.cuda else obstacle()
+    if without is not None:
+        yield [without]
+    else:
+        device.give_back()  # the engines are other processes
+        ends = start + TOKENS_SECONDS
+        yield attempt(CORRECTNESS, WHAT, lambda: check_vllm_kernels(seed, ends))
+        yield attempt(CORRECTNESS, "tokens", lambda: check_tokens(device, seed, ends, plan_for(device)))
+    for shape in shapes:
+        yield attempt(COPIES, shape.name, lambda: check_copies(shape, device, dtype, seed))  # noqa: B023
+    for seconds, shape in zip(DECODE_SECONDS, shapes, strict=False):
+        ends = start + seconds
+        yield attempt(
+            DECODE, shape.name,
+            lambda: check_decode(shape, device, dtype, seed, _limits(device, ends), warm, tokens),  # noqa: B023
+        )  # fmt: skip
+    if without is None:
+        device.give_back()
+        try:
+            reduced = fitting(shapes[-1], device.free_bytes(), host_memory().available)
+        except MemoryError as error:
+            yield [Row(ENGINES, "speed of engines", str(error), "", SKIPPED)]
+        else:
+            yield attempt(ENGINES, "speed of engines", lambda: check_engines(reduced, start + SECONDS))
+
+
+def _limits(device: Device, ends: float) -> Limits:
+    host = min(MOST_HOST_BYTES, host_memory().available // 2)
+    if not device.cuda:  # slots are host memory too
+        return Limits(host // 2, host // 2, ends)
+    return Limits(host, max(0, device.free_bytes() - SPARE_DEVICE_BYTES), ends)

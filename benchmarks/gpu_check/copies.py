@@ -1,0 +1,140 @@
+"""How fast the cache's copies are, against one plain copy, and whether they run beside kernels."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from benchmarks.gpu_check.device import Device
+from benchmarks.gpu_check.kernel_rows import draw
+from benchmarks.gpu_check.records import PinnedRecords, expert
+from benchmarks.gpu_check.report import Row, verdict
+from benchmarks.gpu_check.shapes import Shape
+from benchmarks.gpu_check.slot_rows import open_cache, slot_addresses
+from vllm_adapmoe.cache.manager import ExpertCacheManager
+from vllm_adapmoe.device.experts_by_address import experts_by_address
+from vllm_adapmoe.policy.controller import CacheSetup
+from vllm_adapmoe.results import spread
+
+SECTION = "copies"
+ROUNDS = 5
+TARGET = 0.95
+"""Of the plain copy's bandwidth."""
+PLAIN_BYTES = 4 << 30
+"""Of a plain copy, at most."""
+LAYERS = 3
+"""Of the model that is copied; two of them have slots, so that every request misses."""
+
+
+def pinned_model(shape: Shape, dtype: torch.dtype, device: Device, records: int, seed: int) -> PinnedRecords:
+    """Page-locked records of random weights for all experts of a model."""
+    store = PinnedRecords(shape.layout(dtype), shape.layers, shape.experts, records, device)
+    weights = expert(shape, dtype, device, seed, (0, 0))  # one for all: a copy engine does not look
+    for index in range(records):
+        store.put(index, weights)
+    return store
+
+
+def plain_copy(store: PinnedRecords, device: Device) -> Callable[[], float]:
+    """One plain copy of the store's memory, up to `PLAIN_BYTES`: gives its bytes per second, each time anew."""
+    source = store.memory[:PLAIN_BYTES]
+    destination = torch.empty_like(source, device=device.torch)
+    return lambda: len(source) / device.seconds(lambda: destination.copy_(source, non_blocking=True))
+
+
+def check_copies(shape: Shape, device: Device, dtype: torch.dtype, seed: int, rounds: int = ROUNDS) -> Iterator[Row]:
+    """Bandwidth of requests of one, `top_k` and all experts at a time, then overlap."""
+    shape = shape.with_layers(LAYERS)
+    records = min(max(1, PLAIN_BYTES // shape.layout(dtype).nbytes), LAYERS * shape.experts)
+    store = pinned_model(shape, dtype, device, records, seed)
+    plain = plain_copy(store, device)
+    cache = open_cache(store, shape, CacheSetup([2 * shape.experts]), device)
+    sizes = sorted({1, shape.top_k, shape.experts})
+    try:
+        found: dict[int, list[float]] = {size: [] for size in sizes}
+        bandwidths = []
+        fetch_all(cache, shape, shape.experts)
+        plain()
+        for number in range(rounds):
+            bandwidths.append(plain())
+            for size in sizes[number % len(sizes) :] + sizes[: number % len(sizes)]:
+                before = cache.stats.fetched_bytes
+                seconds = device.seconds(lambda: fetch_all(cache, shape, size))  # noqa: B023 - called at once
+                found[size].append((cache.stats.fetched_bytes - before) / seconds)
+        speed = spread([one / 1e9 for one in bandwidths])
+        details = {"plain_gbps": speed, "plain_bytes": len(store.memory), "record_bytes": store.layouts[0].nbytes}
+        yield Row(SECTION, "plain page-locked copy", f"{speed['median']:.2f} GB/s", details=details)
+        for size, ones in found.items():
+            ratio = spread([one / base for one, base in zip(ones, bandwidths, strict=True)])
+            yield Row(
+                SECTION, f"{shape.name}: requests of {size} of {shape.experts} experts, of the plain copy",
+                f"{ratio['median']:.3f} ({ratio['min']:.3f} .. {ratio['max']:.3f})", f">= {TARGET}",
+                verdict(ratio["median"] >= TARGET), {"ratio": ratio, "gbps": spread([one / 1e9 for one in ones])},
+            )  # fmt: skip
+        yield _overlap(cache, shape, device, dtype, seed, rounds)
+    finally:
+        cache.close()
+
+
+def fetch_all(cache: ExpertCacheManager, shape: Shape, together: int) -> None:
+    """Asks for every expert once, so many at a time."""
+    for layer in range(shape.layers):
+        for start in range(0, shape.experts, together):
+            experts = list(range(start, min(start + together, shape.experts)))
+            cache.acquire(layer, experts)
+            cache.release(layer, experts)
+
+
+def _overlap(
+    cache: ExpertCacheManager, shape: Shape, device: Device, dtype: torch.dtype, seed: int, rounds: int
+) -> Row:
+    """Kernels on one layer's experts, and one request for all of another's, alone and together."""
+    x, weights, ids = draw(shape, 1, dtype, device, seed, dropped=0.0)
+    everyone = list(range(shape.experts))
+    cache.acquire(0, everyone)
+    table = slot_addresses(cache, 0, device)
+
+    def kernels(count: int) -> None:
+        for _ in range(count):
+            experts_by_address(x, weights, ids, *table, shape.inner)
+
+    def fetch(layer: int) -> Callable[[], object]:
+        return lambda: cache.acquire(layer, everyone)
+
+    def both(layer: int, busy: Callable[[], object]) -> None:
+        busy()
+        cache.acquire(layer, everyone)
+
+    kernels(1)
+    layers = [1, 2]  # each in turn makes the other leave
+
+    def other_layer() -> int:
+        layers.reverse()
+        return layers[0]
+
+    def timed(action: Callable[[], object], layer: int) -> float:
+        seconds = device.seconds(action)
+        cache.release(layer, everyone)
+        return seconds
+
+    layer = other_layer()
+    timed(fetch(layer), layer)
+    layer = other_layer()
+    copy = timed(fetch(layer), layer)
+    count = max(1, round(copy / (device.seconds(lambda: kernels(16)) / 16)))
+    busy = device.capture(lambda: kernels(count))  # launched at once, so that the copy need not wait for the host
+    shares, times = [], []
+    for _ in range(rounds):
+        compute = device.seconds(busy)
+        layer = other_layer()
+        copy = timed(fetch(layer), layer)
+        layer = other_layer()
+        together = timed(lambda: both(layer, busy), layer)  # noqa: B023 - called at once
+        times.append({"compute": compute, "copy": copy, "both": together})
+        shares.append((compute + copy - together) / min(compute, copy))
+    cache.release(0, everyone)
+    share = spread(shares)
+    return Row(
+        SECTION, f"{shape.name}: kernels beside a request of {shape.experts} experts, share of the shorter hidden",
+        f"{share['median']:.2f} ({share['min']:.2f} .. {share['max']:.2f})",
+        details={"hidden": share, "seconds": times, "kernel_calls": count},
+    )  # fmt: skip

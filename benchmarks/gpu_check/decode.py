@@ -1,0 +1,193 @@
+"""Decode of a full-size model, in milliseconds per token: what each part of the plugin brings, against the floor."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+import torch
+
+from benchmarks.gpu_check.copies import fetch_all, pinned_model, plain_copy
+from benchmarks.gpu_check.decoding import InPlace, Inputs, OnDemand
+from benchmarks.gpu_check.device import Device
+from benchmarks.gpu_check.report import NOT_RUN, Row, verdict
+from benchmarks.gpu_check.routing import curves, draw_tokens
+from benchmarks.gpu_check.shapes import Shape
+from benchmarks.gpu_check.slot_rows import cache_shape, open_cache
+from vllm_adapmoe.cache.manager import ExpertCacheManager
+from vllm_adapmoe.device.decode_timing import time_decode
+from vllm_adapmoe.device.in_place import InPlaceDecode
+from vllm_adapmoe.policy.controller import CacheController, CacheSetup
+
+SECTION = "decode"
+FRACTIONS = (0.5, 0.75, 0.25)
+"""In the order of interest, should time run out."""
+MOST_OF_FLOOR, JUDGED_AT = 1.25, 0.5
+"""Of all parts together, and of reading in place."""
+WARM, TOKENS = 3, 20
+PLAIN_COPIES = 3
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a machine lends to the check."""
+
+    host_bytes: int
+    """To page-lock."""
+    device_bytes: int
+    """For slots."""
+    ends: float = float("inf")
+    """When no further variant is begun, of `time.monotonic`."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Of decoding on demand; each adds a part to the one before."""
+
+    name: str
+    gating: bool = False
+    prefetch: bool = False
+    allocation: bool = False
+
+    def setup(self, shape: Shape, slots: int) -> CacheSetup:
+        """As the paper has it: LRU, the next layer's foretold experts, shares of layers by expected loads."""
+        ahead = shape.top_k if self.prefetch else 0
+        shares = curves(shape, self.gating, ahead) if self.allocation else None
+        allocation = "profile" if self.allocation else "pool"
+        return CacheSetup([slots], "lru", allocation, shares, lookahead=int(self.prefetch), max_experts=ahead)
+
+
+BASE = (Variant("on demand, LRU"),)
+PUBLISHED = (
+    *BASE,
+    Variant("+ gating", gating=True),
+    Variant("+ prefetch", gating=True, prefetch=True),
+    Variant("+ allocation", gating=True, prefetch=True, allocation=True),
+)
+"""Where statistics of gating and prefetch are published."""
+
+
+def check_decode(
+    shape: Shape, device: Device, dtype: torch.dtype, seed: int, limits: Limits, warm: int = WARM, tokens: int = TOKENS
+) -> Iterator[Row]:
+    """Every variant at 25, 50 and 75 % of the experts resident, as far as time goes.
+
+    The floor is the greater of two times: of the same kernels with every expert resident, in a graph, and of the
+    variant's bytes, those that it read in place among them, at the bandwidth of a plain copy.
+    """
+    if not device.reads_host():
+        raise RuntimeError("this device cannot use the host's addresses of page-locked memory")
+    nbytes = shape.layout(dtype).nbytes
+    whole = shape.layers
+    fits = int(limits.device_bytes // nbytes // (max(FRACTIONS) * shape.experts))
+    shape = shape.with_layers(min(whole, fits))
+    records = min(shape.layers * shape.experts, limits.host_bytes // nbytes)
+    if shape.layers < 1 or records < 1:
+        raise MemoryError(f"no room for one layer of {shape.name} and one record")
+    store = pinned_model(shape, dtype, device, records, seed)
+    copy = plain_copy(store, device)
+    bandwidth = median([copy() for _ in range(PLAIN_COPIES)])
+    del copy  # and its destination
+    every = draw_tokens(shape, warm + tokens, seed)
+    inputs = {gated: Inputs(shape, every, gated, dtype, device) for gated in (False, True)}
+    cache = open_cache(store, shape, CacheSetup([_slots(shape, max(FRACTIONS))]), device)
+    setting = {
+        "layers": shape.layers, "layers_of_the_model": whole, "host_records": records, "record_bytes": nbytes,
+        "plain_gbps": bandwidth / 1e9, "warm": warm, "tokens": tokens, "seed": seed,
+    }  # fmt: skip
+    yield Row(
+        SECTION, f"{shape.name}: {shape.layers} of {whole} layers, {shape.layers * shape.experts} experts",
+        f"of {nbytes / 2**20:.0f} MiB, sharing {records} host records", details=setting,
+    )  # fmt: skip
+    try:
+        fetch_all(cache, shape, shape.top_k)  # kernels read weights, not what was in the memory before
+        gated = (False, True) if shape.single is not None else (False,)
+        floors = {}
+        for one in gated:
+            everywhere = InPlace(cache, shape, inputs[one], device)
+            everywhere.step_resident(0)
+            floors[one] = median(_timed(everywhere.step_resident, device, 0, tokens))
+            what = f"{shape.name}: every expert resident{', gated' if one else ''}"
+            yield Row(SECTION, what, f"{floors[one] * 1e3:.2f} ms", details={"seconds": floors[one]})
+        yield from _by_hit_rate(cache, shape, dtype, device)
+
+        def measure(what: str, variant: Variant, fraction: float, in_place: bool) -> Row:
+            name = f"{shape.name}, {fraction:.0%}: {what}"
+            if time.monotonic() > limits.ends:
+                return Row(SECTION, name, "out of time", "", NOT_RUN)
+            setup = variant.setup(shape, _slots(shape, fraction))
+            cache.restart(CacheController(cache_shape(shape, nbytes), setup), None)
+            way = InPlace if in_place else OnDemand
+            step = way(cache, shape, inputs[variant.gating], device).step
+            _fill(cache, shape, fraction, seed)
+            for number in range(warm):
+                step(number)
+            before = _stats(cache)
+            seconds = _timed(step, device, warm, tokens)
+            after = _stats(cache)
+            stats = {key: (after[key] - before[key]) / tokens for key in after}
+            moved = stats["fetched_bytes"] + stats["in_place"] * nbytes
+            floor = max(floors[variant.gating], moved / bandwidth)
+            middle = median(seconds)
+            judged = fraction == JUDGED_AT and (in_place or variant is PUBLISHED[-1])
+            figure = f"{middle * 1e3:.2f} ms, {middle / floor:.2f} of the floor of {floor * 1e3:.2f} ms"
+            details = {"seconds": seconds, "floor_seconds": floor, "slots": setup.slots[0], "per_token": stats}
+            target = f"<= {MOST_OF_FLOOR} of the floor" if judged else ""
+            return Row(
+                SECTION, name, figure, target, verdict(middle <= MOST_OF_FLOOR * floor) if judged else "", details
+            )
+
+        for fraction in FRACTIONS:
+            for variant in PUBLISHED if shape.single is not None else BASE:
+                yield measure(variant.name, variant, fraction, in_place=False)
+            for one in gated:
+                yield measure(f"in place{', gated' if one else ''}", Variant("in place", gating=one), fraction, True)
+    finally:
+        cache.close()
+
+
+def _by_hit_rate(cache: ExpertCacheManager, shape: Shape, dtype: torch.dtype, device: Device) -> Iterator[Row]:
+    """One layer and token both ways, as `decode: auto` measures it."""
+    times = time_decode(cache, InPlaceDecode(cache, shape.top_k, device.torch), shape.top_k, dtype)
+    for misses, fetch, read in zip(times.misses, times.fetch, times.in_place, strict=True):
+        hits = 1 - misses / shape.top_k
+        figure = f"{read * 1e3:.3f} ms in place, {fetch * 1e3:.3f} ms fetched first"
+        details = {"fetch_seconds": fetch, "in_place_seconds": read}
+        yield Row(SECTION, f"{shape.name}: one layer, hit rate {hits:.0%}", figure, details=details)
+
+
+def _slots(shape: Shape, fraction: float) -> int:
+    return max(shape.top_k + 1, round(fraction * shape.layers * shape.experts))
+
+
+def _fill(cache: ExpertCacheManager, shape: Shape, fraction: float, seed: int) -> None:
+    """The share of each layer's experts that the slots are for, drawn at random: no way has to begin empty."""
+    order = np.random.default_rng(seed).random((shape.layers, shape.experts)).argsort(1)
+    for layer in range(shape.layers):
+        chosen = order[layer, : round(fraction * shape.experts)].tolist()
+        for start in range(0, len(chosen), shape.top_k):
+            experts = sorted(chosen[start : start + shape.top_k])
+            cache.acquire(layer, experts)
+            cache.release(layer, experts)
+
+
+def _timed(step: Callable[[int], object], device: Device, first: int, count: int) -> list[float]:
+    """Seconds of each token; the host waits for a token's end, as it does to sample."""
+    seconds = []
+    device.synchronize()
+    for number in range(first, first + count):
+        start = time.perf_counter()
+        step(number)
+        device.finish()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def _stats(cache: ExpertCacheManager) -> dict[str, float]:
+    stats = cache.stats
+    names = (
+        "hits", "misses", "late", "prefetches", "prefetch_hits", "in_place", "caught_up", "fetched_bytes",
+        "wasted_bytes", "stall_seconds",
+    )  # fmt: skip
+    return {name: getattr(stats, name) for name in names}

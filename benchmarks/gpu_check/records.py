@@ -1,0 +1,86 @@
+"""Experts whose values are known, and a store of few page-locked records for many experts."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from benchmarks.gpu_check.device import Device
+from benchmarks.gpu_check.shapes import Shape
+from vllm_adapmoe.device.in_place import DOWN, GATE_UP
+from vllm_adapmoe.experts import ExpertKey
+from vllm_adapmoe.store.page_lock import page_lock_refusal, page_unlock
+from vllm_adapmoe.store.record import RecordLayout, aligned_empty
+
+
+def expert(shape: Shape, dtype: torch.dtype, device: Device, seed: int, key: ExpertKey) -> dict[str, torch.Tensor]:
+    """The weights of an expert, on the device; the same each time."""
+    generator = torch.Generator(device.torch).manual_seed(seed + key[0] * shape.experts + key[1])
+    return {
+        piece.name: (torch.randn(piece.shape, generator=generator, device=device.torch) / piece.shape[-1] ** 0.5).to(
+            dtype
+        )
+        for piece in shape.layout(dtype).pieces
+    }
+
+
+def pieces_of(layout: RecordLayout, record: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The pieces of a record, uint8 `[record bytes]`: views."""
+    return {
+        piece.name: record[piece.offset : piece.offset + piece.nbytes].view(piece.dtype).view(piece.shape)
+        for piece in layout.pieces
+    }
+
+
+def addresses(places: Sequence[dict[str, torch.Tensor]], device: Device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Table of the kernel, two times int64 `[experts]` on the device: where each expert's pieces are."""
+    gate_up, down = ([place[name].data_ptr() for place in places] for name in (GATE_UP, DOWN))
+    return torch.tensor(gate_up, device=device.torch), torch.tensor(down, device=device.torch)
+
+
+class PinnedRecords:
+    """An `ExpertStore` of `records` page-locked records; where there are fewer than experts, experts share them.
+
+    A model bigger than the host's memory can be copied from it: the bytes that move are real, their values repeat.
+
+    Raises:
+        MemoryError: the memory cannot be page-locked.
+    """
+
+    def __init__(self, layout: RecordLayout, layers: int, experts: int, records: int, device: Device) -> None:
+        self.layouts = [layout] * layers
+        self.experts = experts
+        self.memory = aligned_empty(records * layout.nbytes)
+        """All records, one after the other."""
+        self.records = self.memory.view(records, layout.nbytes)
+        self._locked = device.cuda
+        if device.cuda and (refusal := page_lock_refusal(self.memory)) is not None:
+            self._locked = False
+            raise MemoryError(f"{len(self.memory)} bytes of host memory cannot be page-locked: {refusal}")
+
+    def put(self, index: int, weights: dict[str, torch.Tensor]) -> None:
+        """Fills a record."""
+        for name, piece in pieces_of(self.layouts[0], self.records[index]).items():
+            piece.copy_(weights[name])
+
+    def page_locked(self, key: ExpertKey) -> torch.Tensor:
+        """The record of an expert, uint8 `[record bytes]`."""
+        return self.records[(key[0] * self.experts + key[1]) % len(self.records)]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layouts)
+
+    def num_experts(self, layer: int) -> int:
+        return self.experts
+
+    def read(self, key: ExpertKey, into: Sequence[torch.Tensor]) -> None:
+        for _ in self.read_tiles(key, into, self.layouts[0].nbytes):
+            pass
+
+    def read_tiles(self, key: ExpertKey, into: Sequence[torch.Tensor], tile_bytes: int) -> Iterator[int]:
+        return self.layouts[key[0]].read_tiles(self.page_locked(key), into, tile_bytes)
+
+    def close(self) -> None:
+        if self._locked:
+            page_unlock(self.memory)
+            self._locked = False

@@ -1,0 +1,168 @@
+"""The expert cache with real transfers: what is in its slots, steps in waves, and slots that are still being read."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from benchmarks.gpu_check.device import Device
+from benchmarks.gpu_check.kernel_rows import difference, draw, tolerance
+from benchmarks.gpu_check.records import addresses, expert
+from benchmarks.gpu_check.report import CORRECTNESS, NOT_RUN, Row, verdict
+from benchmarks.gpu_check.shapes import Shape
+from vllm_adapmoe.cache.manager import ExpertCacheManager
+from vllm_adapmoe.device.experts_by_address import experts_by_address
+from vllm_adapmoe.device.in_place import DOWN, GATE_UP
+from vllm_adapmoe.experts import CacheShape
+from vllm_adapmoe.policy.controller import CacheController, CacheSetup
+from vllm_adapmoe.policy.prediction import Foretold
+from vllm_adapmoe.policy.residency import waves
+from vllm_adapmoe.store.base import ExpertStore
+from vllm_adapmoe.store.host import HostStore
+
+EVENTS = 24
+WAVE_TOKENS = 16
+REFILLS = 4
+
+
+def cache_shape(shape: Shape, record_bytes: int) -> CacheShape:
+    """The model's side of a cache with one pool."""
+    layers = shape.layers
+    return CacheShape([shape.experts] * layers, shape.top_k, [0] * layers, [record_bytes] * layers)
+
+
+def host_store(shape: Shape, device: Device, dtype: torch.dtype, seed: int) -> HostStore:
+    """The shipped store, filled with experts whose values are known."""
+    store = HostStore(device.torch)
+    for layer in range(shape.layers):
+        pieces: dict[str, torch.Tensor] = {}
+        for one in range(shape.experts):
+            for name, piece in expert(shape, dtype, device, seed, (layer, one)).items():
+                pieces.setdefault(name, torch.empty(shape.experts, *piece.shape, dtype=dtype))[one].copy_(piece)
+        store.put_layer(layer, pieces)
+    return store.seal()
+
+
+def open_cache(store: ExpertStore, shape: Shape, setup: CacheSetup, device: Device) -> ExpertCacheManager:
+    """The shipped cache."""
+    return ExpertCacheManager(store, CacheController(cache_shape(shape, store.layouts[0].nbytes), setup), device.torch)
+
+
+def slot_addresses(cache: ExpertCacheManager, layer: int, device: Device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Table of the kernel by the layer's slot map; an absent expert has no address that may be used."""
+    tensors, slots = cache.pool(layer).tensors, cache.slot_maps[layer].to(device.torch).long()
+    gate_up, down = (tensors[name].data_ptr() + slots * tensors[name][0].nbytes for name in (GATE_UP, DOWN))
+    return gate_up, down
+
+
+def check_slots(shape: Shape, device: Device, dtype: torch.dtype, seed: int) -> Iterator[Row]:
+    """Random events with speculation beside them: after each, and at the end, slots hold what the store was given."""
+    shape = shape.with_layers(2)
+    store = host_store(shape, device, dtype, seed)
+    setup = CacheSetup([shape.experts + max(2, shape.experts // 4)], "lru", lookahead=1, max_experts=shape.top_k)
+    cache = open_cache(store, shape, setup, device)
+    chance = random.Random(seed)
+    compared = differing = 0
+
+    def ahead(layer: int, ids: list[int]) -> None:
+        said = np.array([chance.sample(range(shape.experts), shape.top_k)])
+        kept = np.ones_like(said, dtype=bool)
+        routing = np.array([ids[: shape.top_k]])
+        cache.look_ahead(layer, (routing, np.ones_like(routing, dtype=bool)), lambda _: Foretold(said, kept))
+
+    def compare(layer: int, experts: list[int]) -> None:
+        nonlocal compared, differing
+        pool, slot_map = cache.pool(layer), cache.slot_maps[layer].tolist()
+        for one in experts:
+            expected = expert(shape, dtype, device, seed, (layer, one))
+            slot = slot_map[one]
+            same = slot >= 0 and all(_same_bits(pool.tensors[name][slot], piece) for name, piece in expected.items())
+            compared, differing = compared + 1, differing + (not same)
+
+    try:
+        for event in range(EVENTS):
+            layer = event % shape.layers
+            experts = sorted(chance.sample(range(shape.experts), chance.randint(1, min(shape.experts, 64))))
+            cache.acquire(layer, experts, meanwhile=lambda: ahead(layer, experts))  # noqa: B023 - called at once
+            compare(layer, experts)
+            cache.release(layer, experts)
+        for layer in range(shape.layers):
+            compare(layer, (cache.slot_maps[layer] >= 0).nonzero().view(-1).tolist())
+        stats = cache.stats
+        details = {
+            "seed": seed, "events": EVENTS, "slots": setup.slots[0], "hits": stats.hits, "misses": stats.misses,
+            "prefetches": stats.prefetches,
+        }  # fmt: skip
+    finally:
+        cache.close()
+    yield Row(
+        CORRECTNESS, f"{shape.name}: slots hold the store's bytes after random requests",
+        f"{differing} of {compared} differ", "0", verdict(differing == 0 and compared > 0), details,
+    )  # fmt: skip
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def check_waves(shape: Shape, device: Device, dtype: torch.dtype, seed: int) -> Iterator[Row]:
+    """A step that wants more experts than there are slots, against one kernel on all of them."""
+    shape = shape.with_layers(1)
+    store = host_store(shape, device, dtype, seed)
+    x, weights, ids = draw(shape, WAVE_TOKENS, dtype, device, seed)
+    experts = sorted(set(ids.view(-1).tolist()) - {-1})
+    cache = open_cache(store, shape, CacheSetup([max(1, len(experts) // 3)]), device)
+    total = torch.zeros(x.shape, dtype=torch.float32, device=device.torch)
+    groups = waves(experts, cache.capacity(0))
+    try:
+        for group in groups:
+            cache.acquire(0, group, experts)
+            here = torch.isin(ids, torch.tensor(group, dtype=ids.dtype, device=device.torch))
+            total += experts_by_address(
+                x, weights, torch.where(here, ids, -1), *slot_addresses(cache, 0, device), shape.inner
+            ).float()
+            cache.release(0, group)
+    finally:
+        cache.close()
+    resident = [expert(shape, dtype, device, seed, (0, one)) for one in range(shape.experts)]
+    error = difference(total, experts_by_address(x, weights, ids, *addresses(resident, device), shape.inner))
+    limit = tolerance(dtype)
+    yield Row(
+        CORRECTNESS, f"{shape.name}: {len(experts)} experts in {len(groups)} waves, difference to all resident",
+        f"{error:.2e}", f"<= {limit:.2e}", verdict(error <= limit and len(groups) > 1),
+        {"seed": seed, "slots": cache.num_slots},
+    )  # fmt: skip
+
+
+def check_refills(shape: Shape, device: Device, dtype: torch.dtype, seed: int) -> Iterator[Row]:
+    """A kernel that has yet to run reads the only slot, whose expert leaves for another meanwhile."""
+    shape = replace(shape, layers=1, experts=2, top_k=1)
+    cache = open_cache(host_store(shape, device, dtype, seed), shape, CacheSetup([1]), device)
+    x, weights, _ = draw(shape, WAVE_TOKENS, dtype, device, seed)
+    old = beside = 0
+    device.keep_busy()
+    try:
+        for number in range(REFILLS):
+            one, other = number % 2, 1 - number % 2
+            ids = torch.full((WAVE_TOKENS, 1), one, dtype=torch.int32, device=device.torch)
+            cache.acquire(0, [one])
+            table = slot_addresses(cache, 0, device)
+            expected = experts_by_address(x, weights, ids, *table, shape.inner)
+            device.synchronize()
+            device.keep_busy()
+            output = experts_by_address(x, weights, ids, *table, shape.inner)
+            has_run = device.mark()
+            cache.release(0, [one])
+            beside += not has_run()
+            cache.acquire(0, [other])
+            cache.release(0, [other])
+            old += torch.equal(output, expected)
+    finally:
+        cache.close()
+    judged = verdict(old == REFILLS) if old < REFILLS or beside or not device.cuda else NOT_RUN
+    yield Row(
+        CORRECTNESS, f"{shape.name}: a slot is refilled after the kernel that reads it, not before",
+        f"{old} of {REFILLS} as before, {beside} with the kernel still to run", "all", judged, {"seed": seed},
+    )  # fmt: skip

@@ -1,0 +1,283 @@
+"""Whole engines by their tokens: adapmoe against stock vLLM with the same kernel, in three formats.
+
+What is promised of each engine, and so what its row asks for:
+
+- `SAME_BITS`: eager, every step's experts in one wave. Tokens and log probabilities are stock's, to the last bit.
+- `SAME_TOKENS`: with CUDA graphs. The model is compiled in other pieces than stock's, so that rounding between the MoE
+  layers is the compiler's; its tokens are stock's.
+- `ROUNDING`: in several waves, or read in place by another kernel. A MoE layer's output then is the sum of the same
+  products, rounded at other places: `ROUNDINGS` times at most, each by half a unit in the last place. How much that may
+  change is measured on stock vLLM itself: each value of each MoE layer's output is moved by as much as all of them
+  together, up or down at random, while the same tokens are forced. Their log probabilities may move no further, in the
+  mean, than by that. A prompt that is too long to be read in place gives stock's first token.
+"""
+
+import json
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_check.checkpoints import write_checkpoint
+from benchmarks.gpu_check.device import Device
+from benchmarks.gpu_check.engine_process import TOKENS, EngineFailed, EngineProcess
+from benchmarks.gpu_check.report import CORRECTNESS, NOT_RUN, Row, verdict
+from benchmarks.gpu_check.shapes import Shape
+from vllm_adapmoe.device import MAX_TOKENS
+
+SAME_BITS, SAME_TOKENS, ROUNDING = "tokens and log probabilities of stock", "tokens of stock", "stock but for rounding"
+ROUNDINGS = 4
+"""Between the sums: activations, each expert's output, a wave's or all experts' sum, the total."""
+SHAPE = Shape("Qwen3-MoE", 4, 64, 4, 1024, 256)
+VOCABULARY = 4096
+PROMPTS = (7, 40, 90, 150)
+"""Lengths; beyond 64 tokens every expert of a layer is used, and no step is read in place."""
+ANSWER = 24
+ENGINE_BYTES = 2560 << 20
+"""Of the device for one engine: weights 0.5 GiB, CUDA's context 0.5, graphs and what a step allocates."""
+SPARE_BYTES = 1 << 30
+MOST_TOGETHER = 6
+OLDEST_FP8 = (8, 9)
+"""Compute capability whose tensor cores take FP8, as Triton's kernel wants; before, Marlin widens it."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An engine of the plugin, and what is promised of it."""
+
+    kind: str
+    """Format of the experts."""
+    resident: float
+    """Share of the experts that have a slot."""
+    promise: str
+    decode: str = "fetch"
+    eager: bool = True
+
+    def name(self) -> str:
+        how = "eager" if self.eager else "CUDA graphs"
+        return f"{self.kind}, {self.resident:.1%} resident, {self.decode}, {how}"
+
+
+CONTENDERS = (
+    *(Contender("bf16", share, SAME_BITS) for share in (0.25, 0.5, 0.75, 1.0)),
+    Contender("bf16", 0.125, ROUNDING),  # a prompt wants every expert of a layer, and half as many have a slot
+    *(Contender("bf16", share, SAME_TOKENS, eager=False) for share in (0.5, 1.0)),
+    *(Contender("bf16", share, ROUNDING, "in_place", eager=False) for share in (0.25, 0.5)),
+    *(Contender(kind, share, SAME_BITS) for kind in ("fp8", "gptq") for share in (0.25, 0.5, 0.75)),
+    *(Contender(kind, 0.5, SAME_TOKENS, eager=False) for kind in ("fp8", "gptq")),
+)
+
+
+@dataclass
+class Plan:
+    """What is run, and on what."""
+
+    shape: Shape = SHAPE
+    vocabulary: int = VOCABULARY
+    prompts: Sequence[int] = PROMPTS
+    answer: int = ANSWER
+    contenders: Sequence[Contender] = CONTENDERS
+    backends: dict[str, str] = field(default_factory=dict)
+    """By format: vLLM's kernel, for stock and plugin; the platform's own choice where there is none."""
+    together: int = 1
+    """Engines at a time."""
+
+
+def plan_for(device: Device) -> Plan:
+    """The plan for a machine: kernels by compute capability, as many engines at a time as it can carry."""
+    if not device.cuda:
+        return Plan()
+    fp8 = "triton" if torch.cuda.get_device_capability(device.torch) >= OLDEST_FP8 else "marlin"
+    backends = {"bf16": "triton", "fp8": fp8, "gptq": "marlin"}
+    return Plan(backends=backends, together=engines_together(device.free_bytes(), os.cpu_count() or 1))
+
+
+def engines_together(free_bytes: int, cores: int) -> int:
+    """Engines that run beside each other: each needs `ENGINE_BYTES` of the device, and two cores to start.
+
+    Raises:
+        MemoryError: not one fits.
+    """
+    fit = (free_bytes - SPARE_BYTES) // ENGINE_BYTES
+    if fit < 1:
+        needed = (ENGINE_BYTES + SPARE_BYTES) / 2**30
+        raise MemoryError(f"{free_bytes / 2**30:.1f} GiB of the device are free, an engine needs {needed:.1f}")
+    return max(1, min(fit, cores // 2, MOST_TOGETHER))
+
+
+def check_tokens(device: Device, seed: int, ends: float, plan: Plan) -> Iterator[Row]:
+    """Rows of every contender, stock vLLM first.
+
+    Args:
+        device: whose engines are checked.
+        seed: of weights and prompts.
+        ends: until when, of `time.monotonic`.
+        plan: `plan_for`.
+    """
+    chance = random.Random(seed)
+    prompts = [[chance.randrange(2, plan.vocabulary) for _ in range(length)] for length in plan.prompts]
+    kinds = list(dict.fromkeys(one.kind for one in plan.contenders))
+    with TemporaryDirectory(prefix="adapmoe-gpu-check-") as folder, ThreadPoolExecutor(plan.together) as pool:
+        for kind in kinds:
+            write_checkpoint(Path(folder) / kind, plan.shape, kind, plan.vocabulary, device.torch, seed)
+        device.give_back()
+
+        def start(kind: str, **spec: Any) -> Callable[[], Any]:
+            return pool.submit(_run, _spec(Path(folder) / kind, kind, plan, prompts, **spec), ends).result
+
+        stock: dict[tuple[str, str, bool], Callable[[], Any]] = {}
+        for one in plan.contenders:
+            key = _reference(one)
+            if key not in stock:
+                eager = one.eager
+                noise = ROUNDINGS * torch.finfo(torch.bfloat16).eps / 2 if eager and _rounds(plan, one.kind) else None
+                stock[key] = start(one.kind, adapmoe=None, eager=eager, in_pieces=key[1] == "fetch", noise=noise)
+        known = {key: _outcome(result) for key, result in stock.items()}
+        running = {}
+        for one in plan.contenders:
+            reference = known[_reference(one)]
+            forced = None
+            if one.promise == ROUNDING and not isinstance(reference, EngineFailed):
+                forced = [tokens for tokens, _ in reference["alone"]]
+            adapmoe = {
+                "cache_fraction": one.resident, "store": "host", "scheduler": {"enabled": False}, "decode": one.decode,
+            }  # fmt: skip
+            running[one] = start(one.kind, adapmoe=adapmoe, eager=one.eager, in_pieces=False, forced=forced)
+        in_place: list[tuple[Contender, Any]] = []
+        for one, result in running.items():
+            found = _outcome(result)
+            measured = known[one.kind, "fetch", True] if one.promise == ROUNDING else None
+            yield _row(plan, one, found, known[_reference(one)], measured)
+            if one.decode == "in_place":
+                in_place.append((one, found))
+        yield from _agreement(in_place)
+
+
+def _reference(one: Contender) -> tuple[str, str, bool]:
+    """Which engine of stock vLLM a contender is compared with: graphs of the same mode."""
+    return one.kind, one.decode, one.eager
+
+
+def _rounds(plan: Plan, kind: str) -> bool:
+    return any(one.kind == kind and one.promise == ROUNDING for one in plan.contenders)
+
+
+def _spec(
+    model: Path, kind: str, plan: Plan, prompts: list[list[int]], eager: bool, in_pieces: bool, **others: Any
+) -> dict[str, Any]:
+    """`Spec` of the process. `in_pieces`: CUDA graphs of what is between attention layers, as the plugin has them where
+    steps ask the host, and not of whole steps."""
+    arguments: dict[str, Any] = {"enforce_eager": eager}
+    if kind in plan.backends:
+        arguments["moe_backend"] = plan.backends[kind]
+    if in_pieces and not eager:
+        arguments["compilation_config"] = {"cudagraph_mode": "PIECEWISE"}
+    return {
+        "model": str(model), "prompts": prompts, "tokens": plan.answer, "device_bytes": ENGINE_BYTES,
+        "arguments": arguments, **others,
+    }  # fmt: skip
+
+
+def _run(spec: dict[str, Any], ends: float) -> Any:
+    if time.monotonic() > ends:
+        raise EngineFailed("out of time")
+    with closing(EngineProcess(TOKENS, [json.dumps(spec)], ends)) as process:
+        return process.answer()
+
+
+def _outcome(result: Callable[[], Any]) -> Any:
+    try:
+        return result()
+    except EngineFailed as error:
+        return error
+
+
+def _row(plan: Plan, one: Contender, found: Any, stock: Any, eager: Any) -> Row:
+    what = f"{plan.shape.name} {one.name()}: {one.promise}"
+    for name, engine in (("stock vLLM", stock), ("adapmoe", found), ("stock vLLM, eager", eager)):
+        if isinstance(engine, EngineFailed):
+            return Row(CORRECTNESS, what, f"{name}: {engine}"[:160], "", NOT_RUN)
+    details = {
+        "runner": found["runner"], "graphs": [found["graphs"], stock["graphs"]], "kernels": found["kernels"],
+        "cache": {key: value for key, value in found["cache"].items() if value},
+    }  # fmt: skip
+    if found["kernels"] != stock["kernels"]:
+        return Row(CORRECTNESS, what, f"runs {found['kernels']}, stock {stock['kernels']}", "", verdict(False), details)
+    pairs = [
+        (mine, theirs) for how in ("alone", "together") for mine, theirs in zip(found[how], stock[how], strict=True)
+    ]
+    total = sum(len(tokens) for _, (tokens, _) in pairs)
+    equal = sum(_until_differs(mine[0], theirs[0]) for mine, theirs in pairs)
+    same_bits = all(mine == theirs for mine, theirs in pairs)
+    said = f"{equal} of {total} tokens, {'the same' if same_bits else 'other'} log probabilities"
+    if one.promise != ROUNDING:
+        met = equal == total and (same_bits or one.promise != SAME_BITS)
+        return Row(CORRECTNESS, what, said, "all", verdict(met), details)
+    limit = distance(eager["noisy"], eager["forced"])
+    apart, best = distance(found["forced"], stock["alone"]), agreement(found["forced"], stock["alone"])
+    first = [
+        mine[1][0][2] == theirs[1][0][2]
+        for mine, theirs, length in zip(found["forced"], stock["alone"], plan.prompts, strict=True)
+        if length > MAX_TOKENS and one.decode == "in_place"
+    ]
+    details |= {
+        "noise": limit, "distance": apart, "same_best": best,
+        "same_best_with_noise": agreement(eager["noisy"], eager["forced"]), "first_tokens_equal": first, "tokens": said,
+    }  # fmt: skip
+    figure = f"log probabilities apart by {apart:.4f} nats, {best:.1%} of the best tokens the same"
+    return Row(CORRECTNESS, what, figure, f"<= {limit:.4f} nats", verdict(apart <= limit and all(first)), details)
+
+
+def _agreement(in_place: list[tuple[Contender, Any]]) -> Iterator[Row]:
+    """Engines that read in place, with other experts resident: the same bits, each twice."""
+    found = [engine for _, engine in in_place]
+    if len(found) < 2:
+        return
+    shares = " and ".join(f"{one.resident:.0%}" for one, _ in in_place)
+    what = f"{in_place[0][0].kind} in place, {shares} resident: the same bits, twice"
+    failures = [one for one in found if isinstance(one, EngineFailed)]
+    if failures:
+        yield Row(CORRECTNESS, what, str(failures[0])[:160], "", NOT_RUN)
+        return
+    runs = [one[key] for one in found if "forced" in one for key in ("forced", "forced_again")]
+    read = min(one["cache"].get("in_place", 0) for one in found)
+    met = len(runs) == 2 * len(found) and all(run == runs[0] for run in runs) and read > 0
+    same = sum(run == runs[0] for run in runs)
+    figure = f"{same} of {2 * len(found)} runs, {read:.0f} experts read in place"
+    yield Row(CORRECTNESS, what, figure, "all, and some read", verdict(met))
+
+
+def _until_differs(mine: list[int], theirs: list[int]) -> int:
+    """Tokens before the first that differs."""
+    pairs = zip(mine, theirs, strict=True)
+    return next((number for number, (one, other) in enumerate(pairs) if one != other), len(mine))
+
+
+def distance(ones: Sequence[Any], others: Sequence[Any]) -> float:
+    """Mean distance of the log probabilities of the same tokens, nats; infinite where the tokens are others."""
+    if [tokens for tokens, _ in ones] != [tokens for tokens, _ in others]:
+        return float("inf")
+    steps = [
+        abs(one[0] - other[0])
+        for (_, mine), (_, theirs) in zip(ones, others, strict=True)
+        for one, other in zip(mine, theirs, strict=True)
+    ]
+    return sum(steps) / len(steps)
+
+
+def agreement(ones: Sequence[Any], others: Sequence[Any]) -> float:
+    """Share of the steps that find the same token most probable."""
+    steps = [
+        one[2] == other[2]
+        for (_, mine), (_, theirs) in zip(ones, others, strict=True)
+        for one, other in zip(mine, theirs, strict=True)
+    ]
+    return sum(steps) / len(steps)

@@ -1,0 +1,77 @@
+"""What the plugin costs when nothing has to be fetched: stock vLLM and the plugin, turn by turn."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.workload import measure, prompts_of, ratios
+
+FIGURES = ("prefill_tokens_per_second", "decode_tokens_per_second")
+
+
+def run_overhead(
+    model: Path, text: Path | None, rounds: int, prompt_tokens: int, output_tokens: int, batch: int
+) -> dict[str, Any]:
+    """Starts the engines side by side and measures them in turn.
+
+    `all_resident` has a slot for every expert. `one_short` has one slot less, so every step goes through the slot map
+    and the eviction order while next to nothing is fetched: the price of the machinery itself.
+    """
+    from vllm_adapmoe.integration.measure.engine import Engine, count_experts
+
+    experts = count_experts(model)
+    configurations: dict[str, dict[str, Any] | None] = {
+        "stock": None,
+        "all_resident": {"cache_experts": experts},
+        "one_short": {"cache_experts": experts - 1, "store": "host"},
+    }
+    prompts = prompts_of(model, text, batch, prompt_tokens)
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in configurations}
+    engines = {
+        name: Engine(model, config, max_model_len=prompt_tokens + output_tokens)
+        for name, config in configurations.items()
+    }
+    try:
+        for engine in engines.values():
+            measure(engine, prompts, output_tokens)
+        names = list(engines)
+        for number in range(rounds):
+            first = number % len(names)  # whoever goes first finds another machine than the next: take turns at it
+            for name in names[first:] + names[:first]:
+                results[name].append(measure(engines[name], prompts, output_tokens))
+    finally:
+        for engine in engines.values():
+            engine.close()
+    tokens = {name: [round["tokens"] for round in measured] for name, measured in results.items()}
+    return {
+        "benchmark": "overhead",
+        "model": str(model),
+        "experts": experts,
+        "batch": batch,
+        "prompt_tokens": prompt_tokens,
+        "output_tokens": output_tokens,
+        "same_tokens": all(tokens[name] == tokens["stock"] for name in tokens),
+        "ratio_to_stock": {
+            name: {figure: ratios(results[name], results["stock"], figure) for figure in FIGURES}
+            for name in configurations
+            if name != "stock"
+        },
+        "rounds": {name: [{key: round[key] for key in FIGURES} for round in results[name]] for name in results},
+    }
+
+
+def print_overhead(result: dict[str, Any], console: Console) -> None:
+    """The result as a table."""
+    table = Table(title=f"Throughput over stock vLLM, batch {result['batch']}, {result['model']}")
+    for column in ("", "prefill", "min .. max", "decode", "min .. max"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, figures in result["ratio_to_stock"].items():
+        cells = []
+        for figure in FIGURES:
+            ratio = figures[figure]
+            cells += [f"{ratio['median']:.3f}", f"{ratio['min']:.3f} .. {ratio['max']:.3f}"]
+        table.add_row(name.replace("_", " "), *cells)
+    console.print(table)
+    console.print("same tokens as stock:", "yes" if result["same_tokens"] else "[red]NO[/red]")

@@ -1,0 +1,119 @@
+"""Runs a contender's process under a memory limit, from a cold page cache, and sees what it took and how it ended."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, suppress
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+import psutil
+
+from benchmarks.memory_cgroup import MemoryGroup, limited_memory
+from benchmarks.peer_worker import Spec
+from vllm_adapmoe.store.direct_io import drop_cached
+
+INTERVAL = 0.02
+"""Seconds between two looks at the memory in use."""
+OUT_OF_MEMORY = "out of memory"
+
+
+def drop_files(*folders: str) -> None:
+    """Takes the files in these folders out of the page cache."""
+    for path in (path for folder in folders for path in Path(folder).rglob("*") if path.is_file()):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)  # what is not on disk yet stays in the cache
+            drop_cached(fd)
+        finally:
+            os.close(fd)
+
+
+def run_worker(spec: Spec, memory: int | None, timeout: float) -> dict[str, Any]:
+    """What the contender printed, and what it took.
+
+    Args:
+        spec: what it is to do.
+        memory: bytes that the whole process tree may use, page cache included; None: no limit.
+        timeout: seconds until it is ended.
+
+    Returns:
+        The worker's result, or `failure`, a few words, and `exit_code`. Also `peak_bytes`, page cache included (None
+        without a limit), `held_bytes`, anonymous and shared memory at its peak, and the machine's `load_average` of
+        the last minute at its end: far above the cores, somebody else was at work.
+    """
+    drop_files(spec.model, spec.files)
+    with ExitStack() as stack:
+        group = None if memory is None else stack.enter_context(limited_memory(memory))
+        output, errors = stack.enter_context(TemporaryFile("w+")), stack.enter_context(TemporaryFile("w+"))
+
+        def enter() -> None:
+            if group is not None:
+                group.procs.write_text(str(os.getpid()))
+
+        process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.peer_worker", json.dumps(asdict(spec))],
+            stdout=output, stderr=errors, preexec_fn=enter, start_new_session=True,
+        )  # fmt: skip
+        try:
+            failure, held = _watch(process, group, timeout)
+            kills = 0 if group is None else group.kills()
+            took = {
+                "peak_bytes": None if group is None else group.peak_bytes(),
+                "held_bytes": held,
+                "load_average": os.getloadavg()[0],
+            }
+        finally:
+            _end(process, group)
+        output.seek(0)
+        errors.seek(0)
+        lines = output.read().splitlines()
+        if kills:
+            failure = OUT_OF_MEMORY
+        elif failure is None and process.returncode:
+            last = [line for line in errors.read().splitlines() if line.strip()][-1:]
+            failure = f"exit code {process.returncode}: {''.join(last)[-200:]}"
+        if failure is not None:
+            return took | {"failure": failure, "exit_code": process.returncode}
+        return took | json.loads(lines[-1])
+
+
+def _watch(process: subprocess.Popen, group: MemoryGroup | None, timeout: float) -> tuple[str | None, int]:
+    """Waits for the end; returns what was wrong, if anything, and the peak of held memory, bytes."""
+    held, ends = 0, time.monotonic() + timeout
+    while process.poll() is None:
+        held = max(held, _tree_bytes(process.pid) if group is None else group.held_bytes())
+        if group is not None and group.kills():  # what is left of the tree may wait for the dead for ever
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(2)
+            return OUT_OF_MEMORY, held
+        if time.monotonic() > ends:
+            return f"not done after {timeout:.0f} s", held
+        time.sleep(INTERVAL)
+    return None, held
+
+
+def _tree_bytes(pid: int) -> int:
+    """Anonymous memory of a process and its children, bytes."""
+    with suppress(psutil.Error):
+        here = psutil.Process(pid)
+        infos = [one.memory_info() for one in (here, *here.children(recursive=True))]
+        return sum(info.rss - info.shared for info in infos)
+    return 0
+
+
+def _end(process: subprocess.Popen, group: MemoryGroup | None) -> None:
+    """Ends what is left of the process tree, and waits until it is gone."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    while group is not None and (left := group.pids()):
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(INTERVAL)

@@ -1,0 +1,269 @@
+"""One contender of `python -m benchmarks peers`, in a process of its own: answers given tokens, prints a line of JSON.
+
+python -m benchmarks.peer_worker SPEC, where SPEC is a JSON object with the fields of `Spec`.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+
+from benchmarks.peer_packages import need
+from benchmarks.residency import ON_DEMAND
+from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.model_folder import read_model_config
+
+GGUF = "model.gguf"
+PACK, OFFLOADED = "pack", "offloaded"
+GATED = {"gating": {"mode": "batch", "max_loss_increase": 0.005}}
+KV_BLOCK = 128
+"""Tokens of a block of vLLM's KV cache on the CPU."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a contender is to do."""
+
+    contender: str
+    model: str
+    """Folder of the checkpoint."""
+    files: str
+    """Folder of what was made from the checkpoint."""
+    sequences: list[list[int]]
+    """Token ids; answered one after the other, each in an empty context."""
+    prompt_tokens: int
+    """Of each sequence; the rest is decoded."""
+    cache_bytes: int = 0
+    """transformers: weights that may stay in memory."""
+    slots: int = 0
+    """The plugin's."""
+    enforce_eager: bool = False
+    """As in `vllm serve`."""
+    trace: str | None = None
+    """File for the plugin's routing."""
+    profile: str | None = None
+    """For `adapmoe-profile` and `adapmoe-gated`."""
+    prepare: bool = False
+    """Only make the files that the contender needs."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(map(len, self.sequences))
+
+
+class Contender(Protocol):
+    """A loaded model."""
+
+    def best_tokens(self, ids: list[int], prompt_tokens: int) -> Iterator[int]:
+        """The most probable next token after the prompt, then after each further id, one step each.
+
+        The last id is not decoded: nothing is asked after it.
+        """
+        ...
+
+    def stats(self) -> dict[str, float]:
+        """Counters since the start."""
+        ...
+
+    def close(self) -> None:
+        """Ends its processes."""
+        ...
+
+
+class LlamaCpp:
+    """llama.cpp with the model mapped into memory, as it does by default."""
+
+    def __init__(self, spec: Spec) -> None:
+        self._llama = need("llama_cpp").Llama(
+            str(Path(spec.files) / GGUF),
+            n_ctx=spec.length,
+            n_batch=spec.prompt_tokens,
+            n_threads=len(os.sched_getaffinity(0)),
+            n_threads_batch=len(os.sched_getaffinity(0)),
+            use_mmap=True,
+            verbose=False,
+        )
+
+    def best_tokens(self, ids: list[int], prompt_tokens: int) -> Iterator[int]:
+        import numpy as np
+
+        api, context = need("llama_cpp"), self._llama.ctx
+        self._llama.reset()
+        for part in (ids[:prompt_tokens], *([token] for token in ids[prompt_tokens:-1])):
+            self._llama.eval(part)
+            logits = np.ctypeslib.as_array(api.llama_get_logits_ith(context, -1), shape=(self._llama.n_vocab(),))
+            yield int(logits.argmax())
+
+    def stats(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+class Transformers:
+    """transformers with accelerate: what does not fit in `cache_bytes` is read from disk whenever it is used."""
+
+    def __init__(self, spec: Spec) -> None:
+        need("accelerate")
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        torch.set_grad_enabled(False)
+        self._model = AutoModelForCausalLM.from_pretrained(
+            spec.model,
+            dtype="auto",
+            device_map="auto",
+            max_memory={"cpu": spec.cache_bytes},
+            offload_folder=str(Path(spec.files) / OFFLOADED),
+        )
+
+    def best_tokens(self, ids: list[int], prompt_tokens: int) -> Iterator[int]:
+        import torch
+
+        past = None
+        for part in (ids[:prompt_tokens], *([token] for token in ids[prompt_tokens:-1])):
+            output = self._model(input_ids=torch.tensor([part]), past_key_values=past, use_cache=True)
+            past = output.past_key_values
+            yield int(output.logits[0, -1].argmax())
+
+    def stats(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+def vllm_engine(spec: Spec) -> Any:
+    """Stock vLLM, or the plugin, for one request at a time and no longer than asked for."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process fewer under the limit
+    from vllm_adapmoe.integration.measure.engine import Engine
+
+    config: dict[str, Any] | None = None
+    if spec.contender != "vllm":
+        config = {"cache_experts": spec.slots, "store": "file", "store_dir": str(Path(spec.files) / PACK)}
+        config |= ON_DEMAND if spec.contender == "adapmoe-lru" else {}
+        config |= {} if spec.profile is None else {"profile": spec.profile}
+        config |= GATED if spec.contender == "adapmoe-gated" else {}
+        config |= {} if spec.trace is None else {"trace_out": spec.trace}
+    model = read_model_config(Path(spec.model))
+    head_dim = model.get("head_dim") or model["hidden_size"] // model["num_attention_heads"]
+    token = 2 * 2 * model["num_hidden_layers"] * model["num_key_value_heads"] * head_dim  # keys, values; bfloat16
+    blocks = -(-spec.length // KV_BLOCK) + 2
+    return Engine(
+        spec.model,
+        config,
+        max_model_len=spec.length,
+        max_num_seqs=1,
+        enforce_eager=spec.enforce_eager,
+        max_num_batched_tokens=max(spec.prompt_tokens, 16),
+        kv_cache_memory_bytes=blocks * KV_BLOCK * token,
+        forced=True,
+    )
+
+
+class Vllm:
+    """Stock vLLM or the plugin."""
+
+    def __init__(self, spec: Spec) -> None:
+        self._engine = vllm_engine(spec)
+
+    def best_tokens(self, ids: list[int], prompt_tokens: int) -> Iterator[int]:
+        yield from self._engine.best_tokens(ids, prompt_tokens)
+
+    def stats(self) -> dict[str, float]:
+        return self._engine.cache_stats()
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+CONTENDERS: dict[str, Callable[[Spec], Contender]] = {
+    "llama.cpp": LlamaCpp,
+    "transformers": Transformers,
+    "vllm": Vllm,
+    "adapmoe-lru": Vllm,
+    "adapmoe": Vllm,
+    "adapmoe-profile": Vllm,
+    "adapmoe-gated": Vllm,
+}
+
+
+def read_bytes() -> int:
+    """Bytes that this process and its children have had read from disk, the page cache's misses included."""
+    here = psutil.Process()
+    return sum(one.io_counters().read_bytes for one in (here, *here.children(recursive=True)))
+
+
+def answer(contender: Contender, ids: list[int], prompt_tokens: int) -> dict[str, Any]:
+    """One sequence: seconds, bytes read from disk, and the most probable token at each decoded position."""
+    steps = contender.best_tokens(ids, prompt_tokens)
+    start = time.perf_counter()
+    best = [next(steps)]
+    prefilled, before, stats = time.perf_counter(), read_bytes(), contender.stats()
+    began = previous = time.perf_counter()
+    seconds = []
+    for token in steps:
+        best.append(token)
+        now = time.perf_counter()
+        seconds.append(now - previous)
+        previous = now
+    after = contender.stats()
+    return {
+        "best": best,
+        "prefill_seconds": prefilled - start,
+        "decode_seconds": previous - began,
+        "step_seconds": seconds,
+        "decode_read_bytes": read_bytes() - before,
+        "cache": {key: after[key] - stats[key] for key in after},
+    }
+
+
+def prepare(spec: Spec) -> None:
+    """Makes the GGUF file, or packs the experts, unless they are there and of this checkpoint."""
+    if spec.contender == "llama.cpp":
+        from benchmarks.gguf_export import export, exported_from
+        from vllm_adapmoe.integration.loading.identity import checkpoint_hash
+
+        path, source = Path(spec.files) / GGUF, checkpoint_hash(Path(spec.model))
+        if exported_from(path) != source:
+            export(Path(spec.model), path, source)
+    else:
+        from vllm_adapmoe.integration.loading.packing import pack_experts
+
+        pack_experts(spec.model, str(Path(spec.files) / PACK))
+
+
+def run(spec: Spec) -> dict[str, Any]:
+    """Loads the contender and answers all sequences."""
+    if spec.prepare:
+        prepare(spec)
+        return {}
+    start = time.perf_counter()
+    contender = CONTENDERS[spec.contender](spec)
+    load_seconds = time.perf_counter() - start
+    answers = [answer(contender, ids, spec.prompt_tokens) for ids in spec.sequences]
+    contender.close()
+    return {"load_seconds": load_seconds, "answers": answers}
+
+
+def main() -> None:
+    """Prints the result, or the mistake, as the last line."""
+    spec = Spec(**json.loads(sys.argv[1]))
+    try:
+        result = run(spec)
+    except AdapMoEError as error:
+        result = {"failure": str(error), "exit_code": 0}
+    print(json.dumps(result), flush=True)
+    os._exit(0)  # no engine, no library has anything left to say
+
+
+if __name__ == "__main__":
+    main()

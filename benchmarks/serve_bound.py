@@ -1,0 +1,81 @@
+"""The least that a load could take over a link: what any cache with these slots would have had to move."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from benchmarks.serve_load import WARM_TOKENS, measure
+from benchmarks.server import Server
+from vllm_adapmoe.simulate.compare import slots_of_pools
+from vllm_adapmoe.simulate.replay import belady
+from vllm_adapmoe.simulate.trace import FRAME_STEPS, Step, TraceInfo
+from vllm_adapmoe.simulate.trace_file import read_trace
+
+
+def least_bytes(info: TraceInfo, steps: Iterable[Step], slots: int) -> float:
+    """Bytes that any eviction would have to move for these steps, whatever was resident before the first.
+
+    Belady's cache, without all of a layer's experts having to be there at once, less one fill of the slots.
+    """
+    pools = slots_of_pools(info, slots)
+    moved = float(belady(info, steps, pools, atomic=False) @ np.array(info.expert_bytes))
+    return max(0.0, moved - sum(pools) * max(info.expert_bytes))
+
+
+def recording(config: dict[str, Any] | None, trace: Path) -> dict[str, Any]:
+    """The configuration of a server that records its routing."""
+    return (config or {}) | {"trace_out": str(trace), "trace_mib": 4096}
+
+
+def record(
+    server: Server, model: Path, prompts: list[tuple[str, list[int]]], tokens: int, concurrency: int, rate: float
+) -> dict[str, float]:
+    """Figures of one load of a server that records, and its `slots`; the trace is whole when this returns."""
+    with server:
+        run = measure(server, model, prompts, tokens, concurrency, rate, 0)
+        for _ in range(FRAME_STEPS // WARM_TOKENS + 1):  # a frame is written when it is full
+            server.complete(prompt=prompts[0][1][:1], max_tokens=WARM_TOKENS, ignore_eos=True)
+        return run | {"slots": server.metrics()["vllm:adapmoe_slots"]}
+
+
+def bound(
+    trace: Path, run: dict[str, float], rounds: list[dict[str, float]], link_gbps: float | None
+) -> dict[str, Any]:
+    """What a load that was recorded says of the loads that were timed.
+
+    Args:
+        trace: of a server's whole life.
+        run: what `record` returned.
+        rounds: of the same load without recording.
+        link_gbps: 1e9 bytes per second; None: as fast as the recorded run fetched.
+
+    Returns:
+        `bound_tokens_per_second`: the link moves what it must and nothing else takes time (None: nothing must move).
+        `bound_with_compute_tokens_per_second`: or computing, all that is not waiting for experts, if that takes longer.
+        `one_after_the_other_tokens_per_second`: first moving, then computing.
+    """
+    info, steps = read_trace(trace)
+
+    def inside() -> Iterator[Step]:
+        return (step for step in steps if run["started"] <= step.seconds <= run["ended"])
+
+    tokens = run["output_tokens"]
+    bandwidth = run["fetched_bytes"] / max(run["fetch_seconds"], 1e-9) if link_gbps is None else link_gbps * 1e9
+    least = least_bytes(info, inside(), int(run["slots"])) / tokens
+    moving = least / bandwidth if least else 0.0
+    compute = median([(one["seconds"] - one["stall_seconds"]) / one["output_tokens"] for one in rounds])
+    return {
+        "steps": sum(1 for _ in inside()),
+        "slots": run["slots"],
+        "link_bytes_per_second": bandwidth,
+        "least_bytes_per_output_token": least,
+        "moved_bytes_per_output_token": run["fetched_bytes_per_output_token"],
+        "compute_ms_per_output_token": 1e3 * compute,
+        "bound_tokens_per_second": 1 / moving if moving else None,
+        "bound_with_compute_tokens_per_second": 1 / max(moving, compute),
+        "one_after_the_other_tokens_per_second": 1 / (moving + compute),
+        "measured_tokens_per_second": median([one["output_tokens_per_second"] for one in rounds]),
+    }

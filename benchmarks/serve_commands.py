@@ -1,0 +1,128 @@
+"""Commands that load real servers."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from vllm_adapmoe.cli.options import Model, Output, OutputTokens, Rounds, numbers
+from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.results import write
+
+Texts = Annotated[
+    Path | None,
+    typer.Option(help="Folder of *.txt, one per domain, for prompts; default: the bundled model's held-out text.",
+                 exists=True, file_okay=False),
+]  # fmt: skip
+Slots = Annotated[float, typer.Option(min=0.01, help="Expert slots; at most 1: a share of all experts.")]
+Store = Annotated[str, typer.Option(help="auto, host or file.")]
+LinkGbps = Annotated[float | None, typer.Option(help="Fetch no faster than this, 1e9 bytes per second.")]
+MaxLossIncrease = Annotated[float, typer.Option(help="Of gating, as a share of the loss.")]
+ServeArgs = Annotated[str, typer.Option(help='Further arguments of `vllm serve`, like "--dtype float32".')]
+
+
+def cache_settings(slots: float, store: str, link_gbps: float | None, profile: Path | None) -> dict[str, Any]:
+    """`adapmoe_config` of the options that the commands have in common."""
+    config: dict[str, Any] = {"cache_fraction": slots} if slots <= 1 else {"cache_experts": int(slots)}
+    config |= {"store": store}
+    if link_gbps is not None:
+        config["link_gbps"] = link_gbps
+    if profile is not None:
+        config["profile"] = str(profile)
+    return config
+
+
+def serve(
+    model: Model,
+    output: Output = None,
+    profile: Annotated[Path | None, typer.Option(help="What `adapmoe calibrate` wrote.", exists=True)] = None,
+    slots: Slots = 0.5,
+    store: Store = "auto",
+    link_gbps: LinkGbps = None,
+    gating: Annotated[str, typer.Option(help="off, token or batch; needs --profile.")] = "off",
+    max_loss_increase: MaxLossIncrease = 0.005,
+    contenders: Annotated[
+        str | None,
+        typer.Option(help="Of ours, vllm_order, ungated, on_demand_lru, stock. Default: with every expert resident "
+                     "ours,stock; else all but stock."),
+    ] = None,
+    concurrency: Annotated[str, typer.Option(help="Most requests under way, comma-separated.")] = "1,4,16,64",
+    requests: Annotated[int, typer.Option(min=2, help="Of one load, for each that may be under way.")] = 6,
+    rate: Annotated[
+        float | None,
+        typer.Option(help="Requests/s that arrive (Poisson). Default: 1.2 times what the fastest contender answers."),
+    ] = None,
+    rounds: Rounds = 3,
+    prompt_tokens: Annotated[str, typer.Option(help="Least and most of a prompt: MIN,MAX.")] = "16,512",
+    output_tokens: OutputTokens = 32,
+    text: Texts = None,
+    serve_args: ServeArgs = "",
+    bound: Annotated[bool, typer.Option(help="Record the routing in further runs, for the least bytes.")] = True,
+    plot: Annotated[Path | None, typer.Option(help="PNG file for the plot.")] = None,
+) -> None:  # fmt: skip
+    """Servers under `vllm bench serve`: the plugin, the same in vLLM's order, on demand with LRU, and stock vLLM."""
+    from benchmarks.serve import Load, run_serve
+    from benchmarks.serve_table import plot_serve, print_serve
+    from benchmarks.server import end_cleanly
+
+    end_cleanly()
+    lengths = [int(number) for number in numbers("--prompt-tokens", prompt_tokens)]
+    if len(lengths) != 2 or not 1 <= lengths[0] <= lengths[1]:
+        raise AdapMoEError(f"--prompt-tokens {prompt_tokens} is not MIN,MAX; give two lengths, the shorter first")
+    many = [int(number) for number in numbers("--concurrency", concurrency)]
+    if min(many) < 1:
+        raise AdapMoEError(f"--concurrency {concurrency}: {min(many)} requests cannot be under way; give 1 or more")
+    if gating != "off" and profile is None:
+        raise AdapMoEError(f"--gating {gating} needs a profile; set --profile, see adapmoe calibrate")
+    wanted = Load(many, requests, rate, rounds, output_tokens, (lengths[0], lengths[1]), text)
+    gates = None if gating == "off" else {"mode": gating, "max_loss_increase": max_loss_increase}
+    result = run_serve(
+        model, cache_settings(slots, store, link_gbps, profile), gates,
+        None if contenders is None else contenders.split(","), wanted, shlex.split(serve_args), bound,
+    )  # fmt: skip
+    print_serve(result, Console())
+    if output is not None:
+        write(output, result)
+    if plot is not None:
+        plot_serve(result, plot)
+
+
+def soak(
+    model: Model,
+    output: Output = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="What `adapmoe calibrate` wrote: gating by token.", exists=True)
+    ] = None,
+    minutes: Annotated[float, typer.Option(min=0.2, help="Of the plugin.")] = 20,
+    stock_minutes: Annotated[
+        float | None, typer.Option(min=0, help="Of stock vLLM, before it. Default: a fifth of --minutes; 0: none.")
+    ] = None,
+    clients: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 32,
+    slots: Slots = 0.5,
+    store: Store = "auto",
+    link_gbps: LinkGbps = None,
+    max_loss_increase: MaxLossIncrease = 0.005,
+    replayed: Annotated[int, typer.Option(min=1, help="Requests to ask again, alone, at most.")] = 200,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds in which a request has to end.")] = 180,
+    seed: Annotated[int, typer.Option(help="Of what clients do.")] = 0,
+    text: Texts = None,
+    serve_args: ServeArgs = "",
+) -> None:
+    """A server under high load, aborts, bad requests and clients that hang up; exit code 1 if something gave way."""
+    from benchmarks.server import end_cleanly
+    from benchmarks.soak import Plan, print_soak, run_soak
+
+    end_cleanly()
+    config = cache_settings(slots, store, link_gbps, profile)
+    if profile is not None:
+        config["gating"] = {"mode": "token", "max_loss_increase": max_loss_increase}
+    plan = Plan(60 * minutes, clients, replayed, timeout, seed)
+    stock_seconds = 60 * (minutes / 5 if stock_minutes is None else stock_minutes)
+    result = run_soak(model, config, text, plan, stock_seconds, shlex.split(serve_args))
+    print_soak(result, Console())
+    if output is not None:
+        write(output, result)
+    if False in result["verdict"].values():
+        raise typer.Exit(1)

@@ -1,0 +1,201 @@
+"""Load from vLLM's own `vllm bench serve`: prompts of several domains and lengths, Poisson arrivals."""
+
+import json
+import math
+import random
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from benchmarks.server import VLLM, Server
+from vllm_adapmoe.calibrate.text import text_of
+from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.model_folder import read_tokenizer
+
+PACKAGES = ("aiohttp", "pandas")
+"""What `vllm bench serve` needs beside vLLM's own dependencies."""
+HELD_OUT = Path(__file__).parents[1] / "examples" / "tiny_mixtral" / "heldout"
+LEAST_DOMAINS = 3
+WARM_TOKENS = 8
+
+
+FIGURES = {
+    "output_tokens_per_second": "output_throughput",
+    "requests_per_second": "request_throughput",
+    "ttft_p50_ms": "p50_ttft_ms",
+    "ttft_p99_ms": "p99_ttft_ms",
+    "tpot_p50_ms": "p50_tpot_ms",
+    "tpot_p99_ms": "p99_tpot_ms",
+    "itl_p50_ms": "p50_itl_ms",
+    "itl_p99_ms": "p99_itl_ms",
+    "completed": "completed",
+    "failed": "failed",
+    "seconds": "duration",
+    "output_tokens": "total_output_tokens",
+    "prompt_tokens": "total_input_tokens",
+}
+"""Figures of one load, and what `vllm bench serve` calls them."""
+
+
+def check_packages() -> None:
+    """That `vllm bench serve` can run.
+
+    Raises:
+        AdapMoEError: a package is missing.
+    """
+    for package in PACKAGES:
+        if find_spec(package) is None:
+            raise AdapMoEError(f"{package} is not installed; pip install vllm-adapmoe[serve]")
+
+
+def domains(model: Path, text: Path | None) -> dict[str, list[int]]:
+    """Token ids of each `*.txt` in a folder, by its name; None: the held-out text of the bundled model.
+
+    Raises:
+        AdapMoEError: fewer than three.
+    """
+    folder = HELD_OUT if text is None else text
+    paths = sorted(folder.glob("*.txt"))
+    if len(paths) < LEAST_DOMAINS:
+        raise AdapMoEError(
+            f"--text {folder} has {len(paths)} *.txt; put at least {LEAST_DOMAINS} there, one per domain"
+        )
+    tokenizer = read_tokenizer(model)
+    return {path.stem: tokenizer.encode(text_of(path), add_special_tokens=False).ids for path in paths}
+
+
+def mixed_lengths(generator: random.Random, count: int, least: int, most: int) -> list[int]:
+    """Lengths drawn log-uniformly: as many from 16 to 32 as from 256 to 512."""
+    return [
+        min(most, max(least, round(math.exp(generator.uniform(math.log(least), math.log(most)))))) for _ in range(count)
+    ]
+
+
+def mixed_prompts(
+    texts: dict[str, list[int]], count: int, least: int, most: int, seed: int
+) -> list[tuple[str, list[int]]]:
+    """(domain, token ids) of `count` excerpts, the domains in turn; the same for the same seed."""
+    generator = random.Random(seed)
+    names = list(texts)
+    prompts = []
+    for number, length in enumerate(mixed_lengths(generator, count, least, most)):
+        name = names[number % len(names)]
+        start = generator.randrange(max(1, len(texts[name]) - length))
+        prompts.append((name, texts[name][start : start + length]))
+    return prompts
+
+
+def write_dataset(path: Path, model: Path, prompts: list[tuple[str, list[int]]], output_tokens: int) -> None:
+    """A file for `vllm bench serve --dataset-name custom`: it sends text, so token ids are decoded."""
+    tokenizer = read_tokenizer(model)
+    lines = [
+        json.dumps({"prompt": tokenizer.decode(ids, skip_special_tokens=False), "output_tokens": output_tokens})
+        for _, ids in prompts
+    ]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def load(server: Server, dataset: Path, requests: int, concurrency: int, rate: float, seed: int) -> dict[str, float]:
+    """Runs `vllm bench serve` against a server, and returns its figures (`parse_result`).
+
+    Args:
+        server: that answers.
+        dataset: what `write_dataset` wrote.
+        requests: of the dataset to send, in its order.
+        concurrency: most requests at a time; those that arrive while so many are under way wait in the client, and
+            their clocks start when they are sent.
+        rate: requests per second that arrive, exponentially distributed apart; infinite: all at once.
+        seed: of the arrivals.
+
+    Raises:
+        AdapMoEError: it ended with an error, or no request was answered.
+    """
+    result = dataset.with_name(f"{server.name}.result.json")
+    result.unlink(missing_ok=True)
+    command = [
+        *VLLM, "bench", "serve", "--backend", "openai", "--base-url", server.url, "--endpoint", "/v1/completions",
+        "--model", server.model, "--dataset-name", "custom", "--dataset-path", str(dataset), "--disable-shuffle",
+        "--skip-chat-template", "--custom-output-len", "-1", "--no-oversample", "--num-prompts", str(requests),
+        "--ignore-eos", "--temperature", "0", "--seed", str(seed), "--request-rate", str(rate), "--burstiness", "1",
+        "--max-concurrency", str(concurrency), "--ready-check-timeout-sec", "0", "--disable-tqdm",
+        "--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "50,99",
+        "--save-result", "--result-dir", str(result.parent), "--result-filename", result.name,
+    ]  # fmt: skip
+    ended = subprocess.run(command, capture_output=True, text=True)
+    if ended.returncode or not result.exists():
+        last = [line for line in (ended.stdout + ended.stderr).splitlines() if line.strip()][-1:]
+        raise AdapMoEError(f"vllm bench serve ended with code {ended.returncode}: {''.join(last)[-300:]}")
+    figures = parse_result(json.loads(result.read_text()))
+    if not figures["completed"]:
+        why = [line for line in ended.stdout.splitlines() if line.startswith("Error 0:")]
+        raise AdapMoEError(f"server {server.name} answered none of {requests} requests: {''.join(why)[:300]}")
+    return figures
+
+
+def parse_result(result: dict[str, Any]) -> dict[str, float]:
+    """The `FIGURES` of what `vllm bench serve --save-result` wrote, and how full the server and the client were.
+
+    Raises:
+        AdapMoEError: one is not there.
+    """
+    missing = [key for key in (*FIGURES.values(), "latencies", "queue_times") if key not in result]
+    if missing:
+        raise AdapMoEError(f"the result of vllm bench serve has no {missing[0]}; this is made for vLLM 0.32")
+    waited = result["queue_times"]
+    return {name: float(result[key]) for name, key in FIGURES.items()} | {
+        "mean_concurrency": sum(result["latencies"]) / result["duration"],
+        "mean_client_queue_ms": 1e3 * sum(waited) / max(1, len(waited)),
+    }
+
+
+def measure(
+    server: Server,
+    model: Path,
+    prompts: list[tuple[str, list[int]]],
+    tokens: int,
+    concurrency: int,
+    rate: float,
+    seed: int,
+) -> dict[str, float]:
+    """Warms a server with the beginnings of the answers, then loads it: figures, and what its counters say of them."""
+    dataset = server.log.with_name(f"{server.name}.jsonl")
+    write_dataset(dataset, model, prompts, tokens)
+    with ThreadPoolExecutor(concurrency) as pool:
+        warm = [
+            pool.submit(server.complete, prompt=ids, max_tokens=WARM_TOKENS, ignore_eos=True)
+            for _, ids in prompts[:concurrency]
+        ]
+        for one in warm:
+            one.result()
+    before = server.metrics()
+    started = time.monotonic()
+    figures = load(server, dataset, len(prompts), concurrency, rate, seed)
+    return figures | counted(before, server.metrics(), figures) | {"started": started, "ended": time.monotonic()}
+
+
+def counted(before: dict[str, float], after: dict[str, float], figures: dict[str, float]) -> dict[str, float]:
+    """What a server's counters say of a load; the cache's are left out where there is none."""
+
+    def of(name: str) -> float | None:
+        return after[name] - before.get(name, 0.0) if name in after else None
+
+    tokens = max(1.0, figures["output_tokens"])
+    result = {
+        "steps_per_output_token": (of("vllm:iteration_tokens_total_count") or 0.0) / tokens,
+        "preemptions": of("vllm:num_preemptions_total") or 0.0,
+    }
+    hits, misses = of("vllm:adapmoe_expert_hits_total"), of("vllm:adapmoe_expert_misses_total")
+    if hits is None or misses is None:
+        return result
+    stall = of("vllm:adapmoe_fetch_stall_seconds_sum") or 0.0
+    return result | {
+        "hit_rate": hits / (hits + misses) if hits + misses else 1.0,
+        "fetched_bytes_per_output_token": (of("vllm:adapmoe_fetched_bytes_total") or 0.0) / tokens,
+        "fetched_bytes": of("vllm:adapmoe_fetched_bytes_total") or 0.0,
+        "fetch_seconds": of("vllm:adapmoe_fetch_seconds_total") or 0.0,
+        "stall_seconds": stall,
+        "stall_share": stall / figures["seconds"],
+    }

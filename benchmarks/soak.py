@@ -1,0 +1,238 @@
+"""A server under hours' worth of abuse in minutes: nothing leaks, no request is lost, no token is wrong."""
+
+import asyncio
+import re
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from benchmarks.serve_load import check_packages, domains
+from benchmarks.server import KV_CACHE_BYTES, Server, first_error
+from benchmarks.soak_client import Clients, Outcome
+from benchmarks.soak_replay import CHANCE, chance_of_as_many, replay
+from benchmarks.soak_traffic import WEIGHTS, Traffic
+from benchmarks.soak_watch import EARLY, Sample, Watch, growth, sample
+from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
+from vllm_adapmoe.units import MiB
+
+MAX_MODEL_LEN = 1024
+BLOCKS_PER_CLIENT = 2
+"""Of the KV cache: too few for all of them at once, so that requests are preempted, too."""
+REST_SECONDS = 8
+"""That a server is left alone before it is looked at idle: longer than it keeps connections."""
+WRONG_GAP = 1.0
+"""Nats by which a replay prefers another token that no rounding explains. bfloat16 logits are up to 0.125 apart."""
+SHORTEST_SECONDS = 1200
+"""Of a soak whose memory says something: allocators take some four minutes to reach their level."""
+SAID = 20
+"""Outcomes that should not be, in full in the result."""
+BAD = ("failed", "wrong", "timeout")
+IDLE = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+COUNTERS = ("vllm:num_preemptions_total", "vllm:request_success_total", "vllm:generation_tokens_total")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done to a server."""
+
+    seconds: float
+    clients: int
+    replayed: int
+    """Greedy requests that are asked again, alone, at most."""
+    timeout: float
+    seed: int
+
+
+def run_soak(
+    model: Path,
+    config: dict[str, Any],
+    text: Path | None,
+    plan: Plan,
+    stock_seconds: float,
+    serve_args: list[str],
+) -> dict[str, Any]:
+    """Stock vLLM for a while, as the measure of what a replay can be; then the plugin.
+
+    Args:
+        model: folder of a checkpoint.
+        config: `adapmoe_config`.
+        text: folder of `*.txt`; None: the bundled model's held-out text.
+        plan: of the plugin's soak.
+        stock_seconds: of stock vLLM's; 0: none, and only large gaps are held against a replay.
+        serve_args: further arguments of `vllm serve`.
+
+    Raises:
+        AdapMoEError: a server does not start, or dies.
+    """
+    check_packages()
+    AdapMoEConfig.parse(config)
+    texts = domains(model, text)
+    traffic = Traffic(str(model), texts, MAX_MODEL_LEN, plan.seed)
+    flags = [
+        "--max-model-len", str(MAX_MODEL_LEN), "--kv-cache-memory-bytes", str(KV_CACHE_BYTES),
+        "--num-gpu-blocks-override", str(BLOCKS_PER_CLIENT * plan.clients), *serve_args,
+    ]  # fmt: skip
+    servers: dict[str, dict[str, Any]] = {}
+    for name, settings, seconds in (("stock", None, stock_seconds), ("ours", config, plan.seconds)):
+        if seconds:
+            with TemporaryDirectory() as folder, Server(name, model, Path(folder), settings, flags) as server:
+                servers[name] = _soak(server, traffic, plan, seconds)
+    return {
+        "benchmark": "soak",
+        "model": str(model),
+        "adapmoe_config": config,
+        "flags": flags,
+        "plan": asdict(plan),
+        "mix": WEIGHTS,
+        "servers": servers,
+        "verdict": verdict(servers["ours"], servers.get("stock")),
+    }
+
+
+def _soak(server: Server, traffic: Traffic, plan: Plan, seconds: float) -> dict[str, Any]:
+    """Traffic to warm up, rest, traffic, rest; then replays."""
+    question = {"prompt": next(iter(traffic.texts.values()))[:64], "max_tokens": 32, "return_token_ids": True}
+    first = server.complete(**question, cache_salt="first")["choices"][0]["token_ids"]
+    clients = Clients(server.url, traffic, plan.clients, plan.timeout, lambda: server.process.poll() is None)
+    idle: list[Sample] = []
+    with Watch(server, max(0.5, seconds / 240)) as watch:
+        for part in (EARLY[0], 1 - EARLY[0]):
+            asyncio.run(_with_progress(clients, part * seconds, server.name))
+            if server.process.poll() is not None:
+                said = first_error(server.log.read_text(errors="replace"))
+                raise AdapMoEError(f"server {server.name} died after {len(clients.ended.outcomes)} requests: {said}")
+            watch.loaded = False
+            time.sleep(REST_SECONDS)
+            idle.append(sample(server, watch.started))
+            watch.loaded = True
+    after = server.metrics()
+    last = server.complete(**question, cache_salt="last")["choices"][0]["token_ids"]
+    outcomes = clients.ended.outcomes
+    return {
+        "seconds": seconds,
+        "requests": len(outcomes),
+        "outcomes": tally(outcomes),
+        "bad": [asdict(one) for one in outcomes if one.ended in BAD][:SAID],
+        "longest_seconds": max(one.seconds for one in outcomes),
+        "growth": growth(watch.samples, idle),
+        "samples": [asdict(one) for one in watch.samples],
+        "idle_metrics": {name: after[f"vllm:{name}"] for name in IDLE},
+        "counters": {
+            name: value for name, value in after.items() if name.startswith("vllm:adapmoe_") or name in COUNTERS
+        },
+        "same_answer_first_and_last": first == last,
+        "replay": replay(server, traffic, clients.ended.tokens, plan.replayed),
+        "log_errors": log_errors(server.log.read_text(errors="replace").splitlines()),
+    }
+
+
+async def _with_progress(clients: Clients, seconds: float, name: str) -> None:
+    async def show() -> None:
+        with tqdm(desc=f"Soaking, {name}", unit="request") as bar:
+            while True:
+                await asyncio.sleep(0.5)
+                bar.update(len(clients.ended.outcomes) - start - bar.n)
+
+    start = len(clients.ended.outcomes)
+    bar = asyncio.create_task(show())
+    await clients.run(seconds)
+    bar.cancel()
+
+
+def tally(outcomes: Iterable[Outcome]) -> dict[str, dict[str, int]]:
+    """How many of each kind ended in which way."""
+    counts: dict[str, Counter[str]] = {}
+    for one in outcomes:
+        counts.setdefault(one.kind, Counter())[one.ended] += 1
+    return {kind: dict(counts[kind]) for kind in WEIGHTS if kind in counts}
+
+
+def log_errors(lines: Iterable[str]) -> dict[str, int]:
+    """Error lines of a server's log, without what differs from one to the next, and how often each came."""
+    marked = (re.search(r"ERROR [\d-]+ [\d:]+ (.*)", line) for line in lines)
+    found = Counter(re.sub(r"0x[0-9a-f]+|[0-9a-f]{8,}|\d+", "#", match[1])[:200] for match in marked if match)
+    return dict(found.most_common(SAID))
+
+
+def verdict(ours: dict[str, Any], stock: dict[str, Any] | None) -> dict[str, bool | None]:
+    """What had to hold, and whether it did; None: so short a soak cannot tell."""
+    replayed = ours["replay"]
+    limit = WRONG_GAP if stock is None else max(WRONG_GAP, stock["replay"]["largest_gap_nats"])
+    memory = ours["growth"]
+    return {
+        "every request was answered, refused or hung up on": not any(
+            ended in BAD for ends in ours["outcomes"].values() for ended in ends
+        ),
+        "replays differ no more often than stock vLLM's": stock is None
+        or chance_of_as_many(replayed, stock["replay"]) > CHANCE,
+        f"where replays differ, by less than {limit:.2f} nats": replayed["largest_gap_nats"] <= limit,
+        "the first question has the same answer at the end": ours["same_answer_first_and_last"],
+        "idle at the end: nothing runs, waits or holds KV cache": not any(ours["idle_metrics"].values()),
+        "memory does not grow": None
+        if ours["seconds"] < SHORTEST_SECONDS
+        else memory["anonymous"]["within"] and memory["proportional"]["within"],
+        "threads do not grow": memory["threads"]["within"],
+        "open files do not grow": memory["files"]["within"],
+        "processes do not grow": memory["processes"]["within"],
+    }
+
+
+def print_soak(result: dict[str, Any], console: Console) -> None:
+    """What clients did and how it ended, what the servers held, and the verdict."""
+    for name, one in result["servers"].items():
+        ends = sorted({ended for kind in one["outcomes"].values() for ended in kind})
+        table = Table(
+            title=f"{name}: {one['requests']} requests in {one['seconds'] / 60:.1f} min, {result['plan']['clients']} "
+            f"at once",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+        )
+        for column in ("", *ends):
+            table.add_column(column, justify="right" if column else "left")
+        for kind, counts in one["outcomes"].items():
+            table.add_row(kind, *(str(counts.get(ended, "")) for ended in ends))
+        console.print(table)
+        _print_server(one, console)
+    for what, held in result["verdict"].items():
+        said = "?  " if held is None else "yes" if held else "NO "
+        console.print(f"{said} {what}", style="bold red" if held is False else "", highlight=False)
+
+
+def _print_server(one: dict[str, Any], console: Console) -> None:
+    grown, again = one["growth"], one["replay"]
+    for key, label in (("anonymous", "anonymous memory"), ("proportional", "memory (PSS)")):
+        part = grown[key]
+        console.print(
+            f"{label}: {part['early_bytes'] / MiB:.1f} MiB early, {part['late_bytes'] / MiB:.1f} late, "
+            f"{part['growth_bytes'] / MiB:+.1f} (limit {part['limit_bytes'] / MiB:.1f}), "
+            f"{part['bytes_per_minute'] / MiB:+.2f} a minute",
+            highlight=False,
+        )
+    of = grown["anonymous"]["growth_bytes_of"]
+    console.print("of it: " + ", ".join(f"{name} {size / MiB:+.1f}" for name, size in of.items()), highlight=False)
+    console.print(
+        "idle, after the warm-up and at the end: "
+        + ", ".join(
+            f"{key} {grown[key]['before']}, {grown[key]['after']}" for key in ("threads", "files", "processes")
+        ),
+        highlight=False,
+    )
+    console.print(
+        f"replayed alone: {again['equal']} of {again['replayed']} equal; where they part, gaps of "
+        f"{again['median_gap_nats']:.3f} nats, at most {again['largest_gap_nats']:.3f}; longest request "
+        f"{one['longest_seconds']:.1f} s",
+        highlight=False,
+    )
+    for bad in one["bad"]:
+        console.print(f"{bad['kind']} {bad['ended']}: {bad['detail']}", markup=False, highlight=False)
+    for line, count in one["log_errors"].items():
+        console.print(f"in its log, {count} times: {line}", markup=False, highlight=False)

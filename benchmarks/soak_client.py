@@ -1,0 +1,152 @@
+"""Clients of a soak: each asks, waits or hangs up, and says how it ended."""
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from benchmarks.soak_traffic import GREEDY, Ask, Traffic, wrong_with
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a request ended: as it should (`answered`, `refused`, `hung up`), or `failed`, `wrong` or `timeout`."""
+
+    number: int
+    kind: str
+    ended: str
+    seconds: float
+    detail: str = ""
+
+
+@dataclass
+class Ended:
+    """All outcomes of a while of traffic, and the tokens of what can be replayed, by number of the request."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+
+
+class Clients:
+    """So many at a time, each with the next request as soon as its last one has ended.
+
+    Args:
+        url: of the server.
+        traffic: requests.
+        many: clients.
+        timeout: seconds in which a request has to end.
+        alive: whether the server's process is there.
+    """
+
+    def __init__(self, url: str, traffic: Traffic, many: int, timeout: float, alive: Callable[[], bool]) -> None:
+        self.url = url
+        self.traffic = traffic
+        self.many = many
+        self.timeout = timeout
+        self.alive = alive
+        self.next = 0
+        self.ended = Ended()
+
+    async def run(self, seconds: float) -> None:
+        """Traffic for so long; then what is under way ends, and connections are closed."""
+        import aiohttp
+
+        until = time.monotonic() + seconds
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(self.url, connector=connector) as session:
+            await asyncio.gather(*(self._client(session, until) for _ in range(self.many)))
+
+    async def _client(self, session: Any, until: float) -> None:
+        while time.monotonic() < until and self.alive():
+            ask = self.traffic.ask(self.next)
+            self.next += 1
+            started = time.monotonic()
+            try:
+                async with asyncio.timeout(self.timeout):
+                    ended, detail = await self._send(session, ask)
+            except TimeoutError:
+                ended, detail = "timeout", f"no end after {self.timeout:.0f} s"
+            except Exception as error:  # of the connection, or of an answer that cannot be read: a lost request
+                ended, detail = "failed", f"{type(error).__name__}: {error}"
+            took = time.monotonic() - started
+            self.ended.outcomes.append(Outcome(ask.number, ask.kind, ended, took, detail))
+            if ended == "failed":
+                await asyncio.sleep(0.1)
+
+    async def _send(self, session: Any, ask: Ask) -> tuple[str, str]:
+        if ask.kind == "half_request":
+            return await self._half(ask)
+        request = session.post(ask.path, data=ask.body, headers={"Content-Type": "application/json"})
+        if ask.kind == "hang_up_early":
+            try:
+                async with asyncio.timeout(ask.patience), request as answer:
+                    await answer.read()
+            except TimeoutError:
+                return "hung up", ""
+            return ("hung up", "") if answer.status == 200 else ("failed", f"status {answer.status}")
+        async with request as answer:
+            if answer.status != 200:
+                if ask.expected == "refused" and 400 <= answer.status < 500:
+                    return "refused", ""
+                return "failed", f"status {answer.status}: {(await answer.text())[:300]}"
+            if not ask.stream:
+                choices = (await answer.json())["choices"]
+            elif (choices := await _streamed(answer, ask)) is None:
+                answer.close()
+                return "hung up", ""
+        if ask.expected == "refused":
+            return "wrong", "answered, and should have been refused"
+        why = wrong_with(ask, choices)
+        if why is not None:
+            return "wrong", why
+        if ask.kind in GREEDY:
+            self.ended.tokens[ask.number] = choices[0]["token_ids"]
+        return ask.expected, ""  # a client may mean to hang up, and have the whole answer first
+
+    async def _half(self, ask: Ask) -> tuple[str, str]:
+        """Says that a body follows, sends a part of it and goes."""
+        place = urlsplit(self.url)
+        _, writer = await asyncio.open_connection(place.hostname, place.port)
+        head = (
+            f"POST {ask.path} HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(ask.body)}\r\n\r\n"
+        )
+        part = random.Random(ask.number).randrange(len(ask.body))
+        writer.write(head.encode() + ask.body[:part])
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+        return "hung up", ""
+
+
+async def _streamed(answer: Any, ask: Ask) -> list[dict[str, Any]] | None:
+    """The choice that a stream's chunks add up to; None: time to hang up.
+
+    Raises:
+        ValueError: the stream ended before its end, or an error came in it.
+    """
+    whole: dict[str, Any] = {"text": "", "token_ids": [], "finish_reason": None}
+    chunks = 0
+    if ask.expected == "hung up" and not ask.chunks:
+        return None
+    async for line in answer.content:
+        if not line.startswith(b"data:"):
+            continue
+        data = line[5:].strip()
+        if data == b"[DONE]":
+            return [whole]
+        chunk = json.loads(data)
+        if "error" in chunk:
+            raise ValueError(f"error in the stream: {chunk['error']}")
+        for choice in chunk["choices"]:
+            whole["text"] += choice["text"]
+            whole["token_ids"] += choice.get("token_ids") or []
+            whole["finish_reason"] = choice["finish_reason"] or whole["finish_reason"]
+        chunks += 1
+        if ask.expected == "hung up" and chunks >= ask.chunks:
+            return None
+    raise ValueError("the stream ended without [DONE]")

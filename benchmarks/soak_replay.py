@@ -1,0 +1,93 @@
+"""Requests that were answered among others, asked again alone: are the tokens the same, and if not, was it a tie?"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from math import comb
+from statistics import median
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.server import Server
+from benchmarks.soak_traffic import Traffic
+
+ALTERNATIVES = 5
+CHANCE = 0.01
+"""More replays that differ than stock vLLM's are held against us if chance alone would make so many this seldom."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where a replay first gave another token."""
+
+    number: int
+    position: int
+    gap: float
+    """Nats between the replay's token and the soak's, as the replay has them; a tie is nearly 0."""
+    at_least: bool
+    """The soak's token was not among the replay's likeliest; the gap is that to the last of them."""
+
+
+def spread_out(numbers: Iterable[int], most: int) -> list[int]:
+    """At most so many of these numbers, evenly from first to last."""
+    ordered = sorted(numbers)
+    if len(ordered) <= most:
+        return ordered
+    return [ordered[index * len(ordered) // most] for index in range(most)]
+
+
+def difference(number: int, given: list[int], again: list[int], likeliest: list[dict[str, float]]) -> Difference | None:
+    """Where two answers part; None: nowhere.
+
+    Args:
+        number: of the request.
+        given: token ids.
+        again: token ids of the replay.
+        likeliest: for each position of the replay, log probabilities by `token_id:N`.
+    """
+    position = next((at for at, (one, other) in enumerate(zip(given, again, strict=True)) if one != other), None)
+    if position is None:
+        return None
+    choices = likeliest[position]
+    mine = choices[f"token_id:{again[position]}"]
+    theirs = choices.get(f"token_id:{given[position]}")
+    return Difference(number, position, mine - (min(choices.values()) if theirs is None else theirs), theirs is None)
+
+
+def replay(server: Server, traffic: Traffic, tokens: dict[int, list[int]], most: int) -> dict[str, Any]:
+    """Asks the server again, one request at a time, and without what its prefix cache holds of the soak."""
+    differences = []
+    compared = 0
+    chosen = spread_out(tokens, most)
+    for number in tqdm(chosen, desc=f"Replaying, {server.name}", unit="request"):
+        body = json.loads(traffic.ask(number).body) | {"stream": False}
+        extra = {"logprobs": ALTERNATIVES, "return_tokens_as_token_ids": True, "cache_salt": f"replay {number}"}
+        choice = server.complete(**(body | extra))["choices"][0]
+        found = difference(number, tokens[number], choice["token_ids"], choice["logprobs"]["top_logprobs"])
+        compared += len(tokens[number]) if found is None else found.position + 1
+        if found is not None:
+            differences.append(found)
+    gaps = [one.gap for one in differences]
+    return {
+        "replayed": len(chosen),
+        "equal": len(chosen) - len(differences),
+        "tokens_compared": compared,
+        "largest_gap_nats": max(gaps, default=0.0),
+        "median_gap_nats": median(gaps) if gaps else 0.0,
+        "differences": [asdict(one) for one in differences],
+    }
+
+
+def chance_of_as_many(ours: dict[str, Any], stock: dict[str, Any]) -> float:
+    """Probability of at least so many differing replays of ours if both differ equally often (Fisher's exact test)."""
+    total = ours["replayed"] + stock["replayed"]
+    differing = total - ours["equal"] - stock["equal"]
+    mine = ours["replayed"]
+    least = mine - ours["equal"]
+    ways = sum(
+        comb(differing, count) * comb(total - differing, mine - count)
+        for count in range(least, min(differing, mine) + 1)
+        if mine - count <= total - differing
+    )
+    return ways / comb(total, mine)

@@ -1,0 +1,127 @@
+"""What a server holds while a soak goes on: memory, threads and files of its processes, and whether they grow."""
+
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from statistics import linear_regression, median
+from typing import Any
+
+import psutil
+
+from benchmarks.server import Server
+from vllm_adapmoe.units import MiB
+
+EARLY = (0.15, 0.25)
+"""Share of a soak whose memory is what later memory is compared with; before it, everything warms up."""
+LATE = (0.9, 1.0)
+GROWTH = 0.02
+GROWTH_BYTES = 20 * MiB
+"""Memory may grow by the greater of the two."""
+SPARE_HANDLES = 0
+"""Threads and files that an idle server may have more of after the soak than after it had warmed up."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Of all processes of a server together."""
+
+    seconds: float
+    """Since the soak began."""
+    anonymous: int
+    """Bytes in memory that are not of a file and not shared."""
+    proportional: int
+    """Bytes in memory, those shared divided by their sharers (PSS)."""
+    threads: int
+    files: int
+    processes: int
+    anonymous_of: dict[str, int] = field(default_factory=dict)
+    """`anonymous` by the name of the process."""
+
+
+def sample(server: Server, started: float) -> Sample:
+    """What the server holds now."""
+    seconds = time.monotonic() - started
+    of: dict[str, int] = {}
+    anonymous = proportional = threads = files = processes = 0
+    for process in server.processes():
+        with suppress(psutil.Error, FileNotFoundError):
+            memory = process.memory_full_info()
+            anonymous += memory.rss - memory.shared
+            name = process.name()
+            of[name] = of.get(name, 0) + memory.rss - memory.shared
+            proportional += memory.pss
+            threads += process.num_threads()
+            files += process.num_fds()
+            processes += 1
+    return Sample(seconds, anonymous, proportional, threads, files, processes, of)
+
+
+class Watch:
+    """Takes samples every `interval` seconds, from a thread of its own, while the `with` block lasts."""
+
+    def __init__(self, server: Server, interval: float) -> None:
+        self.server = server
+        self.interval = interval
+        self.started = time.monotonic()
+        self.samples: list[Sample] = []
+        self.loaded = True
+        """Whether there is traffic; without it, no samples are taken."""
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ended.wait(self.interval):
+            if self.loaded:
+                self.samples.append(sample(self.server, self.started))
+
+
+def growth(samples: Sequence[Sample], idle: Sequence[Sample]) -> dict[str, Any]:
+    """Whether something leaked.
+
+    Args:
+        samples: under load, over the whole soak.
+        idle: without any request: after the warm-up, and at the end.
+    """
+    total = samples[-1].seconds
+    parts = {
+        name: [one for one in samples if low * total <= one.seconds <= high * total]
+        for name, (low, high) in {"early": EARLY, "late": LATE}.items()
+    }
+    warm = [one for one in samples if one.seconds >= EARLY[0] * total]
+    result: dict[str, Any] = {"idle": [asdict(one) for one in idle]}
+    for key in ("anonymous", "proportional"):
+        early, late = (median(getattr(one, key) for one in parts[name] or samples) for name in ("early", "late"))
+        limit = max(GROWTH * early, GROWTH_BYTES)
+        times = [one.seconds / 60 for one in warm]
+        slope = linear_regression(times, [getattr(one, key) for one in warm]).slope if len(set(times)) > 1 else 0.0
+        result[key] = {
+            "early_bytes": early,
+            "late_bytes": late,
+            "growth_bytes": late - early,
+            "limit_bytes": limit,
+            "bytes_per_minute": slope,
+            "within": late - early <= limit,
+        }
+    result["anonymous"]["growth_bytes_of"] = {name: _between(parts, name, samples) for name in samples[-1].anonymous_of}
+    for key in ("threads", "files", "processes"):
+        before, after = getattr(idle[0], key), getattr(idle[-1], key)
+        result[key] = {"before": before, "after": after, "within": after <= before + SPARE_HANDLES}
+    return result
+
+
+def _between(parts: dict[str, list[Sample]], name: str, samples: Sequence[Sample]) -> float:
+    """Growth of the processes of a name, bytes."""
+    early, late = (
+        median(one.anonymous_of.get(name, 0) for one in parts[part] or samples) for part in ("early", "late")
+    )
+    return late - early

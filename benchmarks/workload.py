@@ -1,0 +1,89 @@
+"""What the benchmarks ask of an engine: the same prompts, round after round."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+from vllm_adapmoe.calibrate.text import text_of
+from vllm_adapmoe.model_folder import read_tokenizer, vocabulary_size
+from vllm_adapmoe.results import spread
+
+COUNTERS = (
+    "hits",
+    "misses",
+    "demand_loads",
+    "prefetches",
+    "fetched_bytes",
+    "wasted_bytes",
+    "stall_seconds",
+    "fetch_seconds",
+)
+
+
+def prompts_of(model: Path, text: Path | None, count: int, length: int) -> list[list[int]]:
+    """`count` prompts of `length` token ids: excerpts of the files `*.txt` in the folder `text`, or random ids.
+
+    Routing has structure only on text like that which the model was trained on.
+    """
+    generator = random.Random(0)
+    if text is not None:
+        texts = sorted(text.glob("*.txt"))
+        tokenizer = read_tokenizer(model)
+        pools = [tokenizer.encode(text_of(path), add_special_tokens=False).ids for path in texts]
+        prompts = []
+        for number in range(count):
+            pool = pools[number % len(pools)]
+            start = generator.randrange(max(1, len(pool) - length))
+            prompts.append(pool[start : start + length])
+        return prompts
+    vocabulary = vocabulary_size(model)
+    return [[generator.randrange(2, vocabulary) for _ in range(length)] for _ in range(count)]
+
+
+def measure(engine: Any, prompts: list[list[int]], output_tokens: int, forced: bool = False) -> dict[str, Any]:
+    """Throughput of one round, tokens/s, and what the cache did in it.
+
+    Args:
+        engine: that answers.
+        prompts: token ids.
+        output_tokens: of each answer.
+        forced: the last `output_tokens` of each prompt are not given but decoded, one by one, instead of what the
+            engine would say.
+    """
+    before = engine.cache_stats()
+    answers = [prompt[-output_tokens:] for prompt in prompts] if forced else None
+    if forced:
+        prompts = [prompt[:-output_tokens] for prompt in prompts]
+    run = engine.generate(prompts, output_tokens, answers)
+    after = engine.cache_stats()
+    counts = {key: after[key] - before[key] for key in COUNTERS if after}
+    decoded = len(prompts) * (output_tokens - 1)
+    return {
+        "tokens": run.tokens,
+        "prefill_tokens_per_second": sum(map(len, prompts)) / run.prefill_seconds,
+        "decode_tokens_per_second": decoded / run.decode_seconds,
+        "prefill_seconds": run.prefill_seconds,
+        "decode_seconds": run.decode_seconds,
+        "cache": counts,
+    }
+
+
+def measure_batches(
+    engine: Any, groups: list[list[list[int]]], output_tokens: int, forced: bool = False
+) -> dict[str, Any]:
+    """`measure` of several batches, one after the other, as one."""
+    parts = [measure(engine, group, output_tokens, forced) for group in groups]
+    decoded = sum(len(group) * (output_tokens - 1) for group in groups)
+    prompt_tokens = sum(len(prompt) for group in groups for prompt in group)
+    return {
+        "tokens": [tokens for part in parts for tokens in part["tokens"]],
+        "prefill_tokens_per_second": prompt_tokens / sum(part["prefill_seconds"] for part in parts),
+        "decode_tokens_per_second": decoded / sum(part["decode_seconds"] for part in parts),
+        "seconds": sum(part["prefill_seconds"] + part["decode_seconds"] for part in parts),
+        "cache": {key: sum(part["cache"][key] for part in parts) for key in parts[0]["cache"]},
+    }
+
+
+def ratios(rounds: list[dict[str, Any]], base: list[dict[str, Any]], key: str) -> dict[str, float]:
+    """Spread of a figure of `rounds` over that of `base`, round by round."""
+    return spread([round[key] / other[key] for round, other in zip(rounds, base, strict=True)])

@@ -1,0 +1,213 @@
+"""What gating costs in accuracy: by sensitivity, by weight alone, and a fixed smaller top-k, on held-out text."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from vllm_adapmoe.calibrate.text import data_hash, read_sequences
+from vllm_adapmoe.profile.model_profile import ModelProfile
+
+DROPS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
+"""Without --thresholds: shares of the top_k - 1 experts that a token can lose."""
+GROUP = 32
+"""Sequences that are in the engine at once."""
+DECODE_SEQUENCES, DECODE_PROMPT = 16, 8
+
+
+def points(profile: ModelProfile, thresholds: Sequence[float] | None) -> list[dict[str, Any]]:
+    """Gating plans to compare, each with its name and the number that sets it."""
+    top_k = profile.model.top_k
+    if thresholds is None:
+        thresholds = [profile.threshold_for_experts(top_k - share * (top_k - 1)) for share in DROPS]
+    plans = [{"rule": "token", "threshold": threshold} for threshold in thresholds]
+    plans += [{"rule": "weight", "threshold": (top_k - 1) / top_k * step / 14} for step in range(1, 14)]
+    plans += [{"rule": "count", "experts": 1 + step / 4} for step in range(4 * (top_k - 1))]
+    sensitivity = [layer.sensitivity for layer in profile.layers]
+    return [plan | {"sensitivity": sensitivity} for plan in plans]
+
+
+def run_evaluate(
+    model: Path,
+    profile_path: Path,
+    thresholds: Sequence[float] | None,
+    data: Path,
+    tokens: int,
+    sequence_length: int,
+    cache: dict[str, Any],
+) -> dict[str, Any]:
+    """Runs the held-out text through the serving engine once for each point, as prompts, and a part of it as decode.
+
+    Raises:
+        AdapMoEError: a profile of another model, or no text.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the same steps, and so the same sums, in every run
+    from vllm_adapmoe.integration.measure.engine import Engine, describe_model
+    from vllm_adapmoe.integration.measure.losses import decode_losses, prefill_losses
+
+    profile = ModelProfile.load(profile_path)
+    profile.check(describe_model(model), str(profile_path))
+    plans = points(profile, thresholds)
+    sequences = read_sequences(model, data, sequence_length, max(2, tokens // sequence_length), seed=0)
+    groups = [sequences[start : start + GROUP] for start in range(0, len(sequences), GROUP)]
+    engine = Engine(
+        model,
+        cache,
+        enforce_eager=True,
+        max_model_len=sequence_length + 1,
+        max_num_batched_tokens=max(4096, sequence_length + 1),
+        forced=True,
+    )
+    with engine:
+
+        def losses(plan: dict[str, Any] | None) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+            engine.call("set_gating", plan)
+            parts = [prefill_losses(engine, group) for group in groups]
+            nats = np.concatenate([part.nats for part in parts]).reshape(len(sequences), -1)
+            return nats, np.concatenate([part.best for part in parts]), engine.cache_stats()
+
+        base, base_best, _ = losses(None)
+        rows = []
+        for plan in tqdm(plans, desc="Evaluating", unit="point"):
+            nats, best, stats = losses(plan)
+            rows.append(_row(plan, nats, base, float((best == base_best).mean()), stats, profile))
+        middle = next(
+            (plan for plan, row in zip(plans, rows, strict=True) if row["mean_experts"] < 0.9 * profile.model.top_k),
+            plans[0],
+        )
+        decode = _decode(engine, middle, sequences[:DECODE_SEQUENCES], decode_losses, prefill_losses)
+    _compare(rows, profile.model.top_k)
+    return {
+        "benchmark": "evaluate",
+        "model": str(model),
+        "profile": str(profile_path),
+        "top_k": profile.model.top_k,
+        "data": {"path": str(data), "hash": data_hash(sequences), "tokens": int(base.size)},
+        "base": {"loss": float(base.mean()), "perplexity": float(np.exp(base.mean()))},
+        "points": rows,
+        "decode": decode,
+    }
+
+
+def _row(
+    plan: dict[str, Any],
+    nats: np.ndarray,
+    base: np.ndarray,
+    agreement: float,
+    stats: dict[str, float],
+    profile: ModelProfile,
+) -> dict[str, Any]:
+    """Figures of one point; the error is that of the mean over sequences."""
+    changes = (nats - base).mean(axis=1)
+    predicted = None
+    if plan["rule"] == "token":
+        predicted = profile.loss_increase(plan["threshold"]) / (profile.base_loss or float(base.mean()))
+    return {
+        "rule": plan["rule"],
+        "threshold": plan.get("threshold"),
+        "mean_experts": stats["kept_experts"] / stats["gated_tokens"],
+        "loss": float(nats.mean()),
+        "perplexity": float(np.exp(nats.mean())),
+        "loss_increase": float(changes.mean() / base.mean()),
+        "loss_increase_stderr": float(changes.std(ddof=1) / len(changes) ** 0.5 / base.mean()),
+        "predicted_loss_increase": predicted,
+        "top1_agreement": agreement,
+    }
+
+
+def _decode(
+    engine: Any, plan: dict[str, Any], sequences: list[list[int]], decode_losses: Any, prefill_losses: Any
+) -> dict[str, Any]:
+    """The same tokens, gated in decode steps and gated as prompts."""
+    engine.call("set_gating", plan)
+    decoded = decode_losses(engine, sequences, DECODE_PROMPT)
+    experts = engine.cache_stats()
+    prompts = prefill_losses(engine, sequences)
+    length = len(sequences[0])
+    same = prompts.nats.reshape(len(sequences), length - 1)[:, DECODE_PROMPT - 1 :].reshape(-1)
+    best = prompts.best.reshape(len(sequences), length - 1)[:, DECODE_PROMPT - 1 :].reshape(-1)
+    return {
+        "threshold": plan.get("threshold"),
+        "tokens": int(same.size),
+        "loss_prefill": float(same.mean()),
+        "loss_decode": float(decoded.nats.mean()),
+        "same_best_token": float((decoded.best == best).mean()),
+        "mean_experts_decode": experts["kept_experts"] / experts["gated_tokens"],
+    }
+
+
+def _compare(rows: list[dict[str, Any]], top_k: int) -> None:
+    """Adds to each `token` point what the other rules lose at the same mean count, between their nearest points."""
+    for rule in ("weight", "count"):
+        found = [(row["mean_experts"], row["loss_increase"]) for row in rows if row["rule"] == rule]
+        experts, increases = zip(*sorted([*found, (float(top_k), 0.0)]), strict=True)
+        for row in rows:
+            if row["rule"] == "token":
+                inside = row["mean_experts"] >= experts[0]
+                value = float(np.interp(row["mean_experts"], experts, increases)) if inside else None
+                row[f"{rule}_loss_increase"] = value
+
+
+RULES = {"token": "sensitivity", "weight": "weight", "count": "fixed k"}
+
+
+def print_evaluate(result: dict[str, Any], console: Console) -> None:
+    """The result as a table."""
+    base = result["base"]
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        title=f"{result['data']['tokens']} tokens; ungated {base['loss']:.4f} nats/token, "
+        f"perplexity {base['perplexity']:.3f}",
+    )
+    for column in ("rule", "T", "kept", "loss", "ppl", "change", "±", "foretold", "top-1"):
+        table.add_column(column, justify="left" if column == "rule" else "right", no_wrap=True)
+    for row in result["points"]:
+        predicted = row["predicted_loss_increase"]
+        table.add_row(
+            RULES[row["rule"]],
+            "" if row["threshold"] is None else f"{row['threshold']:.2g}",
+            f"{row['mean_experts']:.2f}",
+            f"{row['loss']:.4f}",
+            f"{row['perplexity']:.2f}",
+            f"{row['loss_increase']:+.2%}",
+            f"{row['loss_increase_stderr']:.2%}",
+            "" if predicted is None else f"{predicted:+.2%}",
+            f"{row['top1_agreement']:.1%}",
+        )
+    console.print(table)
+    decode = result["decode"]
+    console.print(
+        f"the same {decode['tokens']} tokens at threshold {decode['threshold']:.3g}: loss {decode['loss_prefill']:.4f} "
+        f"gated as prompts, {decode['loss_decode']:.4f} gated in decode; same top-1 {decode['same_best_token']:.2%}"
+    )
+
+
+def plot_evaluate(result: dict[str, Any], path: Path) -> None:
+    """Loss increase against mean experts per token, one line a rule."""
+    from vllm_adapmoe.plot import figure
+
+    with figure(path, "experts per token", "increase of the mean token loss, %") as axes:
+        for rule, label in RULES.items():
+            rows = sorted((r for r in result["points"] if r["rule"] == rule), key=lambda r: r["mean_experts"])
+            axes.errorbar(
+                [row["mean_experts"] for row in rows],
+                [100 * row["loss_increase"] for row in rows],
+                [100 * row["loss_increase_stderr"] for row in rows],
+                marker="o", markersize=3, linewidth=1, capsize=2, label=label,
+            )  # fmt: skip
+            if rule == "token":
+                axes.plot(
+                    [row["mean_experts"] for row in rows],
+                    [100 * row["predicted_loss_increase"] for row in rows],
+                    "k--", linewidth=1, label="sensitivity, foretold",
+                )  # fmt: skip
+        axes.invert_xaxis()
+        axes.legend(frameon=False)
+        axes.set_title(f"{result['model']}, top-{result['top_k']}", fontsize=9)

@@ -1,0 +1,73 @@
+"""`adapmoe doctor`."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.doctor.finding import Finding, print_findings, serves
+from vllm_adapmoe.integration.entry.version_check import explain_import_error
+from vllm_adapmoe.model_folder import check_named_model
+from vllm_adapmoe.printable import printable
+
+
+def doctor(
+    model: Annotated[
+        str | None, typer.Option(help="Folder of a checkpoint, or the name of a downloaded model, to check as well.")
+    ] = None,
+    store_dir: Annotated[Path | None, typer.Option(help="Folder of the packed files; default: vLLM's cache.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Checks installation, machine, disk and, if named, a model: what will and will not work here, and what helps.
+
+    Exit code 1 if something keeps models from being served.
+    """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    findings = list(_findings(model, store_dir))
+    if as_json:
+        typer.echo(json.dumps({"serves": serves(findings), "findings": [asdict(one) for one in findings]}, indent=1))
+    else:
+        print_findings(findings, Console())
+    raise typer.Exit(0 if serves(findings) else 1)
+
+
+def _findings(model: str | None, store_dir: Path | None) -> Iterator[Finding]:
+    from vllm_adapmoe.doctor.disk import check_disk
+    from vllm_adapmoe.doctor.machine import check_extras, check_machine
+
+    try:
+        from vllm_adapmoe.integration.entry.doctor import check_installation, check_model, device_type
+    except Exception as error:  # whatever an installation that does not fit raises
+        if isinstance(error, ImportError):
+            try:
+                explain_import_error(error)
+            except AdapMoEError as unsupported:
+                text, _, advice = str(unsupported).rpartition("; ")
+                yield Finding("Installation", "problem", text, advice)
+                return
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        yield Finding(
+            "Installation", "problem", f"vLLM cannot be imported ({reason})",
+            "install it as the README says, in the environment of this command",
+        )  # fmt: skip
+        return
+    yield from check_installation()
+    device = device_type()
+    if device in ("cpu", "cuda"):
+        yield from check_machine(device)
+        yield from check_disk(store_dir, needed=device == "cpu")
+        if model is not None:
+            try:
+                check_named_model(model)
+            except AdapMoEError as error:
+                yield Finding(f"Model {printable(model)}", "problem", str(error), fails=f"serving {model}: {error}")
+            else:
+                yield from check_model(model, store_dir)
+    yield from check_extras()

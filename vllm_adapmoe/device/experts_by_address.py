@@ -1,0 +1,160 @@
+"""SwiGLU experts wherever the device can read them: a grouped kernel that takes a table of addresses.
+
+A resident expert's address is that of its slot, an absent one's that of its page-locked host copy, which the kernel
+then reads over the link. Nobody on the host has to know which is which, so a decode step needs no round trip, and a
+CUDA graph can hold all of it.
+
+Grouping needs no kernel of its own: every pair of token and expert starts a row of programs, and only the first pair of
+an expert goes on, with all pairs of that expert. So each weight is read once, however many tokens want it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_adapmoe.device import ALIGNMENT as _ALIGNMENT
+from vllm_adapmoe.device import MAX_TOKENS
+
+ALIGNMENT = tl.constexpr(_ALIGNMENT)
+
+BLOCK_N, BLOCK_K = 32, 128
+"""Of the weights' tile: `BLOCK_K` values in a row are what one reads over the link at a time, 256 bytes of bf16."""
+
+
+@triton.jit
+def _rows_of_first_pair(ids, pairs, PAIRS: tl.constexpr, ROWS: tl.constexpr):
+    """The expert of this program's pair, -1 if another program works for it; its pairs `[ROWS]`, `pairs` for none."""
+    mine = tl.program_id(0)
+    expert = tl.load(ids + mine)
+    index = tl.arange(0, PAIRS)
+    same = tl.load(ids + index, mask=index < pairs, other=-1) == expert
+    first = tl.min(tl.where(same, index, PAIRS))
+    place = tl.cumsum(same.to(tl.int32), 0) - 1
+    row = tl.arange(0, ROWS)
+    chosen = same[None, :] & (place[None, :] == row[:, None])
+    rows = tl.min(tl.where(chosen, index[None, :], pairs), axis=1)
+    return tl.where(first == mine, expert, -1), rows
+
+
+# By the number of pairs nothing is compiled anew: it changes from step to step.
+@triton.jit(do_not_specialize=["pairs"])
+def _gate_and_up(
+    x, ids, addresses, out,
+    pairs, hidden, inner, top_k, stride_x,
+    PAIRS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    expert, rows = _rows_of_first_pair(ids, pairs, PAIRS, ROWS)
+    if expert < 0:
+        return
+    # A pointer out of memory has no known alignment, and would be read value by value; said of the integer, it is lost.
+    weight = tl.multiple_of(tl.load(addresses + expert).to(tl.pointer_type(x.dtype.element_ty)), ALIGNMENT)
+    some = rows < pairs
+    token = tl.where(some, rows, 0) // top_k
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    gate = tl.zeros((ROWS, BLOCK_N), dtype=tl.float32)
+    up = tl.zeros((ROWS, BLOCK_N), dtype=tl.float32)
+    half = inner.to(tl.int64) * hidden
+    for start in range(0, hidden, BLOCK_K):
+        inside = (start + k) < hidden
+        a = tl.load(
+            x + token[:, None].to(tl.int64) * stride_x + (start + k)[None, :],
+            mask=some[:, None] & inside[None, :], other=0.0,
+        )  # fmt: skip
+        at = n[:, None].to(tl.int64) * hidden + (start + k)[None, :]
+        mask = (n < inner)[:, None] & inside[None, :]
+        gate += tl.dot(a, tl.trans(tl.load(weight + at, mask=mask, other=0.0)))
+        up += tl.dot(a, tl.trans(tl.load(weight + half + at, mask=mask, other=0.0)))
+    value = (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty)
+    place = out + rows[:, None].to(tl.int64) * inner + n[None, :]
+    tl.store(place, value, mask=some[:, None] & (n < inner)[None, :])
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def _down(
+    activated, ids, addresses, out,
+    pairs, hidden, inner,
+    PAIRS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    expert, rows = _rows_of_first_pair(ids, pairs, PAIRS, ROWS)
+    if expert < 0:
+        return
+    weight = tl.multiple_of(tl.load(addresses + expert).to(tl.pointer_type(activated.dtype.element_ty)), ALIGNMENT)
+    some = rows < pairs
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    total = tl.zeros((ROWS, BLOCK_N), dtype=tl.float32)
+    for start in range(0, inner, BLOCK_K):
+        inside = (start + k) < inner
+        a = tl.load(
+            activated + rows[:, None].to(tl.int64) * inner + (start + k)[None, :],
+            mask=some[:, None] & inside[None, :], other=0.0,
+        )  # fmt: skip
+        at = n[:, None].to(tl.int64) * inner + (start + k)[None, :]
+        mask = (n < hidden)[:, None] & inside[None, :]
+        total += tl.dot(a, tl.trans(tl.load(weight + at, mask=mask, other=0.0)))
+    place = out + rows[:, None].to(tl.int64) * hidden + n[None, :]
+    tl.store(place, total, mask=some[:, None] & (n < hidden)[None, :])
+
+
+@triton.jit
+def _combine(outputs, ids, weights, out, hidden, top_k, BLOCK: tl.constexpr):
+    token = tl.program_id(0)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for choice in range(top_k):
+        pair = token * top_k + choice
+        end = tl.where(tl.load(ids + pair) < 0, 0, hidden)
+        value = tl.load(outputs + pair.to(tl.int64) * hidden + n, mask=n < end, other=0.0)
+        total += value * tl.load(weights + pair)
+    tl.store(out + token.to(tl.int64) * hidden + n, total.to(out.dtype.element_ty), mask=n < hidden)
+
+
+def experts_by_address(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    inner: int,
+) -> torch.Tensor:
+    """SwiGLU experts of a step of few tokens. Launches three kernels, and waits for nothing.
+
+    Args:
+        x: `[tokens, hidden]`, bf16 or float16, as are the weights; at most `MAX_TOKENS` tokens.
+        topk_weights: float32 `[tokens, top_k]`.
+        topk_ids: int32 `[tokens, top_k]`; -1: dropped, and no work. The ids of a token differ.
+        gate_up: int64 `[experts]`: address, a multiple of `ALIGNMENT`, of each expert's contiguous
+            `[2 * inner, hidden]`.
+        down: int64 `[experts]`: of its `[hidden, inner]`, likewise.
+        inner: size between the projections.
+
+    Returns:
+        `[tokens, hidden]`, dtype of `x`; a token's experts are summed in float32 in the order of its ids, so that
+        neither the tokens beside it nor where its experts are change its output.
+
+    Raises:
+        ValueError: more tokens than `MAX_TOKENS`.
+    """
+    tokens, hidden = x.shape
+    if tokens > MAX_TOKENS:
+        raise ValueError(f"{tokens} tokens for a kernel of at most {MAX_TOKENS}")
+    top_k = topk_ids.shape[1]
+    pairs = tokens * top_k
+    ids, weights = topk_ids.contiguous(), topk_weights.contiguous()
+    activated = x.new_empty(pairs, inner)
+    outputs = x.new_empty(pairs, hidden, dtype=torch.float32)
+    combined = x.new_empty(tokens, hidden)
+    sizes = {
+        "PAIRS": triton.next_power_of_2(pairs),
+        "ROWS": max(16, triton.next_power_of_2(tokens)),
+        "BLOCK_N": BLOCK_N,
+        "BLOCK_K": BLOCK_K,
+    }
+    _gate_and_up[(pairs, triton.cdiv(inner, BLOCK_N))](
+        x, ids, gate_up, activated, pairs, hidden, inner, top_k, x.stride(0), **sizes
+    )
+    _down[(pairs, triton.cdiv(hidden, BLOCK_N))](activated, ids, down, outputs, pairs, hidden, inner, **sizes)
+    block = 1024
+    _combine[(tokens, triton.cdiv(hidden, block))](outputs, ids, weights, combined, hidden, top_k, BLOCK=block)
+    return combined

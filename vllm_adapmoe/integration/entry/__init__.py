@@ -1,0 +1,1 @@
+"""How vLLM finds the plugin, how it is switched on, and what is refused before a weight is read."""

@@ -1,0 +1,169 @@
+"""Edits of vLLM that no registration can replace: fields for `EngineArgs` and `SchedulerStats`.
+
+`patches/` holds the same as diffs for vLLM itself. Where vLLM has the fields already, nothing is edited here, and
+neither is a vLLM in which what is edited is not there: stock vLLM goes on as it is.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from operator import attrgetter
+from types import ModuleType
+from typing import Any
+
+from vllm_adapmoe.integration.entry.compat import adapmoe_settings
+
+
+@dataclasses.dataclass
+class EngineFields:
+    """M1: what `EngineArgs` gains, so that flags, `LLM(...)` and Ray's engine arguments accept it."""
+
+    moe_method: str | None = None
+    adapmoe_config: dict[str, Any] | str | list[dict[str, Any] | str] | None = None
+    """A list: merged, the last one's keys win."""
+
+
+@dataclasses.dataclass
+class StatsFields:
+    """M2: what `SchedulerStats` gains, to carry counters of the worker to the front end."""
+
+    worker_stats: dict[str, float | list[float]] | None = None
+
+
+def add_fields(cls: Any, fields: type) -> bool:
+    """Adds the fields of the dataclass `fields` to the dataclass `cls` as keyword arguments.
+
+    Running `dataclass()` over `cls` again would lose its default factories, so the new fields are put beside the old
+    and `__init__` is wrapped. Returns whether anything was missing.
+    """
+    missing = {field.name: field for field in dataclasses.fields(fields) if field.name not in cls.__dataclass_fields__}
+    if not missing:
+        return False
+    original = cls.__init__
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name, field in missing.items():
+            setattr(self, name, kwargs.pop(name, field.default))
+        original(self, *args, **kwargs)
+
+    cls.__init__ = __init__
+    cls.__dataclass_fields__ = cls.__dataclass_fields__ | missing
+    for name, field in missing.items():
+        setattr(cls, name, field.default)
+        cls.__annotations__[name] = field.type
+    return True
+
+
+def edit_engine_args(module: ModuleType) -> None:
+    """M1 on `vllm.engine.arg_utils`: fields, flags, and the call that applies them."""
+    base, derived = module.EngineArgs, module.AsyncEngineArgs
+    if not add_fields(base, EngineFields):
+        return
+    add_fields(derived, EngineFields)
+    add_cli_args, create_engine_config = base.add_cli_args, base.create_engine_config
+
+    @functools.wraps(add_cli_args)
+    def with_flags(parser: Any) -> Any:
+        parser = add_cli_args(parser)
+        group = parser.add_argument_group(title="MoE method", description="How routed experts are held and run.")
+        group.add_argument(
+            "--moe-method", default=None, help="Name of an installed MoE method plugin, for instance adapmoe."
+        )
+        group.add_argument(
+            "--adapmoe-config",
+            # vLLM's parser makes one more of these of all single keys, and puts it last.
+            action="append",
+            default=None,
+            help="Configuration of the adapmoe method: a JSON file, a JSON object, or single keys as in "
+            "--adapmoe-config.cache_gb 8. Several are merged: single keys win, then the last.",
+        )
+        return parser
+
+    @functools.wraps(create_engine_config)
+    def with_moe_method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        config = create_engine_config(self, *args, **kwargs)
+        if self.moe_method or self.adapmoe_config is not None or adapmoe_settings(config) is not None:
+            from vllm_adapmoe.integration.entry.plugin import switch_on
+
+            switch_on(self, config)
+        return config
+
+    base.add_cli_args = staticmethod(with_flags)
+    base.create_engine_config = with_moe_method
+
+
+def edit_scheduler_stats(module: ModuleType) -> None:
+    """M2 on `vllm.v1.metrics.stats`."""
+    add_fields(module.SchedulerStats, StatsFields)
+
+
+EDITS: dict[str, Callable[[ModuleType], None]] = {
+    "vllm.engine.arg_utils": edit_engine_args,
+    "vllm.v1.metrics.stats": edit_scheduler_stats,
+}
+EDITED = {
+    "vllm.engine.arg_utils": (
+        "EngineArgs.__dataclass_fields__",
+        "EngineArgs.add_cli_args",
+        "EngineArgs.create_engine_config",
+        "AsyncEngineArgs.__dataclass_fields__",
+    ),
+    "vllm.v1.metrics.stats": ("SchedulerStats.__dataclass_fields__",),
+}
+"""What the edits of a module take for granted."""
+
+
+def _edit(name: str) -> None:
+    module = sys.modules[name]
+    try:
+        attrgetter(*EDITED[name])(module)
+    except AttributeError:
+        return
+    EDITS[name](module)
+
+
+class _EditedSpec(ModuleSpec):
+    """Spec of a module that is edited as soon as its import ends, also when that import is already under way."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "_initializing" and not value and self.name in sys.modules:
+            _edit(self.name)
+
+
+class _EditFinder(MetaPathFinder):
+    """Finds the modules to edit as everyone else does, and marks their specs."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in EDITS:
+            return None
+        sys.meta_path.remove(self)
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            sys.meta_path.insert(0, self)
+        if spec is not None:
+            spec.__class__ = _EditedSpec
+        return spec
+
+
+def install_edits() -> None:
+    """Arranges every edit, now or when its module is imported. Once per process, however often it is called."""
+    if any(isinstance(finder, _EditFinder) for finder in sys.meta_path):
+        return
+    for name in EDITS:
+        module = sys.modules.get(name)
+        if module is None:
+            continue
+        if getattr(module.__spec__, "_initializing", False):
+            module.__spec__.__class__ = _EditedSpec
+        else:
+            _edit(name)
+    sys.meta_path.insert(0, _EditFinder())

@@ -1,0 +1,127 @@
+"""Refuses, before any weight is read, what cannot work: by name, with the reason and the remedy."""
+
+import os
+import sys
+from dataclasses import replace
+from typing import Any
+
+import torch
+from vllm import envs
+from vllm.config import ModelConfig, VllmConfig
+from vllm.platforms import current_platform
+
+from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
+from vllm_adapmoe.integration.entry.compat import old_ray_executor_chosen
+from vllm_adapmoe.integration.entry.model_info import mentions_experts, most_experts
+from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
+from vllm_adapmoe.integration.loading import expert_loading as loading
+from vllm_adapmoe.integration.loading.memory import usable_memory
+from vllm_adapmoe.integration.loading.pack_store import check_store
+from vllm_adapmoe.planning.slot_budget import DeviceMemory, check_budget
+
+LOAD_FORMATS = {"auto", "hf", "safetensors", "fastsafetensors", "pt", "mistral", "npcache", "dummy", "runai_streamer"}
+BITS = {"fp8": 8, "experts_int8": 8, "mxfp4": 4, "gpt_oss_mxfp4": 4}
+"""Of one weight, under quantisations whose settings need not name them."""
+DRAFTS_WITHOUT_EXPERTS = {"ngram", "ngram_gpu", "suffix"}
+
+
+def check_model(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
+    """Checks the model, the features asked for beside it, the budget and the store.
+
+    Raises:
+        AdapMoEError: the first thing found that cannot work.
+    """
+    model = vllm_config.model_config
+    if not mentions_experts(model):
+        raise AdapMoEError(f"model={model.model!r} has no routed experts; remove moe_method")
+    for is_set, setting, reason in feature_checks(vllm_config):
+        if is_set:
+            raise AdapMoEError(f"{setting} does not work with moe_method='adapmoe': {reason}")
+    if config.decode == "in_place" and loading.experts_base() is CachedExperts:
+        raise AdapMoEError("decode=in_place needs a GPU, which reads host memory over a link; set decode=fetch")
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    if config.gating.mode == "batch" and ranks > 1:
+        # What a rank drops would depend on what it has resident, and the ranks' shards would not belong together.
+        raise AdapMoEError(
+            f"gating.mode=batch does not work with tensor_parallel_size={ranks}: every rank has others resident; "
+            "use gating.mode=token"
+        )
+    most = most_experts(model)
+    if vllm_config.parallel_config.enable_expert_parallel and ranks > 1:
+        most = None if most is None else -(-model.get_num_experts() // ranks) * model.get_total_num_hidden_layers()
+        for is_set, setting, reason in (
+            (config.trace_out is not None, f"trace_out={config.trace_out!r}",
+             "a replay would need the experts of all ranks; record with tensor_parallel_size alone"),
+            (config.allocation == "profile", "allocation='profile'",
+             "a profile's curves are of whole layers; use pool, uniform or trace"),
+        ):  # fmt: skip
+            if is_set:
+                raise AdapMoEError(f"{setting} does not work with enable_expert_parallel=True: {reason}")
+    check_budget(config, most, model.get_num_experts_per_tok() or 1, _device_memory(config, vllm_config))
+    # How many experts there are the built model tells; with fewer slots than one layer has, a store is needed for sure.
+    few_slots = (config.cache_fraction or 1) < 1
+    few_slots |= (config.cache_experts or sys.maxsize) < (model.get_num_experts() or 0)
+    check_store(config, vllm_config, few_slots)
+
+
+def _device_memory(config: AdapMoEConfig, vllm_config: VllmConfig) -> DeviceMemory:
+    """As far as it is known before there is a model; what else is needed the worker knows."""
+    if vllm_config.parallel_config.use_ray:  # the workers are on other machines, and this one may have no device
+        return DeviceMemory(sys.maxsize)
+    kv_cache = vllm_config.cache_config.kv_cache_memory_bytes
+    return replace(usable_memory(config, vllm_config), kv_cache=kv_cache or 0, kv_cache_of="kv_cache_memory_bytes")
+
+
+def feature_checks(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
+    """Everything that experts in slots cannot do: whether it is set, the setting, reason and remedy."""
+    parallel, model, load = vllm_config.parallel_config, vllm_config.model_config, vllm_config.load_config
+    offload, speculative = vllm_config.offload_config, vllm_config.speculative_config
+    weights_move = "it moves weights that the expert cache moves already; remove it"
+    return [
+        (parallel.enable_eplb, "enable_eplb=True", "replicas of experts have no place in the slot map; remove it"),
+        (parallel.enable_dbo, "enable_dbo=True", "two micro-batches would compete for the slots; remove it"),
+        (parallel.enable_expert_parallel and not current_platform.is_cpu(), "enable_expert_parallel=True on a GPU",
+         "its kernels take vLLM's expert map, which knows nothing of slots; use tensor_parallel_size alone"),
+        (parallel.data_parallel_size > 1, f"data_parallel_size={parallel.data_parallel_size}",
+         "data-parallel ranks exchange tokens between experts; run one engine per replica"),
+        (parallel.pipeline_parallel_size > 1, f"pipeline_parallel_size={parallel.pipeline_parallel_size}",
+         "packs, profiles and shares count the layers of the whole model; use tensor_parallel_size"),
+        (parallel.use_ray and current_platform.is_cpu(), "distributed_executor_backend='ray'",
+         "vLLM's Ray executor has no CPU workers; remove it, and scale with replicas (examples/ray_serve.md)"),
+        (parallel.use_ray and old_ray_executor_chosen(), "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0",
+         "the old Ray executor runs the model past the worker, which would not see failed reads; unset it"),
+        (current_platform.is_cuda() and envs.VLLM_USE_BREAKABLE_CUDAGRAPH, "VLLM_USE_BREAKABLE_CUDAGRAPH=1",
+         "graphs would be broken elsewhere than where the host decides; set VLLM_USE_BREAKABLE_CUDAGRAPH=0, "
+         "for vLLM sets it by itself for some models"),
+        (vllm_config.lora_config is not None, "enable_lora=True", "adapters of experts are not cached; remove it"),
+        (getattr(model, "enable_sleep_mode", False), "enable_sleep_mode=True",
+         "discarding weights would empty the slots behind the cache's back; remove it"),
+        (offload.uva.cpu_offload_gb > 0, f"cpu_offload_gb={offload.uva.cpu_offload_gb}", weights_move),
+        (offload.prefetch.offload_group_size > 0, f"offload_group_size={offload.prefetch.offload_group_size}",
+         weights_move),
+        (current_platform.is_zen_cpu() and os.environ.get("ZENDNNL_MATMUL_WEIGHT_CACHE") != "0",
+         "zentorch with its cache of weights",
+         "it goes by addresses, and would compute with experts that have left; set ZENDNNL_MATMUL_WEIGHT_CACHE=0"),
+        (load.load_format not in LOAD_FORMATS, f"load_format={load.load_format!r}",
+         "it does not load expert by expert; use auto"),
+        (speculative is not None and speculative.method not in DRAFTS_WITHOUT_EXPERTS,
+         f"speculative_config method={getattr(speculative, 'method', None)!r}",
+         f"a draft model's experts are not cached; use one of {', '.join(sorted(DRAFTS_WITHOUT_EXPERTS))}"),
+    ]  # fmt: skip
+
+
+def weight_bits(model: ModelConfig) -> int | None:
+    """Returns the bits of one weight of an expert at least, scales apart: a quantisation may leave experts out."""
+    dtype: Any = model.dtype
+    if model.quantization is None:
+        return int(dtype.itemsize) * 8
+    online = getattr(model.quantization_config, "moe", None)
+    if online is not None:
+        return 8 if online.weight.dtype in (torch.int8, torch.float8_e4m3fn) else None
+    settings = getattr(model.hf_config, "quantization_config", None)
+    if not isinstance(settings, dict):
+        settings = {}
+    if isinstance(settings.get("bits"), int):
+        return settings["bits"]
+    weights = [group.get("weights") or {} for group in settings.get("config_groups", {}).values()]
+    return min((weight["num_bits"] for weight in weights if "num_bits" in weight), default=BITS.get(model.quantization))

@@ -1,0 +1,64 @@
+"""Sets `moe_backend` in an engine's configuration, as `--moe-backend` does, or refuses before anything is loaded."""
+
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
+from vllm_adapmoe.integration.entry.backends import AUTO, MXFP4_W4A4, choose_backend
+from vllm_adapmoe.integration.entry.compat import marlin_takes_mxfp4_with_quantised_activations
+from vllm_adapmoe.integration.entry.expert_format import expert_formats
+from vllm_adapmoe.integration.entry.model_info import expert_sizes, most_experts
+
+logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
+
+
+def set_moe_backend(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
+    """Chooses a kernel that computes on slots.
+
+    Also where every expert may turn out to be resident, which is not known yet: a kernel that routes by itself would
+    hide the routing from gating, traces and calibration. What the user set stays where it cannot matter.
+
+    Raises:
+        AdapMoEError: vLLM has no such kernel for these experts on this device, or it is not the one the user set.
+    """
+    kernel, quantisation = vllm_config.kernel_config, vllm_config.quant_config
+    sizes = expert_sizes(vllm_config.model_config)
+    formats = expert_formats(quantisation, sizes, vllm_config.parallel_config.tensor_parallel_size)
+    if formats is None:
+        assert quantisation is not None
+        logger.warning(
+            "moe_backend=%s: which kernels compute quantization=%s with part of the experts resident is not known; "
+            "the one that vLLM chooses is checked after loading", kernel.moe_backend, quantisation.get_name(),
+        )  # fmt: skip
+        return
+    if MXFP4_W4A4 in formats and not marlin_takes_mxfp4_with_quantised_activations():
+        raise AdapMoEError(
+            f"moe_backend={kernel.moe_backend}: this vLLM has no kernel that computes experts in {MXFP4_W4A4} on part "
+            "of the experts; vLLM 0.32 and later have --moe-backend marlin"
+        )
+    found = current_platform.get_device_capability()
+    capability = None if found is None else (found.major, found.minor)
+    try:
+        backend = choose_backend(formats, capability, kernel.moe_backend)
+    except AdapMoEError as error:
+        if _surely_resident(config, vllm_config):
+            logger.info("%s; it stays, for every expert is resident", error)
+            return
+        raise
+    if kernel.moe_backend == AUTO:
+        logger.info(
+            "Set moe_backend=%s: the kernel of vLLM that computes experts in %s with part of them resident",
+            backend, " and ".join(sorted(formats)),
+        )  # fmt: skip
+        kernel.moe_backend = backend  # type: ignore[assignment]  # one of vLLM's names for it
+
+
+def _surely_resident(config: AdapMoEConfig, vllm_config: VllmConfig) -> bool:
+    """Returns whether the budget holds every expert whatever they weigh, and nothing is gated or traced."""
+    if config.gating.mode != "off" or config.trace_out is not None:
+        return False
+    if config.cache_fraction == 1.0:
+        return True
+    most = most_experts(vllm_config.model_config)
+    return most is not None and config.cache_experts == most

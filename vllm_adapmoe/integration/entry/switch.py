@@ -1,0 +1,159 @@
+"""Switches the method on in an engine's configuration, whichever way it was asked for."""
+
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.utils.import_utils import resolve_obj_by_qualname
+
+from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
+from vllm_adapmoe.integration.entry.model_check import check_model
+from vllm_adapmoe.integration.entry.model_info import model_info, profiled
+from vllm_adapmoe.integration.entry.moe_backend import set_moe_backend
+from vllm_adapmoe.integration.loading.identity import model_hash
+from vllm_adapmoe.prefetch.heads import NextTokenHeads, heads_path
+from vllm_adapmoe.profile.expected_loads import curves_of_profile
+from vllm_adapmoe.profile.model_profile import ModelProfile
+from vllm_adapmoe.profile.thresholds import describe, plan_gating
+
+logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
+
+METHOD = "adapmoe"
+GATING = "adapmoe_gating"
+LOADS = "adapmoe_expected_loads"
+HEADS = "adapmoe_heads"
+PROFILED = "adapmoe_profiled"
+WORKERS = {
+    "cpu": "vllm_adapmoe.integration.worker.worker.AdapMoECPUWorker",
+    "cuda": "vllm_adapmoe.integration.worker.worker.AdapMoEWorker",
+}
+SCHEDULERS = {
+    False: "vllm_adapmoe.integration.scheduler.scheduler.ExpertCacheScheduler",
+    True: "vllm_adapmoe.integration.scheduler.scheduler.ExpertCacheAsyncScheduler",
+}
+
+
+def switch_on(engine_args: Any, vllm_config: VllmConfig) -> None:
+    """Folds `moe_method` and `adapmoe_config` into `additional_config["adapmoe"]`, and names worker and scheduler.
+
+    Raises:
+        AdapMoEError: contradictory or unknown settings, or a model or feature that cannot work with them.
+    """
+    config = _requested(engine_args, vllm_config)
+    if engine_args.worker_cls != "auto":
+        raise AdapMoEError(
+            f"worker_cls={engine_args.worker_cls!r} leaves no place for moe_method={METHOD!r}; remove one"
+        )
+    device = current_platform.device_type
+    if device not in WORKERS:
+        raise AdapMoEError(f"moe_method={METHOD!r} does not run on {device}; it runs on {', '.join(WORKERS)}")
+    check_model(config, vllm_config)
+    if device == "cuda":
+        set_moe_backend(config, vllm_config)
+    profile = _profile(config, vllm_config)
+    additional = {**_additional(vllm_config), METHOD: config.transport()}
+    if profile is not None:
+        assert config.profile is not None
+        additional[PROFILED] = profiled(profile, config.profile)
+        _follow_profile(config, profile, additional)
+    vllm_config.additional_config = additional
+    vllm_config.parallel_config.worker_cls = WORKERS[device]
+    if device == "cuda":
+        _prepare_graphs(vllm_config)
+    scheduler = vllm_config.scheduler_config
+    if scheduler.scheduler_cls is None:
+        scheduler.scheduler_cls = SCHEDULERS[bool(scheduler.async_scheduling)]
+    elif not heeds_worker(scheduler.scheduler_cls):
+        logger.warning(
+            "scheduler_cls=%s is not one of %s: there will be no vllm:adapmoe metrics, and an expert that cannot be "
+            "read ends the engine instead of the request; derive it from one of them or remove it",
+            scheduler.scheduler_cls, ", ".join(SCHEDULERS.values()),
+        )  # fmt: skip
+
+
+def _prepare_graphs(vllm_config: VllmConfig) -> None:
+    """Lets a compiled model be split at MoE blocks; which of them ask the host, the worker knows."""
+    from vllm_adapmoe.integration.layers.graph_break import OPS
+
+    compilation = vllm_config.compilation_config
+    if compilation.splitting_ops:
+        compilation.splitting_ops += [op for op in OPS if op not in compilation.splitting_ops]
+
+
+def heeds_worker(scheduler_cls: Any) -> bool:
+    """Whether a scheduler, a class or the name of one, is made for what this worker reports."""
+    from vllm_adapmoe.integration.scheduler.scheduler import ExpertCacheScheduler
+
+    cls = resolve_obj_by_qualname(scheduler_cls) if isinstance(scheduler_cls, str) else scheduler_cls
+    return isinstance(cls, type) and issubclass(cls, ExpertCacheScheduler)
+
+
+def _profile(config: AdapMoEConfig, vllm_config: VllmConfig) -> ModelProfile | None:
+    """Reads the profile, here where its file is."""
+    if config.profile is None:
+        return None
+    if config.gating.mode != "off" and (vllm_config.model_config.get_num_experts_per_tok() or 2) < 2:
+        raise AdapMoEError("gating has nothing to drop: this model uses one expert per token; remove gating")
+    profile = ModelProfile.load(config.profile)
+    info = model_info(vllm_config.model_config)
+    profile.check(info, config.profile)  # what needs no reading first
+    if profile.model.hash is not None:
+        value = model_hash(vllm_config.model_config, vllm_config.load_config)
+        profile.check(info.model_copy(update={"hash": value}), config.profile)
+    return profile
+
+
+def _follow_profile(config: AdapMoEConfig, profile: ModelProfile, additional: dict[str, Any]) -> None:
+    """Chooses the threshold, foretells the loads of each layer by its slots, and names the next-token heads."""
+    plan = plan_gating(config.gating, profile)
+    if plan is not None:
+        logger.info("%s", describe(plan, profile))
+        additional[GATING] = plan.model_dump()
+    if config.allocation == "profile":
+        threshold = plan.threshold if plan is not None and plan.rule == "token" else 0.0
+        ahead = config.prefetch.max_experts if config.prefetch.lookahead else 0
+        additional[LOADS] = [curve.tolist() for curve in curves_of_profile(profile, threshold, ahead)]
+    if profile.heads is not None:
+        assert config.profile is not None
+        path = heads_path(config.profile).resolve()
+        model = profile.model
+        shape = (model.num_layers, model.hidden_size, model.num_experts)
+        NextTokenHeads.load(path, profile.heads, *shape)
+        # They are too big to travel with the configuration: every worker reads the file.
+        additional[HEADS] = {"path": str(path), "hash": profile.heads, "shape": list(shape)}
+    elif config.eviction == "next_token":
+        raise AdapMoEError(
+            f"eviction=next_token: profile={config.profile!r} has no next-token heads; make it anew with "
+            "adapmoe calibrate"
+        )
+    elif plan is None and config.allocation != "profile":
+        raise AdapMoEError(
+            f"profile={config.profile!r} has no next-token heads, so it is of no use while gating.mode=off and "
+            f"allocation={config.allocation}; set gating, remove it, or make it anew with adapmoe calibrate"
+        )
+
+
+def _requested(engine_args: Any, vllm_config: VllmConfig) -> AdapMoEConfig:
+    additional = _additional(vllm_config)
+    method, given = engine_args.moe_method, engine_args.adapmoe_config
+    if method not in (None, METHOD):
+        raise AdapMoEError(f"moe_method={method!r} is not known; use {METHOD!r} or leave it out")
+    if given is not None and method is None:
+        raise AdapMoEError(f"adapmoe_config={given!r} is set but moe_method is not; add moe_method={METHOD!r}")
+    config = AdapMoEConfig.parse(given)
+    if METHOD not in additional:
+        return config
+    plain = AdapMoEConfig.parse(additional[METHOD])
+    if given is not None and config != plain:
+        raise AdapMoEError(
+            f"adapmoe_config={given!r} and additional_config[{METHOD!r}]={additional[METHOD]!r} differ; keep one"
+        )
+    return plain
+
+
+def _additional(vllm_config: VllmConfig) -> dict[str, Any]:
+    additional = vllm_config.additional_config
+    if not isinstance(additional, dict):
+        raise AdapMoEError(f"additional_config={additional!r} is not a dict; moe_method={METHOD!r} needs one")
+    return additional

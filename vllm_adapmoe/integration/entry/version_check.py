@@ -1,0 +1,116 @@
+"""Refuses a vLLM that is not supported, when the method is switched on: in one line, with what is missing in it."""
+
+import importlib
+import importlib.util
+import logging
+from collections.abc import Iterator
+
+from packaging.version import InvalidVersion, Version
+
+from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.integration.entry.compat import NEWEST, OLDEST
+from vllm_adapmoe.integration.entry.edits import EDITED
+from vllm_adapmoe.integration.entry.vllm_names import needs, package_files
+
+logger = logging.getLogger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
+
+SUPPORTED = f"{OLDEST} to {NEWEST}"
+
+
+def remedy() -> str:
+    """What pip is to install instead."""
+    major, minor = NEWEST.split(".")
+    return f"install 'vllm>={OLDEST},<{major}.{int(minor) + 1}'"
+
+
+def is_supported(version: str) -> bool:
+    """Whether this is one of the releases that we test with."""
+    release = _release(version)
+    return release is not None and Version(OLDEST).release <= release <= Version(NEWEST).release
+
+
+def check_version(version: str | None = None) -> None:
+    """Lets a supported vLLM pass without a look at it, and another one if nothing that we use is missing in it.
+
+    Args:
+        version: of vLLM; None: of the one that is installed.
+
+    Raises:
+        AdapMoEError: it is older than what we support, or misses something.
+    """
+    if version is None:
+        from vllm.version import __version__ as version
+    assert version is not None
+    if is_supported(version):
+        return
+    release = _release(version)
+    gone = next(missing(), None)
+    if gone is None and (release is None or release > Version(NEWEST).release):
+        logger.warning(
+            "vLLM %s is not tested with vllm-adapmoe (%s is); everything that it uses is there", version, SUPPORTED
+        )
+        return
+    why = "it is too old" if gone is None else f"{gone} is missing"
+    raise AdapMoEError(f"vLLM {version} is not supported ({SUPPORTED}): {why}; {remedy()}")
+
+
+def explain_import_error(error: ImportError) -> None:
+    """Says so if an import has failed for a vLLM that is not supported; `error` is another matter if this returns.
+
+    Raises:
+        AdapMoEError: as `check_version`.
+    """
+    if (error.name or "").partition(".")[0] == "vllm" and importlib.util.find_spec("vllm") is not None:
+        check_version()
+
+
+def _release(version: str) -> tuple[int, ...] | None:
+    """Major and minor number; None where there is none, as in a source tree without metadata."""
+    try:
+        return Version(version).release[:2]
+    except InvalidVersion:
+        return None
+
+
+def missing() -> Iterator[str]:
+    """Names that our code takes from vLLM and that the installed one does not have; then methods that it asks of us."""
+    for module, names in EDITED.items():
+        yield from (f"{module}.{name}" for name in names if not exists(f"{module}.{name}"))
+    for file in package_files():
+        for ways in needs(file):
+            gone = [[use.path for use in way if not exists(use.path)] for way in ways]
+            if all(gone):
+                yield gone[0][0]
+    yield from _abstract_methods()
+
+
+def _abstract_methods() -> Iterator[str]:
+    """Of vLLM's base classes, those that our classes do not have."""
+    for file in package_files():
+        if file.parent.name != "integration" or file.stem == "__init__":
+            continue
+        module = importlib.import_module(f"vllm_adapmoe.integration.{file.stem}")
+        for cls in vars(module).values():
+            if isinstance(cls, type) and cls.__module__ == module.__name__:
+                for method in sorted(getattr(cls, "__abstractmethods__", ())):
+                    yield f"in {cls.__name__}, vLLM's {method}"
+
+
+def exists(path: str) -> bool:
+    """Whether a dotted name is a module of vLLM or leads from one to something."""
+    parts = path.split(".")
+    for count in range(len(parts), 0, -1):
+        module = ".".join(parts[:count])
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if f"{module}.".startswith(f"{error.name}."):
+                continue
+            return True  # it is there, and misses something of others: no affair of a version
+        try:
+            for name in parts[count:]:
+                found = getattr(found, name)
+        except (AttributeError, ImportError):
+            return False
+        return True
+    return False

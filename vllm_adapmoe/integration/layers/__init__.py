@@ -1,0 +1,1 @@
+"""Routed experts in the expert cache: replacements of vLLM's layers."""

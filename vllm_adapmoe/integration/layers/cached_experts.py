@@ -1,0 +1,352 @@
+"""Routed experts whose weights live in the expert cache: vLLM's layer, with its parameters replaced by slots."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm import envs
+from vllm.forward_context import ForwardContext, get_forward_context
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from vllm_adapmoe.cache.manager import ExpertCacheManager
+from vllm_adapmoe.integration.layers.gates import LayerGate
+from vllm_adapmoe.integration.layers.step_routing import StepRouting, read_together
+from vllm_adapmoe.integration.layers.streamed_experts import StreamedExperts
+from vllm_adapmoe.policy.residency import waves
+from vllm_adapmoe.store.base import ExpertsUnavailable
+
+if TYPE_CHECKING:
+    from vllm_adapmoe.integration.measure.probe import LayerProbe
+    from vllm_adapmoe.integration.worker.lookahead import Foresight, Lookahead
+
+
+class CachedExperts(StreamedExperts):
+    """Mixin over `RoutedExperts` or a model's own subclass of it.
+
+    While weights load, the layer hands its experts to `loading` and keeps none. Afterwards its parameters are the
+    tensors of a slot pool, `[slots, ...]`, shared with other layers, and `cache` says which expert is where.
+    Where every expert fits, `cache` stays None; without a gate, the layer is then vLLM's own.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.cache: ExpertCacheManager | None = None
+        self.gate: LayerGate | None = None
+        self.probe: LayerProbe | None = None
+        self.lookahead: Lookahead | None = None
+        self.on_failure: Callable[[torch.Tensor, ExpertsUnavailable], None] | None = None
+        self.cache_layer = self.loading.add(self)
+        super().__init__(*args, **kwargs)
+
+    def use_cache(self, cache: ExpertCacheManager) -> None:
+        """Serves from the slots of `cache`. The tensors stay the same objects, for kernels hold on to them."""
+        self.cache = cache
+        pool = cache.pool(self.cache_layer)
+        self.global_num_experts = pool.num_slots  # kernels count the rows of the weights, which are slots now
+        self.expert_tensors.replace(pool.tensors)
+
+    def begin_reload(self) -> None:
+        super().begin_reload()
+        self.global_num_experts = self.moe_config.num_experts
+
+    def end_reload(self) -> None:
+        super().end_reload()
+        if self.cache is not None:
+            self.use_cache(self.cache)
+
+    def finish_loading(self) -> None:
+        super().finish_loading()
+        if self.cache is not None:  # weights are replaced while the engine runs; vLLM keeps the tensors that it had
+            self.use_cache(self.cache)
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether vLLM's own code runs; `torch.compile` traces what that says when the model is first called."""
+        if self.expert_map is not None:  # vLLM's CPU kernels take no map, and crash over experts of other ranks
+            return False
+        return self.cache is None and self.gate is None and self.probe is None and self.lookahead is None
+
+    def forward_modular(
+        self,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: torch.Tensor | None = None,
+    ) -> Any:
+        if self.is_stock:
+            return super().forward_modular(x, topk_weights, topk_ids, shared_experts, shared_experts_input)
+        if self.apply_router_weight_on_input:
+            # Here, where torch.compile sees it among what is around, as in vLLM's own layer (`prepare_finalize/`).
+            x = x * topk_weights.to(x.dtype)
+        # Opaque to torch.compile: what is missing or dropped is known only when the ids and weights are.
+        return torch.ops.vllm.adapmoe_routed_experts(x, topk_weights, topk_ids, self.layer_name)
+
+    def run_experts(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
+        """Experts of one step: gates, acquires slots for what is kept, and runs vLLM's kernel on the slots.
+
+        Args:
+            x: `[tokens, hidden]`, times its weight under `apply_router_weight_on_input`.
+            topk_weights: `[tokens, top_k]`, float32.
+            topk_ids: `[tokens, top_k]`, int32, logical expert ids.
+
+        Returns:
+            `[tokens, hidden]`, dtype of `x`. Without a gate and with one wave bit-identical to stock vLLM; otherwise
+            pairs of token and expert are summed in float32, so that a token's output does not depend on its batch.
+        """
+        context = get_forward_context()
+        if self._is_dummy_run(context):
+            return self._run_dummy(x, topk_weights, topk_ids)
+        padding = padding_rows(context, len(x))
+        if self.probe is not None:
+            real = None if padding is None else ~padding.cpu()
+            topk_weights = self.probe.observe(x, topk_weights, topk_ids.cpu(), real)
+        step = self._read_step(x, topk_weights, topk_ids, padding)
+        while True:
+            try:
+                return self._run_step(step)
+            except ExpertsUnavailable as error:
+                if self.on_failure is None:
+                    raise
+                failed = torch.isin(step.ids, torch.tensor(error.experts, dtype=step.ids.dtype)).any(1)
+                self.on_failure(failed, error)
+                others = step.without(failed)
+                if others is None:
+                    return torch.zeros_like(x)
+                step = others
+
+    def _is_dummy_run(self, context: ForwardContext) -> bool:
+        """Profiling, warm-up and the capture of graphs: their ids mean nothing and must load nothing."""
+        return not context.attn_metadata or not self.loading.in_step
+
+    def _run_dummy(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
+        return self._run_kernel(x, topk_weights, torch.zeros_like(topk_ids))
+
+    def _read_step(
+        self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, padding: torch.Tensor | None
+    ) -> StepRouting:
+        """What the host has to know of a step's routing, read from the device at once."""
+        gate = self.gate
+        gated = None if gate is None else gate.alone(weights)
+        on_host = weights if gate is not None and gated is None else None
+        keep, cost = (None, None) if gated is None else (gated.keep, gated.cost)
+        product = self._product(x)
+        read = read_together(ids, padding, keep, cost, on_host, product)
+        host_ids, padding, keep, cost, on_host, product = read
+        assert host_ids is not None
+        real = None if padding is None else ~padding
+        if gate is not None and on_host is not None:
+            batch = gate.with_batch(on_host, host_ids, self._present)
+            keep, cost = batch.keep, batch.cost
+            weights = batch.weights.to(x.device)
+        elif gated is not None:
+            weights = gated.weights
+        if gate is not None:
+            assert keep is not None and cost is not None
+            keep = gate.count(keep, cost, real)
+        return StepRouting(x, weights, host_ids, real, keep, product)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor | None:
+        """What later layers are foretold from, if it has to be read with the routing."""
+        return None
+
+    def _run_step(self, step: StepRouting) -> torch.Tensor:
+        foresight = self._foresee(step)
+        if step.keep is not None:
+            return self._run_kept(step, step.keep, foresight)
+        experts = distinct(step.ids if step.real is None else step.ids[step.real], self.local_num_experts)
+        if len(experts) > self.slots or self.expert_map is not None:
+            return self._run_kept(step, step.all_kept(), foresight)
+        ids = step.ids if step.real is None else step.ids * step.real.unsqueeze(1)
+        slots = self._acquire(experts, foresight).index_select(0, ids.view(-1)).view_as(ids)
+        if step.real is not None:
+            slots.clamp_(min=0)
+        output = self._run_kernel(step.x, step.weights, slots.to(step.x.device))
+        self._release(experts)
+        return output
+
+    def _foresee(self, step: StepRouting) -> "Foresight | None":
+        if self.lookahead is None:
+            return None
+        keep = step.all_kept() if step.keep is None else step.keep
+        count = len(keep) if step.real is None else int(step.real.sum())  # padding comes last
+        product = None if step.product is None else step.product[:count]
+        return self.lookahead.foresee(
+            self.cache_layer, step.x[:count], step.weights[:count], step.ids[:count], keep[:count], product
+        )
+
+    @property
+    def slots(self) -> int:
+        """Experts that this layer can have resident at once."""
+        return self.local_num_experts if self.cache is None else self.cache.capacity(self.cache_layer)
+
+    def _present(self) -> torch.Tensor:
+        """Bool `[local experts]`, on the host: what needs no fetch."""
+        if self.cache is None:
+            return torch.ones(self.local_num_experts, dtype=torch.bool)
+        return self.cache.present(self.cache_layer)
+
+    def _acquire(
+        self, experts: Sequence[int], foresight: "Foresight | None", others: Sequence[int] = ()
+    ) -> torch.Tensor:
+        """Waits until all of them are there; returns `_slot_map()`."""
+        for _ in self._arrivals(experts, foresight, others):
+            pass
+        return self._slot_map()
+
+    def _arrivals(
+        self, experts: Sequence[int], foresight: "Foresight | None", others: Sequence[int] = ()
+    ) -> Iterator[Sequence[int]]:
+        """`ExpertCacheManager.arrivals`; all at once where every expert is resident."""
+        observe, expected = (None, None) if foresight is None else (foresight.observe, foresight.expected)
+        if self.cache is not None:
+            yield from self.cache.arrivals(self.cache_layer, experts, others, observe, expected)
+            return
+        if observe is not None:
+            observe()
+        if experts:
+            yield experts
+
+    def _slot_map(self) -> torch.Tensor:
+        """int32 `[experts]`, on the host: row of each expert in the parameters, -1 for one that is absent."""
+        if self.cache is not None:
+            return self.cache.slot_maps[self.cache_layer]
+        if self.expert_map is not None:
+            return self.expert_map.cpu()
+        return torch.arange(self.local_num_experts, dtype=torch.int32)
+
+    def _release(self, experts: Sequence[int]) -> None:
+        if self.cache is not None:
+            self.cache.release(self.cache_layer, experts)
+
+    def _run_kept(self, step: StepRouting, keep: torch.Tensor, foresight: "Foresight | None") -> torch.Tensor:
+        """The kept pairs of token and expert (`keep`: bool `[tokens, top_k]`, on the host).
+
+        Kernels take neither a map nor an absent expert on the CPU: each pair becomes a row with one expert, and what
+        is dropped costs no work. Under expert parallelism this rank's sum is over its own experts, and vLLM adds the
+        ranks' up, as under tensor parallelism.
+        """
+        x = step.x
+        if self.expert_map is not None:
+            keep = keep & (self.expert_map.cpu()[step.ids.long()] >= 0)
+        token, choice = keep.nonzero(as_tuple=True)
+        weights = step.weights[token.to(x.device), choice.to(x.device)].unsqueeze(1)
+        total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for rows, outputs in self._run_rows(x, weights, token, step.ids[token, choice].long(), foresight):
+            total.index_add_(0, token[rows].to(x.device), outputs.float())
+        return total.to(x.dtype)
+
+    def expert_outputs(self, x: torch.Tensor, topk_ids: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Ids `[pairs]` and outputs `[pairs, hidden]` before their weights, of all chosen experts, wave by wave."""
+        top_k = topk_ids.shape[1]
+        token, ids = torch.arange(len(topk_ids)).repeat_interleave(top_k), topk_ids.reshape(-1).long()
+        ones = torch.ones(len(ids), 1, dtype=torch.float32, device=x.device)
+        for rows, outputs in self._run_rows(x, ones, token, ids, None):
+            yield ids[rows], outputs
+
+    def _run_rows(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        token: torch.Tensor,
+        ids: torch.Tensor,
+        foresight: "Foresight | None",
+    ) -> Iterator[tuple[torch.Tensor | slice, torch.Tensor]]:
+        """Runs pairs of token and expert, each expert loaded once; yields which of the pairs, and their outputs."""
+        experts = distinct(ids, self.local_num_experts)
+        groups = waves(experts, self.slots)
+        if len(groups) <= 1:  # none: all are other ranks'; still an event, that others follow
+            yield slice(None), self._run_wave(x, weights, token, ids, experts, foresight, ())
+            return
+        wave_of = torch.zeros(experts[-1] + 1, dtype=torch.int64)
+        for number, group in enumerate(groups):
+            wave_of[list(group)] = number
+        for number, group in enumerate(groups):
+            rows = (wave_of[ids] == number).nonzero().view(-1)
+            wave = weights[rows.to(x.device)], token[rows], ids[rows]
+            yield rows, self._run_wave(x, *wave, group, foresight if number == 0 else None, experts)
+
+    def _run_wave(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        token: torch.Tensor,
+        ids: torch.Tensor,
+        experts: Sequence[int],
+        foresight: "Foresight | None",
+        others: Sequence[int],
+    ) -> torch.Tensor:
+        """Outputs `[pairs, hidden]` of pairs whose `experts` can be resident together.
+
+        Those whose experts are there run while the others' arrive. A pair's output does not depend on the pairs that
+        run with it, and the outputs are summed up later in an order of their own: what arrives when changes nothing.
+        """
+        outputs = None
+        for arrived in self._arrivals(experts, foresight, others):
+            rows = None if len(arrived) == len(experts) else _where(ids, arrived)
+            its = (weights, token, ids) if rows is None else (weights[rows.to(x.device)], token[rows], ids[rows])
+            part = self._run_pairs(x[its[1].to(x.device)], its[0], its[2])
+            if rows is None:
+                outputs = part
+                continue
+            if outputs is None:
+                outputs = part.new_empty(len(ids), part.shape[1])
+            outputs[rows.to(x.device)] = part
+        self._release(experts)
+        return x.new_empty(0, x.shape[1]) if outputs is None else outputs
+
+    def _run_pairs(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Runs rows of `x` with one expert each, `ids` `[rows]` on the host; all of them are resident."""
+        return self._run_kernel(x, weights, self._slot_map()[ids].unsqueeze(1).to(x.device))
+
+    def _run_kernel(self, x: torch.Tensor, topk_weights: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        if self.apply_router_weight_on_input:  # `forward_modular` has, and vLLM would once more
+            topk_weights = torch.ones_like(topk_weights)
+        output = self.quant_method.apply(
+            layer=self,
+            x=x,
+            topk_weights=topk_weights,
+            topk_ids=slots,
+            shared_experts=None,
+            shared_experts_input=None,
+        )
+        assert isinstance(output, torch.Tensor)
+        return output
+
+
+def padding_rows(context: ForwardContext, tokens: int) -> torch.Tensor | None:
+    """Bool `[tokens]`, on the device, True for padding; None: not told.
+
+    Without VLLM_MOE_SKIP_PADDING model runner V2 hands out a buffer that it does not fill
+    (`prepare_inputs` of vllm/v1/worker/gpu/model_runner.py), with what the last capture of a graph left in it.
+    """
+    if context.is_padding is None or not envs.VLLM_MOE_SKIP_PADDING:
+        return None
+    return context.is_padding[:tokens]
+
+
+def distinct(ids: torch.Tensor, num_experts: int) -> list[int]:
+    """The distinct expert ids, ascending."""
+    if ids.numel() <= 64:
+        return sorted(set(ids.view(-1).tolist()))
+    return torch.bincount(ids.view(-1), minlength=num_experts).nonzero().view(-1).tolist()
+
+
+def _where(ids: torch.Tensor, experts: Sequence[int]) -> torch.Tensor:
+    """Rows of `ids` `[pairs]` that name one of `experts`."""
+    return torch.isin(ids, torch.tensor(experts, dtype=ids.dtype)).nonzero().view(-1)
+
+
+def _routed_experts(
+    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: str
+) -> torch.Tensor:
+    layer = get_forward_context().no_compile_layers[layer_name].routed_experts
+    return layer.run_experts(x, topk_weights, topk_ids)
+
+
+def _routed_experts_fake(
+    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: str
+) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+direct_register_custom_op(op_name="adapmoe_routed_experts", op_func=_routed_experts, fake_impl=_routed_experts_fake)

@@ -1,0 +1,235 @@
+"""Routed experts of a GPU: kernels that skip what a map leaves out, and steps that do not wait for the host."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.forward_context import ForwardContext, get_forward_context
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+from vllm_adapmoe.cache.manager import ExpertCacheManager
+from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.device import ALIGNMENT
+from vllm_adapmoe.device.deferred import DeferredRouting
+from vllm_adapmoe.device.in_place import DOWN, GATE_UP, InPlaceDecode
+from vllm_adapmoe.integration.layers.cached_experts import CachedExperts, distinct, padding_rows
+from vllm_adapmoe.integration.layers.graph_break import is_capturing
+from vllm_adapmoe.integration.layers.slot_kernels import run_on_slots, takes_slots
+from vllm_adapmoe.integration.layers.step_routing import StepRouting
+from vllm_adapmoe.policy.residency import waves
+
+if TYPE_CHECKING:
+    from vllm_adapmoe.integration.worker.lookahead import Foresight
+
+
+class MappedExperts(CachedExperts):
+    """`CachedExperts` on a GPU.
+
+    Ids stay those of the layer's experts. With every call goes a map from expert to row of the slots, in which what is
+    absent, in another wave or dropped has no row; what is dropped has an id of its own, one more than there are experts
+    (`slot_kernels`). Slots as ids would be simpler, but vLLM sorts pairs for fewer than 1024 experts only, and a pool
+    for all layers has more slots than that.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.deferred: DeferredRouting | None = None
+        self.in_place: InPlaceDecode | None = None
+        self._on_slots = False
+        """`use_slot_kernel` was called."""
+        self._row_of: torch.Tensor | None = None
+        """int32 `[experts + 1]`, on the device, while a kernel runs that is to use it."""
+        self._whole: tuple[bytes, torch.Tensor] | None = None
+        """Slots of a layer that is resident as a whole, and its map."""
+        super().__init__(*args, **kwargs)
+
+    def use_cache(self, cache: ExpertCacheManager) -> None:
+        native = self.global_num_experts
+        super().use_cache(cache)
+        self.global_num_experts = native
+
+    def use_slot_kernel(self) -> None:
+        """Lets the kernel that vLLM has chosen work on slots, through a map.
+
+        Raises:
+            AdapMoEError: it cannot.
+        """
+        kernel = kernel_of(self)
+        if not takes_slots(kernel):
+            raise AdapMoEError(
+                f"moe_backend: vLLM has chosen {type(kernel).__name__}, which does not skip absent experts; "
+                "set --moe-backend triton, or marlin for 4-bit weights"
+            )
+        run_on_slots(kernel, self.local_num_experts)
+        self._on_slots = True
+
+    def finish_loading(self) -> None:
+        super().finish_loading()
+        if self._on_slots:  # with replaced weights comes another kernel
+            self.use_slot_kernel()
+
+    @property
+    def expert_map(self) -> torch.Tensor | None:
+        return super().expert_map if self._row_of is None else self._row_of
+
+    def run_experts(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
+        context = get_forward_context()
+        # The mode in the context does not tell: model runner V2 captures whole steps with CUDAGraphMode.NONE.
+        capturing = is_capturing()
+        if self.in_place is not None and (self.in_place.running or capturing):
+            if len(x) > self.in_place.routing.tokens:
+                raise RuntimeError(
+                    f"a CUDA graph of {len(x)} tokens; experts are read in place for {self.in_place.routing.tokens}"
+                )
+            weights, ids, costs = self._choose(topk_weights, topk_ids, context)
+            return self.in_place.experts(self.cache_layer, x, weights, ids, costs)
+        if capturing:
+            raise RuntimeError(
+                f"a CUDA graph is captured around {self.layer_name}, whose experts the host fetches while a step runs; "
+                "set cudagraph_mode=PIECEWISE, with vLLM's own splitting_ops"
+            )
+        if not self._is_dummy_run(context) and self._may_defer(len(x)):
+            with self._whole_layer() as whole:
+                if whole:
+                    return self._run_whole_layer(x, topk_weights, topk_ids, context)
+        return super().run_experts(x, topk_weights, topk_ids)
+
+    def _may_defer(self, tokens: int) -> bool:
+        alone = self.gate is None or self.gate.plan.rule != "batch"
+        return (
+            self.deferred is not None
+            and self.probe is None
+            and (self.lookahead is None or self.lookahead.trace is None)
+            and alone
+            and tokens <= self.deferred.tokens
+        )
+
+    def _whole_layer(self) -> AbstractContextManager[bool]:
+        """`ExpertCacheManager.whole_layer`; where every expert is resident, every layer is whole."""
+        return nullcontext(True) if self.cache is None else self.cache.whole_layer(self.cache_layer)
+
+    def _choose(
+        self, weights: torch.Tensor, ids: torch.Tensor, context: ForwardContext
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Weights after gating, int32 ids with -1 for what is dropped or padding, and what dropping costs."""
+        ids, costs = ids.int(), None
+        if self.gate is not None:
+            gated = self.gate.alone(weights)
+            assert gated is not None
+            weights, costs = gated.weights, gated.cost
+            ids = ids.masked_fill(~gated.keep, -1)
+        padding = padding_rows(context, len(ids))
+        if padding is not None:
+            ids = ids.masked_fill(padding.unsqueeze(1), -1)
+        return weights, ids, costs
+
+    def _run_whole_layer(
+        self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, context: ForwardContext
+    ) -> torch.Tensor:
+        """Every expert is resident: nobody on the host has to know now what was chosen."""
+        assert self.deferred is not None
+        if self.lookahead is not None and self.cache_layer == 0:
+            self.lookahead.pass_first_layer()
+        weights, ids, costs = self._choose(topk_weights, topk_ids, context)
+        self.deferred.record(self.cache_layer, ids, costs)
+        slot_map = self._slot_map()
+        slots = slot_map.numpy().tobytes()
+        if self._whole is None or self._whole[0] != slots:
+            self._whole = slots, self._rows(slot_map, x.device)
+        ids = torch.where(ids < 0, self.local_num_experts, ids)
+        return self._run_mapped(x, weights, ids.to(topk_ids.dtype), self._whole[1])
+
+    def _run_dummy(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
+        """Warms up and takes the memory of what a step of so many tokens runs, whatever is in the slots."""
+        if self.in_place is not None and len(x) <= self.in_place.routing.tokens:
+            weights, ids, costs = self._choose(topk_weights, topk_ids, get_forward_context())
+            return self.in_place.warm_up(self.cache_layer, x, weights, ids, costs)
+        held = self.local_num_experts if self.cache is None else self.cache.pool(self.cache_layer).num_slots
+        rows = torch.arange(self.local_num_experts, dtype=torch.int32).clamp(max=held - 1)
+        output = self._run_mapped(x, topk_weights, topk_ids, self._rows(rows, x.device))
+        if self.slots < self.local_num_experts:  # the sum over waves takes memory beside one wave's output
+            output = torch.zeros(x.shape, dtype=torch.float32, device=x.device).add_(output).to(x.dtype)
+        return output
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor | None:
+        return None if self.lookahead is None else self.lookahead.product(self.cache_layer, x)
+
+    def _run_step(self, step: StepRouting) -> torch.Tensor:
+        if step.real is not None and not step.real.any():
+            return torch.zeros_like(step.x)
+        foresight = self._foresee(step)
+        return self._run_kept(step, step.all_kept() if step.keep is None else step.keep, foresight)
+
+    def _run_kept(self, step: StepRouting, keep: torch.Tensor, foresight: "Foresight | None") -> torch.Tensor:
+        """The kept pairs of token and expert, wave by wave; a wave runs when all of it is there."""
+        x, experts = step.x, distinct(step.ids[keep], self.local_num_experts)
+        ids = to_device(torch.where(keep, step.ids, self.local_num_experts), x.device)
+        groups = waves(experts, self.slots)
+        if len(groups) == 1:
+            return self._run_group(x, step.weights, ids, experts, foresight, ())
+        total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for number, group in enumerate(groups):
+            total += self._run_group(x, step.weights, ids, group, foresight if number == 0 else None, experts)
+        return total.to(x.dtype)
+
+    def _run_group(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        ids: torch.Tensor,
+        group: Any,
+        foresight: "Foresight | None",
+        others: Any,
+    ) -> torch.Tensor:
+        slots = self._acquire(group, foresight, others)
+        chosen = torch.full_like(slots, -1)
+        chosen[group] = slots[group]
+        output = self._run_mapped(x, weights, ids, self._rows(chosen, x.device))
+        self._release(group)
+        return output
+
+    def _run_pairs(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        rows = self._rows(self._slot_map(), x.device)
+        return self._run_mapped(x, weights, to_device(ids.unsqueeze(1), x.device), rows)
+
+    def _rows(self, slots: torch.Tensor, device: torch.device) -> torch.Tensor:
+        return to_device(torch.cat((slots, slots.new_full((1,), -1))), device)
+
+    def _run_mapped(
+        self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, row_of: torch.Tensor
+    ) -> torch.Tensor:
+        self._row_of = row_of
+        try:
+            return self._run_kernel(x, weights, ids)
+        finally:
+            self._row_of = None
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small host tensor on the device, without waiting for what the device is at."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def kernel_of(layer: Any) -> Any:
+    """The kernel that vLLM has chosen for a layer, a `RoutedExperts`: its quantisation method, where that runs them."""
+    kernel = getattr(layer.quant_method, "moe_kernel", None)
+    return layer.quant_method if kernel is None else kernel.fused_experts
+
+
+def in_place_obstacle(layer: CachedExperts, cache: ExpertCacheManager) -> str | None:
+    """Why a layer's experts cannot be read in place; None: they can."""
+    layout = {piece.name: piece for piece in cache.store.layouts[layer.cache_layer].pieces}
+    if set(layout) != {GATE_UP, DOWN} or layout[DOWN].dtype not in (torch.bfloat16, torch.float16):
+        return "its experts are quantised, or have biases"
+    if layer.activation != MoEActivation.SILU:
+        return f"its activation is {layer.activation}"
+    if layer.swiglu_limit is not None:
+        return f"its activation is clamped at {layer.swiglu_limit}"
+    if layer.apply_router_weight_on_input:
+        return "its router's weights go on the input"
+    if layout[GATE_UP].shape != (2 * layout[DOWN].shape[1], layout[DOWN].shape[0]):
+        return f"its kernel's weights are {layout[GATE_UP].shape} and {layout[DOWN].shape}"
+    if layout[DOWN].nbytes % ALIGNMENT:
+        return f"its experts are not of whole {ALIGNMENT} bytes"
+    if cache.store.page_locked((layer.cache_layer, 0)) is None:
+        return "its backing copies are not in page-locked memory"
+    return None

@@ -1,0 +1,278 @@
+"""Routed experts whose weights stream into a store while vLLM loads them."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
+from vllm.platforms import current_platform
+
+from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.integration.layers.expert_tensors import ExpertTensors, held_tensors
+from vllm_adapmoe.integration.layers.expert_writes import on_host
+from vllm_adapmoe.integration.loading.heap import trim_heap
+
+if TYPE_CHECKING:
+    from vllm_adapmoe.integration.loading.expert_loading import ExpertLoading
+
+
+SHAPE = "_weight_shape"
+"""What compressed-tensors stores beside packed weights. VLLM's reloading counts elements, those of a shape that two
+halves share twice, and so takes a layer for whole before the last shape has come (`online_process_loader` of 0.32)."""
+
+
+class StreamedExperts(RoutedExperts):
+    """Mixin over `RoutedExperts` or a model's own subclass of it: hands its experts to `loading` and keeps none."""
+
+    loading: "ExpertLoading"
+    cache_layer: int
+    """Index among the model's MoE layers."""
+    expert_tensors: ExpertTensors
+    """What slots take the place of; made when loading has finished, unless every expert is resident."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._arrived: set[tuple[str, int | None, str]] = set()
+        """Parameter, expert and shard of every weight that came through `weight_loader`."""
+        self._first_arrivals: set[tuple[str, int | None, str]] | None = None
+        """`_arrived` of the first loading, once weights have been replaced since."""
+        self._finished = False
+        self.serving = False
+        """The model is loaded, and none of its weights is expected."""
+        super().__init__(*args, **kwargs)
+
+    def _get_quant_method(self, *args: Any, **kwargs: Any) -> FusedMoEMethodBase:
+        # The weight loader dispatches on the name of the method's class, so its instance is wrapped, not its class.
+        method = super()._get_quant_method(*args, **kwargs)
+        create_weights = method.create_weights
+        process_weights = method.process_weights_after_loading
+
+        def create_on_host(layer: RoutedExperts, *args: Any, **kwargs: Any) -> None:
+            before = set(dict(self.named_parameters()))
+            with on_host():
+                create_weights(layer, *args, **kwargs)
+            self._foreign_parameters = before
+
+        def finish(layer: nn.Module) -> None:
+            self.finish_loading()
+
+        self._process_weights: Callable[[nn.Module], None] = process_weights
+        wrapped: Any = method
+        wrapped.create_weights = create_on_host
+        wrapped.process_weights_after_loading = finish
+        method.requires_device_loading = False
+        return method
+
+    @property
+    def finished(self) -> bool:
+        """Whether the experts have been handed over."""
+        return self._finished
+
+    @property
+    def has_arrivals(self) -> bool:
+        """Whether weights have come through `weight_loader`."""
+        return bool(self._arrived)
+
+    def expert_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters `[local experts, ...]` of the quantisation method: what an expert's record is made of."""
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters(recurse=False)
+            if name not in self._foreign_parameters
+            and parameter.dim() > 0
+            and parameter.shape[0] == self.local_num_experts
+        }
+
+    def weight_loader(  # type: ignore[override]
+        self,
+        param: nn.Parameter,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> bool | None:
+        if self.serving:  # of a trainer that loads into the running model's parameters
+            if not self.loading.all_resident:
+                raise AdapMoEError(
+                    f"{weight_name} cannot be loaded into {self.layer_name}, whose experts are in slots; "
+                    "call reload_weights with weights_iterator"
+                )
+            took = super().weight_loader(param, loaded_weight, weight_name, shard_id, expert_id, return_success=True)
+            return took if return_success else None
+        if self.expert_map is not None and expert_id is not None and self.expert_map[expert_id] < 0:
+            return False if return_success else None  # another rank has it
+        if self.loading.is_packed(self.cache_layer):
+            self._note_arrival(param, loaded_weight, shard_id, expert_id)
+            return True if return_success else None
+        if self._finished and self._first_arrivals is not None and weight_name.endswith(SHAPE):
+            return True if return_success else None
+        if self._finished:
+            raise AdapMoEError(
+                f"{self.layer_name}: the checkpoint holds {weight_name} beyond what {type(self.quant_method).__name__} "
+                "declares, and after the layer was taken into the cache; remove moe_method"
+            )
+        success = super().weight_loader(param, loaded_weight, weight_name, shard_id, expert_id, return_success=True)
+        # Online quantisation first only counts what would be loaded into parameters without memory.
+        if success and not param.is_meta:
+            self._note_arrival(param, loaded_weight, shard_id, expert_id)
+            if len(self._arrived) == self._expected_arrivals():
+                self.finish_loading()
+        return success if return_success else None
+
+    weight_loader.supports_moe_loading = True  # type: ignore[attr-defined]
+
+    @cached_property  # asked for with every tensor of the checkpoint
+    def _loaded_names(self) -> dict[int, str]:
+        return {id(parameter): name for name, parameter in self.expert_parameters().items()}
+
+    def _shards(self, name: str) -> tuple[str, ...]:
+        """The checkpoint's names of what a parameter holds of one expert."""
+        if not name.startswith("w13"):
+            return ("w2",)
+        return ("w1", "w3") if self.moe_config.is_act_and_mul else ("w1",)
+
+    def _note_arrival(
+        self, param: nn.Parameter, loaded_weight: torch.Tensor, shard_id: str | None, expert_id: int | None
+    ) -> None:
+        name = self._loaded_names.get(id(param))
+        if name is None:
+            return
+        every_expert = expert_id is None or (loaded_weight.dim() == 3 and len(loaded_weight) == self.local_num_experts)
+        for expert in range(self.local_num_experts) if every_expert else (expert_id,):
+            for shard in self._shards(name) if shard_id is None else (shard_id,):
+                self._arrived.add((name, expert, shard))
+
+    def _expected_arrivals(self) -> int:
+        # GPTQ makes room for biases that a checkpoint seldom has.
+        biased = self.moe_config.has_bias or bool(self._loaded_expert_biases)
+        names = [name for name in self._loaded_names.values() if biased or not name.endswith("_bias")]
+        return self.local_num_experts * sum(len(self._shards(name)) for name in names)
+
+    def begin_reload(self) -> None:
+        """Expects every weight once more, in parameters of the shapes that they were loaded in."""
+        if self._first_arrivals is None:
+            self._first_arrivals = self._arrived
+        self._arrived, self._finished, self.serving = set(), False, False
+        vars(self).pop("_loaded_names", None)
+
+    def end_reload(self) -> None:
+        """No more weights are expected; finds the experts' tensors, which vLLM has put back, where they are now."""
+        self._finished = self.serving = True
+        if hasattr(self, "expert_tensors"):
+            self.expert_tensors = ExpertTensors.of(held_tensors(self), list(self.expert_tensors.tensors))
+
+    @property
+    def came_by_loader(self) -> bool:
+        """Whether the experts were loaded by `weight_loader`, not by code of the model's own."""
+        return bool(self._arrived if self._first_arrivals is None else self._first_arrivals)
+
+    @property
+    def reloaded(self) -> bool:
+        """Since `begin_reload`, weights have arrived and been brought into the kernel's format."""
+        return self._finished and bool(self._arrived)
+
+    def missing(self) -> str | None:
+        """Of a layer that some weights have come for since `begin_reload`: one that has not, in words."""
+        if not self._arrived:
+            return None
+        if self._first_arrivals:
+            lacking = sorted(
+                (one for one in self._first_arrivals - self._arrived if not one[0].endswith(SHAPE)), key=str
+            )
+            return None if not lacking else "{} of expert {} ({})".format(*lacking[0])
+        found, wanted = len(self._arrived), self._expected_arrivals()  # the first weights were made up
+        return None if found >= wanted else f"{wanted - found} of {wanted} tensors"
+
+    def finish_loading(self) -> None:
+        """Brings the loaded experts into the kernel's format, puts them into the store and frees them.
+
+        Called as soon as the last weight of the layer has arrived, so that a model streams through memory layer by
+        layer; and by vLLM after loading, for layers whose checkpoint does not hold every parameter.
+        """
+        if self._finished:
+            return
+        self._finished = True
+        parameters = self.expert_parameters()
+        self._move_to_device(parameters)
+        held = held_tensors(self)
+        foreign = {id(tensor) for tensor in held.values()} - {id(parameter) for parameter in parameters.values()}
+        if self._first_arrivals is not None and current_platform.is_cpu():
+            # With a kernel that is there already, vLLM takes weights for those of a GPU, and packs them for no CPU
+            # (`UnquantizedFusedMoEMethod._setup_kernel`).
+            self.quant_method.moe_kernel = None
+        if self.loading.is_packed(self.cache_layer):
+            names = self.loading.record_names(self.cache_layer)
+            self._process_blank(parameters, names)
+        else:
+            self._process_weights(self)
+            if self.loading.all_resident:
+                return
+            own = {path: tensor for path, tensor in held_tensors(self).items() if id(tensor) not in foreign}
+            names = [path for path, tensor in own.items() if _is_of_experts(path, tensor, self.local_num_experts)]
+            shared = {path for path in own if isinstance(own[path], nn.Parameter) and own[path].numel()} - set(names)
+            self.loading.check_shared(self, sorted(shared))
+        tensors = {path: tensor for path, tensor in held_tensors(self).items() if id(tensor) not in foreign}
+        self.expert_tensors = ExpertTensors.of(tensors, [name for name in names if name in tensors])
+        self._check_weights()
+        if self.loading.is_packed(self.cache_layer):
+            self.loading.check(self.cache_layer, self.expert_tensors.tensors)
+        else:
+            self.loading.put(self.cache_layer, self.expert_tensors.tensors)
+        self.expert_tensors.free()
+        held_now = {id(tensor) for tensor in held_tensors(self).values()}
+        for parameter in parameters.values():  # a loader may still hold what has been replaced since
+            if id(parameter) not in held_now:
+                parameter.data = parameter.data.new_empty(0)
+        trim_heap()
+
+    def _move_to_device(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """On a GPU weights are brought into the kernel's format there, a layer at a time."""
+        device = self.loading.device
+        for name, parameter in self.named_parameters(recurse=False):
+            blank = name in parameters and self.loading.is_packed(self.cache_layer)
+            if name not in self._foreign_parameters and parameter.device != device and not blank:
+                parameter.data = parameter.data.to(device)
+
+    def _process_blank(self, parameters: Mapping[str, nn.Parameter], names: Collection[str]) -> None:
+        """Builds the kernel on one blank expert: the real ones are in the store already, in the kernel's format."""
+        for parameter in parameters.values():
+            parameter.data = torch.zeros((1, *parameter.shape[1:]), dtype=parameter.dtype, device=self.loading.device)
+        self._loaded_expert_biases.update(name for name in names if name.endswith("_bias"))
+        with self._told_experts(1):
+            self._process_weights(self)
+
+    @contextmanager
+    def _told_experts(self, count: int) -> Iterator[None]:
+        """While it lasts, the layer has `count` experts, as far as its quantisation method is concerned."""
+        told = [
+            (self, "local_num_experts"),
+            (self, "num_experts"),
+            (self.quant_method, "num_experts"),
+            (self.moe_config, "num_local_experts"),
+        ]
+        before = [(holder, name, vars(holder)[name]) for holder, name in told if name in vars(holder)]
+        for holder, name, _ in before:
+            setattr(holder, name, count)
+        try:
+            yield
+        finally:
+            for holder, name, value in before:
+                setattr(holder, name, value)
+
+    def _check_weights(self) -> None:
+        """Slots hold plain tensors only: a kernel with weights of another make would go on reading those."""
+        for name in ("w13_weight", "w2_weight"):
+            weight = getattr(self, name, None)
+            if not self.expert_tensors.holds(weight):
+                raise AdapMoEError(
+                    f"{type(self.quant_method).__name__} keeps {name} as {type(weight).__name__}, not as one tensor "
+                    "with a row for each expert; use another quantization or moe_backend"
+                )
+
+
+def _is_of_experts(path: str, tensor: torch.Tensor, experts: int) -> bool:
+    # Before 0.31 Marlin's methods keep their locks with a layer: 4 for each multiprocessor, 512 on a 4090.
+    return path != "workspace" and tensor.dim() > 0 and len(tensor) == experts and tensor.numel() > 0

@@ -1,0 +1,1 @@
+"""From a checkpoint to records and slots: identity, packs, memory."""

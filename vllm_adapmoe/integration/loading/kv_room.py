@@ -1,0 +1,61 @@
+"""Room for the KV cache of one request, after vLLM has measured everything else: the slots were counted before that."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group
+from vllm.logger import init_logger
+
+from vllm_adapmoe.cache.manager import ExpertCacheManager
+from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
+from vllm_adapmoe.integration.loading.expert_loading import ExpertLoading
+from vllm_adapmoe.integration.loading.memory import least_kv_cache
+from vllm_adapmoe.units import GiB
+
+logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
+
+
+def room_for_kv_cache(
+    config: AdapMoEConfig,
+    vllm_config: VllmConfig,
+    loading: ExpertLoading,
+    cache: ExpertCacheManager | None,
+    available: int,
+) -> int:
+    """Returns the bytes that vLLM's KV cache may take: `available`, and more where slots had to give way to it.
+
+    With `cache_gb=auto` the slots got what estimates of activations and CUDA graphs left. vLLM measures both
+    (`determine_available_memory`), and would refuse to start if its KV cache could not hold one request then. Every
+    rank has to call it.
+
+    Raises:
+        AdapMoEError: the budget was not `auto`, or too few slots would be left.
+    """
+    model: Any = vllm_config.model_config
+    if vllm_config.cache_config.kv_cache_memory_bytes is not None or model.original_max_model_len == -1:
+        return available  # as large as was asked for, or as many tokens as fit
+    needed, purpose = least_kv_cache(vllm_config)
+    missing = _most_of_all_ranks(needed - available)
+    if missing <= 0:
+        return available
+    has = max(0, available) / GiB
+    said = f"vLLM has measured {has:.3f} GiB for a KV cache that takes {needed / GiB:.3f} for {purpose}"
+    if not config.automatic or cache is None:
+        slot_bytes = loading.expert_bytes if cache is None else sum(pool.nbytes for pool in cache.pools)
+        most = max(0, slot_bytes - missing) * 1000 // GiB / 1000
+        raise AdapMoEError(f"{said}; set at most cache_gb={most:.3f}, or {loading.remedy}")
+    taken = loading.give_back(cache, missing)
+    logger.info("Expert cache: %s; %.3f GiB of slots give way, %d are left", said, taken / GiB, cache.num_slots)
+    return available + taken
+
+
+def _most_of_all_ranks(nbytes: int) -> int:
+    """Slots have to be as many on every rank as on the others."""
+    group = get_tp_group()
+    if group.world_size == 1:
+        return nbytes
+    most = torch.tensor(nbytes, dtype=torch.int64)
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=group.cpu_group)
+    return int(most)

@@ -1,0 +1,214 @@
+"""The packed files of a model: where they are, which of them serve, and when one is made anew."""
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from vllm import envs
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
+from vllm_adapmoe.integration.loading.identity import check_identifiable, load_identity, source_files
+from vllm_adapmoe.store.base import StoreError
+from vllm_adapmoe.store.file import FileStore, PackInvalid, PackMissing, PackOfAnother, PackOutdated, open_pack
+from vllm_adapmoe.store.file_hash import hash_bytes
+from vllm_adapmoe.store.folder import others_who_may_write, why_not_writable
+from vllm_adapmoe.store.pack_writer import PackWriter
+from vllm_adapmoe.store.source_files import SourceFiles
+from vllm_adapmoe.units import GiB
+
+logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
+
+
+def store_kind(config: AdapMoEConfig) -> str:
+    """`host` or `file`."""
+    if config.store != "auto":
+        return config.store
+    return "file" if current_platform.is_cpu() else "host"
+
+
+def packs_root(config: AdapMoEConfig) -> Path:
+    """The folder that packs are made in: `store_dir`, or one in vLLM's cache for the folders of all models.
+
+    Raises:
+        AdapMoEError: `store_dir` begins with ~, and this user has no home.
+    """
+    if config.store_dir is None:
+        return Path(envs.VLLM_CACHE_ROOT) / "adapmoe"
+    try:
+        return Path(config.store_dir).expanduser().absolute()
+    except RuntimeError:
+        raise AdapMoEError(f"store_dir={config.store_dir!r}: this user has no home folder; name a full path") from None
+
+
+def pack_folder(config: AdapMoEConfig, sources: SourceFiles) -> Path:
+    """The folder of a model's packed files: `store_dir`, or one that goes by where the model is."""
+    if config.store_dir is not None:
+        return packs_root(config)
+    origin = Path(sources.origin)
+    # A snapshot in a hub's cache is named by its commit: models--org--name/snapshots/commit.
+    name = origin.parents[1].name.split("--")[-1] if origin.parent.name == "snapshots" else origin.name
+    return packs_root(config) / f"{name}-{hash_bytes(sources.origin.encode())[:12]}"
+
+
+def pack_names(vllm_config: VllmConfig) -> list[str]:
+    """The names of the packed files of all ranks."""
+    parallel = vllm_config.parallel_config
+    ranks = parallel.tensor_parallel_size
+    spread = parallel.enable_expert_parallel and ranks > 1
+    strategy = f"{parallel.expert_placement_strategy}-" if spread else ""
+    return [pack_name(f"{strategy}{rank}", ranks) for rank in range(ranks)]
+
+
+def pack_name(shard: str, ranks: int) -> str:
+    """The name of the packed file of one rank's shard of the experts."""
+    return f"experts-{shard}-of-{ranks}.pack"
+
+
+def open_valid(path: Path, identity: dict[str, str], sources: SourceFiles) -> FileStore:
+    """Opens a pack that was made with these settings, from these files as they are now.
+
+    Raises:
+        StoreError: there is none; which kind of error says what to do.
+    """
+    store = open_pack(path, identity)
+    try:
+        store.check_sources(sources)
+    except StoreError:
+        store.close()
+        raise
+    return store
+
+
+def open_or_pack(
+    config: AdapMoEConfig, path: Path, identity: dict[str, str], sources: SourceFiles, experts: int, expert_bytes: int
+) -> FileStore | PackWriter:
+    """A valid pack, or the writer of a new one.
+
+    A pack of files that have been changed since is made anew, wherever it is: nothing can use it any more. Any other
+    pack in a folder that the user named is left alone.
+
+    Raises:
+        AdapMoEError: another model's pack in `store_dir`.
+        StoreError: the folder cannot be written, or has too little space.
+    """
+    try:
+        store = open_valid(path, identity, sources)
+        logger.info("Expert cache: using the packed experts in %s", path)
+        return store
+    except PackMissing:
+        logger.info("Expert cache: packing %d experts (%.2f GiB) into %s", experts, expert_bytes / GiB, path)
+    except PackOfAnother as error:
+        if config.store_dir is not None:
+            raise AdapMoEError(f"store_dir={config.store_dir!r}: {error}") from None
+        logger.info("Expert cache: packing %d experts anew: %s", experts, error)
+    except (PackInvalid, PackOutdated) as error:
+        logger.warning("Expert cache: packing %d experts anew: %s", experts, error)
+    return PackWriter(path, identity, expert_bytes, sources)
+
+
+def say_how_long(writer: PackWriter) -> None:
+    """Logs how many bytes are to be packed, how fast the disk is, and what helps if that takes too long."""
+    if writer.bytes_packed:
+        logger.info(
+            "Expert cache: %d layers (%.2f GiB) were packed by a start that was ended: going on after them",
+            len(writer.packed), writer.bytes_packed / GiB,
+        )  # fmt: skip
+    if not writer.bytes_left:
+        return
+    rate = writer.measure_rate()
+    seconds, limit = writer.bytes_left / rate, envs.VLLM_ENGINE_READY_TIMEOUT_S
+    log = logger.info if seconds < limit / 2 else logger.warning
+    log(
+        "Expert cache: %.2f GiB to pack; the disk takes %.2f GB/s: at least %.0f s, and reading the model and bringing "
+        "it into the kernel's format come on top. A server waits %d s for its engine: set VLLM_ENGINE_READY_TIMEOUT_S "
+        "higher, or pack before it starts with `adapmoe pack`. A start that is ended goes on where the last one was",
+        writer.bytes_left / GiB, rate / 1e9, seconds, limit,
+    )  # fmt: skip
+
+
+def check_store(config: AdapMoEConfig, vllm_config: VllmConfig, needed: bool) -> None:
+    """Checks before any weight is read that there is a valid pack, or a folder to make one in.
+
+    Args:
+        config: with `store_dir`, or without: then packs are in vLLM's cache.
+        vllm_config: of the engine.
+        needed: there are fewer slots than experts for sure. Otherwise a folder that nobody named may be unusable.
+
+    Raises:
+        AdapMoEError: the folder cannot be written, or holds another model's pack; or the model cannot be identified.
+    """
+    if config.store_dir is not None:
+        if config.store == "host":
+            raise AdapMoEError(f"store_dir={config.store_dir!r} has no meaning with store='host'; remove one")
+        if config.store == "auto" and not current_platform.is_cpu():
+            raise AdapMoEError(f"store_dir={config.store_dir!r} needs a packed file; set store='file'")
+    elif store_kind(config) == "host" or not needed:
+        return
+    check_identifiable(vllm_config.model_config, vllm_config.load_config)
+    problem = why_not_writable(packs_root(config))
+    if config.store_dir is None and problem is None:
+        return  # the worker packs anew what is not valid
+    missing = list(_packs_to_make(config, vllm_config))
+    if problem is None:
+        return
+    for path, reason in missing:
+        remedy = "name a folder that can be" if config.store_dir is not None else "set store_dir to one that can be"
+        raise AdapMoEError(f"{_setting(config)} cannot be written ({problem}), and {path.name} {reason}; {remedy}")
+
+
+def _setting(config: AdapMoEConfig) -> str:
+    if config.store_dir is not None:
+        return f"store_dir={config.store_dir!r}"
+    return f"the folder of packed experts, {str(packs_root(config))!r} (VLLM_CACHE_ROOT),"
+
+
+def _packs_to_make(config: AdapMoEConfig, vllm_config: VllmConfig) -> Iterator[tuple[Path, str]]:
+    """The packs that are missing or not valid, and why.
+
+    Raises:
+        AdapMoEError: one is another model's, and in a folder that the user named.
+    """
+    identity = load_identity(vllm_config)
+    sources = None
+    for name in pack_names(vllm_config):
+        try:
+            if config.store_dir is None:
+                sources = sources or source_files(vllm_config.model_config, vllm_config.load_config)
+                path = pack_folder(config, sources) / name
+            else:
+                path = packs_root(config) / name
+            store = open_pack(path, identity)
+            sources = sources or source_files(vllm_config.model_config, vllm_config.load_config)
+            store.check_sources(sources)
+            store.close()
+        except PackMissing:
+            yield path, "is not there"
+        except (PackInvalid, PackOutdated) as error:
+            yield path, f"is to be made anew: {error}"
+        except StoreError as error:
+            if config.store_dir is not None:
+                raise AdapMoEError(f"store_dir={config.store_dir!r}: {error}") from None
+            yield path, f"is to be made anew: {error}"
+
+
+def warn_of_others(path: Path) -> None:
+    """Says who else may decide which weights are served."""
+    others = others_who_may_write(path)
+    if others is not None:
+        logger.warning(
+            "%s can be replaced by %s: whoever may write there decides which experts are served; chmod go-w, or set "
+            "another store_dir", path, others,
+        )  # fmt: skip
+
+
+def cores_of_user() -> set[int]:
+    """The cores that the user gave this process, or the one that started it as a worker.
+
+    VLLM binds the main thread of a CPU worker that it starts to one core, which the worker's threads inherit.
+    """
+    started = multiprocessing.parent_process()
+    return os.sched_getaffinity(0 if started is None or started.pid is None else started.pid)

@@ -1,0 +1,1 @@
+"""Engines to measure with: probes, timing and losses. Never in a serving worker."""

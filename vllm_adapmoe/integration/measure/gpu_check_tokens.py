@@ -1,0 +1,129 @@
+"""One engine of the GPU check whose tokens are compared, in a process of its own.
+
+    python -m vllm_adapmoe.integration.measure.gpu_check_tokens SPEC
+
+SPEC is JSON, the fields of `Spec`; the answer is a line of JSON after `gpu_check.MARK`. Steps hold the same requests in
+every engine: its core runs in this process, and a batch is there before its first step.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+
+import torch
+from vllm.inputs import TokensPrompt
+from vllm.model_executor.layers.fused_moe import MoERunner
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+from vllm_adapmoe.integration.layers.mapped_experts import kernel_of
+from vllm_adapmoe.integration.measure.engine import Engine
+from vllm_adapmoe.integration.measure.gpu_check import MARK, device_arguments
+
+MAX_SEQUENCES = 8
+KV_CACHE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What to run."""
+
+    model: str
+    """Folder of the checkpoint."""
+    prompts: list[list[int]]
+    tokens: int
+    """Of every answer."""
+    device_bytes: int
+    """Of the device, for all that the engine needs."""
+    adapmoe: dict[str, Any] | None = None
+    """Configuration of the expert cache; None: stock vLLM."""
+    arguments: dict[str, Any] | None = None
+    """Further ones, of `LLM`."""
+    forced: list[list[int]] | None = None
+    """Answers to force, one for each prompt, after those of the engine's own."""
+    noise: float | None = None
+    """Forces the engine's own answers, once with this much noise on every MoE layer's output (`_add_noise`)."""
+
+
+def main() -> None:
+    """Runs what the spec asks for, and prints the answer."""
+    spec = Spec(**json.loads(sys.argv[1]))
+    length = max(map(len, spec.prompts)) + spec.tokens
+    arguments = {"max_model_len": length, "max_num_seqs": MAX_SEQUENCES, "max_num_batched_tokens": 2048}
+    arguments |= {"kv_cache_memory_bytes": KV_CACHE_BYTES} | device_arguments(spec.device_bytes)
+    with Engine(spec.model, spec.adapmoe, forced=True, **(arguments | (spec.arguments or {}))) as engine:
+        config = engine.llm.llm_engine.vllm_config
+        said: dict[str, Any] = {
+            "runner": "V2" if config.use_v2_model_runner else "V1",
+            "graphs": str(config.compilation_config.cudagraph_mode),
+            "kernels": engine.llm.collective_rpc(_kernels)[0],
+            "alone": [_answers(engine, [prompt], spec.tokens)[0] for prompt in spec.prompts],
+            "together": _answers(engine, spec.prompts, spec.tokens),
+        }
+        if spec.forced is not None:
+            said["forced"] = _forced(engine, spec.prompts, spec.forced)
+            said["forced_again"] = _forced(engine, spec.prompts, spec.forced)
+        if spec.noise is not None:
+            answers = [tokens for tokens, _ in said["alone"]]
+            said["forced"] = _forced(engine, spec.prompts, answers)
+            engine.llm.collective_rpc(_add_noise, args=(spec.noise,))
+            said["noisy"] = _forced(engine, spec.prompts, answers)
+        said["cache"] = engine.cache_stats()
+    print(f"\n{MARK}{json.dumps(said)}", flush=True)
+
+
+def _answers(
+    engine: Engine, prompts: list[list[int]], tokens: int, forced: list[list[int]] | None = None
+) -> list[tuple[list[int], list[list[float]]]]:
+    """Of each prompt, all in one batch: tokens; at each, its log probability and that of the most probable token,
+    which is named too."""
+    outputs = engine.llm.generate(
+        [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
+        [
+            engine.params(tokens, None if forced is None else forced[n], logprobs=1, flat_logprobs=True)
+            for n in range(len(prompts))
+        ],
+        use_tqdm=False,
+    )
+    answers = []
+    for output in outputs:
+        flat: Any = output.outputs[0].logprobs
+        steps = [[flat.logprobs[at], flat.logprobs[at + 1], flat.token_ids[at + 1]] for at in flat.start_indices]
+        answers.append((list(output.outputs[0].token_ids), steps))
+    return answers
+
+
+def _forced(engine: Engine, prompts: list[list[int]], answers: list[list[int]]) -> list[Any]:
+    """`_answers` of prompts alone, with their answers forced."""
+    return [
+        _answers(engine, [prompt], len(answer), [answer])[0] for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+
+
+def _kernels(worker: Any) -> list[str]:
+    """Classes of the kernels that the worker's MoE layers run."""
+    modules = worker.model_runner.get_model().modules()
+    return sorted({type(kernel_of(module)).__name__ for module in modules if isinstance(module, RoutedExperts)})
+
+
+def _add_noise(worker: Any, relative: float) -> None:
+    """Moves every value of every MoE layer's output by `relative` of the greater of itself and the row's root mean
+    square, up or down at random. Eager engines only."""
+    generator = torch.Generator().manual_seed(0)
+
+    def move(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        value = output.float()
+        size = torch.maximum(value.abs(), value.square().mean(-1, keepdim=True).sqrt())
+        signs = torch.randn(value.shape, generator=generator).sign().to(value.device)
+        return (value + relative * size * signs).to(output.dtype)
+
+    for module in worker.model_runner.get_model().modules():
+        if isinstance(module, MoERunner):
+            module.register_forward_hook(move)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""vLLM's schedulers, heeding what the worker says of its expert cache."""
+
+import time
+from collections.abc import Collection
+from itertools import islice
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_adapmoe.config import AdapMoEConfig
+from vllm_adapmoe.integration.entry.compat import adapmoe_settings
+from vllm_adapmoe.integration.worker.stats_outbox import StatsOutbox
+from vllm_adapmoe.scheduling.affinity import Decoding, held_back
+from vllm_adapmoe.scheduling.arrivals import Arrivals
+from vllm_adapmoe.scheduling.prefill import Waiting, hold_prefill
+from vllm_adapmoe.scheduling.prices import StepPrices
+from vllm_adapmoe.scheduling.report import StepReport
+
+
+class ExpertCacheScheduler(Scheduler):
+    """Holds requests back where that saves fetches; everything else is vLLM's.
+
+    It puts the worker's counters into the statistics of the step, and ends requests whose experts cannot be read.
+    """
+
+    held_prefill_steps = 0
+    """Steps that left waiting prompts out."""
+    held_tokens = 0
+    """Tokens that a step left out."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.outbox = StatsOutbox()
+        self.holding = AdapMoEConfig.parse(adapmoe_settings(self.vllm_config)).scheduler
+        self.prices = StepPrices()
+        self.arrivals = Arrivals()
+        self._begun = 0
+        """Prompts, those that were preempted and began again included."""
+        self._report: StepReport | None = None
+        """Of the last step; None until one has had a cache."""
+        self._expected: dict[str, int] = {}
+        self._waiting_since: dict[str, float] = {}
+        self._ran_at: dict[str, float] = {}
+
+    # Holding back
+
+    def schedule(self, throttle_prefills: bool = False) -> Any:
+        if not self.holding.enabled:
+            return super().schedule(throttle_prefills)
+        now = time.monotonic()
+        if self._report is not None:
+            throttle_prefills |= self._hold(now)
+        output = super().schedule(throttle_prefills)
+        self._begun += len(output.scheduled_new_reqs) + len(output.scheduled_cached_reqs.resumed_req_ids)
+        for name in output.num_scheduled_tokens:
+            self._ran_at[name] = now
+            self._waiting_since.pop(name, None)
+        for name in output.finished_req_ids:
+            for known in (self._ran_at, self._waiting_since, self._expected):
+                known.pop(name, None)
+        return output
+
+    def _hold(self, now: float) -> bool:
+        """Decides who waits for the next step; returns whether prompts do."""
+        prefilling = any(request.is_prefill_chunk for request in self.running)
+        seats = self.max_num_running_reqs - len(self.running)
+        waiting = self._waiting(now, seats)
+        self.arrivals.observe(now, self._begun + len(waiting))
+        hold = bool(waiting) and not prefilling and self._hold_prefill(waiting, now)
+        # A step with a prompt sweeps over all experts anyway.
+        tokens = self._hold_decoding(now) if hold or not (prefilling or waiting) else 0
+        self.held_prefill_steps += hold
+        self.held_tokens += tokens
+        if self.log_stats and (hold or tokens):
+            self.outbox.add({"held_prefill_steps": int(hold), "held_tokens": tokens}, 0)
+        return hold
+
+    def _waiting(self, now: float, seats: int) -> list[Waiting]:
+        """Those that could begin now."""
+        return [
+            Waiting(
+                now - self._waiting_since.setdefault(request.request_id, now),
+                request.num_tokens,
+                self._priority(request),
+            )
+            for request in islice(self.waiting, seats)
+        ]
+
+    def _priority(self, request: Request) -> int:
+        return request.priority if self.policy == SchedulingPolicy.PRIORITY else 0
+
+    def _hold_prefill(self, waiting: list[Waiting], now: float) -> bool:
+        return hold_prefill(
+            waiting,
+            [self._priority(request) for request in self.running],
+            self.prices.surcharge,
+            self.arrivals.gap(now),
+            self.max_num_scheduled_tokens - len(self.running),
+            self.holding.max_prefill_delay_ms / 1000,
+        )
+
+    def _hold_decoding(self, now: float) -> int:
+        """Makes requests wait for the next step, and returns how many. vLLM leaves out whom it finds not eligible."""
+        if self.holding.max_affinity_delay_ms == 0 or len(self.running) < 2:
+            return 0
+        assert self._report is not None
+        requests = {request.request_id: request for request in self.running if _has_token_to_run(request)}
+        decoding = [
+            Decoding(name, self._expected.get(name), now - self._ran_at.setdefault(name, now), self._priority(request))
+            for name, request in requests.items()
+        ]
+        held = held_back(
+            decoding,
+            self._report.resident,
+            self._report.slots,
+            self.prices.compute.value or 0.0,
+            self.prices.load.value or 0.0,
+            # Who is left out now is asked again after a step.
+            max(0.0, self.holding.max_affinity_delay_ms / 1000 - self.prices.decode_step),
+        )
+        for name in held:
+            request = requests[name]
+            request.next_decode_eligible_step = max(request.next_decode_eligible_step, self.current_step + 2)
+        return len(held)
+
+    # What comes back
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        if self.log_stats:
+            stats = getattr(model_runner_output, "worker_stats", None)
+            self.outbox.add(stats, scheduler_output.total_num_scheduled_tokens)
+        report = getattr(model_runner_output, "expert_report", None)
+        if report is not None:
+            self._report = report
+            self._expected |= {name: bits for name, bits in report.expected.items() if name in self.requests}
+            for times in report.times:
+                self.prices.observe(times)
+        failed = self._finish_failed(getattr(model_runner_output, "failed_requests", ()))
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for request in failed:
+            of_client = outputs.setdefault(request.client_index, EngineCoreOutputs())
+            of_client.outputs.append(
+                EngineCoreOutput(
+                    request_id=request.request_id,
+                    new_token_ids=[],
+                    finish_reason=request.get_finished_reason(),
+                    events=request.take_events(),
+                )
+            )
+        return outputs
+
+    def _finish_failed(self, request_ids: Collection[str]) -> list[Request]:
+        """Ends requests whose experts could not be read, before anything of their last step is used."""
+        known = [request_id for request_id in request_ids if request_id in self.requests]
+        for request_id in known:
+            # What the step wrote is wrong, and must not be found again as a cached prefix.
+            for blocks in self.kv_cache_manager.get_block_ids(request_id):
+                self.kv_cache_manager.evict_blocks(set(blocks))
+        return self.finish_requests(known, RequestStatus.FINISHED_ERROR) if known else []
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            stats.worker_stats = self.outbox.take(idle=not self.requests)  # type: ignore[attr-defined]
+        return stats
+
+
+class ExpertCacheAsyncScheduler(ExpertCacheScheduler, AsyncScheduler):
+    """The same where steps are scheduled ahead."""
+
+
+def _has_token_to_run(request: Request) -> bool:
+    """Whether vLLM could give a running request a token now: with steps scheduled ahead, its last may be under way."""
+    in_flight = request.num_output_placeholders
+    if request.num_tokens_with_spec + in_flight <= request.num_computed_tokens:
+        return False
+    return not in_flight or request.num_computed_tokens + 2 - in_flight < request.num_prompt_tokens + request.max_tokens

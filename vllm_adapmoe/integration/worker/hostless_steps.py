@@ -1,0 +1,112 @@
+"""Steps of a GPU that run without the host, and layers that do so in other steps."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Self
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+
+from vllm_adapmoe.cache.manager import ExpertCacheManager
+from vllm_adapmoe.config import AdapMoEConfig
+from vllm_adapmoe.device import MAX_TOKENS
+from vllm_adapmoe.device.deferred import DeferredRouting
+from vllm_adapmoe.device.in_place import InPlaceDecode
+from vllm_adapmoe.integration.entry.compat import adapmoe_settings
+from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
+from vllm_adapmoe.integration.layers.graph_break import break_graph_at, graphs_in_pieces, graphs_without_host
+from vllm_adapmoe.integration.layers.mapped_experts import MappedExperts
+from vllm_adapmoe.integration.loading.expert_loading import slots_device
+from vllm_adapmoe.integration.worker.decode_path import choose_decode
+from vllm_adapmoe.integration.worker.lookahead import Lookahead
+
+Requests = list[tuple[str, int, int]]
+"""Id, first position and rows of each request of a step."""
+
+
+class HostlessSteps:
+    """Which steps of a worker leave nothing to the host, and what is made of their routing afterwards.
+
+    Args:
+        layers: the model's MoE layers.
+        cache: of their experts; None where every expert is resident.
+        in_place: reads the experts of small steps where they are; None: every step fetches them first.
+        routing: that layers leave on the device.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[MappedExperts],
+        cache: ExpertCacheManager | None,
+        in_place: InPlaceDecode | None,
+        routing: DeferredRouting,
+    ) -> None:
+        self.layers = layers
+        self.cache = cache
+        self.in_place = in_place
+        self.routing = routing
+        for layer in layers:
+            layer.in_place, layer.deferred = in_place, routing
+
+    @classmethod
+    def of(
+        cls, vllm_config: VllmConfig, moe_layers: Sequence[CachedExperts], cache: ExpertCacheManager | None
+    ) -> Self | None:
+        """As configured or measured; None on the CPU, and where the layers are vLLM's own.
+
+        Sets, before vLLM captures any, what its CUDA graphs hold: whole decode steps if they do not ask the host, else
+        what is between two MoE blocks.
+
+        Raises:
+            AdapMoEError: a kernel that cannot work on slots, or `decode=in_place` where it does not work.
+        """
+        layers = [layer for layer in moe_layers if isinstance(layer, MappedExperts)]
+        traced = AdapMoEConfig.parse(adapmoe_settings(vllm_config)).trace_out is not None
+        if not layers or (cache is None and layers[0].gate is None and not traced):
+            return None
+        compilation = vllm_config.compilation_config
+        for layer in layers:
+            layer.use_slot_kernel()
+        runners = [compilation.static_forward_context[layer.layer_name] for layer in layers]
+        in_pieces = all([break_graph_at(runner) for runner in runners])
+        device = slots_device()
+        in_place = None if cache is None else choose_decode(vllm_config, layers, cache, device)
+        if in_place is not None:
+            graphs_without_host(compilation, in_place.routing.tokens, in_pieces)
+            return cls(layers, cache, in_place, in_place.routing)
+        graphs_in_pieces(compilation, in_pieces)
+        top_k = max(layer.top_k for layer in layers)
+        return cls(layers, cache, None, DeferredRouting(len(layers), MAX_TOKENS, top_k, device))
+
+    @contextmanager
+    def step(self, tokens: int, requests: Callable[[], Requests]) -> Iterator[None]:
+        """A step of so many tokens is launched within; `requests` gives its requests once it is."""
+        if self.in_place is not None and tokens <= self.routing.tokens and self._all_on_device():
+            about: Requests = []
+            with self.in_place.step(tokens, about):
+                yield
+                about += requests()
+            return
+        self.routing.layers.clear()  # those of graphs that were captured
+        yield
+        if self.routing.layers:  # they were resident as a whole
+            experts = max(layer.local_num_experts for layer in self.layers)
+            self.routing.close_step(tokens, np.zeros((len(self.layers), experts), dtype=np.int32), None)
+
+    def _all_on_device(self) -> bool:
+        """Whether nobody wants to see the routing while the step runs."""
+        layer = self.layers[0]
+        return layer.probe is None and (layer.gate is None or layer.gate.plan.rule != "batch")
+
+    def take_in(self, lookahead: Lookahead | None) -> None:
+        """Tells cache, gates and `lookahead` of what has run since, without waiting for what has not."""
+        for step in self.routing.finished():
+            if self.cache is not None:
+                self.cache.passed(list(step.events()))
+            for index in step.layers:
+                gate = self.layers[index].gate
+                if gate is not None:
+                    gate.count(torch.from_numpy(step.ids[index] >= 0), torch.from_numpy(step.costs[index]), None)
+            if step.about and lookahead is not None:
+                lookahead.passed(step.about, step.ids)

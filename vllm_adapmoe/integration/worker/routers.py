@@ -1,0 +1,104 @@
+"""The routers of a model's MoE layers, and which of them can be foretold."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.logger import init_logger
+
+from vllm_adapmoe.integration.worker.gate_trial import LinearGate, Unpredictable, try_gate
+
+if TYPE_CHECKING:
+    from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
+
+logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
+
+
+class Routers:
+    """Finds and tries routers, each when it is asked for.
+
+    Args:
+        layers: the model's MoE layers, in order.
+        model: to find their routers in.
+        runners: by layer name, vLLM's MoE runner of each.
+    """
+
+    def __init__(self, layers: "Sequence[CachedExperts]", model: torch.nn.Module, runners: Mapping[str, Any]) -> None:
+        self.layers = layers
+        self.runners = [runners[layer.layer_name] for layer in layers]
+        self.num_experts = [layer.moe_config.num_logical_experts for layer in layers]
+        self._blocks = _blocks_around(self.runners, model)
+        self.follow_weights()
+
+    def follow_weights(self) -> None:
+        """Reads the model's weights, for the first time or anew: they have been replaced."""
+        self.corrections = [_correction(runner.router) for runner in self.runners]
+        """Of each layer, `[experts]`, added to sigmoid scores before ranking; None: nothing is."""
+        self._reasons: dict[int, str] = {}
+
+    def linear(self, index: int, dtype: torch.dtype, device: torch.device) -> LinearGate | None:
+        """The router of a layer as a linear map of its experts' input; None: it is none, and `report` will say why.
+
+        Args:
+            index: of the layer.
+            dtype: of the input.
+            device: of the weights.
+        """
+        try:
+            gate, hidden, experts = self._gate(index), self.layers[index].hidden_size, self.num_experts[index]
+            try:
+                return try_gate(gate, hidden, experts, dtype, device)
+            except Unpredictable as error:
+                raise Unpredictable(f"{type(gate).__name__}: {error}") from None
+        except Unpredictable as error:
+            self._reasons[index] = " ".join(str(error).split())
+            return None
+
+    def _gate(self, index: int) -> torch.nn.Module:
+        """The module that gives a layer's logits: its runner's, or beside the experts under the name that it has."""
+        runner, block, correction = self.runners[index], self._blocks[index], self.corrections[index]
+        if getattr(runner.router, "_hash_indices_table", None) is not None:
+            raise Unpredictable("the token's id decides")
+        if correction is not None and correction.shape != (self.num_experts[index],):
+            raise Unpredictable(f"it ranks {len(correction)} choices, of {self.num_experts[index]} experts")
+        gate = runner.gate
+        if gate is None and runner.routed_input_transform is not None:
+            raise Unpredictable("it sees another input than the experts")
+        if gate is None and block is not None:
+            gate = getattr(block, "gate", None) or getattr(block, "router", None)
+        if not isinstance(gate, torch.nn.Module):
+            raise Unpredictable("no router is beside the experts")
+        return gate
+
+    def report(self) -> None:
+        """Says in one line which layers are served without predictions."""
+        if not self._reasons:
+            return
+        layers: dict[str, list[int]] = {}
+        for index, reason in sorted(self._reasons.items()):
+            layers.setdefault(reason, []).append(index)
+        said = "; ".join(f"{ranges(its)} ({reason})" for reason, its in layers.items())
+        logger.warning("Expert cache: nothing is predicted of MoE layers %s", said)
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as text: `0, 2 to 5`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in runs)
+
+
+def _blocks_around(runners: Sequence[Any], model: torch.nn.Module) -> list[torch.nn.Module | None]:
+    """The module that holds each runner. Names of layers need not be paths of modules, so that is no way to it."""
+    around = {id(child): part for part in model.modules() for child in part.children()}
+    return [around.get(id(runner)) for runner in runners]
+
+
+def _correction(router: Any) -> np.ndarray | None:
+    bias = getattr(router, "e_score_correction_bias", None)
+    return bias.detach().float().cpu().numpy() if isinstance(bias, torch.Tensor) else None

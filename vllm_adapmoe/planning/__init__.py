@@ -1,0 +1,1 @@
+"""From a memory budget to slots and tokens per second."""

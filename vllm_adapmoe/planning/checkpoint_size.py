@@ -1,0 +1,170 @@
+"""Sizes of a model, from its configuration alone: it is built without memory for its weights."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.planning.memory_plan import ModelSize, StepSize
+from vllm_adapmoe.profile.model_profile import ModelInfo
+from vllm_adapmoe.store.record import align
+
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth")
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
+"""What configurations call the experts of a token; vLLM's names for it (`ModelArchConfigConvertorBase`) and Ernie's."""
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has more of a checkpoint than its configuration."""
+    return any(next(folder.glob(pattern), None) for pattern in WEIGHT_FILES)
+
+
+def measure_checkpoint(
+    folder: Path, dtype: torch.dtype | None, expert_bits: float | None
+) -> tuple[ModelInfo, ModelSize]:
+    """Measures a model, of a multimodal one the text part, with the weights of the others beside it.
+
+    Args:
+        folder: with `config.json`; weights need not be there.
+        dtype: of the weights; None: what the configuration says.
+        expert_bits: bits of a weight of a routed expert, scales included; None: those of `dtype`.
+
+    Returns:
+        The model as a profile names it, without a hash, and its sizes.
+
+    Raises:
+        AdapMoEError: no configuration, or one that transformers cannot build or that has no routed experts.
+    """
+    model, config = _build(folder)
+    text = config.get_text_config()
+    dtype = dtype or _dtype(config)
+    if expert_bits is None and any(getattr(one, "quantization_config", None) is not None for one in (config, text)):
+        raise AdapMoEError(f"{folder} is quantised; say with --expert-bits how many bits a weight of an expert takes")
+    bits = expert_bits or 8 * dtype.itemsize
+    layers = list(_expert_layers(model))
+    top_k = _find(text.to_dict(), TOP_K) or 0
+    if not layers or not top_k:
+        raise AdapMoEError(f"{folder} has no routed experts; take a mixture-of-experts model")
+    if len({(count, weights) for count, weights, _ in layers}) > 1:
+        raise AdapMoEError(f"{folder} has experts of several sizes; adapmoe plan knows models with one")
+    count, expert_weights, _ = layers[0]
+    other = sum(parameter.numel() for parameter in model.parameters()) - sum(held for *_, held in layers)
+    embedding = model.get_input_embeddings().weight
+    output = model.get_output_embeddings()
+    read = other if output is None or output.weight is embedding else other - embedding.numel()
+    info = ModelInfo(
+        name=folder.resolve().name,
+        architecture=(config.architectures or [type(model).__name__])[0],
+        hidden_size=text.hidden_size,
+        num_layers=len(layers),
+        num_experts=count,
+        top_k=top_k,
+    )
+    size = ModelSize(
+        num_layers=len(layers),
+        num_experts=count,
+        top_k=top_k,
+        expert_bytes=align(round(expert_weights * bits / 8)),
+        other_bytes=other * dtype.itemsize,
+        read_bytes=read * dtype.itemsize,
+        all_layers=text.num_hidden_layers,
+    )
+    return info, size
+
+
+def measure_step(folder: Path, dtype: torch.dtype | None, max_model_len: int | None) -> StepSize:
+    """Measures what a step computes with.
+
+    Args:
+        folder: with `config.json`.
+        dtype: of the weights; None: what the configuration says.
+        max_model_len: tokens of a request at most; None: as many as the model takes.
+
+    Raises:
+        AdapMoEError: as `measure_checkpoint`; or the configuration does not say how long a request may be.
+    """
+    model, config = _build(folder)
+    dtype = dtype or _dtype(config)
+    text = config.get_text_config()
+    _, expert_weights, _ = next(_expert_layers(model))
+    rows = map(_kv_numbers, getattr(text, "per_layer_config", None) or [text] * text.num_hidden_layers)
+    length = max_model_len or getattr(text, "max_position_embeddings", None)
+    if not length:
+        raise AdapMoEError(f"{folder} does not say how many tokens a request may have; set --max-model-len")
+    return StepSize(
+        hidden=text.hidden_size,
+        inner=round(expert_weights / (3 * text.hidden_size)),
+        vocabulary=text.vocab_size,
+        dtype_bytes=dtype.itemsize,
+        kv_bytes=sum(rows) * dtype.itemsize,
+        length=length,
+    )
+
+
+def _kv_numbers(layer: Any) -> int:
+    """Returns how many numbers attention keeps of a token in one layer, by the layer's configuration."""
+    if getattr(layer, "kv_lora_rank", None):  # MLA keeps a latent vector and the keys' rotated part
+        return layer.kv_lora_rank + layer.qk_rope_head_dim
+    heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+    return 2 * heads * (getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
+
+
+def _build(folder: Path) -> tuple[Any, Any]:
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+    )
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        kinds = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+        kind: Any = next((kind for kind in kinds if type(config) in kind._model_mapping), AutoModel)
+        with torch.device("meta"):
+            return kind.from_config(config), config
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise AdapMoEError(f"{folder} cannot be sized ({reason}); name the folder of a checkpoint") from None
+
+
+def _dtype(config: Any) -> torch.dtype:
+    given = (getattr(one, "dtype", None) for one in (config, config.get_text_config()))
+    return next((one for one in given if one is not None), torch.bfloat16)
+
+
+def _find(settings: dict[str, Any], names: tuple[str, ...]) -> int | None:
+    """Returns the first of these numbers that a configuration has, or one of those in it; of a list the largest."""
+    for name in names:
+        if value := settings.get(name):
+            return max(value) if isinstance(value, list) else value
+    nested = (_find(value, names) for value in settings.values() if isinstance(value, dict))
+    return next((value for value in nested if value), None)
+
+
+def _expert_layers(model: nn.Module) -> Iterator[tuple[int, int, int]]:
+    """Yields, of each layer with routed experts, how many it has, weights of one, and weights held for all.
+
+    transformers keeps the experts of a layer in one module `experts`: with a tensor `down_proj` `[experts, ...]` and
+    others of that kind, or with a module for each. DBRX's has tensors `[experts * inner, hidden]`. JetMoE's, of
+    its attention, has a router of its own; vLLM does not run it as a fused layer either.
+    """
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] != "experts":
+            continue
+        held = {place: parameter.numel() for place, parameter in module.named_parameters()}
+        fused = getattr(module, "down_proj", None)
+        children = [child for child, _ in module.named_children()]
+        if isinstance(fused, nn.Parameter) and fused.dim() == 3:
+            # LongCat's gates have rows of experts that compute nothing.
+            yield len(fused), sum(one.numel() // len(one) for one in module.parameters()), sum(held.values())
+        elif children and all(child.removeprefix("expert_").isdigit() for child in children):
+            yield len(children), sum(held.values()) // len(children), sum(held.values())
+        elif "router" not in children and (count := getattr(module, "num_experts", 0)):
+            yield count, sum(held.values()) // count, sum(held.values())

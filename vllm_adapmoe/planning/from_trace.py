@@ -1,0 +1,135 @@
+"""What a token costs by number of slots, from a replay of recorded routing."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
+from vllm_adapmoe.gating.rules import gate_tokens
+from vllm_adapmoe.planning.memory_plan import Estimate, ModelSize, Speed
+from vllm_adapmoe.policy.controller import CacheSetup
+from vllm_adapmoe.simulate.compare import slots_of_pools
+from vllm_adapmoe.simulate.replay import Machine, replay
+from vllm_adapmoe.simulate.trace import Step, Steps, TraceInfo
+from vllm_adapmoe.simulate.trace_file import read_trace
+
+
+@dataclass
+class TraceReplay:
+    """A trace, replayed with the server's defaults for records and a machine of given sizes and speeds."""
+
+    info: TraceInfo
+    steps: Steps
+    model: ModelSize
+    speed: Speed
+    allocation: str
+    curves: list[list[float]] | None
+
+    @classmethod
+    def load(
+        cls, path: Path, model: ModelSize, speed: Speed, allocation: str, curves: list[list[float]] | None
+    ) -> Self:
+        """Reads a trace of the model.
+
+        Args:
+            path: file that `trace_out` wrote.
+            model: whose record size replaces the one that was recorded.
+            speed: of link and compute.
+            allocation: of `adapmoe_config`.
+            curves: for allocation `profile`.
+
+        Raises:
+            AdapMoEError: no trace, or one of another model.
+        """
+        info, steps = read_trace(path)
+        found = (len(info.num_experts), max(info.num_experts), info.top_k)
+        wanted = (model.num_layers, model.num_experts, model.top_k)
+        if found != wanted:
+            raise AdapMoEError(
+                f"--trace={str(path)!r} is of another model ({info.model}): layers, experts and top_k are {found}, "
+                f"this model's are {wanted}; record one with trace_out"
+            )
+        info = replace(info, expert_bytes=[model.expert_bytes] * model.num_layers)
+        return cls(info, steps, model, speed, allocation, curves)
+
+    def estimates(
+        self, slots: Sequence[int], sensitivity: Sequence[float] | None = None, threshold: float = 0.0
+    ) -> list[Estimate]:
+        """Means over every row of the trace, prompts included.
+
+        Args:
+            slots: one replay for each.
+            sensitivity: of each layer; None: the trace as it was recorded.
+            threshold: of gating.
+        """
+        steps: Steps = self.steps
+        name = "Replaying"
+        if sensitivity is not None:
+            steps = GatedSteps(steps, sensitivity, threshold)
+            name += ", gated"
+        asked = tokens = 0
+        heads = False
+        for step in steps:
+            asked += _distinct(step)
+            tokens += len(step.positions)
+            heads = heads or bool(step.expected)
+        compute = self.speed.compute_seconds(self.model, asked / len(steps))
+        machine = Machine(self.speed.link, compute / self.model.num_layers)
+        config = {"allocation": self.allocation}
+        if self.allocation == "profile":
+            config["profile"] = "given"
+        settings = AdapMoEConfig.parse(config)
+        made = []
+        for count in tqdm(slots, desc=name, unit="replay"):
+            if count == self.model.experts:  # then there is no cache to replay
+                made.append(Estimate(asked / tokens, 0.0, 0.0, tokens / (len(steps) * compute)))
+                continue
+            setup = CacheSetup.of(settings, slots_of_pools(self.info, count), self.curves, heads)
+            result = replay(self.info, steps, setup, machine)
+            made.append(
+                Estimate(
+                    result.stats["hits"] / result.tokens,
+                    result.stats["misses"] / result.tokens,
+                    result.stats["fetched_bytes"] / result.tokens,
+                    result.tokens / result.seconds,
+                )
+            )
+        return made
+
+
+@dataclass
+class GatedSteps:
+    """Steps after adaptive gating by token; see `gated`."""
+
+    steps: Steps
+    sensitivity: Sequence[float]
+    threshold: float
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[Step]:
+        return (gated(step, self.sensitivity, self.threshold) for step in self.steps)
+
+
+def gated(step: Step, sensitivity: Sequence[float], threshold: float) -> Step:
+    """A step after adaptive gating by token; what had been foretold of it stays, dropped experts included.
+
+    Args:
+        step: as the router chose; what it dropped already stays dropped.
+        sensitivity: of each layer, nats per token.
+        threshold: nats.
+    """
+    weights = torch.from_numpy(step.weights.astype(np.float32))
+    kept = [gate_tokens(one, value, threshold).weights for one, value in zip(weights, sensitivity, strict=True)]
+    return replace(step, weights=torch.stack(kept).numpy().astype(np.float16))
+
+
+def _distinct(step: Step) -> int:
+    """Experts that a step asks for of every layer: each is read once, however many tokens use it."""
+    return sum(len(np.unique(ids[weights > 0])) for ids, weights in zip(step.ids, step.weights, strict=True))

@@ -1,0 +1,121 @@
+"""How fast this machine moves records to where they are used, and reads weights that are there."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import torch
+from tqdm import tqdm
+
+from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.store.direct_io import open_direct, read_full, write_full
+from vllm_adapmoe.store.record import aligned_empty
+
+ROUNDS = 5
+COPY_BYTES = 1 << 28
+"""Moved in a round, at least."""
+RECORDS = 4
+"""Read or copied in a round, at least."""
+WEIGHT_BYTES = 1 << 28
+"""Of the weights that are read, more than caches hold."""
+
+
+def packs_root(store_dir: Path | None) -> Path:
+    """The folder that packed files are in or would be in: vLLM's cache, unless told otherwise."""
+    if store_dir is not None:
+        return store_dir
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    return Path(os.environ.get("VLLM_CACHE_ROOT", os.path.join(cache, "vllm"))).expanduser() / "adapmoe"
+
+
+def measure_link(record_bytes: int, store_dir: Path | None = None) -> tuple[float, str]:
+    """Bytes per second of moving records of a size, one after the other, and in words what was measured.
+
+    Beside a CUDA device: copies from page-locked host memory. On the CPU: direct reads from the disk of the packed
+    files, in a temporary file there.
+
+    Raises:
+        AdapMoEError: that disk has no room for the temporary file, or cannot be written.
+    """
+    if torch.cuda.is_available():
+        return measure_copies(record_bytes), f"copies to {torch.cuda.get_device_name()} from page-locked memory"
+    folder = packs_root(store_dir)
+    there = next(one for one in (folder, *folder.absolute().parents) if one.is_dir())
+    return measure_reads(record_bytes, there), "direct reads from the disk of the packed files"
+
+
+def measure_copies(record_bytes: int) -> float:
+    """Bytes per second of copies from page-locked memory to the CUDA device."""
+    count = max(RECORDS, COPY_BYTES // record_bytes)
+    source = aligned_empty(record_bytes, pin=True)
+    destination = torch.empty(record_bytes, dtype=torch.uint8, device="cuda")
+
+    def copy() -> None:
+        for _ in range(count):
+            destination.copy_(source, non_blocking=True)
+        torch.cuda.synchronize()
+
+    return count * record_bytes / _seconds(copy, "Copying to the device")
+
+
+def measure_reads(record_bytes: int, folder: Path) -> float:
+    """Bytes per second of direct reads of a temporary file in `folder`.
+
+    Raises:
+        AdapMoEError: no room for it, or it cannot be written.
+    """
+    count = max(RECORDS, COPY_BYTES // record_bytes)
+    nbytes = count * record_bytes
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise AdapMoEError(
+            f"--link=auto writes {nbytes} bytes to {folder}, {free} are free; name the bandwidth or a --store-dir"
+        )
+    buffer = aligned_empty(record_bytes).random_()
+    try:
+        with TemporaryDirectory(dir=folder, prefix="adapmoe-link-") as temporary:
+            path = Path(temporary) / "records"
+            fd, _ = open_direct(path, os.O_RDWR | os.O_CREAT)
+            try:
+                for number in tqdm(range(count), desc="Writing records", unit="record"):
+                    write_full(fd, buffer, number * record_bytes)
+                os.fsync(fd)
+
+                def read() -> None:
+                    for number in range(count):
+                        read_full(fd, [buffer], number * record_bytes)
+
+                return nbytes / _seconds(read, "Reading records")
+            finally:
+                os.close(fd)
+    except OSError as error:
+        raise AdapMoEError(
+            f"--link=auto cannot measure in {folder} ({error.strerror}); name the bandwidth or a --store-dir"
+        ) from None
+
+
+def measure_weights() -> tuple[float, str]:
+    """Bytes per second that this machine reads weights with where kernels are run, and in words what was measured."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weights = torch.ones(WEIGHT_BYTES // 4, device=device)
+
+    def read() -> None:
+        weights.sum().item()
+
+    name = torch.cuda.get_device_name() if device == "cuda" else f"this CPU with {torch.get_num_threads()} threads"
+    return WEIGHT_BYTES / _seconds(read, "Reading memory"), f"a sum over {WEIGHT_BYTES >> 20} MiB by {name}"
+
+
+def _seconds(action: Callable[[], None], name: str) -> float:
+    """Median of some runs, after one that warms up."""
+    action()
+    seconds = []
+    for _ in tqdm(range(ROUNDS), desc=name, unit="round"):
+        start = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - start)
+    return median(seconds)

@@ -1,0 +1,236 @@
+"""What to buy: tokens per second by memory, for one model, with its experts in this or that many bits."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
+from vllm_adapmoe.planning.checkpoint_size import has_weights, measure_checkpoint, measure_step
+from vllm_adapmoe.planning.from_trace import TraceReplay
+from vllm_adapmoe.planning.link import measure_link, measure_weights
+from vllm_adapmoe.planning.memory_plan import (
+    Estimate,
+    ModelSize,
+    Reserve,
+    Speed,
+    budgets,
+    closed_form,
+    curves_of,
+    has_statistics,
+    slots_for,
+)
+from vllm_adapmoe.profile.model_profile import ModelProfile
+from vllm_adapmoe.units import parse_bytes
+
+ALLOCATIONS = ("pool", "uniform", "profile", "trace")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Question:
+    """What `adapmoe plan` was asked; options as they were given."""
+
+    model: Path
+    profile: Path | None = None
+    trace: Path | None = None
+    memory: str | None = None
+    reserve: str | None = None
+    dtype: str = "auto"
+    expert_bits: Sequence[float] = ()
+    """Empty: those of the dtype."""
+    link: str = "auto"
+    """Or 1e9 bytes per second."""
+    compute: float | None = None
+    """Milliseconds of a layer; None: estimated from this machine's memory bandwidth."""
+    max_loss_increase: float | None = None
+    allocation: str = "pool"
+    store_dir: Path | None = None
+    max_model_len: int | None = None
+    """Tokens of a request; None: as many as the model takes."""
+
+
+def run_plan(question: Question, checkpoint_hash: Callable[[Path], str]) -> dict[str, Any]:
+    """Sizes, speeds and points, for each number of bits in turn.
+
+    Args:
+        question: what was asked.
+        checkpoint_hash: of the model's weights; called where a profile names a hash and the weights are at hand.
+
+    Raises:
+        AdapMoEError: an option that is not usable, or a budget that cannot work.
+    """
+    dtype = _dtype(question.dtype)
+    if any(bits <= 0 for bits in question.expert_bits):
+        raise AdapMoEError(f"--expert-bits {question.expert_bits[0]:g} is not usable; more than 0, e.g. 16, 8 or 4.5")
+    profile = None if question.profile is None else ModelProfile.load(question.profile)
+    info, _ = measure_checkpoint(question.model, dtype, (question.expert_bits or [16.0])[0])
+    if profile is not None:
+        profile.check(info, str(question.profile))
+        if profile.model.hash is not None and has_weights(question.model):
+            profile.check(info.model_copy(update={"hash": checkpoint_hash(question.model)}), str(question.profile))
+    reserve = _reserve(question, dtype)
+    if question.allocation == "profile" and not has_statistics(profile):
+        raise AdapMoEError("--allocation=profile needs a --profile with statistics of routing; see adapmoe calibrate")
+    threshold = _threshold(question, profile)
+    weights_gbps, compute_source = None, "as given"
+    if question.compute is None:
+        weights, source = measure_weights()
+        weights_gbps, compute_source = (
+            weights / 1e9,
+            f"an estimate, the least it can be: reading weights at the speed of {source}",
+        )
+    variants = []
+    chosen: list[float | None] = [*question.expert_bits] or [None]
+    for bits in chosen:
+        variants.append(_variant(question, dtype, bits, profile, threshold, reserve, weights_gbps))
+    return {
+        "plan": "memory",
+        "model": str(question.model),
+        "profile": None if question.profile is None else str(question.profile),
+        "memory": None if question.memory is None else parse_bytes("--memory", question.memory),
+        "reserve": asdict(reserve),
+        "basis": _basis(question, profile),
+        "allocation": question.allocation,
+        "compute": {"ms_per_layer": question.compute, "weights_gbps": weights_gbps, "source": compute_source},
+        "gating": None if threshold is None else _gating(question, profile, threshold),
+        "variants": variants,
+    }
+
+
+def _dtype(name: str) -> torch.dtype | None:
+    if name == "auto":
+        return None
+    if name not in DTYPES:
+        raise AdapMoEError(f"--dtype {name} is not known; use auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _reserve(question: Question, dtype: torch.dtype | None) -> Reserve:
+    if question.reserve is None:
+        _, size = measure_checkpoint(question.model, dtype, (question.expert_bits or [16.0])[0])
+        return Reserve.of_gpu(size, measure_step(question.model, dtype, question.max_model_len))
+    if question.max_model_len is not None:
+        raise AdapMoEError(
+            f"--max-model-len={question.max_model_len} is what the KV cache is counted for, and --reserve="
+            f"{question.reserve} says how much that is; keep one"
+        )
+    return Reserve(parse_bytes("--reserve", question.reserve))
+
+
+def _threshold(question: Question, profile: ModelProfile | None) -> float | None:
+    if question.max_loss_increase is None:
+        return None
+    if profile is None or not has_statistics(profile) or profile.base_loss is None:
+        have = "no profile is given" if profile is None else f"profile={str(question.profile)!r} has constants only"
+        raise AdapMoEError(
+            f"--max-loss-increase={question.max_loss_increase} cannot be planned: {have}; leave it out, or give a "
+            "profile that adapmoe calibrate made"
+        )
+    if question.max_loss_increase <= 0:
+        raise AdapMoEError(f"--max-loss-increase={question.max_loss_increase} is not usable; more than 0, e.g. 0.005")
+    return profile.threshold_for_loss(question.max_loss_increase)
+
+
+def _gating(question: Question, profile: ModelProfile | None, threshold: float) -> dict[str, float | None]:
+    assert profile is not None
+    return {
+        "max_loss_increase": question.max_loss_increase,
+        "threshold": threshold,
+        "mean_experts": profile.mean_experts(threshold),
+    }
+
+
+def _basis(question: Question, profile: ModelProfile | None) -> str:
+    if question.trace is not None:
+        return "replay of a trace, prompts and all, with the server's own decisions and defaults"
+    text = "closed form: every expert as likely as another, no memory from token to token, no prefetch, fixed shares"
+    if not has_statistics(profile):
+        text += "; assumed, for no profile has statistics of this model's routing"
+    return text
+
+
+def _variant(
+    question: Question,
+    dtype: torch.dtype | None,
+    bits: float | None,
+    profile: ModelProfile | None,
+    threshold: float | None,
+    reserve: Reserve,
+    weights_gbps: float | None,
+) -> dict[str, Any]:
+    _, size = measure_checkpoint(question.model, dtype, bits)
+    asked = None
+    if question.memory is not None:
+        asked = slots_for(size, parse_bytes("--memory", question.memory), reserve)
+    link, link_source = _link(question, size)
+    layer_seconds = None if question.compute is None else question.compute / 1e3
+    speed = Speed(link, layer_seconds, (weights_gbps or 0) * 1e9)
+    replayed = None
+    if question.trace is not None:
+        loads = None
+        if question.allocation == "profile":
+            loads = [curve.tolist() for curve in curves_of(size, profile)]
+        replayed = TraceReplay.load(question.trace, size, speed, question.allocation, loads)
+    limits = [None] if threshold is None else [None, threshold]
+    estimates: list[list[Estimate]] = []
+    slots_of_rows = budgets(size, asked)
+    for limit in limits:
+        if replayed is None:
+            curves = curves_of(size, profile, limit or 0.0)
+            estimates.append([closed_form(size, curves, slots, speed, question.allocation) for slots in slots_of_rows])
+        else:
+            sensitivity = None if limit is None or profile is None else [one.sensitivity for one in profile.layers]
+            estimates.append(replayed.estimates(slots_of_rows, sensitivity, limit or 0.0))
+    points = []
+    for number, slots in enumerate(slots_of_rows):
+        points.append(
+            {
+                "slots": slots,
+                "resident": slots / size.experts,
+                "memory": reserve.memory(size, slots),
+                "asked": slots == asked,
+                "ungated": asdict(estimates[0][number]),
+                "gated": asdict(estimates[1][number]) if threshold is not None else None,
+            }
+        )
+    return {
+        "expert_bits": bits,
+        "size": asdict(size),
+        "link": {"gbps": link / 1e9, "source": link_source},
+        "points": points,
+        "config": None if asked is None else _config(question, asked),
+    }
+
+
+def _link(question: Question, size: ModelSize) -> tuple[float, str]:
+    if question.link == "auto":
+        return measure_link(size.expert_bytes, question.store_dir)
+    try:
+        gbps = float(question.link)
+    except ValueError:
+        gbps = 0.0
+    if not 0 < gbps < 1e6:
+        raise AdapMoEError(f"--link={question.link} is not usable; auto, or 1e9 bytes per second, e.g. 25")
+    return gbps * 1e9, "as given"
+
+
+def _config(question: Question, slots: int) -> dict[str, Any]:
+    """`adapmoe_config` for the memory that was asked about."""
+    config: dict[str, Any] = {"cache_experts": slots, "allocation": question.allocation}
+    if question.store_dir is not None:
+        config["store_dir"] = str(question.store_dir)
+    if question.profile is not None and (question.max_loss_increase or question.allocation == "profile"):
+        config["profile"] = str(question.profile)
+    if question.max_loss_increase is not None:
+        config["gating"] = {"mode": "token", "max_loss_increase": question.max_loss_increase}
+    AdapMoEConfig.parse(config)
+    return config
+
+
+def config_of(result: dict[str, Any]) -> dict[str, Any]:
+    """What `--adapmoe-config` is to take, with whole paths; for a result with one variant and a memory."""
+    config = result["variants"][0]["config"]
+    return config | {key: str(Path(config[key]).resolve()) for key in ("profile", "store_dir") if key in config}

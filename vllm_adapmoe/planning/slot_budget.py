@@ -1,0 +1,252 @@
+"""How many slots a budget buys: pure arithmetic."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
+from vllm_adapmoe.units import GiB
+
+RUNTIME_BYTES = 512 << 20
+"""Left for what no formula gives: the allocator's fragments, compiled code, workspaces of kernels."""
+STREAM_ROWS = 8
+"""Rows of the hidden size that a token has at once outside the experts: hidden state, residual, its norm, queries,
+keys, values, and what attention and the layer put out."""
+LOGIT_BYTES = 4 + 4 + 8 + 4
+"""Of a logit in the sampler: float32, sorted for top-p with its int64 index, and its probability."""
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """All layers whose experts have one shape; they share a pool of slots."""
+
+    num_experts: int
+    """Routed experts of all these layers together."""
+    bytes_per_expert: int
+    top_k: int
+    """Slots that one token needs in one layer: the least a pool can work with."""
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """What a worker's memory goes to, bytes. What is left is for slots."""
+
+    usable: int
+    """What vLLM may use, with what is in use already."""
+    in_use: int = 0
+    """Counted against `usable` before the weights."""
+    other_weights: int = 0
+    """Weights that are no routed experts."""
+    activations: int = 0
+    kv_cache: int = 0
+    """The least that vLLM starts with."""
+    kv_cache_of: str = ""
+    """What that is for."""
+    remedy: str = "use a device with more memory"
+    """What leaves more for slots."""
+    graphs: int = 0
+    """CUDA graphs, which vLLM captures after the KV cache has taken the rest."""
+    graphs_of: str = ""
+    """How many those are."""
+    bookkeeping: int = 0
+    """Gates, tables and buffers of the cache itself."""
+
+    @property
+    def left(self) -> int:
+        """For slots; below zero: not even the rest fits."""
+        spent = self.in_use + self.other_weights + self.activations + self.kv_cache + self.graphs + self.bookkeeping
+        return self.usable - spent
+
+    def __str__(self) -> str:
+        parts = {
+            "in use": self.in_use,
+            "other weights": self.other_weights,
+            "activations": self.activations,
+            "KV cache" + (f" ({self.kv_cache_of})" if self.kv_cache_of else ""): self.kv_cache,
+            "CUDA graphs" + (f" ({self.graphs_of}, estimated)" if self.graphs_of else ""): self.graphs,
+            "gates and tables": self.bookkeeping,
+        }
+        spent = "".join(f" - {nbytes / GiB:.2f} {part}" for part, nbytes in parts.items() if nbytes)
+        return f"{self.usable / GiB:.2f} usable{spent}"
+
+
+def activation_bytes(
+    *, tokens: int, logit_rows: int, hidden: int, vocabulary: int, inner: int, top_k: int, dtype_bytes: int
+) -> int:
+    """Peak memory of a step beside weights and KV cache, estimated from above.
+
+    Every token has `STREAM_ROWS` rows. Every pair of token and expert has its input, gate and up projections, their
+    product and its output, and the output once more in float32, for the sum. Every row that is sampled from has logits
+    in the model's dtype, and `LOGIT_BYTES` for each. `RUNTIME_BYTES` beside that.
+
+    Args:
+        tokens: of a step at most (`max_num_batched_tokens`).
+        logit_rows: rows that are sampled from at most.
+        hidden: hidden size.
+        vocabulary: logits of a row.
+        inner: intermediate size of an expert, as far as this worker has it.
+        top_k: experts of a token.
+        dtype_bytes: of one number of the model's dtype.
+    """
+    logits = logit_rows * vocabulary * (dtype_bytes + LOGIT_BYTES)
+    return tokens * token_bytes(hidden, inner, top_k, dtype_bytes) + logits + RUNTIME_BYTES
+
+
+def token_bytes(hidden: int, inner: int, top_k: int, dtype_bytes: int) -> int:
+    """What one token adds to `activation_bytes`, logits apart."""
+    stream = STREAM_ROWS * hidden * dtype_bytes
+    return stream + top_k * ((2 * inner + inner + 2 * hidden) * dtype_bytes + 4 * hidden)
+
+
+def check_budget(config: AdapMoEConfig, most: int | None, top_k: int, memory: DeviceMemory) -> None:
+    """Refuses, before there is a model, what no model can serve that has at most so many routed experts.
+
+    Args:
+        config: the budget.
+        most: routed experts over all layers, if every layer has them; None: not known.
+        top_k: slots that one token needs in one layer.
+        memory: as far as it is known.
+
+    Raises:
+        AdapMoEError: too few slots for one token, more of them than experts, or no memory for any.
+    """
+    slots, key = most or top_k, ""
+    if config.cache_experts is not None:
+        slots, key = config.cache_experts, f"cache_experts={config.cache_experts}"
+    elif config.cache_fraction is not None and most is not None:
+        slots, key = int(most * config.cache_fraction + 1e-9), f"cache_fraction={config.cache_fraction}"
+    if slots < top_k:
+        raise AdapMoEError(
+            f"{key} gives {slots} expert slots, but a token needs {top_k} at once; set at least cache_experts={top_k}"
+        )
+    if most is not None and slots > most:
+        raise AdapMoEError(f"{key} is more than the {most} routed experts that this model can have; set fewer")
+    if memory.left <= 0:
+        raise AdapMoEError(f"no memory for expert slots, for {_missing(0, memory)}; {memory.remedy}")
+
+
+def count_slots(config: AdapMoEConfig, shapes: Sequence[ExpertShape], memory: DeviceMemory) -> list[int]:
+    """Slots of each pool under the configured budget, or, where it is `auto`, in what is left of the memory.
+
+    Pools share the budget in proportion to their experts' bytes.
+
+    Raises:
+        AdapMoEError: the budget is below top-k slots, names more slots than there are experts, or does not fit.
+    """
+    experts = sum(shape.num_experts for shape in shapes)
+    total_bytes = sum(shape.num_experts * shape.bytes_per_expert for shape in shapes)
+    if config.cache_experts is not None:
+        key, fraction = f"cache_experts={config.cache_experts}", config.cache_experts / experts
+        if fraction > 1:
+            raise AdapMoEError(f"{key} is more than the {experts} routed experts of this model; set at most {experts}")
+    elif config.cache_fraction is not None:
+        key, fraction = f"cache_fraction={config.cache_fraction}", config.cache_fraction
+    elif config.cache_gb != "auto":
+        key, fraction = f"cache_gb={config.cache_gb}", min(1.0, config.cache_gb * GiB / total_bytes)
+    else:
+        return _slots_in(shapes, total_bytes, memory)
+    slots = [int(shape.num_experts * fraction + 1e-9) for shape in shapes]
+    for shape, count in zip(shapes, slots, strict=True):
+        if count < shape.top_k:
+            needed = shape.top_k / shape.num_experts
+            raise AdapMoEError(
+                f"{key} gives {count} expert slots of {shape.bytes_per_expert / GiB:.3f} GiB, but a token needs "
+                f"{shape.top_k} at once; set at least cache_gb={needed * total_bytes / GiB:.3f} "
+                f"or cache_fraction={needed:.3f}"
+            )
+    slot_bytes = bytes_of(shapes, slots)
+    if slot_bytes > memory.left:
+        fits = memory.left >= _least_bytes(shapes, total_bytes)
+        smaller = f"set at most cache_gb={memory.left * 1000 // GiB / 1000:.3f}, or " if fits else ""
+        raise AdapMoEError(
+            f"{key} takes {slot_bytes / GiB:.3f} GiB for {sum(slots)} expert slots, {_missing(slot_bytes, memory)}; "
+            f"{smaller}{memory.remedy}"
+        )
+    return slots
+
+
+def choose_slots(
+    config: AdapMoEConfig, shapes: Sequence[ExpertShape], resident: DeviceMemory, offloaded: DeviceMemory
+) -> tuple[list[int], DeviceMemory]:
+    """`count_slots` where it matters for the rest of the memory whether every expert is resident.
+
+    A model that is resident as a whole has fewer graphs and no bookkeeping.
+
+    Args:
+        config: the budget.
+        shapes: of the experts.
+        resident: memory if there is a slot for every expert.
+        offloaded: memory if there is not.
+
+    Returns:
+        Slots of each pool, and of the two memories the one that they were counted in.
+
+    Raises:
+        AdapMoEError: as `count_slots`.
+    """
+    everything = [shape.num_experts for shape in shapes]
+    try:
+        if count_slots(config, shapes, resident) == everything:
+            return everything, resident
+    except AdapMoEError:  # what is missing for the offloaded model is what the user is told
+        pass
+    slots = count_slots(config, shapes, offloaded)
+    if slots == everything:  # which would then be resident, and that did not fit
+        offloaded = replace(offloaded, graphs=max(offloaded.graphs, resident.graphs))
+        slots = count_slots(config, shapes, offloaded)
+    return slots, offloaded
+
+
+def slots_without(shapes: Sequence[ExpertShape], slots: Sequence[int], nbytes: int) -> list[int] | None:
+    """Slots of each pool when at least `nbytes` of their memory are given back, in proportion; None: a pool would have
+    fewer than one token needs."""
+    total = bytes_of(shapes, slots)
+    left = [count * max(0, total - nbytes) // total for count in slots]
+    return left if all(count >= shape.top_k for shape, count in zip(shapes, left, strict=True)) else None
+
+
+def _slots_in(shapes: Sequence[ExpertShape], total_bytes: int, memory: DeviceMemory) -> list[int]:
+    needed = _least_bytes(shapes, total_bytes)
+    if memory.left < needed:
+        raise AdapMoEError(
+            f"cache_gb=auto needs {needed / GiB:.3f} GiB for the expert slots of one token, "
+            f"{_missing(needed, memory)}; {memory.remedy}"
+        )
+    nbytes = min(memory.left, total_bytes)
+    return [shape.num_experts * nbytes // total_bytes for shape in shapes]
+
+
+def _least_bytes(shapes: Sequence[ExpertShape], total_bytes: int) -> int:
+    """Budget that gives every pool top-k slots."""
+    return max(-(-shape.top_k * total_bytes // shape.num_experts) for shape in shapes)
+
+
+def _missing(nbytes: int, memory: DeviceMemory) -> str:
+    missing = nbytes - memory.left
+    return f"{missing} bytes ({missing / GiB:.3f} GiB) more than the {memory.left / GiB:.3f} GiB left: {memory}"
+
+
+def split_layers(layers: Sequence[int], slots: int, piece_bytes: int, limit: int) -> list[list[int]]:
+    """Divides the layers of a pool among several, so that no tensor of one reaches `limit` bytes.
+
+    A kernel that counts in 32 bits reads no further into a tensor. Pools that share its slots in proportion to their
+    layers hold as many experts as one would; what is lost is that layers of different pools cannot lend each other
+    slots. Layers take turns, so that each pool has early ones and late ones.
+
+    Args:
+        layers: indices of layers with equal numbers of experts.
+        slots: of the pool.
+        piece_bytes: of the largest tensor of one expert.
+        limit: bytes.
+    """
+    parts = 1
+    while parts < len(layers):
+        most = -(-len(layers) // parts)
+        if slots * most * piece_bytes < limit * len(layers):
+            break
+        parts += 1
+    return [list(layers[part::parts]) for part in range(parts)]
+
+
+def bytes_of(shapes: Sequence[ExpertShape], slots: Sequence[int]) -> int:
+    """Memory of so many slots in each pool."""
+    return sum(count * shape.bytes_per_expert for shape, count in zip(shapes, slots, strict=True))

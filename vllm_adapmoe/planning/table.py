@@ -1,0 +1,94 @@
+"""The answer of `adapmoe plan` for people: a table for each number of bits, and a plot."""
+
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from vllm_adapmoe.units import GiB, MiB
+
+
+def _size(nbytes: float) -> str:
+    return f"{nbytes / GiB:.2f} GiB" if nbytes >= GiB else f"{nbytes / MiB:.1f} MiB"
+
+
+def print_plan(result: dict[str, Any], console: Console) -> None:
+    """One table a variant, and in words what the figures rest on."""
+    for variant in result["variants"]:
+        _print_variant(result, variant, console)
+    gating, compute = result["gating"], result["compute"]
+    console.print("hits, loads: experts of a token, all layers together, that are there, and that a layer waits for")
+    if gating is not None:
+        console.print(
+            f"gated: {gating['mean_experts']:.2f} experts per token and layer, foretold loss "
+            f"+{gating['max_loss_increase']:.2%}"
+        )
+    reserve = result["reserve"]
+    share = f"{reserve['share']:.0%} of it and " if reserve["share"] else ""
+    parts = ", ".join(f"{_size(nbytes)} {name}" for name, nbytes in reserve["parts"].items())
+    console.print(
+        f"memory: other weights, {share}{parts or _size(reserve['nbytes'])} reserved (--reserve), and the slots",
+        markup=False,
+    )
+    console.print(f"loads: {result['basis']}", markup=False)
+    if compute["ms_per_layer"] is not None:
+        console.print(f"compute: {compute['ms_per_layer']:g} ms a layer, as given, gated or not")
+    else:
+        console.print(f"compute: {compute['source']}, {compute['weights_gbps']:.1f} GB/s, each once a token")
+
+
+def _print_variant(result: dict[str, Any], variant: dict[str, Any], console: Console) -> None:
+    size, link = variant["size"], variant["link"]
+    bits = "" if variant["expert_bits"] is None else f" of {variant['expert_bits']:g} bits"
+    table = Table(title=f"{result['model']}: experts{bits}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    gated = result["gating"] is not None
+    columns = ["", "memory", "slots", "resident", "hits", "loads", "MiB/token", "tok/s"]
+    for column in columns + (["gated loads", "MiB/token", "tok/s"] if gated else []):
+        table.add_column(column, justify="right", no_wrap=True)
+    for point in variant["points"]:
+        asked = point["asked"]
+        memory = result["memory"] if asked else point["memory"]
+        row = ["asked" if asked else "", _size(memory), str(point["slots"]), f"{point['resident']:.0%}"]
+        one = point["ungated"]
+        row += [f"{one['hits']:.1f}", f"{one['loads']:.2f}", *_cost(one)]
+        if gated:
+            row += [f"{point['gated']['loads']:.2f}", *_cost(point["gated"])]
+        table.add_row(*row, style="bold" if asked else None)
+    console.print(table)
+    experts = size["num_layers"] * size["num_experts"]
+    console.print(
+        f"{experts} experts of {_size(size['expert_bytes'])}, {_size(experts * size['expert_bytes'])} in all, and "
+        f"{_size(size['other_bytes'])} of other weights; link: {link['gbps']:.2f} GB/s, {link['source']}"
+    )
+    for point in variant["points"]:
+        shares = point["ungated"]["shares"]
+        if point["asked"] and shares is not None and result["allocation"] in ("profile", "uniform"):
+            console.print(f"slots of each layer: {', '.join(map(str, shares))}")
+
+
+def _cost(estimate: dict[str, Any]) -> list[str]:
+    speed = estimate["tokens_per_second"]
+    return [f"{estimate['fetched_bytes'] / MiB:.1f}", f"{speed:.{2 if speed < 1000 else 0}f}"]
+
+
+def plot_plan(result: dict[str, Any], path: Path) -> None:
+    """Tokens/s against memory, a line for each number of bits, dashed where gated; dotted: the memory asked for."""
+    from vllm_adapmoe.plot import figure
+
+    most = max(point["memory"] for variant in result["variants"] for point in variant["points"])
+    unit, name = (GiB, "GiB") if most >= GiB else (MiB, "MiB")
+    with figure(path, f"memory, {name}", "tokens/s") as axes:
+        for number, variant in enumerate(result["variants"]):
+            bits = variant["expert_bits"]
+            label = "" if bits is None else f"{bits:g} bits, "
+            memory = [point["memory"] / unit for point in variant["points"]]
+            for key, style in (("ungated", "o-"), ("gated", "s--")):
+                if variant["points"][0][key] is not None:
+                    speed = [point[key]["tokens_per_second"] for point in variant["points"]]
+                    axes.plot(memory, speed, style, color=f"C{number}", markersize=4, label=label + key)
+        if result["memory"] is not None:
+            axes.axvline(result["memory"] / unit, color="grey", linestyle=":", label="asked")
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize=8)

@@ -1,0 +1,1 @@
+"""ModelProfile: what calibration learnt of one model, and what follows from it."""

@@ -1,0 +1,124 @@
+"""Sums over tokens of what one MoE layer does: how it routes, and what its later layers can be foretold to do."""
+
+import numpy as np
+import torch
+
+from vllm_adapmoe.gating.rules import drop_costs
+from vllm_adapmoe.profile.model_profile import EDGES, DropHistogram, Prediction
+
+LOOKAHEAD = 4
+CO_USE_PAIRS = 4
+"""Pairs in a profile for each expert."""
+
+Sums = dict[str, np.ndarray]
+"""By name, float64. Sums of two parts of the data are added key by key."""
+
+
+def add(total: Sums, part: Sums) -> None:
+    """Adds `part` to `total`."""
+    for key, value in part.items():
+        total[key] = total[key] + value if key in total else value
+
+
+def half(top_k: int) -> int:
+    """Experts kept where a layer is disturbed to measure it: what top-2 keeps when it drops one."""
+    return max(1, top_k // 2)
+
+
+def routing_sums(weights: torch.Tensor, ids: torch.Tensor, starts: torch.Tensor, num_experts: int) -> Sums:
+    """Sums of one step of one layer.
+
+    Args:
+        weights: `[tokens, top_k]`, float32.
+        ids: `[tokens, top_k]`.
+        starts: bool `[tokens]`, True where a sequence begins.
+        num_experts: of the layer.
+    """
+    tokens, top_k = ids.shape
+    costs = drop_costs(weights.sort(dim=-1, descending=True).values)
+    falls = costs[:, :-1] - costs[:, 1:]
+    bins = torch.bucketize(costs, torch.from_numpy(EDGES), right=True)
+    histogram, fall_histogram = torch.zeros(2, top_k - 1, len(EDGES) + 1, dtype=torch.float64)
+    for kept in range(top_k - 1):
+        histogram[kept] = torch.bincount(bins[:, kept], minlength=len(EDGES) + 1)
+        fall_histogram[kept] = torch.bincount(bins[:, kept], falls[:, kept], minlength=len(EDGES) + 1)
+    used = torch.zeros(tokens, num_experts).scatter_(1, ids.long(), 1)
+    again = (used[1:] * used[:-1]).sum(-1)[~starts[1:]]
+    sums = {
+        "tokens": torch.tensor(tokens),
+        "half_cost": costs[:, half(top_k) - 1].sum(),
+        "dropped": histogram,
+        "falls": fall_histogram,
+        "uses": used.sum(0),
+        "co_uses": used.T @ used,
+        "again": again.sum(),
+        "successors": torch.tensor(len(again)),
+    }
+    return {key: value.double().numpy() for key, value in sums.items()}
+
+
+def norm_sums(outputs: torch.Tensor, ids: torch.Tensor, num_experts: int) -> Sums:
+    """Sums of squared norms, by expert.
+
+    Args:
+        outputs: `[pairs, hidden]`, an expert's output before its weight.
+        ids: `[pairs]`.
+        num_experts: of the layer.
+    """
+    squares = outputs.double().square().sum(-1).cpu()
+    return {"norm_squares": torch.bincount(ids.long(), squares, minlength=num_experts).numpy()}
+
+
+def prediction_sums(foretold: torch.Tensor, ids: torch.Tensor, lookahead: int) -> Sums:
+    """Sums of right predictions by rank, kept by the layer that made them.
+
+    Args:
+        foretold: `[tokens, top_k]`, best first.
+        ids: `[tokens, top_k]`, what the later layer chose.
+        lookahead: layers between the two.
+    """
+    right = (foretold.unsqueeze(-1) == ids.unsqueeze(1)).any(-1).double().sum(0)
+    return {f"right_{lookahead}": right.numpy(), f"foretold_{lookahead}": np.array(float(len(ids)))}
+
+
+def dropped(sums: Sums) -> list[DropHistogram]:
+    """Histograms of dropping costs, for keeping 1 .. top_k - 1."""
+    tokens = int(sums["tokens"])
+    return [DropHistogram.of(*rows, tokens) for rows in zip(sums["dropped"], sums["falls"], strict=True)]
+
+
+def routing_profile(sums: Sums) -> dict[str, object]:
+    """The fields of a LayerProfile that routing gives."""
+    tokens, uses = float(sums["tokens"]), sums["uses"]
+    top_k = sums["dropped"].shape[0] + 1
+    predictions = [
+        Prediction(
+            lookahead=distance,
+            recall=digits(
+                sums[f"right_{distance}"].mean() / sums[f"foretold_{distance}"]
+            ),  # of the later layer's top-k
+            precision=[digits(value) for value in sums[f"right_{distance}"] / sums[f"foretold_{distance}"]],
+        )
+        for distance in range(1, LOOKAHEAD + 1)
+        if f"right_{distance}" in sums
+    ]
+    return {
+        "dropped": dropped(sums),
+        "popularity": [digits(value) for value in uses / tokens],
+        "co_use": _co_use(sums["co_uses"], tokens),
+        "output_norm": [digits(value) for value in np.sqrt(sums["norm_squares"] / np.maximum(uses, 1))],
+        "reuse": digits(sums["again"] / max(float(sums["successors"]) * top_k, 1)),
+        "predictions": predictions,
+    }
+
+
+def _co_use(co_uses: np.ndarray, tokens: float) -> list[tuple[int, int, float]]:
+    experts = len(co_uses)
+    pairs = [(i, j, co_uses[i, j] / tokens) for i in range(experts) for j in range(i + 1, experts) if co_uses[i, j]]
+    pairs.sort(key=lambda pair: -pair[2])
+    return [(i, j, digits(share)) for i, j, share in pairs[: CO_USE_PAIRS * experts]]
+
+
+def digits(value: float) -> float:
+    """As many digits as a profile is written with."""
+    return float(f"{value:.6g}")

@@ -1,0 +1,53 @@
+"""The threshold of gating that a profile gives for what the user asks."""
+
+from vllm_adapmoe.config import AdapMoEError, GatingConfig
+from vllm_adapmoe.gating.plan import GatingPlan
+from vllm_adapmoe.profile.model_profile import ModelProfile
+
+
+def plan_gating(gating: GatingConfig, profile: ModelProfile) -> GatingPlan | None:
+    """Chooses the threshold; None where gating is off.
+
+    Raises:
+        AdapMoEError: the profile cannot answer, or no threshold does what is asked.
+    """
+    if gating.mode == "off":
+        return None
+    nats_per_token = None
+    if gating.threshold is not None:
+        threshold = gating.threshold
+    elif gating.target_experts is not None:
+        threshold = profile.threshold_for_experts(gating.target_experts)
+    else:
+        assert gating.max_loss_increase is not None
+        threshold = profile.threshold_for_loss(gating.max_loss_increase)
+        if gating.mode == "batch":
+            assert profile.base_loss is not None
+            nats_per_token = gating.max_loss_increase * profile.base_loss / profile.loss_scale
+    return GatingPlan(
+        rule=gating.mode,
+        threshold=threshold,
+        nats_per_token=nats_per_token,
+        sensitivity=[layer.sensitivity for layer in profile.layers],
+        loss_scale=profile.loss_scale,
+    )
+
+
+def describe(plan: GatingPlan, profile: ModelProfile) -> str:
+    """One line for the log: the threshold, and what the profile foretells of it."""
+    text = f"Adaptive gating ({plan.rule}): threshold {plan.threshold:.4g} nats"
+    if plan.rule == "batch":
+        text += " for each fetch saved"
+        if plan.nats_per_token is not None:
+            text += f", or more while tokens lose less than {plan.nats_per_token * profile.loss_scale:.4g} nats"
+        text += "; outputs depend on the batch and on the cache"
+    try:
+        experts = profile.layer_experts(plan.threshold)
+    except AdapMoEError:
+        return text + "; the profile foretells neither experts nor loss"
+    figures = ", ".join(f"{value:.2f}" for value in experts)
+    text += "; foretold" + (" at batch 1 with no expert resident" if plan.rule == "batch" else "")
+    text += f": {sum(experts) / len(experts):.2f} of {profile.model.top_k} experts per token (by layer {figures})"
+    if profile.base_loss:
+        text += f", loss {profile.loss_increase(plan.threshold) / profile.base_loss:+.2%}"
+    return text

@@ -1,0 +1,78 @@
+"""What made a result: a benchmark's JSON says how to make it again."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+PACKAGES = ("vllm-adapmoe", "vllm", "torch", "transformers", "numpy")
+
+
+def package_version(package: str) -> str | None:
+    """Of an installed distribution; None: it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this package runs from, with "+" if it was changed since; None: not known."""
+    if shutil.which("git") is None:
+        return None
+    here = Path(__file__).parent
+    git = ["git", "-C", str(here)]
+    found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    if found.returncode:
+        return None
+    changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True)
+    return found.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _program() -> str:
+    """As the user called it: the name of a script, or `python -m` and the name of a module."""
+    spec = sys.modules["__main__"].__spec__
+    return Path(sys.argv[0]).name if spec is None else f"python -m {spec.name.removesuffix('.__main__')}"
+
+
+def environment() -> dict[str, Any]:
+    """Command, versions, commit and machine of this run."""
+    return {
+        "command": " ".join([_program(), *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "versions": {"python": platform.python_version()} | {package: package_version(package) for package in PACKAGES},
+        "machine": {
+            "processor": _processor(),
+            "cores": len(os.sched_getaffinity(0)),
+            "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
+            "kernel": platform.release(),
+        },
+    }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, least and greatest of repeated measurements."""
+    return {"median": median(values), "min": min(values), "max": max(values), "runs": len(values)}
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Writes a result with its environment, whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps({"environment": environment()} | result, indent=1) + "\n")
+    temporary.replace(path)
