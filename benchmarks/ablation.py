@@ -144,13 +144,13 @@ def run_ablation(
         info, steps = traces[_trace_of(name)]
         point = _point(measured[name], measured["ours: base"], measured[f"{family}: base"], tokens)
         setup = _setup(family, parts, profile, threshold, slots)
-        foretold = _foretold_speed(info, steps, setup, Machine(link, compute / layers), batches)
+        predicted = _predicted_speed(info, steps, setup, Machine(link, compute / layers), batches)
         points.append(
             {"family": family, "parts": parts}
             | point
             | {
-                "simulated_tokens_per_second": foretold,
-                "simulated_of_measured": foretold / point["decode_tokens_per_second"]["median"],
+                "simulated_tokens_per_second": predicted,
+                "simulated_of_measured": predicted / point["decode_tokens_per_second"]["median"],
             }
         )
     oracle = {"ungated": "ours: base", "gated by token": "paper: gating"}
@@ -227,7 +227,7 @@ def _timed_from(steps: list[Step], batches: int) -> int:
     return first[len(first) - batches]
 
 
-def _foretold_speed(info: TraceInfo, steps: list[Step], setup: CacheSetup, machine: Machine, batches: int) -> float:
+def _predicted_speed(info: TraceInfo, steps: list[Step], setup: CacheSetup, machine: Machine, batches: int) -> float:
     """Tokens per second of decoding, after the batch that warms the cache."""
     seconds = replay(info, steps, setup, machine).step_seconds
     decode = [n for n in range(_timed_from(steps, batches), len(steps)) if (steps[n].positions > 0).all()]
@@ -286,7 +286,7 @@ def print_ablation(result: dict[str, Any], console: Console) -> None:
     console.print(
         f"loads, MiB: demand loads and MiB moved per token; Belady's cache without prefetch: "
         f"{oracle['ungated'] / 2**20:.1f} MiB, gated by token {oracle['gated by token'] / 2**20:.1f}; sim.: tokens/s "
-        f"foretold by a replay, of measured; link {result['link_gbps']:.2f} GB/s; gating by token keeps "
+        f"predicted by a replay, of measured; link {result['link_gbps']:.2f} GB/s; gating by token keeps "
         f"{result['mean_experts']:.2f} experts; looking ahead takes up to {looking:.0%} of the time"
     )
     for name, loss in result["measured_loss_increase"].items():

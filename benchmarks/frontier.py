@@ -100,7 +100,7 @@ def _point(
     tokens: int,
 ) -> dict[str, Any]:
     changes = (nats - base).mean(axis=1)
-    foretold = profile.loss_scale * after["loss_spent"] / tokens if plan is not None else 0.0
+    predicted = profile.loss_scale * after["loss_spent"] / tokens if plan is not None else 0.0
     return {
         "rule": "off" if plan is None else plan["rule"],
         "threshold": None if plan is None else plan.get("threshold"),
@@ -108,7 +108,7 @@ def _point(
         "bytes_per_token": (after["fetched_bytes"] - before["fetched_bytes"]) / tokens,
         "loss_increase": float(changes.mean() / base.mean()),
         "loss_increase_stderr": float(changes.std(ddof=1) / len(changes) ** 0.5 / base.mean()),
-        "foretold_loss_increase": foretold / float(base.mean()),
+        "foretold_loss_increase": predicted / float(base.mean()),
     }
 
 
@@ -118,7 +118,7 @@ LABELS = {"off": "off", "token": "token", "batch": "batch", "weight": "weight", 
 def print_frontier(result: dict[str, Any], console: Console) -> None:
     """The result as a table."""
     table = Table(title=f"Decoding held-out text, {result['model']}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("resident", "batch", "rule", "T", "kept", "MiB/token", "loss", "±", "foretold"):
+    for column in ("resident", "batch", "rule", "T", "kept", "MiB/token", "loss", "±", "predicted"):
         table.add_column(column, justify="right", no_wrap=True)
     for point in result["points"]:
         table.add_row(

@@ -20,7 +20,7 @@ from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.experts import CacheShape
 from vllm_adapmoe.policy.controller import CacheController, CacheSetup
-from vllm_adapmoe.policy.prediction import Foretold
+from vllm_adapmoe.policy.prediction import PredictedExperts
 from vllm_adapmoe.results import spread
 from vllm_adapmoe.store.base import StoreError
 from vllm_adapmoe.store.direct_io import open_direct, read_full
@@ -178,14 +178,14 @@ class _Readers:
                 self.cache.release(layer, group)
 
     def speculate(self, together: int) -> None:
-        """Every expert but the first layer's foretold, waited for until it is staged, and then asked for."""
+        """Every expert but the first layer's predicted, waited for until it is staged, and then asked for."""
         transfers = self.cache.transfers
         for layer, experts in enumerate(self.events[1:], start=1):
             for start in range(0, len(experts), together):
                 group = list(experts[start : start + together])
                 padding = [group[0]] * (AHEAD - len(group))  # a token has top_k experts, the last ones dropped
-                foretold = Foretold(np.array([group + padding]), np.arange(AHEAD)[None] < len(group))
-                self.cache.look_ahead(layer - 1, None, {1: foretold}.get)
+                predicted = PredictedExperts(np.array([group + padding]), np.arange(AHEAD)[None] < len(group))
+                self.cache.prefetch(layer - 1, None, {1: predicted}.get)
                 with transfers.changed:
                     while transfers.jobs or transfers.idle:
                         transfers.changed.wait()

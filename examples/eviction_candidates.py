@@ -114,15 +114,15 @@ def chances(routing: Routing, heads: dict[str, list[np.ndarray]]) -> dict[str, n
     return result
 
 
-def steps_of(batch: list[Routing], foretold: list[np.ndarray] | None) -> list[Step]:
+def steps_of(batch: list[Routing], predicted: list[np.ndarray] | None) -> list[Step]:
     """The sequences decoded together, a token of each in every step."""
     ids = np.stack([one.scores.topk(one.top_k, -1).indices.numpy() for one in batch], 2)  # layers, tokens, rows, k
     steps = []
     for token in range(ids.shape[1]):
         expected = {}
-        if foretold is not None:
+        if predicted is not None:
             expected = {
-                layer: chance_of_any(np.stack([one[layer, token] for one in foretold])) for layer in range(len(ids))
+                layer: chance_of_any(np.stack([one[layer, token] for one in predicted])) for layer in range(len(ids))
             }
         names = [str(row) for row in range(len(batch))]
         here = ids[:, token].astype(np.int64)
@@ -140,7 +140,7 @@ def main() -> None:
     args = parser.parse_args()
     heads = fit(watch(args.model, prompts_of(args.model, args.fit, 192, 256), "Fitting"))
     sequences = list(watch(args.model, prompts_of(args.model, args.replay, 32, 80), "Watching"))
-    foretold = [chances(one, heads) for one in sequences]
+    predicted = [chances(one, heads) for one in sequences]
     layers, _, experts = sequences[0].scores.shape
     info = TraceInfo(str(args.model), [experts] * layers, sequences[0].top_k, 0, [1] * layers, [0] * layers)
     slots = [round(RESIDENT * layers * experts)]
@@ -148,7 +148,7 @@ def main() -> None:
     table = Table(title=f"{args.model}: loads over Belady's, half of the experts resident")
     for column in ("what foretells", "batch 1", "batch 8"):
         table.add_column(column, justify="left" if column == "what foretells" else "right")
-    names = ["lru", "next_use", *foretold[0]]
+    names = ["lru", "next_use", *predicted[0]]
     for name in tqdm(names, desc="Replaying", unit="candidate"):
         point: dict[str, Any] = {"foretells": name}
         for batch in (1, 8):
@@ -159,7 +159,7 @@ def main() -> None:
                 for start in groups
                 for step in steps_of(
                     sequences[start : start + batch],
-                    [one[name] for one in foretold[start : start + batch]] if policy == "next_token" else None,
+                    [one[name] for one in predicted[start : start + batch]] if policy == "next_token" else None,
                 )
             ]
             loads = replay(info, steps, CacheSetup(slots, policy)).demand_loads

@@ -177,7 +177,7 @@ def test_a_trace_is_replayed(tmp_path):
         one, other = point["ungated"], point["gated"]
         assert one["hits"] + one["loads"] == pytest.approx(24)
         assert other["loads"] < one["loads"] or one["loads"] == 0
-        # Nothing was foretold, so what was loaded is what was waited for, in records of this model's size.
+        # Nothing was predicted, so what was loaded is what was waited for, in records of this model's size.
         assert one["fetched_bytes"] == pytest.approx(one["loads"] * 3 * 128 * 256 * 2)
         seconds = 12 * 0.0005 + one["fetched_bytes"] / 1e9
         assert one["tokens_per_second"] == pytest.approx(1 / seconds, rel=0.01)

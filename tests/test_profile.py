@@ -1,4 +1,4 @@
-"""Profiles: what they refuse, and what they foretell, against gating the same tokens one by one."""
+"""Profiles: what they refuse, and what they predict, against gating the same tokens one by one."""
 
 import json
 from pathlib import Path
@@ -84,9 +84,9 @@ def test_statistics_count_what_they_say():
 
 
 def test_predictions_are_counted_by_rank():
-    foretold = torch.tensor([[3, 1], [2, 0]])
+    predicted = torch.tensor([[3, 1], [2, 0]])
     used = torch.tensor([[1, 5], [2, 0]])
-    sums = statistics.prediction_sums(foretold, used, 1)
+    sums = statistics.prediction_sums(predicted, used, 1)
     assert sums["right_1"].tolist() == [1, 2]
     assert sums["foretold_1"] == 2
 
@@ -175,7 +175,7 @@ def test_published_profiles(name, layers):
     assert "published" in profile.source
     plan = plan_gating(GatingConfig(mode="token", threshold=0.005), profile)
     assert plan.sensitivity == PUBLISHED[name]["sensitivity"]
-    assert "foretells neither" in describe(plan, profile)
+    assert "predicts neither" in describe(plan, profile)
     with pytest.raises(AdapMoEError, match="needs a calibrated profile, this one is published; set threshold"):
         plan_gating(GatingConfig(mode="token", max_loss_increase=0.01), profile)
     with pytest.raises(AdapMoEError, match="no distribution of weights"):

@@ -40,7 +40,7 @@ class GatingConfig(BaseModel):
     target_experts: float | None = Field(None, ge=1, strict=True)
     """Mean experts per token and layer."""
     max_loss_increase: float | None = Field(None, gt=0, strict=True)
-    """Share of the model's mean token loss, as the profile foretells it: 0.005 is half a percent."""
+    """Share of the model's mean token loss, as the profile predicts it: 0.005 is half a percent."""
 
     @model_validator(mode="after")
     def one_limit(self) -> Self:
@@ -54,7 +54,7 @@ class GatingConfig(BaseModel):
 
 
 class PrefetchConfig(BaseModel):
-    """Fetching experts before they are asked for, foretold by the next layers' own gates."""
+    """Fetching experts before they are asked for, predicted by the next layers' own gates."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 

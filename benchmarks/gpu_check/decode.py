@@ -51,7 +51,7 @@ class Variant:
     allocation: bool = False
 
     def setup(self, shape: Shape, slots: int) -> CacheSetup:
-        """As the paper has it: LRU, the next layer's foretold experts, shares of layers by expected loads."""
+        """As the paper has it: LRU, the next layer's predicted experts, shares of layers by expected loads."""
         ahead = shape.top_k if self.prefetch else 0
         shares = curves(shape, self.gating, ahead) if self.allocation else None
         allocation = "profile" if self.allocation else "pool"

@@ -70,10 +70,10 @@ class OnDemand:
 
     def _look_ahead(self, layer: int, token: Token) -> None:
         kept = token.kept[layer] if self.inputs.gated else np.ones_like(token.kept[layer])
-        self.cache.look_ahead(
+        self.cache.prefetch(
             layer,
             (token.ids[layer, None], kept[None]),
-            lambda distance: token.foretold(layer + 1, self.inputs.gated) if distance == 1 else None,
+            lambda distance: token.predicted(layer + 1, self.inputs.gated) if distance == 1 else None,
         )
 
 
@@ -102,7 +102,7 @@ class InPlace:
     def step(self, number: int) -> torch.Tensor:
         """Output of one token, until the next one's; the cache first takes in what the tokens before it have used."""
         for passed in self.decode.routing.finished():
-            self.cache.passed(list(passed.events()))
+            self.cache.record_in_place(list(passed.events()))
         with self.decode.step(1, None):
             return self._run(number)
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from benchmarks.gpu_check.shapes import Shape
 from vllm_adapmoe.policy.allocation import expected_loads
-from vllm_adapmoe.policy.prediction import Foretold
+from vllm_adapmoe.policy.prediction import PredictedExperts
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,12 @@ class Token:
     kept: np.ndarray
     """Bool: what gating keeps."""
     said: np.ndarray
-    """Integer: what is foretold of the layer from the one before."""
+    """Integer: what is predicted of the layer from the one before."""
 
-    def foretold(self, layer: int, gated: bool) -> Foretold:
-        """Of one layer; that gating drops an expert is foretold rightly, since nothing is published of that."""
+    def predicted(self, layer: int, gated: bool) -> PredictedExperts:
+        """Of one layer; that gating drops an expert is predicted rightly, since nothing is published of that."""
         kept = self.kept[layer] if gated else np.ones_like(self.kept[layer])
-        return Foretold(self.said[layer, None], kept[None])
+        return PredictedExperts(self.said[layer, None], kept[None])
 
 
 def draw_tokens(shape: Shape, count: int, seed: int) -> list[Token]:

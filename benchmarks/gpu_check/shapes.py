@@ -21,7 +21,7 @@ class Shape:
     hidden: int
     inner: int
     recall: Sequence[float] | None = None
-    """Of each layer: how often an expert that is used was foretold; None: nothing is published."""
+    """Of each layer: how often an expert that is used was predicted; None: nothing is published."""
     single: Sequence[float] | None = None
     """Of each layer: share of tokens that gating leaves with one expert; None: nothing is published."""
 

@@ -17,7 +17,7 @@ from vllm_adapmoe.device.experts_by_address import experts_by_address
 from vllm_adapmoe.device.in_place import DOWN, GATE_UP
 from vllm_adapmoe.experts import CacheShape
 from vllm_adapmoe.policy.controller import CacheController, CacheSetup
-from vllm_adapmoe.policy.prediction import Foretold
+from vllm_adapmoe.policy.prediction import PredictedExperts
 from vllm_adapmoe.policy.residency import waves
 from vllm_adapmoe.store.base import ExpertStore
 from vllm_adapmoe.store.host import HostStore
@@ -70,7 +70,7 @@ def check_slots(shape: Shape, device: Device, dtype: torch.dtype, seed: int) -> 
         said = np.array([chance.sample(range(shape.experts), shape.top_k)])
         kept = np.ones_like(said, dtype=bool)
         routing = np.array([ids[: shape.top_k]])
-        cache.look_ahead(layer, (routing, np.ones_like(routing, dtype=bool)), lambda _: Foretold(said, kept))
+        cache.prefetch(layer, (routing, np.ones_like(routing, dtype=bool)), lambda _: PredictedExperts(said, kept))
 
     def compare(layer: int, experts: list[int]) -> None:
         nonlocal compared, differing

@@ -90,11 +90,11 @@ def test_formula_against_chance(cap, slots):
     loads, rounds = 0, 40_000
     for _ in range(rounds):
         order = generator.permutation(experts)
-        foretold, others = order[:top_k], order[top_k:]
-        used = {int(expert) for expert, b in zip(foretold, precision, strict=True) if generator.random() < b}
+        predicted, others = order[:top_k], order[top_k:]
+        used = {int(expert) for expert, b in zip(predicted, precision, strict=True) if generator.random() < b}
         used |= {int(expert) for expert in others[: top_k - len(used)]}
         resident = set(generator.permutation(experts)[:slots].tolist())
-        fetched = [int(expert) for expert in foretold if int(expert) not in resident][:cap]
+        fetched = [int(expert) for expert in predicted if int(expert) not in resident][:cap]
         loads += len(used - resident - set(fetched))
     expected = expected_loads(experts, top_k, precision, cap)[slots]
     assert loads / rounds == pytest.approx(expected, abs=0.02)

@@ -5,7 +5,7 @@ import pytest
 
 from vllm_adapmoe.experts import CacheShape, ExpertKey
 from vllm_adapmoe.policy.controller import CacheController, CacheSetup
-from vllm_adapmoe.policy.prediction import Foretold
+from vllm_adapmoe.policy.prediction import PredictedExperts
 from vllm_adapmoe.policy.residency import Load, State
 
 
@@ -30,10 +30,10 @@ def test_what_a_failed_plan_has_queued_is_fetched():
     shape = CacheShape([4, 4], 2, [0, 0], [100, 100])
     controller = CacheController(shape, CacheSetup([32], lookahead=1, max_experts=4))
     controller.transfers = transfers = Submitted()
-    said = Foretold(np.array([[3, 7]]), np.ones((1, 2), dtype=bool))  # there is no expert 7
+    said = PredictedExperts(np.array([[3, 7]]), np.ones((1, 2), dtype=bool))  # there is no expert 7
     controller.begin(0, [0])
     with pytest.raises(IndexError):
-        controller.look_ahead(0, (np.array([[0, 1]]), np.ones((1, 2), dtype=bool)), {1: said}.get)
+        controller.prefetch(0, (np.array([[0, 1]]), np.ones((1, 2), dtype=bool)), {1: said}.get)
     assert transfers.speculated == [(1, 3)]
     assert controller.residency(1).state((1, 3)) is State.QUEUED
     assert [load.key for load in controller.begin(1, [3]).loads] == [(1, 3)]

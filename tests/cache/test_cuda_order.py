@@ -23,7 +23,7 @@ from vllm_adapmoe.device.addresses import AddressTable
 from vllm_adapmoe.device.in_place import DOWN, GATE_UP, InPlaceDecode
 from vllm_adapmoe.experts import CacheShape
 from vllm_adapmoe.policy.controller import CacheController, CacheSetup
-from vllm_adapmoe.policy.prediction import Foretold
+from vllm_adapmoe.policy.prediction import PredictedExperts
 from vllm_adapmoe.store.host import HostStore
 from vllm_adapmoe.store.record import aligned_empty, as_bytes
 
@@ -116,7 +116,7 @@ class Worker:
         """Any step, launched when the step before the last has ended."""
         ways = [self.fetched, self.fetched, self.fetched, self.whole, self.captured, self.restarted]
         if self.in_place is not None:
-            self.take_in()
+            self.drain_finished()
             ways += [self.read_in_place] * 5
         way = self.random.choice(ways)
         self.seen[way.__name__] += 1
@@ -132,18 +132,18 @@ class Worker:
     def fetched(self) -> None:
         for layer in range(LAYERS):
             experts = sorted(self.random.sample(range(EXPERTS), self.random.randint(1, TOP_K)))
-            slots = self.cache.acquire(layer, experts, (), lambda layer=layer: self.look_ahead(layer))
+            slots = self.cache.acquire(layer, experts, (), lambda layer=layer: self.prefetch(layer))
             self.launch_on_slots(layer, {expert: int(slots[expert]) for expert in experts})
             self.cache.release(layer, experts)
 
-    def look_ahead(self, layer: int) -> None:
-        foretold = {
-            distance: Foretold(
+    def prefetch(self, layer: int) -> None:
+        predicted = {
+            distance: PredictedExperts(
                 np.array([self.random.sample(range(EXPERTS), TOP_K)] * 4), np.ones((4, TOP_K), dtype=bool)
             )
             for distance in range(1, LAYERS - layer)
         }
-        self.cache.look_ahead(layer, None, foretold.get)
+        self.cache.prefetch(layer, None, predicted.get)
 
     def launch_on_slots(self, layer: int, slots: dict[int, int]) -> None:
         tensors = self.cache.pool(layer).tensors
@@ -169,13 +169,13 @@ class Worker:
 
     def captured(self) -> None:
         """A graph is captured while speculation is on its way."""
-        self.look_ahead(0)
+        self.prefetch(0)
         with self.cache.quiet(), self.cuda.capture():
             for _ in range(10):
                 self.cuda.launch([], [])
 
     def restarted(self) -> None:
-        self.look_ahead(0)
+        self.prefetch(0)
         self.cache.restart(self.cache.controller.anew(), None)
 
     # In place
@@ -217,14 +217,14 @@ class Worker:
 
         self.cuda.launch(reads, [], run)
 
-    def take_in(self) -> None:
+    def drain_finished(self) -> None:
         assert self.in_place is not None
         for step in self.in_place.routing.finished():
             self.cuda.touch(torch.from_numpy(step.ids))
             if step.ids.tolist() != self.asked.popleft().tolist():
                 self.cuda.fault("the routing of another step was taken in")
                 continue
-            self.cache.passed(list(step.events()))
+            self.cache.record_in_place(list(step.events()))
 
 
 def faults(

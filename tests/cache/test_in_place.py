@@ -85,7 +85,7 @@ def test_outputs_hits_and_catching_up(cache, weights):
         assert [experts for _, experts, _ in events] == [sorted({*one.view(-1).tolist()} - {-1}) for one in ids]
         hits += sum(len(there) for _, _, there in events)
         misses += sum(len(experts) - len(there) for _, experts, there in events)
-        cache.passed(events)
+        cache.record_in_place(events)
         settle(cache)
     stats = cache.stats
     assert (stats.hits, stats.misses, stats.in_place) == (hits, misses, misses) and stats.demand_loads == 0
@@ -107,7 +107,7 @@ def test_nobody_leaves_while_a_step_is_launched(cache):
     with cache.frozen() as slots:
         before = slots.copy()
         for _ in range(50):
-            cache.passed([(0, [4], set()), (1, [5], set())])  # wanted more than anyone who is there
+            cache.record_in_place([(0, [4], set()), (1, [5], set())])  # wanted more than anyone who is there
         time.sleep(0.02)
         resident = np.where(cache.resident(), before, -1)
         assert np.array_equal(resident, before) and cache.stats.caught_up == 0
@@ -157,7 +157,7 @@ def test_a_layer_is_frozen_only_as_a_whole(cache):
     cache.release(0, list(range(EXPERTS)))
     with cache.whole_layer(0) as whole:
         assert whole and cache.transfers.frozen
-        cache.passed([(1, [0, 1, 2], set())] * 3)
+        cache.record_in_place([(1, [0, 1, 2], set())] * 3)
         time.sleep(0.02)
         assert cache.resident()[0].all() and cache.stats.caught_up == 0
     settle(cache)
@@ -169,7 +169,7 @@ def test_an_error_in_a_whole_layer_does_not_leave_it_frozen(cache):
     cache.release(0, list(range(EXPERTS)))
     with pytest.raises(ValueError, match="of the kernel"), cache.whole_layer(0):
         raise ValueError("of the kernel")
-    cache.passed([(1, [0, 1, 2], set())] * 3)
+    cache.record_in_place([(1, [0, 1, 2], set())] * 3)
     settle(cache)
     assert cache.stats.caught_up > 0
 

@@ -36,7 +36,7 @@ from vllm_adapmoe.cache.transfer import SPECULATORS, CacheClosed, Job
 from vllm_adapmoe.experts import CacheShape
 from vllm_adapmoe.policy.controller import CacheController, CacheSetup
 from vllm_adapmoe.policy.eviction import POLICIES
-from vllm_adapmoe.policy.prediction import Foretold
+from vllm_adapmoe.policy.prediction import PredictedExperts
 from vllm_adapmoe.policy.residency import State
 from vllm_adapmoe.store.base import ExpertsUnavailable
 from vllm_adapmoe.store.direct_io import read_full
@@ -137,10 +137,10 @@ class Interleavings(RuleBasedStateMachine):
         group = sorted(experts)
         look = None
         if self.cache.controller.planner is not None:
-            foretold = self.foretell(data, layer)
+            predicted = self.predict_experts(data, layer)
             ids = np.array([[group[0], group[-1] if len(group) > 1 else (group[0] + 1) % EXPERTS]])
             routing = ids, np.array([[True, len(group) > 1]])
-            look = partial(self.cache.look_ahead, layer, routing, foretold.get)
+            look = partial(self.cache.prefetch, layer, routing, predicted.get)
         self.event = Event(self.cache, self.gates, layer, group, look)
         self.event.start()
         self.settle()
@@ -148,8 +148,8 @@ class Interleavings(RuleBasedStateMachine):
     @precondition(lambda self: self.cache.controller.planner is not None)
     @precondition(lambda self: self.event is None or KERNEL in self.gates.waiting)
     @rule(data=st.data(), layer=st.integers(-1, 1))
-    def look_ahead(self, data, layer):
-        self.cache.look_ahead(layer, None, self.foretell(data, layer).get)
+    def prefetch(self, data, layer):
+        self.cache.prefetch(layer, None, self.predict_experts(data, layer).get)
         self.settle()
 
     @precondition(lambda self: self.cache.controller.planner is not None and self.event is None)
@@ -160,12 +160,12 @@ class Interleavings(RuleBasedStateMachine):
         self.cache.begin_step(prompt_tokens, [np.array(chances)])
         self.settle()
 
-    def foretell(self, data: st.DataObject, layer: int) -> dict[int, Foretold]:
+    def predict_experts(self, data: st.DataObject, layer: int) -> dict[int, PredictedExperts]:
         """Right or wrong; of four rows, so that whatever they say is likely enough to be fetched."""
         result = {}
         for distance in range(1, min(2, len(LAYERS) - 1 - layer) + 1):
             ids = data.draw(st.lists(st.integers(0, EXPERTS - 1), min_size=TOP_K, max_size=TOP_K, unique=True))
-            result[distance] = Foretold(np.array([ids] * 4), np.ones((4, TOP_K), dtype=bool))
+            result[distance] = PredictedExperts(np.array([ids] * 4), np.ones((4, TOP_K), dtype=bool))
         return result
 
     @precondition(lambda self: self.gates.waiting)

@@ -22,7 +22,7 @@ from vllm_adapmoe.cache.transfer import READERS, CacheClosed, LinkLimit, Transfe
 from vllm_adapmoe.experts import CacheShape
 from vllm_adapmoe.policy.controller import CacheController, CacheSetup
 from vllm_adapmoe.policy.eviction import LRU, NextUse
-from vllm_adapmoe.policy.prediction import Foretold
+from vllm_adapmoe.policy.prediction import PredictedExperts
 from vllm_adapmoe.policy.residency import Residency, State
 from vllm_adapmoe.store.base import StoreError
 from vllm_adapmoe.store.host import HostStore
@@ -123,12 +123,12 @@ def test_threads(tmp_path, failures):
         index = number % 3
         experts = sorted(generator.sample(range(6), generator.randint(1, 4)))
         ids = np.array([experts[:2] if len(experts) > 1 else [experts[0], (experts[0] + 1) % 6]])
-        foretold = {
-            distance: Foretold(np.array([generator.sample(range(6), 2)]), np.ones((1, 2), dtype=bool))
+        predicted = {
+            distance: PredictedExperts(np.array([generator.sample(range(6), 2)]), np.ones((1, 2), dtype=bool))
             for distance in (1, 2)
             if index + distance < 3
         }
-        look = partial(cache.look_ahead, index, (ids, np.ones(ids.shape, dtype=bool)), foretold.get)
+        look = partial(cache.prefetch, index, (ids, np.ones(ids.shape, dtype=bool)), predicted.get)
         try:
             slot_map = cache.acquire(index, experts, (), look)
         except StoreError:
@@ -155,7 +155,7 @@ def test_closing_while_loading(tmp_path):
     store = Flaky(pack(tmp_path / "experts.pack", LAYERS), lambda: False)
     cache = manager(store, [9, 4], lookahead=2, max_experts=2)
     cache.controller.pools[0] = Residency(9, 2, LRU(4, 6))
-    cache.look_ahead(0, None, {1: Foretold(np.array([[0, 1]]), np.ones((1, 2), dtype=bool))}.get)
+    cache.prefetch(0, None, {1: PredictedExperts(np.array([[0, 1]]), np.ones((1, 2), dtype=bool))}.get)
     cache.close()
     cache.close()
     assert not any(thread.is_alive() for thread in cache.transfers.threads)
@@ -204,7 +204,7 @@ def test_a_cancelled_load_that_is_asked_for_after_all():
 
     cache = manager(Stopped(host_store(), lambda: False), [9, 4], readers=1, lookahead=1, max_experts=1)
     cache.controller.pools[0] = Residency(9, 1, LRU(4, 6))
-    cache.look_ahead(0, None, {1: Foretold(np.array([[0, 1]]), np.ones((1, 2), dtype=bool))}.get)
+    cache.prefetch(0, None, {1: PredictedExperts(np.array([[0, 1]]), np.ones((1, 2), dtype=bool))}.get)
     assert reached.wait(10)
     assert_served(cache, 1, [3])
     assert cache.controller.pools[0].entries[1, 0].cancelled
@@ -225,7 +225,7 @@ def test_a_wasted_prefetch_wastes_what_it_moved():
     assert moved < cache.store.layouts[3].nbytes
     for expert in (0, 1):
         with cache.transfers.lock:
-            assert controller.residency(3).want((3, expert))
+            assert controller.residency(3).request_prefetch((3, expert))
             cache.transfers.speculate((3, expert))
         while controller.residency(3).state((3, expert)) is not State.STAGED:
             time.sleep(0.001)
@@ -249,7 +249,7 @@ def test_speculation_yields_to_demand(tmp_path):
 
     cache = manager(Slow(host_store(), lambda: False), [9, 4], readers=1, lookahead=1, max_experts=1)
     cache.controller.pools[0] = Residency(9, 1, LRU(4, 6))
-    cache.look_ahead(0, None, {1: Foretold(np.array([[0, 1]]), np.ones((1, 2), dtype=bool))}.get)
+    cache.prefetch(0, None, {1: PredictedExperts(np.array([[0, 1]]), np.ones((1, 2), dtype=bool))}.get)
     while not order:
         time.sleep(0.001)
     cache.acquire(0, [3])
@@ -335,8 +335,8 @@ def assert_broken(cache: ExpertCacheManager) -> None:
         lambda: within(cache.frozen()),
         lambda: within(cache.whole_layer(0)),
         lambda: within(cache.quiet()),
-        lambda: cache.passed([]),
-        lambda: cache.look_ahead(0, None, {}.get),
+        lambda: cache.record_in_place([]),
+        lambda: cache.prefetch(0, None, {}.get),
         lambda: cache.begin_step(0, ()),
     ):
         with pytest.raises(torch.AcceleratorError, match="an illegal memory access"):
@@ -346,7 +346,7 @@ def assert_broken(cache: ExpertCacheManager) -> None:
 
 
 def prefetch(cache: ExpertCacheManager) -> None:
-    cache.look_ahead(0, None, {1: Foretold(np.array([[0, 1]]), np.ones((1, 2), dtype=bool))}.get)
+    cache.prefetch(0, None, {1: PredictedExperts(np.array([[0, 1]]), np.ones((1, 2), dtype=bool))}.get)
 
 
 @pytest.mark.parametrize("readers", [0, 2])
@@ -423,7 +423,7 @@ def test_nothing_moves_while_it_is_quiet():
     with cache.quiet():
         assert not cache.transfers.jobs and cache.stats.prefetches > 0 and cache.stats.fetched_bytes > 0
         before = len(moving)
-        cache.look_ahead(0, None, {1: Foretold(np.array([[4, 5]]), np.ones((1, 2), dtype=bool))}.get)
+        cache.prefetch(0, None, {1: PredictedExperts(np.array([[4, 5]]), np.ones((1, 2), dtype=bool))}.get)
         for ask in (
             lambda: cache.acquire(1, [0]),
             lambda: cache.frozen().__enter__(),

@@ -94,7 +94,7 @@ class Interleavings(RuleBasedStateMachine):
 
     @rule(key=st.tuples(st.integers(0, LAYERS - 1), st.integers(0, EXPERTS - 1)), sure=st.booleans())
     def prefetch(self, key, sure):
-        if self.pool.staging and self.pool.want(key, sure):
+        if self.pool.staging and self.pool.request_prefetch(key, sure):
             self.speculate(key)
 
     @precondition(lambda self: not self.held)
@@ -107,11 +107,11 @@ class Interleavings(RuleBasedStateMachine):
             for expert in chosen
             if (layer, expert) in entries and entries[layer, expert].state in (State.RESIDENT, State.STAGED)
         }
-        self.controller.passed(layer, sorted(chosen), there)
+        self.controller.record_in_place(layer, sorted(chosen), there)
         for expert in there:
             entry = entries.get((layer, expert))
             assert entry is None or entry.state is State.RESIDENT, "staged no more; one may have left for another"
-        self.controller.catch_up([(layer, expert) for expert in sorted(chosen - there)])
+        self.controller.backfill([(layer, expert) for expert in sorted(chosen - there)])
 
     @precondition(lambda self: self.queue)
     @rule()
@@ -315,13 +315,13 @@ def test_used_in_place_comes_if_it_is_wanted_more():
     for layer, expert in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1)):
         ask(pool, layer, expert)
         ask(pool, layer, expert)
-    assert pool.passed(1, [2]) == [] and used(pool, 1, 2) is None, "a slot was free"
+    assert pool.record_in_place(1, [2]) == [] and used(pool, 1, 2) is None, "a slot was free"
     assert used(pool, 1, 2) == "there"
     for _ in range(3):
-        pool.passed(0, [0, 1, 2])
-    pool.passed(0, [3])
+        pool.record_in_place(0, [0, 1, 2])
+    pool.record_in_place(0, [3])
     assert used(pool, 0, 3) == (1, 2), "used once, and long ago"
-    pool.passed(0, [0])
+    pool.record_in_place(0, [0])
     assert used(pool, 1, 3) == "stays out", "never used: not even asked for"
     assert (1, 3) not in pool.entries
 
@@ -331,8 +331,8 @@ def test_staged_becomes_resident_without_anybody_waiting():
     for expert in range(4):
         ask(pool, 0, expert)
     ask(pool, 1, 0)
-    assert pool.want((1, 1)) and pool.start((1, 1)) is not None and pool.loaded((1, 1)) is State.STAGED
-    (load,) = pool.passed(1, [1])
+    assert pool.request_prefetch((1, 1)) and pool.start((1, 1)) is not None and pool.loaded((1, 1)) is State.STAGED
+    (load,) = pool.record_in_place(1, [1])
     assert load.key == (1, 1) and load.evicted == (0, 0)
     assert pool.state((1, 1)) is State.RESIDENT and pool.speculating == 0
 

@@ -8,7 +8,7 @@ from tests.store.test_stores import layer
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.experts import CacheShape
 from vllm_adapmoe.policy.controller import CacheController, CacheSetup
-from vllm_adapmoe.policy.prediction import Foretold
+from vllm_adapmoe.policy.prediction import PredictedExperts
 from vllm_adapmoe.store.host import HostStore
 from vllm_adapmoe.store.record import as_bytes
 from vllm_adapmoe.store.shard import StoreShard
@@ -58,6 +58,6 @@ def test_what_others_hold_is_not_fetched_ahead(cache):
     cache.acquire(0, HELD[0])
     cache.release(0, HELD[0])
     cache.begin_step(0, ())
-    foretold = Foretold(np.array([[0, 1]]), np.ones((1, 2), dtype=bool))
-    cache.look_ahead(0, (np.array([[0, 1]]), np.ones((1, 2), dtype=bool)), {1: foretold}.get)
+    predicted = PredictedExperts(np.array([[0, 1]]), np.ones((1, 2), dtype=bool))
+    cache.prefetch(0, (np.array([[0, 1]]), np.ones((1, 2), dtype=bool)), {1: predicted}.get)
     assert (1, 1) in residency.entries and (1, 0) not in residency.entries

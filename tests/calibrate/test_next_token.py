@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.prefetch.heads import LEAST, MOST, NextTokenHeads, chance_of_any, heads_path
+from vllm_adapmoe.prefetch.heads import MAX_PROB, MIN_PROB, NextTokenHeads, chance_of_any, heads_path
 from vllm_adapmoe.profile.next_token import GRAM_BYTES, RIDGE, HeadFit, layers_at_a_time
 
 
@@ -69,5 +69,5 @@ def test_heads_of_another_profile_are_refused(tmp_path):
 
 def test_chance_of_a_batch():
     outputs = np.array([[0.5, -1.0, 2.0], [0.5, 0.2, 0.5]])
-    assert chance_of_any(outputs) == pytest.approx([0.75, 1 - (1 - LEAST) * 0.8, 1 - (1 - MOST) / 2], abs=1e-3)
-    assert chance_of_any(outputs[:1]) == pytest.approx([0.5, LEAST, MOST], abs=1e-3)
+    assert chance_of_any(outputs) == pytest.approx([0.75, 1 - (1 - MIN_PROB) * 0.8, 1 - (1 - MAX_PROB) / 2], abs=1e-3)
+    assert chance_of_any(outputs[:1]) == pytest.approx([0.5, MIN_PROB, MAX_PROB], abs=1e-3)

@@ -20,7 +20,7 @@ from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError, GatingConfig
 from vllm_adapmoe.model_folder import read_model_config, vocabulary_size
 from vllm_adapmoe.planning.from_trace import gated
 from vllm_adapmoe.policy.controller import CacheSetup
-from vllm_adapmoe.policy.prediction import Foretold
+from vllm_adapmoe.policy.prediction import PredictedExperts
 from vllm_adapmoe.prefetch.heads import NextTokenHeads
 from vllm_adapmoe.printable import LONGEST, OneLineError
 from vllm_adapmoe.profile.expected_loads import curves_of_profile
@@ -75,8 +75,8 @@ def trace_steps() -> list[Step]:
     for number in range(6):
         rows = 1 + number % 3
         ids = random.permuted(np.tile(np.arange(EXPERTS), (LAYERS, rows, 1)), axis=2)[:, :, :TOP_K]
-        foretold = {
-            (layer, distance): Foretold(ids[layer + distance][:, ::-1], np.ones((rows, TOP_K), dtype=bool))
+        predicted = {
+            (layer, distance): PredictedExperts(ids[layer + distance][:, ::-1], np.ones((rows, TOP_K), dtype=bool))
             for layer, distance in ((-1, 1), (0, 1), (0, 2), (1, 1))
         }
         expected = {layer: random.random(EXPERTS).astype(np.float16) for layer in range(LAYERS)}
@@ -84,7 +84,7 @@ def trace_steps() -> list[Step]:
         weights = np.full(ids.shape, 0.5, dtype=np.float16)
         names = [f"request-{row}" for row in range(rows)]
         positions = np.arange(rows, dtype=np.int32)
-        steps.append(Step(float(number), names, positions, ids, weights, foretold, expected, begin))
+        steps.append(Step(float(number), names, positions, ids, weights, predicted, expected, begin))
     return steps
 
 

@@ -30,7 +30,7 @@ from vllm_adapmoe.integration.layers.cached_experts import padding_rows
 from vllm_adapmoe.integration.layers.graph_break import break_graph_at, graphs_in_pieces, graphs_without_host
 from vllm_adapmoe.integration.loading import expert_loading as loading
 from vllm_adapmoe.integration.measure.engine import Engine
-from vllm_adapmoe.integration.worker import hostless_steps
+from vllm_adapmoe.integration.worker import device_only_steps
 from vllm_adapmoe.store.record import RecordLayout
 
 pytestmark = pytest.mark.engine
@@ -92,7 +92,7 @@ def test_maps_to_the_last_bit(as_on_gpu, stock, slots):
         assert [ask(engine), ask(engine)] == stock
         stats = engine.cache_stats()
         deferred = engine.llm.collective_rpc(
-            lambda worker: int((worker.hostless.routing.ids[:, 0] >= 0).any(-1).sum())
+            lambda worker: int((worker.device_only.routing.ids[:, 0] >= 0).any(-1).sum())
         )[0]
     assert stats["demand_loads"] > 0 and stats["in_place"] == 0
     assert slots == 48 or deferred >= 8, "layers that have left their routing on the device"
@@ -159,7 +159,9 @@ def test_gating_waits_for_nothing_where_every_expert_is_resident(as_on_gpu):
     with Engine(TINY_MIXTRAL, VLLM_STEPS | GATED | {"cache_experts": 96}, **ARGS) as engine:
         assert short(engine) == expected
         stats = engine.cache_stats()
-        steps = engine.llm.collective_rpc(lambda worker: worker.hostless.routing.ids[:, 0].max(-1).values.tolist())[0]
+        steps = engine.llm.collective_rpc(lambda worker: worker.device_only.routing.ids[:, 0].max(-1).values.tolist())[
+            0
+        ]
     assert min(steps) >= 0, "every layer has left its routing on the device"
     for name in ("gated_tokens", "kept_experts"):
         assert stats[name] == by_fetch[name] > 0
@@ -181,7 +183,7 @@ def test_graphs_are_split_at_moe_blocks(monkeypatch, tiny_model):
     asked, params = prompts(6, 512, seed=2), greedy(logprobs=2)
     with Engine(model, None, **ENGINE_ARGS) as engine:
         expected = answers(engine, asked, params)
-    monkeypatch.setattr(hostless_steps.HostlessSteps, "of", split)
+    monkeypatch.setattr(device_only_steps.DeviceOnlySteps, "of", split)
     with Engine(model, VLLM_STEPS | {"cache_fraction": 0.5}, **ENGINE_ARGS) as engine:
         assert answers(engine, asked, params) == expected
 

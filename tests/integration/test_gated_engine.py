@@ -103,7 +103,7 @@ def test_token_mode(model):
         decoded = decode_losses(half, sequences, 4)
     experts = kept["kept_experts"] / kept["gated_tokens"]
     top_k = describe_model(model).top_k
-    assert experts == pytest.approx(top_k - 0.4 * (top_k - 1), rel=0.03), "as the profile foretold"
+    assert experts == pytest.approx(top_k - 0.4 * (top_k - 1), rel=0.03), "as the profile predicted"
 
     per_token = prompt_losses.nats.reshape(len(sequences), LENGTH - 1)[:, 3:].reshape(-1)
     assert_equal_but_for_rounding(decoded.nats, per_token)
@@ -172,7 +172,7 @@ def _watched_rows(worker: Any) -> dict[str, int]:
 
 
 def _looks_ahead(worker: Any) -> bool:
-    return worker.lookahead is not None
+    return worker.predictor is not None
 
 
 @pytest.mark.engine
@@ -194,11 +194,11 @@ def test_configured_gating_compiled(monkeypatch):
         stats = running.cache_stats()
         assert running.llm.collective_rpc(_looks_ahead) == [False], "there is nothing to look ahead for"
     profile = ModelProfile.load(PROFILES[TINY_MIXTRAL])
-    foretold = profile.mean_experts(profile.threshold_for_loss(0.005))
+    predicted = profile.mean_experts(profile.threshold_for_loss(0.005))
     assert stats["misses"] == 0
     assert stats["kept_experts"] / stats["gated_tokens"] < 2
     (line,) = [text for text in said if "Adaptive gating (token)" in text]
-    assert f"{foretold:.2f} of 2 experts per token (by layer " in line
+    assert f"{predicted:.2f} of 2 experts per token (by layer " in line
     assert line.endswith("loss +0.50%")
 
 

@@ -71,12 +71,12 @@ class Steps:
 
     def served(self, launch: Any) -> torch.Tensor:
         """A step that the worker serves: outputs `[layers, tokens, hidden]`, and its routing taken in afterwards."""
-        hostless = self.worker.hostless
-        with hostless.step(TOKENS, lambda: [("a", 5, 1)] * TOKENS):
+        device_only = self.worker.device_only
+        with device_only.step(TOKENS, lambda: [("a", 5, 1)] * TOKENS):
             launch()
         outputs = self.outputs[:, :TOKENS].clone()
-        hostless.routing._flights[-1][1][:] = range(len(self.layers))  # the others of this model are not run here
-        hostless.take_in(None)
+        device_only.routing._flights[-1][1][:] = range(len(self.layers))  # the others of this model are not run here
+        device_only.drain_finished(None)
         return outputs
 
 
@@ -96,7 +96,7 @@ def recorded_kernel(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:
     """The Triton kernel is launched into the graph as one call."""
 
     def wrap(worker: Any) -> None:
-        in_place = worker.hostless.in_place
+        in_place = worker.device_only.in_place
         kernel = in_place.kernel
 
         def launch(*args: Any) -> Any:

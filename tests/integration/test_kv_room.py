@@ -127,7 +127,7 @@ def test_an_engine_that_measures_less_starts_with_fewer_slots(tmp_path: Path) ->
 
 def _stacks(worker: Any) -> list[int]:
     """Bytes of the gates of each layer that has them by now."""
-    stacks = worker.lookahead.stacks
+    stacks = worker.predictor.stacks
     return [sum(t.nbytes for t in (one.weight, one.bias) if t is not None) for one in stacks]
 
 

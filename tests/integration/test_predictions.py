@@ -9,7 +9,7 @@ from tiny_models import VOCABULARY
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy, prompts
 from tests.integration.test_worker_trace import end_readers
 from vllm_adapmoe.integration.measure.engine import Engine
-from vllm_adapmoe.integration.worker.lookahead import STRICT
+from vllm_adapmoe.integration.worker.expert_predictor import STRICT
 from vllm_adapmoe.policy.controller import CacheSetup
 from vllm_adapmoe.simulate.replay import replay
 from vllm_adapmoe.simulate.trace_file import read_trace
@@ -67,7 +67,7 @@ def test_a_prediction_that_fails(tiny_model, caplog, monkeypatch):
         monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
         engine.llm.collective_rpc(_break_predictions)
         with pytest.raises(ZeroDivisionError):  # in tests
-            engine.llm.collective_rpc(lambda worker: worker.lookahead.begin_step({"a": 1}))
+            engine.llm.collective_rpc(lambda worker: worker.predictor.begin_step({"a": 1}))
         monkeypatch.delenv(STRICT)
         assert answers(engine, ASKED, PARAMS) == expected
         # The same record may come by more than one handler.
@@ -80,4 +80,4 @@ def _break_predictions(worker: Any) -> None:
     def fail(*args: Any) -> None:
         raise ZeroDivisionError
 
-    worker.lookahead.experts.of_any = fail
+    worker.predictor.experts.of_any = fail

@@ -1,4 +1,4 @@
-"""Which routers of a model can be foretold, of models that vLLM runs on GPUs only: seen without an engine."""
+"""Which routers of a model can be predicted, of models that vLLM runs on GPUs only: seen without an engine."""
 
 from types import SimpleNamespace
 from typing import Any

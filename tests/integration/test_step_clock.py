@@ -13,7 +13,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_adapmoe.config import AdapMoEConfig
 from vllm_adapmoe.integration.worker.step_clock import StepClock
 from vllm_adapmoe.integration.worker.worker import ExpertCacheWorker
-from vllm_adapmoe.integration.worker.worker_stats import Since
+from vllm_adapmoe.integration.worker.worker_stats import CounterDelta
 from vllm_adapmoe.scheduling.report import StepTimes
 
 GPU = torch.device("cuda", 0)
@@ -174,15 +174,16 @@ def test_a_worker_reports_what_steps_took_on_the_device_with_later_steps(clock, 
     """Two steps in flight, as under async scheduling; a step that is launched takes the host no time."""
     monkeypatch.setattr(Worker, "execute_model", lambda worker, output: stream.launch(output.milliseconds))
     worker: Any = object.__new__(ExpertCacheWorker)
-    experts = SimpleNamespace(forget=lambda finished: None, end=lambda: None, likeliest=dict)
+    experts = SimpleNamespace(forget=lambda finished: None, end=lambda: None, top_expected=dict)
     stats = SimpleNamespace(stall_seconds=0.0, demand_loads=0, prefetches=0, fetch_seconds=0.0)
     cache = SimpleNamespace(
         stats=stats, num_slots=4, controller=SimpleNamespace(held=np.ones((1, 4), dtype=bool)),
         resident=lambda: np.zeros((1, 4), dtype=bool),
     )  # fmt: skip
     vars(worker).update(
-        lookahead=SimpleNamespace(experts=experts, begin_step=lambda rows: None), hostless=None, expert_cache=cache,
-        _loading=SimpleNamespace(in_step=False), _budget=None, _clock=clock, _since=Since(), _config=AdapMoEConfig(),
+        predictor=SimpleNamespace(experts=experts, begin_step=lambda rows: None), device_only=None, expert_cache=cache,
+        _loading=SimpleNamespace(in_step=False), _budget=None, _clock=clock, _since=CounterDelta(),
+        _config=AdapMoEConfig(),
     )  # fmt: skip
 
     def run(milliseconds: float, rows: int, stalled: float) -> list[StepTimes]:

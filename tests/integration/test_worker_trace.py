@@ -53,9 +53,9 @@ def test_worker_and_replay_agree(tmp_path, slots, config):
     setup = CacheSetup([slots], config.get("eviction", best), config.get("allocation", "pool"), **prefetch)
     if "profile" in config:
         assert {len(step.expected) for step in steps} == {12}
-        assert sum((-1, 1) in step.foretold for step in steps) >= 0.9 * len(steps)
+        assert sum((-1, 1) in step.predicted for step in steps) >= 0.9 * len(steps)
     if prefetch["lookahead"] > 4:  # further than a trace looks by itself
-        assert info.lookahead == prefetch["lookahead"] and {key[1] for key in next(iter(steps)).foretold} >= set(
+        assert info.lookahead == prefetch["lookahead"] and {key[1] for key in next(iter(steps)).predicted} >= set(
             range(1, 9)
         )
     replayed = replay(info, steps, setup).stats

@@ -1,4 +1,4 @@
-"""What is foretold of a later layer: against the gating of the real thing, and against simulation."""
+"""What is predicted of a later layer: against the gating of the real thing, and against simulation."""
 
 import numpy as np
 import pytest
@@ -7,24 +7,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_adapmoe.gating.rules import gate_tokens
-from vllm_adapmoe.policy.prediction import PRIOR, Foretold, Precision, chances, foretell
+from vllm_adapmoe.policy.prediction import PRIOR, Precision, PredictedExperts, chances, predict_experts
 
 
 @given(st.integers(0, 10**6), st.integers(1, 4), st.sampled_from([1, 3, 9]), st.sampled_from([0.0, 1e-3, 0.05]))
 def test_foretells_what_gating_keeps(seed, top_k, tokens, threshold):
-    """With the layer's own logits, what is foretold is what routing and gating by token do."""
+    """With the layer's own logits, what is predicted is what routing and gating by token do."""
     logits = np.random.default_rng(seed).normal(size=(tokens, 8)).astype(np.float32)
-    foretold = foretell(logits, top_k, sensitivity=0.3, threshold=threshold)
+    predicted = predict_experts(logits, top_k, sensitivity=0.3, threshold=threshold)
     weights, ids = torch.from_numpy(logits).softmax(-1).topk(top_k)
     gated = gate_tokens(weights / weights.sum(-1, keepdim=True), 0.3, threshold)
-    assert np.array_equal(foretold.ids, ids.numpy())
-    assert np.array_equal(foretold.kept, gated.keep.numpy())
+    assert np.array_equal(predicted.ids, ids.numpy())
+    assert np.array_equal(predicted.kept, gated.keep.numpy())
 
 
 def test_ranks_as_biased_routers_do():
     logits = np.array([[1.0, 0.9, -3.0]])
     correction = np.array([0.0, 0.0, 5.0])
-    assert foretell(logits, 2, correction=correction).ids.tolist() == [[2, 0]]
+    assert predict_experts(logits, 2, correction=correction).ids.tolist() == [[2, 0]]
 
 
 @given(st.integers(0, 10**6))
@@ -39,34 +39,34 @@ def test_chances_of_a_batch(seed):
         for rank in range(2):
             if kept[row, rank]:
                 expected[ids[row, rank]] *= 1 - precision[rank]
-    found = chances(Foretold(ids, kept), precision.tolist())
+    found = chances(PredictedExperts(ids, kept), precision.tolist())
     assert found == pytest.approx({expert: 1 - expected[expert] for expert in set(ids[kept].tolist())})
 
 
 def test_precision_follows_the_traffic():
     precision = Precision(2)
-    foretold = Foretold(np.array([[0, 1]]), np.ones((1, 2), dtype=bool))
+    predicted = PredictedExperts(np.array([[0, 1]]), np.ones((1, 2), dtype=bool))
     for _ in range(2000):
-        precision.record(foretold, [{0}])
+        precision.record(predicted, [{0}])
     assert precision.by_rank == pytest.approx([1, 0], abs=0.02)
     for _ in range(4000):
-        precision.record(foretold, [{1, 2}])
+        precision.record(predicted, [{1, 2}])
     assert precision.by_rank == pytest.approx([0, 1], abs=0.02)
 
 
 def test_layers_with_fewer_choices_than_others():
     """One precision serves predictions of as many ranks as there are, or fewer: a model's top-k may differ by layer."""
     precision = Precision(3)
-    said = foretell(np.random.default_rng(0).normal(size=(1, 8)).astype(np.float32), 2)
+    said = predict_experts(np.random.default_rng(0).normal(size=(1, 8)).astype(np.float32), 2)
     assert chances(said, precision.by_rank) == pytest.approx({expert: PRIOR for expert in said.ids[0].tolist()})
     for _ in range(2000):
         precision.record(said, [set(said.ids[0].tolist())])
     assert precision.by_rank[:2] == pytest.approx([1, 1], abs=0.02)
-    assert foretell(np.zeros((2, 4), dtype=np.float32), 6).ids.shape == (2, 4), "no more than there are experts"
+    assert predict_experts(np.zeros((2, 4), dtype=np.float32), 6).ids.shape == (2, 4), "no more than there are experts"
 
 
 def test_more_ranks_than_a_precision_has_are_no_likelier_than_its_last():
     precision = Precision(1)
-    said = foretell(np.array([[3.0, 2.0, 1.0]], dtype=np.float32), 2)
+    said = predict_experts(np.array([[3.0, 2.0, 1.0]], dtype=np.float32), 2)
     precision.record(said, [{0}])
     assert chances(said, precision.by_rank).keys() == {0}

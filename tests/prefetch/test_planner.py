@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from vllm_adapmoe.policy.prediction import Foretold
+from vllm_adapmoe.policy.prediction import PredictedExperts
 from vllm_adapmoe.policy.prefetch_planner import PrefetchPlanner
 
 
-def said(*experts: int) -> Foretold:
-    return Foretold(np.array([experts]), np.ones((1, len(experts)), dtype=bool))
+def said(*experts: int) -> PredictedExperts:
+    return PredictedExperts(np.array([experts]), np.ones((1, len(experts)), dtype=bool))
 
 
 def teach(planner: PrefetchPlanner, layer: int, first_right: bool, second_right: bool) -> None:
@@ -28,21 +28,21 @@ def test_only_what_is_likely():
 
 def test_a_batch_is_ranked_by_the_chance_that_any_token_uses_it():
     planner = PrefetchPlanner([4, 4], 2, lookahead=1, max_experts=2)
-    batch = Foretold(np.array([[0, 3], [1, 3]]), np.ones((2, 2), dtype=bool))
+    batch = PredictedExperts(np.array([[0, 3], [1, 3]]), np.ones((2, 2), dtype=bool))
     assert planner.plan(0, {1: batch}.get, lambda *_: True, 0) == [(1, 3), (1, 0)]  # 1 - 0.4^2 against 0.6
 
 
 def test_looks_further_only_if_nothing_nearer_is_missing():
     planner = PrefetchPlanner([4] * 3, 2, lookahead=2, max_experts=1)
-    foretold = {1: said(0, 1), 2: said(2, 3)}
-    assert planner.plan(0, foretold.get, lambda *_: True, 0) == [(1, 0)]
-    assert planner.plan(0, foretold.get, lambda key, sure: key[0] == 2, 0) == [(2, 2)]
-    assert planner.plan(0, foretold.get, lambda *_: True, under_way=1) == []
+    predicted = {1: said(0, 1), 2: said(2, 3)}
+    assert planner.plan(0, predicted.get, lambda *_: True, 0) == [(1, 0)]
+    assert planner.plan(0, predicted.get, lambda key, sure: key[0] == 2, 0) == [(2, 2)]
+    assert planner.plan(0, predicted.get, lambda *_: True, under_way=1) == []
 
 
 def test_what_is_sure_counts_for_no_limit():
     planner = PrefetchPlanner([8, 8], 2, lookahead=1, max_experts=1)
-    batch = Foretold(np.array([[0, 1]] * 4 + [[2, 3]] * 2), np.ones((6, 2), dtype=bool))
+    batch = PredictedExperts(np.array([[0, 1]] * 4 + [[2, 3]] * 2), np.ones((6, 2), dtype=bool))
     asked = []
     chosen = planner.plan(0, {1: batch}.get, lambda key, sure: asked.append((key, sure)) is None, 0)
     assert chosen == [(1, 0), (1, 1), (1, 2)]  # 1 - 0.4^4 twice, then the likelier ones of 1 - 0.4^2
@@ -53,7 +53,7 @@ def test_a_prompt_is_a_sweep_in_layer_order():
     planner = PrefetchPlanner([8] * 3, 2, lookahead=2, max_experts=1)
     every = [[(layer, expert) for expert in range(8)] for layer in range(3)]
 
-    def never(distance: int) -> Foretold:
+    def never(distance: int) -> PredictedExperts:
         raise AssertionError("a sweep asks no gate")
 
     assert planner.begin_step(100, [], lambda *_: True) == every[0]
@@ -78,9 +78,9 @@ def test_never_more_than_max_experts():
 
 def test_layers_that_differ_in_experts_and_in_how_many_a_token_uses():
     planner = PrefetchPlanner([4, 8, 2], 3, lookahead=2, max_experts=8)
-    foretold = {1: said(7), 2: said(1, 0)}
-    assert planner.plan(0, foretold.get, lambda *_: True, 0) == [(1, 7)]
+    predicted = {1: said(7), 2: said(1, 0)}
+    assert planner.plan(0, predicted.get, lambda *_: True, 0) == [(1, 7)]
     planner.record(1, np.array([[7]]), np.ones((1, 1), dtype=bool))
-    assert planner.plan(0, foretold.get, lambda key, _: key[0] == 2, 0) == [(2, 0), (2, 1)]
+    assert planner.plan(0, predicted.get, lambda key, _: key[0] == 2, 0) == [(2, 0), (2, 1)]
     planner.record(2, np.array([[1, 0]]), np.ones((1, 2), dtype=bool))
     assert planner.begin_step(0, [np.array([0.9, 0.0, 0.0, 0.9])], lambda *_: True) == [(0, 0), (0, 3)]

@@ -15,17 +15,17 @@ def test_bits_of_a_set():
 def test_the_likeliest_of_each_request():
     experts = RequestExperts(2, 4, top_k=2)
     experts.begin(["a", "b"])
-    experts.foretold(0, np.array([[0.1, 0.9, 0.2, 0.8], [0.9, 0.8, 0.0, 0.1]]))
+    experts.predicted(0, np.array([[0.1, 0.9, 0.2, 0.8], [0.9, 0.8, 0.0, 0.1]]))
     experts.used(1, np.array([[0, 1], [2, 3]]))
     experts.end()
-    assert experts.likeliest() == {"a": 0b0011_1010, "b": 0b1100_0011}
+    assert experts.top_expected() == {"a": 0b0011_1010, "b": 0b1100_0011}
 
 
 def test_a_batch_is_expected_to_use_what_any_of_it_is():
     experts = RequestExperts(1, 3, top_k=1)
     assert experts.of_any(["a"], 1) is None
     experts.begin(["a", "b"])
-    experts.foretold(0, np.array([[0.5, 0.0, 1.2], [0.5, 0.2, -0.1]]))
+    experts.predicted(0, np.array([[0.5, 0.0, 1.2], [0.5, 0.2, -0.1]]))
     experts.end()
     chances = experts.of_any(["a", "b", "unknown"], 3)
     assert chances.dtype == np.float16

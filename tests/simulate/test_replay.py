@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from vllm_adapmoe.policy.controller import CacheSetup
 from vllm_adapmoe.policy.eviction import POLICIES
-from vllm_adapmoe.policy.prediction import Foretold
+from vllm_adapmoe.policy.prediction import PredictedExperts
 from vllm_adapmoe.policy.tiles import LEAST_TILE_BYTES, SPECULATIVE_TILE_SECONDS, TILE_BYTES, tile_bytes
 from vllm_adapmoe.simulate.replay import Machine, belady, replay
 from vllm_adapmoe.simulate.trace import Step, TraceInfo
@@ -21,7 +21,7 @@ def info(layers: int, experts: int, nbytes: int = 1) -> TraceInfo:
     return TraceInfo("m", [experts] * layers, 2, 2, [nbytes] * layers, [0] * layers)
 
 
-def steps_of(events: list[list[list[int]]], foretell: bool = False) -> list[Step]:
+def steps_of(events: list[list[list[int]]], predict_experts: bool = False) -> list[Step]:
     """Steps with one row for each pair of experts: `events[step][layer]`, each padded to the step's longest."""
     steps = []
     for layers in events:
@@ -31,13 +31,13 @@ def steps_of(events: list[list[list[int]]], foretell: bool = False) -> list[Step
         for layer, experts in enumerate(layers):
             ids[layer].ravel()[: len(experts)] = experts
             weights[layer].ravel()[: len(experts)] = 1
-        foretold = {
-            (layer, distance): Foretold(ids[layer + distance], weights[layer + distance] > 0)
+        predicted = {
+            (layer, distance): PredictedExperts(ids[layer + distance], weights[layer + distance] > 0)
             for layer in range(len(layers))
             for distance in (1, 2)
-            if foretell and layer + distance < len(layers)
+            if predict_experts and layer + distance < len(layers)
         }
-        steps.append(Step(0.0, ["r"] * rows, np.arange(rows, dtype=np.int32), ids, weights, foretold))
+        steps.append(Step(0.0, ["r"] * rows, np.arange(rows, dtype=np.int32), ids, weights, predicted))
     return steps
 
 
@@ -108,19 +108,19 @@ def test_a_prefetch_hides_what_the_layers_before_take():
     events = [[[0], [1]]]
     setup = CacheSetup([16], lookahead=1, max_experts=1)
     machine = Machine(bandwidth=2 * TILE, layer_seconds=0.3)
-    result = replay(info(2, 4, TILE), steps_of(events, foretell=True), setup, machine)
+    result = replay(info(2, 4, TILE), steps_of(events, predict_experts=True), setup, machine)
     assert (result.demand_loads, result.stats["late"], result.stats["prefetches"]) == (1, 1, 1)
     assert result.seconds == pytest.approx(0.5 + 0.5 + 0.3)  # load, then the second load from the start of layer 0
     slow = Machine(bandwidth=2 * TILE, layer_seconds=0.6)
-    result = replay(info(2, 4, TILE), steps_of(events, foretell=True), setup, slow)
+    result = replay(info(2, 4, TILE), steps_of(events, predict_experts=True), setup, slow)
     assert (result.demand_loads, result.stats["late"], result.stats["prefetch_hits"]) == (1, 0, 1)
     assert result.seconds == pytest.approx(0.5 + 0.6 + 0.6)
 
 
 def test_demand_overtakes_speculation_between_tiles():
-    """Layer 1 is foretold 3 and asks 2: it waits for the tile under way, then for its own load."""
+    """Layer 1 is predicted 3 and asks 2: it waits for the tile under way, then for its own load."""
     steps = steps_of([[[0], [2]]])
-    steps[0].foretold[0, 1] = Foretold(np.array([[3, 0]]), np.array([[True, False]]))
+    steps[0].predicted[0, 1] = PredictedExperts(np.array([[3, 0]]), np.array([[True, False]]))
     setup = CacheSetup([16], lookahead=1, max_experts=1)
     machine = Machine(bandwidth=16 * LEAST_TILE_BYTES, layer_seconds=1.53)  # 16 tiles a second
     result = replay(info(2, 4, 4 * TILE), steps, setup, machine)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.policy.prediction import Foretold
+from vllm_adapmoe.policy.prediction import PredictedExperts
 from vllm_adapmoe.simulate.trace import FRAME_STEPS, SAMPLE, Step, TraceInfo, TraceWriter, sample_rows
 from vllm_adapmoe.simulate.trace_file import read_trace
 
@@ -20,8 +20,8 @@ def random_steps(count: int, seed: int = 0) -> list[Step]:
         rows = int(random.integers(1, 100))
         ids = np.stack([random.integers(0, experts, (rows, 2)) for experts in INFO.num_experts])
         sampled = len(range(rows)[sample_rows(rows)])
-        foretold = {
-            (layer, distance): Foretold(random.integers(0, 8, (sampled, 2)), random.random((sampled, 2)) < 0.7)
+        predicted = {
+            (layer, distance): PredictedExperts(random.integers(0, 8, (sampled, 2)), random.random((sampled, 2)) < 0.7)
             for layer, distance in ((0, 1), (0, 2), (1, 1))
             if random.random() < 0.9
         }
@@ -29,16 +29,16 @@ def random_steps(count: int, seed: int = 0) -> list[Step]:
         weights = random.random(ids.shape).astype(np.float16)
         positions = random.integers(0, 9999, rows).astype(np.int32)
         expected = {layer: random.random(8).astype(np.float16) for layer in (0, 1) if random.random() < 0.9}
-        steps.append(Step(number / 7, names, positions, ids, weights, foretold, expected))
+        steps.append(Step(number / 7, names, positions, ids, weights, predicted, expected))
     return steps
 
 
 def same(one: Step, other: Step) -> bool:
     assert one.seconds == other.seconds and one.requests == other.requests
-    assert one.foretold.keys() == other.foretold.keys()
-    for key, foretold in one.foretold.items():
-        assert np.array_equal(foretold.ids, other.foretold[key].ids)
-        assert np.array_equal(foretold.kept, other.foretold[key].kept)
+    assert one.predicted.keys() == other.predicted.keys()
+    for key, predicted in one.predicted.items():
+        assert np.array_equal(predicted.ids, other.predicted[key].ids)
+        assert np.array_equal(predicted.kept, other.predicted[key].kept)
     assert one.expected.keys() == other.expected.keys()
     assert all(np.array_equal(chances, other.expected[layer]) for layer, chances in one.expected.items())
     return all(np.array_equal(getattr(one, part), getattr(other, part)) for part in ("positions", "ids", "weights"))

@@ -12,7 +12,7 @@ from vllm_adapmoe.cache.slots import SlotPool
 from vllm_adapmoe.cache.transfer import READERS, CacheClosed, TransferEngine
 from vllm_adapmoe.experts import ExpertKey
 from vllm_adapmoe.policy.controller import CacheController, CacheStats
-from vllm_adapmoe.policy.prefetch_planner import Foretell
+from vllm_adapmoe.policy.prefetch_planner import PredictExperts
 from vllm_adapmoe.policy.residency import State
 from vllm_adapmoe.store.base import ExpertStore, ExpertsUnavailable
 
@@ -324,7 +324,7 @@ class ExpertCacheManager:
             with transfers.lock:
                 transfers.resume()
 
-    def passed(self, events: Sequence[tuple[int, Sequence[int], Collection[int]]]) -> None:
+    def record_in_place(self, events: Sequence[tuple[int, Sequence[int], Collection[int]]]) -> None:
         """Events that have run without waiting, in order: layer, distinct experts, and which of them were in slots.
 
         Some of the others are loaded now.
@@ -333,20 +333,22 @@ class ExpertCacheManager:
         with self.transfers.lock:
             self.transfers.check()
             for layer, experts, there in events:
-                for load in self.controller.passed(layer, experts, there):
+                for load in self.controller.record_in_place(layer, experts, there):
                     if load.evicted is not None:
                         self._left(load.evicted)
                     self._arrived(load.key, load.slot)
                 missed += [(layer, expert) for expert in experts if expert not in there]
-            self.controller.catch_up(missed)
+            self.controller.backfill(missed)
         if not self.transfers.threads:
             self._speculate_here()
 
-    def look_ahead(self, layer: int, routing: tuple[np.ndarray, np.ndarray] | None, foretell: Foretell) -> None:
-        """`CacheController.look_ahead`."""
+    def prefetch(
+        self, layer: int, routing: tuple[np.ndarray, np.ndarray] | None, predict_experts: PredictExperts
+    ) -> None:
+        """`CacheController.prefetch`."""
         with self.transfers.lock:
             self.transfers.check()
-            self.controller.look_ahead(layer, routing, foretell)
+            self.controller.prefetch(layer, routing, predict_experts)
         if not self.transfers.threads:
             self._speculate_here()
 

@@ -166,7 +166,7 @@ def print_evaluate(result: dict[str, Any], console: Console) -> None:
         title=f"{result['data']['tokens']} tokens; ungated {base['loss']:.4f} nats/token, "
         f"perplexity {base['perplexity']:.3f}",
     )
-    for column in ("rule", "T", "kept", "loss", "ppl", "change", "±", "foretold", "top-1"):
+    for column in ("rule", "T", "kept", "loss", "ppl", "change", "±", "predicted", "top-1"):
         table.add_column(column, justify="left" if column == "rule" else "right", no_wrap=True)
     for row in result["points"]:
         predicted = row["predicted_loss_increase"]
@@ -206,7 +206,7 @@ def plot_evaluate(result: dict[str, Any], path: Path) -> None:
                 axes.plot(
                     [row["mean_experts"] for row in rows],
                     [100 * row["predicted_loss_increase"] for row in rows],
-                    "k--", linewidth=1, label="sensitivity, foretold",
+                    "k--", linewidth=1, label="sensitivity, predicted",
                 )  # fmt: skip
         axes.invert_xaxis()
         axes.legend(frameon=False)

@@ -7,7 +7,7 @@ RATE = 0.02
 
 
 class LossBudget:
-    """Moves the threshold of gating by batch until decoding loses, as foretold, what it may lose.
+    """Moves the threshold of gating by batch until decoding loses, as predicted, what it may lose.
 
     By batch only what is absent is dropped, and a drop is paid for by all tokens that share it. So at the threshold of
     gating by token, less than the budget is lost: the better the cache, the less. What is left over saves further

@@ -21,4 +21,4 @@ class GatingPlan(BaseModel):
     experts: Annotated[float, Field(ge=1)] | None = None
     """`count`: experts that a token keeps, on average over tokens."""
     loss_scale: Annotated[float, Field(gt=0)] = 1.0
-    """The profile's: what gates count as loss, times this, is what the profile foretells."""
+    """The profile's: what gates count as loss, times this, is what the profile predicts."""

@@ -118,7 +118,7 @@ class GatedSteps:
 
 
 def gated(step: Step, sensitivity: Sequence[float], threshold: float) -> Step:
-    """A step after adaptive gating by token; what had been foretold of it stays, dropped experts included.
+    """A step after adaptive gating by token; what had been predicted of it stays, dropped experts included.
 
     Args:
         step: as the router chose; what it dropped already stays dropped.

@@ -22,7 +22,7 @@ def print_plan(result: dict[str, Any], console: Console) -> None:
     console.print("hits, loads: experts of a token, all layers together, that are there, and that a layer waits for")
     if gating is not None:
         console.print(
-            f"gated: {gating['mean_experts']:.2f} experts per token and layer, foretold loss "
+            f"gated: {gating['mean_experts']:.2f} experts per token and layer, predicted loss "
             f"+{gating['max_loss_increase']:.2%}"
         )
     reserve = result["reserve"]

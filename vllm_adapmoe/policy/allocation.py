@@ -12,14 +12,14 @@ def expected_loads(
     """Demand loads of one layer in one step of one token, by the layer's slots; every expert is as likely as another.
 
     `E[D] = k (1 - s/N) - sum_j b_j sum_{u < min(p, j)} Hyp(u; N, x, j-1) (x - u) / (N - j + 1)`, with `x = N - s`
-    absent experts, of which the j-th best foretold is one that speculation may still fetch when u of the better ones
+    absent experts, of which the j-th best predicted is one that speculation may still fetch when u of the better ones
     were absent too. Ours; with p = 1 and b_j = recall x share of tokens that keep j experts, it is the cost of the
     released code.
 
     Args:
         num_experts: N.
         mean_experts: k, experts that a token keeps, on average.
-        precision: b_j, how often the j-th best foretold expert is used.
+        precision: b_j, how often the j-th best predicted expert is used.
         max_experts: p, most experts that are fetched ahead.
 
     Returns:

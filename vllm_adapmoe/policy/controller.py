@@ -10,7 +10,7 @@ import numpy as np
 from vllm_adapmoe.experts import CacheShape, ExpertKey
 from vllm_adapmoe.policy.allocation import StackDistances, share_out
 from vllm_adapmoe.policy.eviction import POLICIES, EvictionPolicy
-from vllm_adapmoe.policy.prefetch_planner import Foretell, PrefetchPlanner, Want
+from vllm_adapmoe.policy.prefetch_planner import PredictExperts, PrefetchPlanner, RequestPrefetch
 from vllm_adapmoe.policy.residency import Load, Request, Residency, State
 
 if TYPE_CHECKING:  # a cache runs with torch and numpy alone
@@ -211,7 +211,7 @@ class CacheController:
             experts: distinct ids, at most the pool's capacity.
             present: experts of all of the event's waves, if there are several.
             expected: float `[experts]`, with the event's first wave: the chance that the layer's next event uses each
-                expert, as foretold by this event's tokens.
+                expert, as predicted by this event's tokens.
         """
         if self.allocation == "trace" and (not present or experts[0] == present[0]):
             self._follow_traffic(layer, present or experts)
@@ -236,7 +236,7 @@ class CacheController:
             self.transfers.demand(load)
         return request
 
-    def passed(self, layer: int, experts: Sequence[int], there: Collection[int]) -> list[Load]:
+    def record_in_place(self, layer: int, experts: Sequence[int], there: Collection[int]) -> list[Load]:
         """One event that has run without waiting (`DeferredRouting`).
 
         Args:
@@ -249,7 +249,7 @@ class CacheController:
         """
         if self.allocation == "trace":
             self._follow_traffic(layer, experts)
-        promoted = self.residency(layer).passed(layer, experts)
+        promoted = self.residency(layer).record_in_place(layer, experts)
         stats, hits = self.stats, len(there)
         misses = len(experts) - hits
         stats.hits += hits
@@ -263,7 +263,7 @@ class CacheController:
             del self.staged[load.key]
         return promoted
 
-    def catch_up(self, missed: Sequence[ExpertKey]) -> None:
+    def backfill(self, missed: Sequence[ExpertKey]) -> None:
         """Begins to load some of the experts that a step has read where they were, the soonest needed first.
 
         Their copies share the link with what later steps read in place, so it is not all of them.
@@ -279,15 +279,15 @@ class CacheController:
         """The kernel that read these experts has run: they may leave."""
         self.residency(layer).release(layer, experts)
 
-    def look_ahead(
-        self, layer: int, routing: tuple[np.ndarray, np.ndarray] | None, foretell: Foretell
+    def prefetch(
+        self, layer: int, routing: tuple[np.ndarray, np.ndarray] | None, predict_experts: PredictExperts
     ) -> list[ExpertKey]:
         """Takes in what a router chose, and begins to fetch what its layer's input says of later layers.
 
         Args:
             layer: MoE layer index; -1: before the step.
             routing: ids, integer `[tokens, top_k]`, and bool of the same shape, what was kept; None for layer -1.
-            foretell: gives the predictions.
+            predict_experts: gives the predictions.
         """
         assert self.planner is not None
         if routing is not None:
@@ -299,15 +299,15 @@ class CacheController:
             if entry.state in (State.QUEUED, State.LOADING) and not entry.cancelled
         )
         planner = self.planner
-        return self._speculate(lambda want: planner.plan(layer, foretell, want, under_way))
+        return self._speculate(lambda request: planner.plan(layer, predict_experts, request, under_way))
 
     def begin_step(self, prompt_tokens: int, chances: Sequence[np.ndarray]) -> None:
         """A step is about to run: begins to fetch for its first layers (`PrefetchPlanner.begin_step`)."""
         if self.planner is not None:
             planner = self.planner
-            self._speculate(lambda want: planner.begin_step(prompt_tokens, chances, want))
+            self._speculate(lambda request: planner.begin_step(prompt_tokens, chances, request))
 
-    def _speculate(self, plan: Callable[[Want], object]) -> list[ExpertKey]:
+    def _speculate(self, plan: Callable[[RequestPrefetch], object]) -> list[ExpertKey]:
         """Begins to fetch what a plan wants, and returns it.
 
         A plan that fails midway has queued some: they are fetched all the same, for a layer that asks for one of them
@@ -315,21 +315,21 @@ class CacheController:
         """
         queued: list[ExpertKey] = []
 
-        def want(key: ExpertKey, sure: bool) -> bool:
+        def request_prefetch(key: ExpertKey, sure: bool) -> bool:
             if not self._want(key, sure):
                 return False
             queued.append(key)
             return True
 
         try:
-            plan(want)
+            plan(request_prefetch)
         finally:
             for key in queued:
                 self.transfers.speculate(key)
         return queued
 
     def _want(self, key: ExpertKey, sure: bool) -> bool:
-        return bool(self.held[key]) and self.residency(key[0]).want(key, sure)
+        return bool(self.held[key]) and self.residency(key[0]).request_prefetch(key, sure)
 
     def start_speculation(self, key: ExpertKey) -> Load | None:
         """A transfer is free for a queued expert: its slot, or None if it is not to be loaded any more."""

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 
 PRIOR = 0.6
-"""Chance that a foretold expert is used, before anything was counted; worth `PRIOR_WEIGHT` observations."""
+"""Chance that a predicted expert is used, before anything was counted; worth `PRIOR_WEIGHT` observations."""
 PRIOR_WEIGHT = 8.0
 MEMORY = 512.0
 """Observations after which old ones have faded to 1/e: precision follows the traffic."""
 
 
 @dataclass(frozen=True)
-class Foretold:
-    """Experts that a later layer is foretold to choose, token by token, the best first."""
+class PredictedExperts:
+    """Experts that a later layer is predicted to choose, token by token, the best first."""
 
     ids: np.ndarray
     """Integer `[tokens, top_k]`."""
@@ -23,15 +23,15 @@ class Foretold:
     """Bool `[tokens, top_k]`, False for what gating would drop."""
 
 
-def foretell(
+def predict_experts(
     logits: np.ndarray,
     top_k: int,
     sensitivity: float = 0.0,
     threshold: float = 0.0,
     by_batch: bool = False,
     correction: np.ndarray | None = None,
-) -> Foretold:
-    """Ranks a gate's logits, and foretells what gating will keep (`gating`).
+) -> PredictedExperts:
+    """Ranks a gate's logits, and predicts what gating will keep (`gating`).
 
     Args:
         logits: `[tokens, experts]`, of the later layer's gate on this layer's input.
@@ -53,16 +53,16 @@ def foretell(
             rest = (weights**2).sum(1, keepdims=True) - weights**2
             costs = ((weights / (1 - weights)) ** 2 * rest + weights**2) / 2
             prices = np.bincount(ids.ravel(), costs.ravel(), minlength=logits.shape[1]) * sensitivity
-            return Foretold(ids, prices[ids] >= threshold)
+            return PredictedExperts(ids, prices[ids] >= threshold)
         squares = np.cumsum(weights**2, axis=1)[:, :-1]
         inside = np.cumsum(weights, axis=1)[:, :-1]
         costs = (((1 - inside) / inside) ** 2 * squares + (weights**2).sum(1, keepdims=True) - squares) / 2
         kept[:, 1:] = costs * sensitivity >= threshold
-    return Foretold(ids, kept)
+    return PredictedExperts(ids, kept)
 
 
 class Precision:
-    """How often the best, second best, .. foretold expert is used, counted as the model runs.
+    """How often the best, second best, .. predicted expert is used, counted as the model runs.
 
     Args:
         top_k: ranks: experts of a token, in the layer that chooses most.
@@ -77,16 +77,16 @@ class Precision:
         """`[top_k]`."""
         return [right / self.seen for right in self.right]
 
-    def record(self, foretold: Foretold, used: Sequence[set[int]]) -> None:
+    def record(self, predicted: PredictedExperts, used: Sequence[set[int]]) -> None:
         """Compares a prediction with the event it was of.
 
         Args:
-            foretold: of the event's tokens.
+            predicted: of the event's tokens.
             used: of each token, the experts that it used.
         """
         fade = math.exp(-len(used) / MEMORY)
-        ids = foretold.ids.tolist()
-        ranks = foretold.ids.shape[1]
+        ids = predicted.ids.tolist()
+        ranks = predicted.ids.shape[1]
         self.right = [
             fade * right + (rank < ranks and sum(row[rank] in its for row, its in zip(ids, used, strict=True)))
             for rank, right in enumerate(self.right)
@@ -94,21 +94,21 @@ class Precision:
         self.seen = fade * self.seen + len(used)
 
 
-def chances(foretold: Foretold, precision: Sequence[float]) -> dict[int, float]:
+def chances(predicted: PredictedExperts, precision: Sequence[float]) -> dict[int, float]:
     """Probability that any token of the batch uses an expert: `1 - prod (1 - b_rank)` over the tokens that rank it.
 
     Plain Python: in a decode step it sees a few numbers, for which arrays are slow.
 
     Args:
-        foretold: of every token of the step.
+        predicted: of every token of the step.
         precision: by rank. A prediction may have fewer ranks, where layers differ in top-k; of more, the rest is left
             out.
 
     Returns:
-        By expert; those that no token is foretold to keep are left out.
+        By expert; those that no token is predicted to keep are left out.
     """
     unused: dict[int, float] = {}
-    for row, kept in zip(foretold.ids.tolist(), foretold.kept.tolist(), strict=True):
+    for row, kept in zip(predicted.ids.tolist(), predicted.kept.tolist(), strict=True):
         for expert, stays, share in zip(row, kept, precision, strict=False):
             if stays:
                 unused[expert] = unused.get(expert, 1.0) * (1 - share)

@@ -176,7 +176,7 @@ class Residency:
             self._pin(key, entry)
         return request
 
-    def passed(self, layer: int, experts: Sequence[int]) -> list[Load]:
+    def record_in_place(self, layer: int, experts: Sequence[int]) -> list[Load]:
         """One event that has run without waiting, with absent experts read where they were. Pins nothing.
 
         Returns:
@@ -222,7 +222,7 @@ class Residency:
             entry.pins -= 1
             self.evictable[layer, expert] = entry.pins == 0 and entry.state is State.RESIDENT
 
-    def want(self, key: ExpertKey, sure: bool = False) -> bool:
+    def request_prefetch(self, key: ExpertKey, sure: bool = False) -> bool:
         """Speculation wants an expert; returns whether it has to be loaded: it was absent, and is queued now.
 
         Args:

@@ -1,4 +1,4 @@
-"""NextTokenHeads: linear maps that foretell the routing of a sequence's next token. Fitted by `adapmoe calibrate`."""
+"""NextTokenHeads: linear maps that predict the routing of a sequence's next token. Fitted by `adapmoe calibrate`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from safetensors.numpy import save
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.files import HEADER_BYTES, BadFile, parse_arrays, read_bytes
 
-LEAST, MOST = 0.005, 0.995
+MIN_PROB, MAX_PROB = 0.005, 0.995
 """Chances are never surer than that: a head is linear, and may leave [0, 1]."""
 FIRST = "first"
 
@@ -127,7 +127,7 @@ def chance_of_any(outputs: np.ndarray) -> np.ndarray:
         float16 `[experts]` or `[layers, experts]`, the precision that a trace keeps it in, so that a replay sees what
         the cache saw.
     """
-    chances = np.minimum(np.maximum(outputs, LEAST), MOST)
+    chances = np.minimum(np.maximum(outputs, MIN_PROB), MAX_PROB)
     if len(chances) == 1:
         return chances[0].astype(np.float16)
     return (1 - np.prod(1 - chances, axis=0)).astype(np.float16)

@@ -44,7 +44,7 @@ class RequestExperts:
         self.names = names
         self.step = np.zeros((len(names), *self.shape), dtype=np.float32)
 
-    def foretold(self, layer: int, chances: np.ndarray) -> None:
+    def predicted(self, layer: int, chances: np.ndarray) -> None:
         """What a layer's next-token head says.
 
         Args:
@@ -64,7 +64,7 @@ class RequestExperts:
         ended = set().union(*self._ended)
         self.chances.update({name: its for name, its in zip(self.names, self.step, strict=True) if name not in ended})
 
-    def likeliest(self) -> dict[str, int]:
+    def top_expected(self) -> dict[str, int]:
         """Bits of the experts that each request of the last step is expected to use, `top_k` a layer."""
         if not len(self.step):
             return {}

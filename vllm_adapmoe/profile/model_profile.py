@@ -73,13 +73,13 @@ class DropHistogram(Strict):
 
 
 class Prediction(Strict):
-    """How well a later layer's own gate, applied to this layer's input, foretells that layer's experts."""
+    """How well a later layer's own gate, applied to this layer's input, predicts that layer's experts."""
 
     lookahead: Annotated[int, Field(ge=1, le=MOST_LAYERS)]
     recall: Share
     """Share of the later layer's experts among the top_k foretold."""
     precision: Annotated[list[Share], First]
-    """By rank: how often the best, second best, .. foretold expert is among those that the later layer uses."""
+    """By rank: how often the best, second best, .. predicted expert is among those that the later layer uses."""
 
 
 class LayerProfile(Strict):

@@ -12,7 +12,7 @@ GRAM_BYTES = 1 << 30
 class HeadFit:
     """A linear map from inputs to experts used, by ridge regression: the chance of each, as far as that is linear.
 
-    Least squares on what was used foretold a layer's experts better than least squares on the log probabilities of its
+    Least squares on what was used predicted a layer's experts better than least squares on the log probabilities of its
     gate (top-2 recall of the bundled models 0.55 against 0.53), and unlike the paper's training by KL divergence
     (eq. 9) it needs one pass, no learning rate, and gives the same head every time.
 

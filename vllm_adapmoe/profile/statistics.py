@@ -1,4 +1,4 @@
-"""Sums over tokens of what one MoE layer does: how it routes, and what its later layers can be foretold to do."""
+"""Sums over tokens of what one MoE layer does: how it routes, and what its later layers can be predicted to do."""
 
 import numpy as np
 import torch
@@ -69,15 +69,15 @@ def norm_sums(outputs: torch.Tensor, ids: torch.Tensor, num_experts: int) -> Sum
     return {"norm_squares": torch.bincount(ids.long(), squares, minlength=num_experts).numpy()}
 
 
-def prediction_sums(foretold: torch.Tensor, ids: torch.Tensor, lookahead: int) -> Sums:
+def prediction_sums(predicted: torch.Tensor, ids: torch.Tensor, lookahead: int) -> Sums:
     """Sums of right predictions by rank, kept by the layer that made them.
 
     Args:
-        foretold: `[tokens, top_k]`, best first.
+        predicted: `[tokens, top_k]`, best first.
         ids: `[tokens, top_k]`, what the later layer chose.
         lookahead: layers between the two.
     """
-    right = (foretold.unsqueeze(-1) == ids.unsqueeze(1)).any(-1).double().sum(0)
+    right = (predicted.unsqueeze(-1) == ids.unsqueeze(1)).any(-1).double().sum(0)
     return {f"right_{lookahead}": right.numpy(), f"foretold_{lookahead}": np.array(float(len(ids)))}
 
 

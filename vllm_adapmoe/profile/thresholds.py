@@ -34,7 +34,7 @@ def plan_gating(gating: GatingConfig, profile: ModelProfile) -> GatingPlan | Non
 
 
 def describe(plan: GatingPlan, profile: ModelProfile) -> str:
-    """One line for the log: the threshold, and what the profile foretells of it."""
+    """One line for the log: the threshold, and what the profile predicts of it."""
     text = f"Adaptive gating ({plan.rule}): threshold {plan.threshold:.4g} nats"
     if plan.rule == "batch":
         text += " for each fetch saved"
@@ -44,9 +44,9 @@ def describe(plan: GatingPlan, profile: ModelProfile) -> str:
     try:
         experts = profile.layer_experts(plan.threshold)
     except AdapMoEError:
-        return text + "; the profile foretells neither experts nor loss"
+        return text + "; the profile predicts neither experts nor loss"
     figures = ", ".join(f"{value:.2f}" for value in experts)
-    text += "; foretold" + (" at batch 1 with no expert resident" if plan.rule == "batch" else "")
+    text += "; predicted" + (" at batch 1 with no expert resident" if plan.rule == "batch" else "")
     text += f": {sum(experts) / len(experts):.2f} of {profile.model.top_k} experts per token (by layer {figures})"
     if profile.base_loss:
         text += f", loss {profile.loss_increase(plan.threshold) / profile.base_loss:+.2%}"

@@ -11,7 +11,7 @@ import numpy as np
 from vllm_adapmoe.experts import ExpertKey
 from vllm_adapmoe.policy.controller import CacheController, CacheSetup
 from vllm_adapmoe.policy.eviction import EvictionPolicy
-from vllm_adapmoe.policy.prefetch_planner import Foretell
+from vllm_adapmoe.policy.prefetch_planner import PredictExperts
 from vllm_adapmoe.policy.residency import Load, waves
 from vllm_adapmoe.policy.tiles import tile_bytes
 from vllm_adapmoe.simulate.trace import Step, Steps, TraceInfo
@@ -125,7 +125,7 @@ class Replay:
     seconds: float
     step_seconds: list[float]
     foreseen_loads: int
-    """Of the demand loads, those that an earlier layer had foretold: something else was being fetched, or they ranked
+    """Of the demand loads, those that an earlier layer had predicted: something else was being fetched, or they ranked
     too low. The others nobody had foretold."""
 
 
@@ -158,7 +158,7 @@ def replay(
                 expected = step.expected.get(layer) if wave == 0 else None
                 request = controller.begin(layer, group, experts if len(groups) > 1 else (), expected)
                 if wave == 0 and controller.planner is not None:
-                    controller.look_ahead(layer, (ids, kept), _foretell(step, layer))
+                    controller.prefetch(layer, (ids, kept), _predict_experts(step, layer))
                 if controller.planner is not None and request.loads:
                     said = _foretold_experts(step, layer, setup.lookahead)
                     foreseen += sum(load.key[1] in said for load in request.loads)
@@ -170,9 +170,9 @@ def replay(
                     time = max(time, link.now)
                 controller.release(layer, group)
             time += machine.layer_seconds
-        if controller.planner is not None and (-1, 1) in step.foretold:  # what the step's end says of the next one
+        if controller.planner is not None and (-1, 1) in step.predicted:  # what the step's end says of the next one
             link.run(time)
-            controller.look_ahead(-1, None, _foretell(step, -1))
+            controller.prefetch(-1, None, _predict_experts(step, -1))
         time += machine.step_seconds
         link.run(time)
         ends.append(time)
@@ -188,13 +188,13 @@ def replay(
 
 
 def _foretold_experts(step: Step, layer: int, lookahead: int) -> set[int]:
-    """What earlier layers of the step had foretold of this one."""
-    made = (step.foretold.get((layer - distance, distance)) for distance in range(1, lookahead + 1))
+    """What earlier layers of the step had predicted of this one."""
+    made = (step.predicted.get((layer - distance, distance)) for distance in range(1, lookahead + 1))
     return {expert for one in made if one is not None for expert in one.ids[one.kept].tolist()}
 
 
-def _foretell(step: Step, layer: int) -> Foretell:
-    return lambda distance: step.foretold.get((layer, distance))
+def _predict_experts(step: Step, layer: int) -> PredictExperts:
+    return lambda distance: step.predicted.get((layer, distance))
 
 
 def belady(info: TraceInfo, steps: Iterable[Step], slots: Sequence[int], atomic: bool = True) -> np.ndarray:

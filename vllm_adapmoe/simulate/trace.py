@@ -1,4 +1,4 @@
-"""Routing traces: what every step of live traffic asked of every layer, and what was foretold of it.
+"""Routing traces: what every step of live traffic asked of every layer, and what was predicted of it.
 
 A trace is a line of JSON (`TraceInfo`) and then frames, each 4 bytes of length and a zlib-compressed safetensors
 container with the arrays of up to `FRAME_STEPS` steps. `trace_file` reads it.
@@ -21,7 +21,7 @@ from safetensors.numpy import save
 
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.experts import CacheShape
-from vllm_adapmoe.policy.prediction import Foretold
+from vllm_adapmoe.policy.prediction import PredictedExperts
 from vllm_adapmoe.profile.model_profile import MOST_EXPERTS, MOST_LAYERS, MOST_TOP_K
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class Step:
     """Integer `[layers, rows, top_k]`, as the router chose."""
     weights: np.ndarray
     """float16 `[layers, rows, top_k]`, after gating; 0: dropped."""
-    foretold: dict[tuple[int, int], Foretold]
+    predicted: dict[tuple[int, int], PredictedExperts]
     """(layer, lookahead) -> prediction for the sampled rows from that layer's input; layer -1: from the end of the
     step, for the first layer of the next."""
     expected: dict[int, np.ndarray] = field(default_factory=dict)
@@ -174,8 +174,8 @@ def _frame(steps: Sequence[Step], info: TraceInfo) -> dict[str, np.ndarray]:
         "ids": np.concatenate([step.ids for step in steps], axis=1).astype(ids_type),
         "weights": np.concatenate([step.weights for step in steps], axis=1).astype(np.float16),
     }
-    for key in sorted({key for step in steps for key in step.foretold}):
-        made = [step.foretold.get(key) for step in steps]
+    for key in sorted({key for step in steps for key in step.predicted}):
+        made = [step.predicted.get(key) for step in steps]
         name = f"foretold.{key[0]}.{key[1]}"
         arrays[f"{name}.rows"] = np.array([-1 if one is None else len(one.ids) for one in made], dtype=np.int32)
         arrays[f"{name}.ids"] = np.concatenate([one.ids for one in made if one is not None]).astype(ids_type)

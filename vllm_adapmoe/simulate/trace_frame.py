@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from vllm_adapmoe.files import HEADER_BYTES, BadFile, parse_arrays, parse_json
-from vllm_adapmoe.policy.prediction import Foretold
+from vllm_adapmoe.policy.prediction import PredictedExperts
 from vllm_adapmoe.simulate.trace import FRAME_BYTES, FRAME_STEPS, Step, TraceInfo
 
 NAMES = 1 << 20
@@ -129,7 +129,7 @@ def _checked(arrays: Frame, info: TraceInfo) -> Frame:
 def _steps(arrays: Frame) -> Iterator[Step]:
     """The steps of a checked frame."""
     names = parse_json(arrays["names"].tobytes(), NAMES)
-    foretold: list[dict[tuple[int, int], Foretold]] = [{} for _ in arrays["rows"]]
+    predicted: list[dict[tuple[int, int], PredictedExperts]] = [{} for _ in arrays["rows"]]
     for name in arrays:
         if name.startswith("foretold.") and name.endswith(".rows"):
             prefix = name.removesuffix(".rows")
@@ -138,7 +138,7 @@ def _steps(arrays: Frame) -> Iterator[Step]:
             for number, rows in enumerate(arrays[name].tolist()):
                 if rows >= 0:
                     made = [arrays[f"{prefix}.{part}"][start : start + rows] for part in ("ids", "kept")]
-                    foretold[number][int(layer), int(distance)] = Foretold(made[0], made[1])
+                    predicted[number][int(layer), int(distance)] = PredictedExperts(made[0], made[1])
                     start += rows
     expected: list[dict[int, np.ndarray]] = [{} for _ in arrays["rows"]]
     for name in arrays:
@@ -160,7 +160,7 @@ def _steps(arrays: Frame) -> Iterator[Step]:
             positions=arrays["positions"][here],
             ids=arrays["ids"][:, here],
             weights=arrays["weights"][:, here],
-            foretold=foretold[number],
+            predicted=predicted[number],
             expected=expected[number],
             begin=begin[number],
         )

@@ -29,7 +29,7 @@ class Span:
     experts_per_token: float | None
     """Kept by gating."""
     loss_per_token: float | None
-    """Nats that gating is foretold to have cost."""
+    """Nats that gating is predicted to have cost."""
 
 
 @dataclass(frozen=True)

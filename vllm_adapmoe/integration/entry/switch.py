@@ -64,7 +64,7 @@ def switch_on(engine_args: Any, vllm_config: VllmConfig) -> None:
     scheduler = vllm_config.scheduler_config
     if scheduler.scheduler_cls is None:
         scheduler.scheduler_cls = SCHEDULERS[bool(scheduler.async_scheduling)]
-    elif not heeds_worker(scheduler.scheduler_cls):
+    elif not is_cache_aware(scheduler.scheduler_cls):
         logger.warning(
             "scheduler_cls=%s is not one of %s: there will be no vllm:adapmoe metrics, and an expert that cannot be "
             "read ends the engine instead of the request; derive it from one of them or remove it",
@@ -81,7 +81,7 @@ def _prepare_graphs(vllm_config: VllmConfig) -> None:
         compilation.splitting_ops += [op for op in OPS if op not in compilation.splitting_ops]
 
 
-def heeds_worker(scheduler_cls: Any) -> bool:
+def is_cache_aware(scheduler_cls: Any) -> bool:
     """Whether a scheduler, a class or the name of one, is made for what this worker reports."""
     from vllm_adapmoe.integration.scheduler.scheduler import ExpertCacheScheduler
 
@@ -105,7 +105,7 @@ def _profile(config: AdapMoEConfig, vllm_config: VllmConfig) -> ModelProfile | N
 
 
 def _follow_profile(config: AdapMoEConfig, profile: ModelProfile, additional: dict[str, Any]) -> None:
-    """Chooses the threshold, foretells the loads of each layer by its slots, and names the next-token heads."""
+    """Chooses the threshold, predicts the loads of each layer by its slots, and names the next-token heads."""
     plan = plan_gating(config.gating, profile)
     if plan is not None:
         logger.info("%s", describe(plan, profile))

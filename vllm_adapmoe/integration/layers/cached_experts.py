@@ -17,7 +17,7 @@ from vllm_adapmoe.store.base import ExpertsUnavailable
 
 if TYPE_CHECKING:
     from vllm_adapmoe.integration.measure.probe import LayerProbe
-    from vllm_adapmoe.integration.worker.lookahead import Foresight, Lookahead
+    from vllm_adapmoe.integration.worker.expert_predictor import ExpertPredictor, LayerPrediction
 
 
 class CachedExperts(StreamedExperts):
@@ -30,9 +30,9 @@ class CachedExperts(StreamedExperts):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.cache: ExpertCacheManager | None = None
-        self.gate: LayerGate | None = None
+        self.gating: LayerGate | None = None
         self.probe: LayerProbe | None = None
-        self.lookahead: Lookahead | None = None
+        self.predictor: ExpertPredictor | None = None
         self.on_failure: Callable[[torch.Tensor, ExpertsUnavailable], None] | None = None
         self.cache_layer = self.loading.add(self)
         super().__init__(*args, **kwargs)
@@ -63,7 +63,7 @@ class CachedExperts(StreamedExperts):
         """Whether vLLM's own code runs; `torch.compile` traces what that says when the model is first called."""
         if self.expert_map is not None:  # vLLM's CPU kernels take no map, and crash over experts of other ranks
             return False
-        return self.cache is None and self.gate is None and self.probe is None and self.lookahead is None
+        return self.cache is None and self.gating is None and self.probe is None and self.predictor is None
 
     def forward_modular(
         self,
@@ -125,7 +125,7 @@ class CachedExperts(StreamedExperts):
         self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, padding: torch.Tensor | None
     ) -> StepRouting:
         """What the host has to know of a step's routing, read from the device at once."""
-        gate = self.gate
+        gate = self.gating
         gated = None if gate is None else gate.alone(weights)
         on_host = weights if gate is not None and gated is None else None
         keep, cost = (None, None) if gated is None else (gated.keep, gated.cost)
@@ -146,31 +146,31 @@ class CachedExperts(StreamedExperts):
         return StepRouting(x, weights, host_ids, real, keep, product)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor | None:
-        """What later layers are foretold from, if it has to be read with the routing."""
+        """What later layers are predicted from, if it has to be read with the routing."""
         return None
 
     def _run_step(self, step: StepRouting) -> torch.Tensor:
-        foresight = self._foresee(step)
+        prediction = self._predict(step)
         if step.keep is not None:
-            return self._run_kept(step, step.keep, foresight)
+            return self._run_kept(step, step.keep, prediction)
         experts = distinct(step.ids if step.real is None else step.ids[step.real], self.local_num_experts)
         if len(experts) > self.slots or self.expert_map is not None:
-            return self._run_kept(step, step.all_kept(), foresight)
+            return self._run_kept(step, step.all_kept(), prediction)
         ids = step.ids if step.real is None else step.ids * step.real.unsqueeze(1)
-        slots = self._acquire(experts, foresight).index_select(0, ids.view(-1)).view_as(ids)
+        slots = self._acquire(experts, prediction).index_select(0, ids.view(-1)).view_as(ids)
         if step.real is not None:
             slots.clamp_(min=0)
         output = self._run_kernel(step.x, step.weights, slots.to(step.x.device))
         self._release(experts)
         return output
 
-    def _foresee(self, step: StepRouting) -> "Foresight | None":
-        if self.lookahead is None:
+    def _predict(self, step: StepRouting) -> "LayerPrediction | None":
+        if self.predictor is None:
             return None
         keep = step.all_kept() if step.keep is None else step.keep
         count = len(keep) if step.real is None else int(step.real.sum())  # padding comes last
         product = None if step.product is None else step.product[:count]
-        return self.lookahead.foresee(
+        return self.predictor.predict(
             self.cache_layer, step.x[:count], step.weights[:count], step.ids[:count], keep[:count], product
         )
 
@@ -186,18 +186,18 @@ class CachedExperts(StreamedExperts):
         return self.cache.present(self.cache_layer)
 
     def _acquire(
-        self, experts: Sequence[int], foresight: "Foresight | None", others: Sequence[int] = ()
+        self, experts: Sequence[int], prediction: "LayerPrediction | None", others: Sequence[int] = ()
     ) -> torch.Tensor:
         """Waits until all of them are there; returns `_slot_map()`."""
-        for _ in self._arrivals(experts, foresight, others):
+        for _ in self._arrivals(experts, prediction, others):
             pass
         return self._slot_map()
 
     def _arrivals(
-        self, experts: Sequence[int], foresight: "Foresight | None", others: Sequence[int] = ()
+        self, experts: Sequence[int], prediction: "LayerPrediction | None", others: Sequence[int] = ()
     ) -> Iterator[Sequence[int]]:
         """`ExpertCacheManager.arrivals`; all at once where every expert is resident."""
-        observe, expected = (None, None) if foresight is None else (foresight.observe, foresight.expected)
+        observe, expected = (None, None) if prediction is None else (prediction.observe, prediction.expected)
         if self.cache is not None:
             yield from self.cache.arrivals(self.cache_layer, experts, others, observe, expected)
             return
@@ -218,7 +218,7 @@ class CachedExperts(StreamedExperts):
         if self.cache is not None:
             self.cache.release(self.cache_layer, experts)
 
-    def _run_kept(self, step: StepRouting, keep: torch.Tensor, foresight: "Foresight | None") -> torch.Tensor:
+    def _run_kept(self, step: StepRouting, keep: torch.Tensor, prediction: "LayerPrediction | None") -> torch.Tensor:
         """The kept pairs of token and expert (`keep`: bool `[tokens, top_k]`, on the host).
 
         Kernels take neither a map nor an absent expert on the CPU: each pair becomes a row with one expert, and what
@@ -231,7 +231,7 @@ class CachedExperts(StreamedExperts):
         token, choice = keep.nonzero(as_tuple=True)
         weights = step.weights[token.to(x.device), choice.to(x.device)].unsqueeze(1)
         total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        for rows, outputs in self._run_rows(x, weights, token, step.ids[token, choice].long(), foresight):
+        for rows, outputs in self._run_rows(x, weights, token, step.ids[token, choice].long(), prediction):
             total.index_add_(0, token[rows].to(x.device), outputs.float())
         return total.to(x.dtype)
 
@@ -249,13 +249,13 @@ class CachedExperts(StreamedExperts):
         weights: torch.Tensor,
         token: torch.Tensor,
         ids: torch.Tensor,
-        foresight: "Foresight | None",
+        prediction: "LayerPrediction | None",
     ) -> Iterator[tuple[torch.Tensor | slice, torch.Tensor]]:
         """Runs pairs of token and expert, each expert loaded once; yields which of the pairs, and their outputs."""
         experts = distinct(ids, self.local_num_experts)
         groups = waves(experts, self.slots)
         if len(groups) <= 1:  # none: all are other ranks'; still an event, that others follow
-            yield slice(None), self._run_wave(x, weights, token, ids, experts, foresight, ())
+            yield slice(None), self._run_wave(x, weights, token, ids, experts, prediction, ())
             return
         wave_of = torch.zeros(experts[-1] + 1, dtype=torch.int64)
         for number, group in enumerate(groups):
@@ -263,7 +263,7 @@ class CachedExperts(StreamedExperts):
         for number, group in enumerate(groups):
             rows = (wave_of[ids] == number).nonzero().view(-1)
             wave = weights[rows.to(x.device)], token[rows], ids[rows]
-            yield rows, self._run_wave(x, *wave, group, foresight if number == 0 else None, experts)
+            yield rows, self._run_wave(x, *wave, group, prediction if number == 0 else None, experts)
 
     def _run_wave(
         self,
@@ -272,7 +272,7 @@ class CachedExperts(StreamedExperts):
         token: torch.Tensor,
         ids: torch.Tensor,
         experts: Sequence[int],
-        foresight: "Foresight | None",
+        prediction: "LayerPrediction | None",
         others: Sequence[int],
     ) -> torch.Tensor:
         """Outputs `[pairs, hidden]` of pairs whose `experts` can be resident together.
@@ -281,7 +281,7 @@ class CachedExperts(StreamedExperts):
         run with it, and the outputs are summed up later in an order of their own: what arrives when changes nothing.
         """
         outputs = None
-        for arrived in self._arrivals(experts, foresight, others):
+        for arrived in self._arrivals(experts, prediction, others):
             rows = None if len(arrived) == len(experts) else _where(ids, arrived)
             its = (weights, token, ids) if rows is None else (weights[rows.to(x.device)], token[rows], ids[rows])
             part = self._run_pairs(x[its[1].to(x.device)], its[0], its[2])

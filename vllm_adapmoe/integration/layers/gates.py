@@ -16,7 +16,7 @@ class GateStats:
     gated_tokens: int = 0
     kept_experts: int = 0
     loss_spent: float = 0.0
-    """Nats that all dropping together is foretold to have cost, before the profile's scale."""
+    """Nats that all dropping together is predicted to have cost, before the profile's scale."""
 
 
 class LayerGate:
@@ -74,5 +74,5 @@ class LayerGate:
 
 
 def total(stats: Sequence[GateStats]) -> dict[str, float]:
-    """Sums over layers: tokens times layers, experts that they kept, and the loss that was foretold of it."""
+    """Sums over layers: tokens times layers, experts that they kept, and the loss that was predicted of it."""
     return {key: sum(getattr(one, key) for one in stats) for key in ("gated_tokens", "kept_experts", "loss_spent")}

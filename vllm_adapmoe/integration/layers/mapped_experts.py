@@ -19,7 +19,7 @@ from vllm_adapmoe.integration.layers.step_routing import StepRouting
 from vllm_adapmoe.policy.residency import waves
 
 if TYPE_CHECKING:
-    from vllm_adapmoe.integration.worker.lookahead import Foresight
+    from vllm_adapmoe.integration.worker.expert_predictor import LayerPrediction
 
 
 class MappedExperts(CachedExperts):
@@ -94,11 +94,11 @@ class MappedExperts(CachedExperts):
         return super().run_experts(x, topk_weights, topk_ids)
 
     def _may_defer(self, tokens: int) -> bool:
-        alone = self.gate is None or self.gate.plan.rule != "batch"
+        alone = self.gating is None or self.gating.plan.rule != "batch"
         return (
             self.deferred is not None
             and self.probe is None
-            and (self.lookahead is None or self.lookahead.trace is None)
+            and (self.predictor is None or self.predictor.trace is None)
             and alone
             and tokens <= self.deferred.tokens
         )
@@ -112,8 +112,8 @@ class MappedExperts(CachedExperts):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Weights after gating, int32 ids with -1 for what is dropped or padding, and what dropping costs."""
         ids, costs = ids.int(), None
-        if self.gate is not None:
-            gated = self.gate.alone(weights)
+        if self.gating is not None:
+            gated = self.gating.alone(weights)
             assert gated is not None
             weights, costs = gated.weights, gated.cost
             ids = ids.masked_fill(~gated.keep, -1)
@@ -127,8 +127,8 @@ class MappedExperts(CachedExperts):
     ) -> torch.Tensor:
         """Every expert is resident: nobody on the host has to know now what was chosen."""
         assert self.deferred is not None
-        if self.lookahead is not None and self.cache_layer == 0:
-            self.lookahead.pass_first_layer()
+        if self.predictor is not None and self.cache_layer == 0:
+            self.predictor.pass_first_layer()
         weights, ids, costs = self._choose(topk_weights, topk_ids, context)
         self.deferred.record(self.cache_layer, ids, costs)
         slot_map = self._slot_map()
@@ -151,24 +151,24 @@ class MappedExperts(CachedExperts):
         return output
 
     def _product(self, x: torch.Tensor) -> torch.Tensor | None:
-        return None if self.lookahead is None else self.lookahead.product(self.cache_layer, x)
+        return None if self.predictor is None else self.predictor.product(self.cache_layer, x)
 
     def _run_step(self, step: StepRouting) -> torch.Tensor:
         if step.real is not None and not step.real.any():
             return torch.zeros_like(step.x)
-        foresight = self._foresee(step)
-        return self._run_kept(step, step.all_kept() if step.keep is None else step.keep, foresight)
+        prediction = self._predict(step)
+        return self._run_kept(step, step.all_kept() if step.keep is None else step.keep, prediction)
 
-    def _run_kept(self, step: StepRouting, keep: torch.Tensor, foresight: "Foresight | None") -> torch.Tensor:
+    def _run_kept(self, step: StepRouting, keep: torch.Tensor, prediction: "LayerPrediction | None") -> torch.Tensor:
         """The kept pairs of token and expert, wave by wave; a wave runs when all of it is there."""
         x, experts = step.x, distinct(step.ids[keep], self.local_num_experts)
         ids = to_device(torch.where(keep, step.ids, self.local_num_experts), x.device)
         groups = waves(experts, self.slots)
         if len(groups) == 1:
-            return self._run_group(x, step.weights, ids, experts, foresight, ())
+            return self._run_group(x, step.weights, ids, experts, prediction, ())
         total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for number, group in enumerate(groups):
-            total += self._run_group(x, step.weights, ids, group, foresight if number == 0 else None, experts)
+            total += self._run_group(x, step.weights, ids, group, prediction if number == 0 else None, experts)
         return total.to(x.dtype)
 
     def _run_group(
@@ -177,10 +177,10 @@ class MappedExperts(CachedExperts):
         weights: torch.Tensor,
         ids: torch.Tensor,
         group: Any,
-        foresight: "Foresight | None",
+        prediction: "LayerPrediction | None",
         others: Any,
     ) -> torch.Tensor:
-        slots = self._acquire(group, foresight, others)
+        slots = self._acquire(group, prediction, others)
         chosen = torch.full_like(slots, -1)
         chosen[group] = slots[group]
         output = self._run_mapped(x, weights, ids, self._rows(chosen, x.device))

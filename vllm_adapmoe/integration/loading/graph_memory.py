@@ -11,7 +11,7 @@ from vllm_adapmoe.config import AdapMoEConfig
 from vllm_adapmoe.device import MAX_TOKENS
 from vllm_adapmoe.integration.entry.compat import gating_settings, heads_settings
 from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
-from vllm_adapmoe.integration.worker.lookahead import layers_ahead
+from vllm_adapmoe.integration.worker.expert_predictor import layers_ahead
 from vllm_adapmoe.planning.graph_memory import CapturedGraphs, bookkeeping_bytes, graph_bytes
 from vllm_adapmoe.planning.slot_budget import token_bytes
 
@@ -43,7 +43,7 @@ def graphs_of_worker(
 def captured_graphs(
     config: AdapMoEConfig, vllm_config: VllmConfig, moe_layers: int, attention_layers: int, resident: bool
 ) -> list[CapturedGraphs]:
-    """Returns what may be captured: it is settled when the model has been loaded (`HostlessSteps.of`).
+    """Returns what may be captured: it is settled when the model has been loaded (`DeviceOnlySteps.of`).
 
     Sizes of whole decode steps are those of at most `max_num_seqs` requests, as in vLLM's `_init_candidates`
     (`v1/worker/gpu/cudagraph_utils.py`) and `initialize_cudagraph_keys` (`v1/cudagraph_dispatcher.py`).
@@ -84,13 +84,13 @@ def bookkeeping_of_worker(
     heads = heads_settings(vllm_config) is not None
     follows = tracing or prefetching or heads or (not resident and config.scheduler.enabled)
     ahead = layers_ahead(prefetch, tracing) if follows else 0
-    hostless = not current_platform.is_cpu() and not (resident and gating_settings(vllm_config) is None)
+    device_only = not current_platform.is_cpu() and not (resident and gating_settings(vllm_config) is None)
     return bookkeeping_bytes(
         layers=len(layers),
         experts=max(layer.local_num_experts for layer in layers),
         top_k=max(layer.top_k for layer in layers),
         hidden=vllm_config.model_config.get_hidden_size(),
-        tokens=MAX_TOKENS if hostless else 0,
+        tokens=MAX_TOKENS if device_only else 0,
         gates_ahead=ahead,
         heads=heads and follows,
         first_head=heads and (tracing or (prefetching and prefetch.first_layer)),

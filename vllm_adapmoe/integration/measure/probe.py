@@ -8,7 +8,7 @@ from vllm.forward_context import get_forward_context
 
 from vllm_adapmoe.gating.rules import keep_most, settle
 from vllm_adapmoe.integration.worker.routers import Routers
-from vllm_adapmoe.policy.prediction import foretell
+from vllm_adapmoe.policy.prediction import predict_experts
 from vllm_adapmoe.profile import statistics
 from vllm_adapmoe.profile.next_token import HeadFit
 from vllm_adapmoe.profile.statistics import LOOKAHEAD, Sums, half
@@ -32,7 +32,7 @@ class RoutingProbe:
         self.disturbed: int | None = None
         self.step = 0.0
         self.sums: list[Sums] = [{} for _ in layers]
-        self.foretold: dict[tuple[int, int], torch.Tensor] = {}
+        self.predicted: dict[tuple[int, int], torch.Tensor] = {}
         """(layer, lookahead) -> ids `[tokens, top_k]`, of the step under way."""
         self.fits: dict[int, HeadFit] = {}
         """Next-token heads under way, by layer; -1: the first layer's, from the end of the model."""
@@ -93,15 +93,15 @@ class RoutingProbe:
             self._first_used = None
             self._add(-1, hidden[: len(used)], used, starts)
 
-    def foretell(self, layer: int, x: torch.Tensor) -> torch.Tensor | None:
-        """Ids `[tokens, top_k]`, best first, that `layer` is foretold to choose for `x`, as when serving; None where
+    def predict_experts(self, layer: int, x: torch.Tensor) -> torch.Tensor | None:
+        """Ids `[tokens, top_k]`, best first, that `layer` is predicted to choose for `x`, as when serving; None where
         its router cannot be foretold."""
         gate = self.gates[layer]
         if gate is None:
             return None
         logits = torch.addmm(gate.bias, x.float(), gate.weight).cpu().numpy()
-        foretold = foretell(logits, self.layers[layer].top_k, correction=self.routers.corrections[layer])
-        return torch.from_numpy(foretold.ids)
+        predicted = predict_experts(logits, self.layers[layer].top_k, correction=self.routers.corrections[layer])
+        return torch.from_numpy(predicted.ids)
 
 
 class LayerProbe:
@@ -143,13 +143,13 @@ class LayerProbe:
         for pair_ids, outputs in layer.expert_outputs(x, ids):
             statistics.add(sums, statistics.norm_sums(outputs, pair_ids, experts))
         for distance in range(1, LOOKAHEAD + 1):
-            foretold = probe.foretold.pop((self.index - distance, distance), None)
-            if foretold is not None:
-                statistics.add(probe.sums[self.index - distance], statistics.prediction_sums(foretold, ids, distance))
+            predicted = probe.predicted.pop((self.index - distance, distance), None)
+            if predicted is not None:
+                statistics.add(probe.sums[self.index - distance], statistics.prediction_sums(predicted, ids, distance))
             if self.index + distance < len(probe.layers):
-                foretold = probe.foretell(self.index + distance, x)
-                if foretold is not None:
-                    probe.foretold[self.index, distance] = foretold
+                predicted = probe.predict_experts(self.index + distance, x)
+                if predicted is not None:
+                    probe.predicted[self.index, distance] = predicted
 
 
 def _sequence_starts(tokens: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
 from vllm_adapmoe.integration.loading.built_model import experts_built
 from vllm_adapmoe.integration.measure.probe import RoutingProbe, plain
-from vllm_adapmoe.integration.worker.lookahead import Lookahead
+from vllm_adapmoe.integration.worker.expert_predictor import ExpertPredictor
 
 
 class ProbedWorker(Worker):
@@ -57,8 +57,8 @@ class ProbedWorker(Worker):
 
         for layer in self.moe_layers:
             layer._run_kernel = timed("kernels", layer._run_kernel)  # type: ignore[method-assign]
-        for name in ("foresee", "_observe", "end_step"):
-            setattr(Lookahead, name, timed("lookahead", getattr(Lookahead, name)))
+        for name in ("predict", "_observe", "end_step"):
+            setattr(ExpertPredictor, name, timed("lookahead", getattr(ExpertPredictor, name)))
 
     def part_seconds(self) -> dict[str, float]:
         """What `time_parts` has added up."""

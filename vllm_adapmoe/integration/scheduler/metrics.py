@@ -31,7 +31,7 @@ COUNTERS = {
     "kept_experts": ("kept_experts", "Experts that gated tokens kept."),
     "held_prefill_steps": ("held_prompt_steps", "Steps that waiting prompts were left out of, to share a later one."),
     "held_tokens": ("held_tokens", "Tokens put off by a step, because others' experts were there."),
-    "loss_spent": ("gating_loss_nats", "Loss that gating is foretold to have cost, nats over all tokens."),
+    "loss_spent": ("gating_loss_nats", "Loss that gating is predicted to have cost, nats over all tokens."),
 }
 GAUGES = {
     "slots": ("slots", "Expert slots."),

@@ -20,7 +20,7 @@ ROWS = 512
 
 
 class Unpredictable(Exception):
-    """A router whose choice cannot be foretold; the text says why."""
+    """A router whose choice cannot be predicted; the text says why."""
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
 from vllm_adapmoe.integration.loading.expert_loading import slots_device
 from vllm_adapmoe.integration.loading.sharded_state import save_sharded_state
 from vllm_adapmoe.integration.loading.weight_update import RecordUpdate, Weights, WeightUpdate
-from vllm_adapmoe.integration.worker.hostless_steps import HostlessSteps
-from vllm_adapmoe.integration.worker.lookahead import Lookahead
+from vllm_adapmoe.integration.worker.device_only_steps import DeviceOnlySteps
+from vllm_adapmoe.integration.worker.expert_predictor import ExpertPredictor
 from vllm_adapmoe.store.base import StoreError
 
 logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
@@ -42,8 +42,8 @@ class UpdatedWorker(Worker):
     _config: AdapMoEConfig
     moe_layers: list[CachedExperts]
     expert_cache: ExpertCacheManager | None
-    lookahead: Lookahead | None
-    hostless: HostlessSteps | None
+    predictor: ExpertPredictor | None
+    device_only: DeviceOnlySteps | None
     _update: WeightUpdate | None = None
     """Under way."""
     _records: RecordUpdate | None = None
@@ -205,9 +205,9 @@ class UpdatedWorker(Worker):
         if self._update is not None:
             raise AdapMoEError(f"{call}: another update of the weights is under way; call finish_weight_update first")
         cache = self.expert_cache
-        if self.hostless is not None:
+        if self.device_only is not None:
             torch.accelerator.synchronize()
-            self.hostless.take_in(self.lookahead)
+            self.device_only.drain_finished(self.predictor)
         if cache is not None and self._records is None:
             self._records = RecordUpdate(cache)
         model: nn.Module = self.model_runner.get_model()
@@ -233,9 +233,9 @@ class UpdatedWorker(Worker):
             self.broken = None
         if self.broken is not None:
             raise AdapMoEError(f"no experts have come; {self.broken}")
-        if self.lookahead is not None:
+        if self.predictor is not None:
             dtype: Any = self.model_config.dtype
-            self.lookahead.follow_weights(dtype, slots_device())
+            self.predictor.follow_weights(dtype, slots_device())
         if with_experts and self.expert_cache is not None:
             logger.info(
                 "Expert cache: experts are replaced, and no slot is filled; a pack on disk stays as it was, of the "

@@ -17,19 +17,19 @@ from vllm_adapmoe.gating.loss_budget import LossBudget
 from vllm_adapmoe.gating.plan import GatingPlan
 from vllm_adapmoe.integration.entry.compat import adapmoe_settings, gating_settings, heads_settings, requests_of_step
 from vllm_adapmoe.integration.entry.compile_key import note_what_is_traced
-from vllm_adapmoe.integration.entry.switch import heeds_worker
+from vllm_adapmoe.integration.entry.switch import is_cache_aware
 from vllm_adapmoe.integration.layers import gates
 from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
 from vllm_adapmoe.integration.layers.mapped_experts import MappedExperts
 from vllm_adapmoe.integration.loading.expert_loading import expert_loading, slots_device
 from vllm_adapmoe.integration.loading.kv_room import room_for_kv_cache
 from vllm_adapmoe.integration.measure.probed_worker import ProbedWorker
-from vllm_adapmoe.integration.worker.hostless_steps import HostlessSteps
-from vllm_adapmoe.integration.worker.lookahead import Lookahead, layers_ahead
+from vllm_adapmoe.integration.worker.device_only_steps import DeviceOnlySteps
+from vllm_adapmoe.integration.worker.expert_predictor import ExpertPredictor, layers_ahead
 from vllm_adapmoe.integration.worker.routers import Routers
 from vllm_adapmoe.integration.worker.step_clock import StepClock
 from vllm_adapmoe.integration.worker.updated_worker import UpdatedWorker
-from vllm_adapmoe.integration.worker.worker_stats import Since, StepStats, total_stats, with_attributes
+from vllm_adapmoe.integration.worker.worker_stats import CounterDelta, StepStats, total_stats, with_attributes
 from vllm_adapmoe.policy.controller import CacheController, CacheSetup
 from vllm_adapmoe.prefetch.heads import NextTokenHeads
 from vllm_adapmoe.prefetch.request_experts import RequestExperts, bits
@@ -58,8 +58,8 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
     moe_layers: list[CachedExperts]
     _step_report: StepReport | None
     """Of the step under way, until its output leaves."""
-    lookahead: Lookahead | None = None
-    hostless: HostlessSteps | None = None
+    predictor: ExpertPredictor | None = None
+    device_only: DeviceOnlySteps | None = None
     """Of a GPU."""
     _warming_up = False
     """vLLM runs steps of its own."""
@@ -67,14 +67,14 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
     def load_model(self, **kwargs: Any) -> None:
         """Loads the model and makes its slots: before vLLM profiles memory, so the KV cache gets what they leave."""
         config = self._config = AdapMoEConfig.parse(adapmoe_settings(self.vllm_config))
-        self._step_report, self._since, self._clock = None, Since(), StepClock(slots_device())
+        self._step_report, self._since, self._clock = None, CounterDelta(), StepClock(slots_device())
         self._made_up = self.vllm_config.load_config.load_format == "dummy"
         with expert_loading(config, self.vllm_config) as loading:
             super().load_model(**kwargs)
             self.expert_cache = loading.finish(self.model_runner.get_model())
         self.moe_layers, self._loading = loading.layers, loading
         self._set_gating(gating_settings(self.vllm_config))
-        self.hostless = HostlessSteps.of(self.vllm_config, self.moe_layers, self.expert_cache)
+        self.device_only = DeviceOnlySteps.of(self.vllm_config, self.moe_layers, self.expert_cache)
         heads = heads_settings(self.vllm_config)
         self.heads = None
         if heads is not None:
@@ -82,9 +82,9 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
             self.heads.check([layer.hidden_size for layer in self.moe_layers], self.model_config.get_hidden_size())
         self._look_ahead(config)
         model = self.model_runner.get_model()
-        note_what_is_traced(self.vllm_config, model, self.moe_layers, self.hostless is not None)
+        note_what_is_traced(self.vllm_config, model, self.moe_layers, self.device_only is not None)
         self._runs_stock_layers = all(layer.is_stock for layer in self.moe_layers)
-        self._watch_the_end()
+        self._hook_compute_logits()
         self.guard_weights()
         group = get_tp_group()
         self.step_stats = StepStats(
@@ -92,7 +92,7 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
         )
         self._failed: set[str] = set()
         # Other ranks, or another scheduler, would not know, and go on.
-        self._fails_requests = self.vllm_config.parallel_config.world_size == 1 and heeds_worker(
+        self._fails_requests = self.vllm_config.parallel_config.world_size == 1 and is_cache_aware(
             self.vllm_config.scheduler_config.scheduler_cls
         )
         if self._fails_requests:
@@ -108,16 +108,16 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
 
     def _look_ahead(self, config: AdapMoEConfig) -> None:
         """Lets every layer prefetch and record as configured from here on."""
-        if self.lookahead is not None:
-            self.lookahead.close()
-        self.lookahead = self._start_lookahead(config)
-        if self.lookahead is not None:
+        if self.predictor is not None:
+            self.predictor.close()
+        self.predictor = self._start_predictor(config)
+        if self.predictor is not None:
             dtype: Any = self.model_config.dtype
-            self.lookahead.prepare(dtype, slots_device())
+            self.predictor.prepare(dtype, slots_device())
         for layer in self.moe_layers:
-            layer.lookahead = self.lookahead
+            layer.predictor = self.predictor
 
-    def _start_lookahead(self, config: AdapMoEConfig) -> Lookahead | None:
+    def _start_predictor(self, config: AdapMoEConfig) -> ExpertPredictor | None:
         cache = self.expert_cache
         prefetching = cache is not None and cache.controller.planner is not None
         rank = get_tensor_model_parallel_rank()
@@ -152,7 +152,7 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
         if request_experts is None and trace is None and heads is None:
             return None
         runners = self.vllm_config.compilation_config.static_forward_context
-        return Lookahead(
+        return ExpertPredictor(
             self.moe_layers,
             Routers(self.moe_layers, self.model_runner.get_model(), runners),
             cache if prefetching else None,
@@ -164,8 +164,8 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
             self._requests_of_step,
         )
 
-    def _watch_the_end(self) -> None:
-        """Shows the lookahead the hidden states that tokens are sampled from, as soon as they are there."""
+    def _hook_compute_logits(self) -> None:
+        """Shows the predictor the hidden states that tokens are sampled from, as soon as they are there."""
         model: Any = self.model_runner.get_model()
         self._awaits_logits = False
         compute_logits = getattr(model, "compute_logits", None)
@@ -173,9 +173,9 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
             return
 
         def watched(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self._awaits_logits and self.lookahead is not None:  # later ones are log probabilities of prompts
+            if self._awaits_logits and self.predictor is not None:  # later ones are log probabilities of prompts
                 self._awaits_logits = False
-                self.lookahead.end_step(hidden)
+                self.predictor.end_step(hidden)
             return compute_logits(hidden, *args, **kwargs)
 
         model.compute_logits = watched
@@ -205,13 +205,13 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
             raise AdapMoEError(
                 f"the gating plan is for {len(parsed.sensitivity)} MoE layers, this worker has {len(self.moe_layers)}"
             )
-        in_place = self.hostless is not None and self.hostless.in_place is not None
+        in_place = self.device_only is not None and self.device_only.in_place is not None
         if in_place and self.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
             raise AdapMoEError("gating is part of the CUDA graphs that decode=in_place has captured; set decode=fetch")
         for index, layer in enumerate(self.moe_layers):
             if parsed is not None and isinstance(layer, MappedExperts):
                 layer.use_slot_kernel()  # what is dropped has no row, also where every expert is resident
-            layer.gate = None if parsed is None else gates.LayerGate(parsed, index)
+            layer.gating = None if parsed is None else gates.LayerGate(parsed, index)
         self._budget = None
         if parsed is not None and parsed.nats_per_token is not None:
             self._budget = LossBudget(parsed.threshold, parsed.nats_per_token)
@@ -220,8 +220,8 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
     def _leave_room(self, available: int) -> int:
         """Bytes for the KV cache, of which `available` were left before slots gave way."""
         room = room_for_kv_cache(self._config, self.vllm_config, self._loading, self.expert_cache, available)
-        if room != available and self.hostless is not None and self.hostless.in_place is not None:
-            self.hostless.in_place.follow_pools()
+        if room != available and self.device_only is not None and self.device_only.in_place is not None:
+            self.device_only.in_place.follow_pools()
         return room
 
     def set_cache(self, settings: dict[str, Any], curves: list[list[float]] | None = None) -> None:
@@ -259,10 +259,10 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
         self._scheduler_output = scheduler_output
         self._scheduled = scheduler_output.num_scheduled_tokens
         self._check_weights()
-        if self.hostless is not None:
-            self.hostless.take_in(self.lookahead)
-        if self._scheduled and self.lookahead is not None:
-            self.lookahead.begin_step(self._scheduled)
+        if self.device_only is not None:
+            self.device_only.drain_finished(self.predictor)
+        if self._scheduled and self.predictor is not None:
+            self.predictor.begin_step(self._scheduled)
         self._awaits_logits = bool(self._scheduled)
         self._clock.start()
         self._loading.in_step = True
@@ -295,13 +295,13 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
         self._failed |= self._scheduled.keys()
 
     def _step(self, tokens: int) -> AbstractContextManager[None]:
-        if self.hostless is None or not tokens:
+        if self.device_only is None or not tokens:
             return nullcontext()
-        return self.hostless.step(tokens, self._requests_of_step)
+        return self.device_only.step(tokens, self._requests_of_step)
 
     def _report_step(self, scheduler_output: Any) -> StepReport | None:
         """What the scheduler wants to know of the step that has been launched, and of those that have ended."""
-        experts = None if self.lookahead is None else self.lookahead.experts
+        experts = None if self.predictor is None else self.predictor.experts
         if experts is None or self.expert_cache is None:
             return None
         experts.forget(scheduler_output.finished_req_ids)
@@ -317,7 +317,7 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
         return StepReport(
             slots=self.expert_cache.num_slots,
             resident=bits(self.expert_cache.resident()),
-            expected={name: its & held for name, its in experts.likeliest().items()},
+            expected={name: its & held for name, its in experts.top_expected().items()},
             times=[StepTimes(seconds, *about) for seconds, about in self._clock.finished()],
         )
 
@@ -325,7 +325,7 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
         """Sets every gate's threshold by what the step has lost, if it decoded."""
         if self._budget is None:
             return
-        layer_gates = [layer.gate for layer in self.moe_layers if layer.gate is not None]
+        layer_gates = [layer.gating for layer in self.moe_layers if layer.gating is not None]
         spent, self._spent = self._spent, sum(gate.stats.loss_spent for gate in layer_gates)
         tokens = len(self._scheduled)
         if tokens and max(self._scheduled.values()) == 1:  # a prompt loses next to nothing: it needs every expert
@@ -337,7 +337,7 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
         output = super().sample_tokens(grammar_output)
         return output if self._warming_up else self._with_stats(output)
 
-    def _fail_requests(self, spoilt: torch.Tensor, error: ExpertsUnavailable) -> None:
+    def _fail_requests(self, failed_tokens: torch.Tensor, error: ExpertsUnavailable) -> None:
         """Requests of the step's rows that need an expert which cannot be read: they end with this step.
 
         Args:
@@ -346,7 +346,7 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
         """
         row = 0
         for name, _, rows in self._requests_of_step():
-            if spoilt[row : row + rows].any() and name not in self._failed:
+            if failed_tokens[row : row + rows].any() and name not in self._failed:
                 logger.error("Expert cache: request %s fails: %s", name, error)
                 self._failed.add(name)
             row += rows
@@ -366,8 +366,8 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
 
     def expert_cache_stats(self) -> dict[str, float]:
         """`total_stats` of this rank."""
-        if self.hostless is not None:
-            self.hostless.take_in(self.lookahead)
+        if self.device_only is not None:
+            self.device_only.drain_finished(self.predictor)
         return total_stats(self.expert_cache, self.moe_layers)
 
     def expert_bytes(self) -> int:
@@ -377,13 +377,13 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
 
     def kept_by_layer(self) -> list[float]:
         """Mean experts kept per token in each layer since gating was set."""
-        stats = [layer.gate.stats for layer in self.moe_layers if layer.gate is not None]
+        stats = [layer.gating.stats for layer in self.moe_layers if layer.gating is not None]
         return [one.kept_experts / max(one.gated_tokens, 1) for one in stats]
 
     def shutdown(self) -> None:
-        if self.lookahead is not None:
-            self.lookahead.close()
-            self.lookahead = None
+        if self.predictor is not None:
+            self.predictor.close()
+            self.predictor = None
         if self.expert_cache is not None:
             self.expert_cache.close()
             self.expert_cache = None

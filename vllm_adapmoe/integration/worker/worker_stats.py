@@ -27,7 +27,7 @@ def total_stats(cache: ExpertCacheManager | None, layers: Sequence[CachedExperts
 
     Empty where every expert fits and nothing is gated.
     """
-    gated = [layer.gate.stats for layer in layers if layer.gate is not None]
+    gated = [layer.gating.stats for layer in layers if layer.gating is not None]
     if cache is None and not gated:
         return {}
     stats = CacheStats() if cache is None else cache.stats
@@ -41,7 +41,7 @@ def _slots(cache: ExpertCacheManager | None, layers: Sequence[CachedExperts]) ->
     return {"slots": experts, "resident": experts}
 
 
-class Since:
+class CounterDelta:
     """What counters have grown by since the last time; from zero where they have begun anew in another object."""
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class StepStats:
         self.cache = cache
         self.layers = layers
         self.group = group
-        self._fetched, self._gated = Since(), Since()
+        self._fetched, self._gated = CounterDelta(), CounterDelta()
         self._gathered: tuple[Any, list[torch.Tensor]] | None = None
 
     def step(self) -> Stats | None:
@@ -85,7 +85,7 @@ class StepStats:
             numbers = mine if self.group is None else self._of_all_ranks(mine, self.group)
             if numbers is not None:
                 stats |= self._named(numbers)
-        if self.layers and self.layers[0].gate is not None:
+        if self.layers and self.layers[0].gating is not None:
             stats |= self._gate_stats()
             if self.cache is None:
                 stats |= _slots(None, self.layers)
@@ -125,7 +125,7 @@ class StepStats:
 
     def _gate_stats(self) -> Stats:
         """Of this rank alone: all of them gate the same tokens."""
-        gates = [layer.gate for layer in self.layers]
+        gates = [layer.gating for layer in self.layers]
         counted = [gate.stats if gate is not None else GateStats() for gate in gates]
         now = [one.gated_tokens for one in counted] + [one.kept_experts for one in counted]
         change = self._gated(gates[0], [*now, sum(one.loss_spent for one in counted)]).tolist()

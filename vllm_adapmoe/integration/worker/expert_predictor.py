@@ -1,4 +1,4 @@
-"""Foretells what layers will want from what runs through earlier ones, and records traces of it and of the routing."""
+"""Predicts what layers will want from what runs through earlier ones, and records traces of it and of the routing."""
 
 import os
 import time
@@ -17,7 +17,7 @@ from vllm_adapmoe.config import PrefetchConfig
 from vllm_adapmoe.integration.worker.gate_stack import GateStack
 from vllm_adapmoe.integration.worker.gate_trial import LinearGate
 from vllm_adapmoe.integration.worker.routers import Routers
-from vllm_adapmoe.policy.prediction import Foretold, foretell
+from vllm_adapmoe.policy.prediction import PredictedExperts, predict_experts
 from vllm_adapmoe.prefetch.heads import chance_of_any
 from vllm_adapmoe.prefetch.request_experts import RequestExperts
 from vllm_adapmoe.simulate.trace import SAMPLE, Step, TraceWriter, sample_rows
@@ -42,20 +42,22 @@ def layers_ahead(prefetch: PrefetchConfig, tracing: bool) -> int:
 
 
 @dataclass(frozen=True)
-class Foresight:
-    """What the input of one event foretells."""
+class LayerPrediction:
+    """What the input of one event predicts."""
 
     expected: np.ndarray | None
     """float16 `[experts]`: chance that the layer's next event uses each; needed when somebody has to leave."""
     observe: Callable[[], None]
-    """Foretells the later layers, for prefetch and the trace; to be called once, while the event's loads arrive."""
+    """Predicts the later layers, for prefetch and the trace; to be called once, while the event's loads arrive."""
 
 
-def _harmless(method: "Callable[Concatenate[Lookahead, P], T]") -> "Callable[Concatenate[Lookahead, P], T | None]":
+def _harmless(
+    method: "Callable[Concatenate[ExpertPredictor, P], T]",
+) -> "Callable[Concatenate[ExpertPredictor, P], T | None]":
     """Lets a step go on without predictions, from here to the end, when one fails."""
 
     @wraps(method)
-    def run(self: "Lookahead", /, *args: P.args, **kwargs: P.kwargs) -> T | None:
+    def run(self: "ExpertPredictor", /, *args: P.args, **kwargs: P.kwargs) -> T | None:
         if self.failed:
             return None
         try:
@@ -71,7 +73,7 @@ def _harmless(method: "Callable[Concatenate[Lookahead, P], T]") -> "Callable[Con
     return run
 
 
-class Lookahead:
+class ExpertPredictor:
     """Follows a worker's steps layer by layer.
 
     No token depends on it: whatever fails in here is said in the log, and the engine goes on without it.
@@ -123,7 +125,7 @@ class Lookahead:
         self.begun: np.ndarray | None = None
         """What was known of the step before it began."""
         self._at_the_end: HostCopy | None = None
-        """Of the last step, what its hidden states foretell, on its way to the host."""
+        """Of the last step, what its hidden states predict, on its way to the host."""
         self.step: Step | None = None
         """Under way, or not in the trace yet."""
         self._whole = False
@@ -179,7 +181,7 @@ class Lookahead:
             self.cache.begin_step(prompt_tokens, () if self.begun is None else list(self.begun))
 
     @_harmless
-    def foresee(
+    def predict(
         self,
         index: int,
         x: torch.Tensor,
@@ -187,7 +189,7 @@ class Lookahead:
         ids: torch.Tensor,
         keep: torch.Tensor,
         product: torch.Tensor | None = None,
-    ) -> Foresight:
+    ) -> LayerPrediction:
         """One event of layer `index`.
 
         Args:
@@ -211,23 +213,23 @@ class Lookahead:
                 heads = stack.outputs(x if last is None else x[last.to(x.device)])
             expected = chance_of_any(heads[:, stack.width :])
             if self.experts is not None:
-                self.experts.foretold(index, heads[:, stack.width :])
+                self.experts.predicted(index, heads[:, stack.width :])
             if last is None and len(x) <= SAMPLE:
                 outputs = heads
         elif self.experts is not None:
             self.experts.used(index, (ids if self.last_rows is None else ids[self.last_rows]).numpy())
-        return Foresight(expected, partial(self._observe, index, x, weights, ids, keep, expected, outputs))
+        return LayerPrediction(expected, partial(self._observe, index, x, weights, ids, keep, expected, outputs))
 
     @_harmless
     def product(self, index: int, x: torch.Tensor) -> torch.Tensor | None:
-        """What `foresee` will want of a decode step's input, on the device, to be read with the routing at once."""
+        """What `predict` will want of a decode step's input, on the device, to be read with the routing at once."""
         stack = self.stacks[index]
         wanted = self.heads is not None or ((self.cache is not None or self.trace is not None) and any(stack.slices))
         return stack.product(x) if wanted and len(x) <= SAMPLE else None
 
     @_harmless
     def pass_first_layer(self) -> None:
-        """A step begins whose first layer has left nothing to foresee."""
+        """A step begins whose first layer has left nothing to predict."""
         self._begin_step(None)
 
     def _begin_step(self, tokens: int | None) -> None:
@@ -249,7 +251,7 @@ class Lookahead:
             positions=np.concatenate([np.arange(start, start + rows) for _, start, rows in requests]),
             ids=np.zeros((len(self.layers), tokens, self.top_k), dtype=np.int64),
             weights=np.zeros((len(self.layers), tokens, self.top_k), dtype=np.float16),
-            foretold={},
+            predicted={},
             begin=self.begun,
         )
 
@@ -267,25 +269,25 @@ class Lookahead:
         if self.cache is None and self.trace is None:
             return
         stack = self.stacks[index]
-        foretold: dict[int, Foretold | None] = {}
+        predicted: dict[int, PredictedExperts | None] = {}
 
-        def foretell(distance: int) -> Foretold | None:
+        def predict_experts(distance: int) -> PredictedExperts | None:
             nonlocal outputs
             columns = stack.slices[distance - 1] if distance <= len(stack.slices) else None
-            if distance not in foretold and columns is not None:
+            if distance not in predicted and columns is not None:
                 if outputs is None:
                     outputs = stack.outputs(x[sample_rows(len(x))])
-                foretold[distance] = self._foretell(index + distance, outputs[:, columns])
-            return foretold.get(distance)
+                predicted[distance] = self._predict_experts(index + distance, outputs[:, columns])
+            return predicted.get(distance)
 
         routing = ids.numpy(), keep.numpy()
         if self.cache is not None:
-            self.cache.look_ahead(index, routing, foretell)
+            self.cache.prefetch(index, routing, predict_experts)
         if self.trace is not None:
             self._record(index, weights, *routing, expected)
-            predictions = {distance: foretell(distance) for distance in range(1, len(stack.slices) + 1)}
+            predictions = {distance: predict_experts(distance) for distance in range(1, len(stack.slices) + 1)}
             if self.step is not None:
-                self.step.foretold |= {
+                self.step.predicted |= {
                     (index, distance): one for distance, one in predictions.items() if one is not None
                 }
 
@@ -307,15 +309,15 @@ class Lookahead:
             return
         chances, self._at_the_end = self._at_the_end.tensors[0].numpy(), None
         ids = np.argsort(-chances, axis=1, kind="stable")[:, : self.layers[0].top_k]
-        foretold = Foretold(ids, np.ones(ids.shape, dtype=bool))
+        predicted = PredictedExperts(ids, np.ones(ids.shape, dtype=bool))
         if self.cache is not None:
-            self.cache.look_ahead(-1, None, {1: foretold}.get)
+            self.cache.prefetch(-1, None, {1: predicted}.get)
         if self.step is not None:
-            self.step.foretold[-1, 1] = foretold
+            self.step.predicted[-1, 1] = predicted
             self._end_trace_of_step()
 
     @_harmless
-    def passed(self, requests: Sequence[tuple[str, int, int]], ids: np.ndarray) -> None:
+    def record_in_place(self, requests: Sequence[tuple[str, int, int]], ids: np.ndarray) -> None:
         """A step has run without the host: remembers what its requests used.
 
         Args:
@@ -330,14 +332,14 @@ class Lookahead:
             self.experts.used(index, np.where(layer_ids < 0, layer_ids.max(1, keepdims=True), layer_ids))
         self.experts.end()
 
-    def _foretell(self, target: int, logits: np.ndarray) -> Foretold:
+    def _predict_experts(self, target: int, logits: np.ndarray) -> PredictedExperts:
         layer = self.layers[target]
         correction = self.routers.corrections[target]
-        if layer.gate is None or layer.gate.plan.rule not in ("token", "batch"):
-            return foretell(logits, layer.top_k, correction=correction)
-        by_batch = layer.gate.plan.rule == "batch"
-        return foretell(
-            logits, layer.top_k, layer.gate.sensitivity, layer.gate.threshold, by_batch, correction=correction
+        if layer.gating is None or layer.gating.plan.rule not in ("token", "batch"):
+            return predict_experts(logits, layer.top_k, correction=correction)
+        by_batch = layer.gating.plan.rule == "batch"
+        return predict_experts(
+            logits, layer.top_k, layer.gating.sensitivity, layer.gating.threshold, by_batch, correction=correction
         )
 
     def _record(

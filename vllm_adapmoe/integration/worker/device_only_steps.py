@@ -19,13 +19,13 @@ from vllm_adapmoe.integration.layers.graph_break import break_graph_at, graphs_i
 from vllm_adapmoe.integration.layers.mapped_experts import MappedExperts
 from vllm_adapmoe.integration.loading.expert_loading import slots_device
 from vllm_adapmoe.integration.worker.decode_path import choose_decode
-from vllm_adapmoe.integration.worker.lookahead import Lookahead
+from vllm_adapmoe.integration.worker.expert_predictor import ExpertPredictor
 
 Requests = list[tuple[str, int, int]]
 """Id, first position and rows of each request of a step."""
 
 
-class HostlessSteps:
+class DeviceOnlySteps:
     """Which steps of a worker leave nothing to the host, and what is made of their routing afterwards.
 
     Args:
@@ -63,7 +63,7 @@ class HostlessSteps:
         """
         layers = [layer for layer in moe_layers if isinstance(layer, MappedExperts)]
         traced = AdapMoEConfig.parse(adapmoe_settings(vllm_config)).trace_out is not None
-        if not layers or (cache is None and layers[0].gate is None and not traced):
+        if not layers or (cache is None and layers[0].gating is None and not traced):
             return None
         compilation = vllm_config.compilation_config
         for layer in layers:
@@ -97,16 +97,16 @@ class HostlessSteps:
     def _all_on_device(self) -> bool:
         """Whether nobody wants to see the routing while the step runs."""
         layer = self.layers[0]
-        return layer.probe is None and (layer.gate is None or layer.gate.plan.rule != "batch")
+        return layer.probe is None and (layer.gating is None or layer.gating.plan.rule != "batch")
 
-    def take_in(self, lookahead: Lookahead | None) -> None:
-        """Tells cache, gates and `lookahead` of what has run since, without waiting for what has not."""
+    def drain_finished(self, predictor: ExpertPredictor | None) -> None:
+        """Tells cache, gates and `predictor` of what has run since, without waiting for what has not."""
         for step in self.routing.finished():
             if self.cache is not None:
-                self.cache.passed(list(step.events()))
+                self.cache.record_in_place(list(step.events()))
             for index in step.layers:
-                gate = self.layers[index].gate
+                gate = self.layers[index].gating
                 if gate is not None:
                     gate.count(torch.from_numpy(step.ids[index] >= 0), torch.from_numpy(step.costs[index]), None)
-            if step.about and lookahead is not None:
-                lookahead.passed(step.about, step.ids)
+            if step.about and predictor is not None:
+                predictor.record_in_place(step.about, step.ids)
