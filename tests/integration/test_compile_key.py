@@ -24,7 +24,7 @@ def config() -> Any:
 
 
 def layers(**attributes: Any) -> list[Any]:
-    state = dict.fromkeys(("expert_map", "cache", "gate", "probe", "lookahead")) | attributes
+    state = dict.fromkeys(("expert_map", "cache", "gating", "probe", "predictor")) | attributes
     stock = CachedExperts.is_stock.fget  # type: ignore[attr-defined]
     return [SimpleNamespace(is_stock=stock(SimpleNamespace(**state))) for _ in range(3)]
 
@@ -37,7 +37,7 @@ def key(config: Any, *what: Any) -> list[str]:
 def test_the_key_knows_what_is_traced(config):
     resident = key(config, layers(), False)
     assert resident == key(config, layers(), False), "the same is not found again"
-    for attribute in ("expert_map", "cache", "gate", "probe", "lookahead"):
+    for attribute in ("expert_map", "cache", "gating", "probe", "predictor"):
         assert key(config, layers(**{attribute: object()}), False) != resident, attribute
     assert key(config, layers(), True) != resident
 

@@ -329,13 +329,13 @@ def test_a_scheduler_that_does_not_listen_is_named():
 import logging
 from vllm.engine.arg_utils import EngineArgs
 from vllm_adapmoe.integration.scheduler.scheduler import ExpertCacheScheduler
-from vllm_adapmoe.integration.entry.switch import heeds_worker
+from vllm_adapmoe.integration.entry.switch import is_cache_aware
 class Derived(ExpertCacheScheduler): pass
 for scheduler in ("vllm.v1.core.sched.scheduler.Scheduler", Derived):
     config = EngineArgs(
         model={str(TINY_MIXTRAL)!r}, skip_tokenizer_init=True, moe_method="adapmoe", scheduler_cls=scheduler
     ).create_engine_config()
-    print("heeds:", heeds_worker(config.scheduler_config.scheduler_cls))
+    print("heeds:", is_cache_aware(config.scheduler_config.scheduler_cls))
 """
     run = python(code, VLLM_LOGGING_LEVEL="WARNING")
     assert [line for line in run.stdout.splitlines() if line.startswith("heeds:")] == ["heeds: False", "heeds: True"]
