@@ -1,6 +1,7 @@
 """Serves one architecture's tiny checkpoint with stock vLLM, half resident and with the fewest slots."""
 
 import json
+import math
 import os
 import time
 import traceback
@@ -64,6 +65,8 @@ def run_one(architecture: str, kind: str, folder: Path, result: Path) -> None:
             continue
         facts: dict[str, Any] = {"seconds": round(time.monotonic() - began, 1)}
         if step == "stock":
+            if any(math.isnan(chance) for one in answers[step] for chance in one["prompt"]):
+                return tell(step, error="its log probabilities are not numbers: there is nothing to compare with")
             facts |= {"layers": len(layers)}
             if not layers:
                 return tell(step, **facts)
