@@ -23,7 +23,7 @@ from vllm_adapmoe.model_folder import check_named_model
 from vllm_adapmoe.printable import OneLineError
 from vllm_adapmoe.results import write
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Expert offloading for vLLM.")
+app = typer.Typer(no_args_is_help=True, help="Expert offloading for vLLM.")
 app.command()(plan)
 app.command()(top)
 app.command()(doctor)
