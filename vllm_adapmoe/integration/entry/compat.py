@@ -30,7 +30,7 @@ SHIMS: list[Shim] = []
 
 
 def needed_before(release: str, old: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Declares a function of this file a `Shim`."""
+    """Registers the decorated function of this file as a `Shim`."""
 
     def declare(function: Callable[P, T]) -> Callable[P, T]:
         SHIMS.append(Shim(function.__name__, release, old))

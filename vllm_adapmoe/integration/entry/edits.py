@@ -24,7 +24,7 @@ class EngineFields:
 
     moe_method: str | None = None
     adapmoe_config: dict[str, Any] | str | list[dict[str, Any] | str] | None = None
-    """A dict, JSON text or file; the entries of a list are merged, later keys win."""
+    """Configuration as dict, JSON text or file; entries of a list are merged, later keys win."""
 
 
 @dataclasses.dataclass

@@ -1,4 +1,4 @@
-"""Routed experts whose weights live in the expert cache: vLLM's layer, with its parameters replaced by slots."""
+"""vLLM's MoE layer with experts in the expert cache: its parameters are replaced by slots."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -295,7 +295,7 @@ class CachedExperts(StreamedExperts):
         return x.new_empty(0, x.shape[1]) if outputs is None else outputs
 
     def _run_pairs(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Runs rows of `x` with one expert each, `ids` `[rows]` on the host; all of them are resident."""
+        """Runs rows of `x` with one resident expert each; `ids`: `[rows]`, on the host."""
         return self._run_kernel(x, weights, self._slot_map()[ids].unsqueeze(1).to(x.device))
 
     def _run_kernel(self, x: torch.Tensor, topk_weights: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

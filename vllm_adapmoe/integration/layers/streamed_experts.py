@@ -26,7 +26,7 @@ shape shared by two halves twice, so it considers a layer complete before its la
 
 
 class StreamedExperts(RoutedExperts):
-    """Mixin over `RoutedExperts` or a model's own subclass of it: hands its experts to `loading` and keeps none."""
+    """Mixin over `RoutedExperts`, or a model's subclass of it, that hands its experts to `loading` and keeps none."""
 
     loading: "ExpertLoading"
     cache_layer: int

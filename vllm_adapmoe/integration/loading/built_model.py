@@ -56,7 +56,7 @@ def check_layers(layers: Sequence[RoutedExperts], model: str, quantization: str 
             f"model={model!r} has no routed experts that vLLM runs in its fused layer; remove moe_method"
         )
     for layer in layers:
-        if not hasattr(layer.quant_method, "is_monolithic"):  # a property, which asks a kernel's class that is None
+        if not hasattr(layer.quant_method, "is_monolithic"):  # without a kernel this property raises
             raise AdapMoEError(
                 f"quantization={quantization!r}: vLLM has no kernel for its experts on this "
                 f"{current_platform.device_type}; remove it, or take a checkpoint in another format"

@@ -84,7 +84,7 @@ class WeightUpdate:
     """
 
     all_resident = False
-    """As `ExpertLoading.all_resident`; False because fully resident layers keep their own loading."""
+    """Stands for `ExpertLoading.all_resident`; False because fully resident layers keep their own loading."""
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ class WeightUpdate:
     # Interface of `ExpertLoading` that layers use
 
     def is_packed(self, layer: int) -> bool:
-        """As `ExpertLoading.is_packed`; False because no pack holds the new weights."""
+        """Returns False, as no pack holds the new weights (see `ExpertLoading.is_packed`)."""
         return False
 
     def put(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -186,7 +186,7 @@ class WeightUpdate:
             "other weights"
         )
 
-    # The end
+    # Ending the update
 
     @property
     def began_loading(self) -> bool:

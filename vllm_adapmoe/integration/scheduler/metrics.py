@@ -27,7 +27,7 @@ COUNTERS = {
     "fetched_bytes": ("fetched_bytes", "Bytes of experts fetched from the backing store."),
     "wasted_bytes": ("wasted_bytes", "Bytes fetched by prefetches that were wasted or cancelled."),
     "fetch_seconds": ("fetch_seconds", "Seconds with at least one fetch in flight."),
-    "gated_tokens": ("gated_tokens", "Tokens that passed adaptive gating, counted once per layer."),
+    "gated_tokens": ("gated_tokens", "Tokens processed by adaptive gating, counted once per layer."),
     "kept_experts": ("kept_experts", "Experts that gated tokens kept, over all layers."),
     "held_prefill_steps": ("held_prompt_steps", "Steps that deferred waiting prompts so that they share a later step."),
     "held_tokens": ("held_tokens", "Decode tokens deferred while the resident experts serve other requests."),
@@ -41,7 +41,7 @@ GAUGES = {
 LAYER_COUNTERS = {
     "layer_hits": ("layer_hits", "Expert hits in one MoE layer."),
     "layer_misses": ("layer_misses", "Expert misses in one MoE layer."),
-    "layer_gated_tokens": ("layer_gated_tokens", "Tokens that passed adaptive gating in one MoE layer."),
+    "layer_gated_tokens": ("layer_gated_tokens", "Tokens processed by adaptive gating in one MoE layer."),
     "layer_kept_experts": ("layer_kept_experts", "Experts that gated tokens kept in one MoE layer."),
 }
 LAYER_GAUGES = {
@@ -81,7 +81,7 @@ class ExpertCacheStatLogger(StatLoggerBase):
         self._layer_series: dict[str, list[Any]] = {}
 
     def log_engine_initialized(self) -> None:
-        # Not in __init__: vLLM unregisters every collector named vllm:* between the two.
+        # Not in __init__: vLLM unregisters every collector named vllm:* between these two calls.
         if not self.enabled:
             return
         counter, gauge, histogram = _metric_classes()

@@ -170,7 +170,7 @@ class ExpertCacheScheduler(Scheduler):
 
 
 class ExpertCacheAsyncScheduler(ExpertCacheScheduler, AsyncScheduler):
-    """The same for asynchronous scheduling, where steps are scheduled ahead."""
+    """`ExpertCacheScheduler` for asynchronous scheduling, where steps are scheduled ahead."""
 
 
 def _has_token_to_run(request: Request) -> bool:

@@ -25,7 +25,7 @@ class GateStack:
     ) -> None:
         weights, biases = [], []
         self.slices: list[slice | None] = []
-        """Columns of each gate's logits."""
+        """Columns of each gate's logits; None for a missing gate."""
         end = 0
         for gate in gates:
             if gate is None:
@@ -36,7 +36,7 @@ class GateStack:
             self.slices.append(slice(end, end + len(gate.bias)))
             end += len(gate.bias)
         self.width = end
-        """Columns of all gates together; the head's come after them."""
+        """Number of columns of all gates; the head's columns come after them."""
         if head is not None:
             weights.append(_of_height(torch.from_numpy(head[:-1]).to(device), hidden))
             biases.append(torch.from_numpy(head[-1]).to(device))

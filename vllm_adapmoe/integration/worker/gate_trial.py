@@ -118,7 +118,7 @@ def _input_size(gate: torch.nn.Module, default: int) -> int:
 
 @contextmanager
 def _restored(gate: torch.nn.Module) -> Iterator[None]:
-    """Undoes what a call changes of a module: attributes, and the contents of parameters and buffers."""
+    """Reverts changes to a module after the context: attributes, and the contents of parameters and buffers."""
     tensors = [(tensor, tensor.clone()) for tensor in (*gate.parameters(), *gate.buffers())]
     attributes = [
         (held, dict(held))

@@ -50,7 +50,7 @@ class StepClock:
             first, last, about = self._flights[0]
             if self._on_host:
                 seconds = last - first
-            elif last.query():  # the first is before it on the same stream
+            elif last.query():  # which implies the first, recorded before it on the same stream
                 seconds = first.elapsed_time(last) / 1000
                 self._spare += [first, last]
             else:
