@@ -1,1 +1,1 @@
-"""The only package that imports vLLM: how it finds us, and what we put in its places."""
+"""The only package that imports vLLM: plugin entry points, and our layers, worker, scheduler and metrics."""

@@ -1,1 +1,1 @@
-"""How vLLM finds the plugin, how it is switched on, and what is refused before a weight is read."""
+"""Entry points of the plugin: registers it with vLLM, switches the method on, refuses what cannot work."""

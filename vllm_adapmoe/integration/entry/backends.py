@@ -1,9 +1,9 @@
-"""Decides which of vLLM's MoE kernels computes on slots: by the experts' format and the device's compute capability.
+"""Chooses the vLLM MoE kernel that computes on slots, by the experts' format and the device's compute capability.
 
-Slots need a kernel that takes a map from expert to row of its weights, and that leaves out what has no row. Of vLLM
-those are `TritonExperts`, `TritonWNA16Experts` and `MarlinExperts`. Which value of `--moe-backend` leads to one of them
-depends on the format: `triton` is `TritonExperts` for FP8, but a kernel that routes by itself for MXFP4. Read in
-`fused_moe/oracle/*.py` of vLLM 0.30 to 0.33; `docs/backends.md` has what comes out.
+Slots need a kernel that takes a map from expert to weight row and skips experts without a row. vLLM's are
+`TritonExperts`, `TritonWNA16Experts` and `MarlinExperts`. Which value of `--moe-backend` selects one of them depends on
+the format: `triton` means `TritonExperts` for FP8, but a monolithic kernel, which routes by itself, for MXFP4. Taken
+from `fused_moe/oracle/*.py` of vLLM 0.30 to 0.33; `docs/backends.md` lists the resulting choices.
 """
 
 from collections.abc import Collection
@@ -18,14 +18,14 @@ Capability = tuple[int, int]
 
 @dataclass(frozen=True)
 class Format:
-    """How experts are stored, as far as kernels go by it."""
+    """A storage format of expert weights, as far as it decides which kernels can be used."""
 
     backends: dict[str, Capability]
-    """Values of `moe_backend` that give a kernel with a map, best first, and the least capability of each."""
+    """Values of `moe_backend` that select a kernel with a map, best first, with the minimum capability of each."""
     remedy: str = ""
-    """What else to do, where no such kernel reads this format."""
+    """Advice for the error message where no such kernel reads this format."""
     ignored: tuple[Capability, Capability] = (ANY, ANY)
-    """From the first capability, below the second, vLLM takes another kernel whatever `moe_backend` is."""
+    """Capabilities, from the first to below the second, for which vLLM ignores `moe_backend`."""
 
 
 UNQUANTISED = "unquantised"
@@ -46,11 +46,11 @@ BLOCK_CODECS = "block codecs of ModelOpt"
 
 FORMATS = {
     UNQUANTISED: Format({"triton": ANY}),
-    # Triton multiplies FP8 by FP8, which devices can since Ada; Marlin widens the weights.
+    # Triton multiplies FP8 by FP8, which needs Ada or later; Marlin widens the weights.
     FP8: Format({"triton": (8, 9), "marlin": (7, 5)}),
     FP8_CHANNELS_ONLINE: Format({"triton": (8, 9)}, "set quantization=fp8_per_block"),
     INT8: Format({"triton": (7, 5)}),
-    # `triton` reads some of these as well, but not AWQ, and slower.
+    # `triton` reads some of these as well, but not AWQ, and is slower.
     INT_WEIGHTS: Format({"marlin": (7, 5)}),
     MOE_WNA16: Format({"triton": ANY}),
     MXFP4: Format({"marlin": (7, 5)}),
@@ -65,22 +65,22 @@ FORMATS = {
     HUMMING: Format({}, "remove quantization=humming"),
     BLOCK_CODECS: Format({}, "use an NVFP4 or FP8 checkpoint of this model"),
 }
-"""What is served with experts in slots, and what is not."""
+"""Known expert formats by name; a format without backends cannot be served from slots."""
 
 
 def choose_backend(formats: Collection[str], capability: Capability | None, wish: str) -> str:
     """Returns the value of `moe_backend` to set.
 
     Args:
-        formats: of `FORMATS`; one, or several where the layers of a model differ.
-        capability: of the device; None where it is not known here.
-        wish: what the user set, or "auto".
+        formats: keys of `FORMATS`; several where the layers of a model differ.
+        capability: compute capability of the device; None if not known here.
+        wish: `moe_backend` as the user set it, or "auto".
 
     Raises:
-        AdapMoEError: no kernel of vLLM does it, or not the one wished for.
+        AdapMoEError: no vLLM kernel computes these formats on slots, or the requested one does not.
     """
     able = [name for name in _common(formats) if capability is None or _runs(formats, name, capability)]
-    if capability is None:  # what runs on the oldest device runs on this one
+    if capability is None:  # prefer the backend that runs on the oldest devices
         able.sort(key=lambda name: _least(formats, name))
     told = f"experts in {' and '.join(sorted(formats))}"
     if capability is not None:

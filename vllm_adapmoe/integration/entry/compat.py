@@ -1,7 +1,7 @@
-"""Everything in which the supported versions of vLLM differ, by looking for features: versions are not compared.
+"""Hides the differences between supported vLLM versions, by detecting features instead of comparing versions.
 
-With the method off this file is loaded into any vLLM, so nothing of vLLM is imported before it is asked for. What no
-registration can do is in `edits.py`; what a version that is not supported is told, in `version_check.py`.
+This file is imported with any vLLM, even with the method off, so functions import vLLM only when called. Changes that
+no registration can make are in `edits.py`; the errors for unsupported versions in `version_check.py`.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 OLDEST, NEWEST = "0.30", "0.33"
-"""Releases that are supported, patch releases included."""
+"""Oldest and newest supported vLLM releases, patch releases included."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -17,20 +17,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Shim:
-    """What some supported version needs and later ones do not: a test fails once `OLDEST` does without."""
+    """A workaround that only older supported versions need; a test fails once `OLDEST` no longer needs it."""
 
     name: str
     before: str
-    """First release that does without."""
+    """First release that no longer needs the shim."""
     old: str
-    """Dotted name in vLLM that the shim is for: there before that release, and not from it on."""
+    """Dotted name in vLLM that exists before that release and no longer from it on."""
 
 
 SHIMS: list[Shim] = []
 
 
 def needed_before(release: str, old: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Declares a function of this file a `Shim`."""
+    """Registers the decorated function of this file as a `Shim`."""
 
     def declare(function: Callable[P, T]) -> Callable[P, T]:
         SHIMS.append(Shim(function.__name__, release, old))
@@ -41,7 +41,7 @@ def needed_before(release: str, old: str) -> Callable[[Callable[P, T]], Callable
 
 @needed_before("0.33", old="vllm.v1.core.kv_cache_utils.max_memory_usage_bytes")
 def kv_cache_counting() -> tuple[Callable[..., int], Callable[..., None]]:
-    """`max_memory_usage_bytes` and `unify_hybrid_kv_cache_specs`, which 0.33 has moved."""
+    """Returns `max_memory_usage_bytes` and `unify_hybrid_kv_cache_specs`, which 0.33 moved."""
     try:
         from vllm.v1.core.kv_cache_planning import max_memory_usage_bytes, unify_hybrid_kv_cache_specs
     except ImportError:
@@ -51,7 +51,7 @@ def kv_cache_counting() -> tuple[Callable[..., int], Callable[..., None]]:
 
 @needed_before("0.33", old="vllm.envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND")
 def old_ray_executor_chosen() -> bool:
-    """Whether Ray workers would run under vLLM's old executor, which 0.33 no longer has."""
+    """Returns whether Ray workers would run under vLLM's old executor, which 0.33 removed."""
     from vllm import envs
 
     return not getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", True)
@@ -65,44 +65,46 @@ REBOUND = {
     f"{FUSED_MOE}.experts.marlin_moe.fused_marlin_moe": {"moe_align_block_size", "math"},
     f"{FUSED_MOE}.fused_moe._prepare_expert_assignment": {"moe_align_block_size"},
 }
-"""Functions of vLLM that `slot_kernels` runs with another meaning of some global names, which they have to use."""
+"""vLLM functions that `slot_kernels` runs with some global names rebound, and the names that they must use."""
 
 
 def adapmoe_settings(vllm_config: Any) -> Any:
-    """What `additional_config["adapmoe"]` holds; None where the method is off."""
-    additional = getattr(vllm_config, "additional_config", None)  # asked of any vLLM
+    """Returns `additional_config["adapmoe"]`; None if the method is off."""
+    additional = getattr(vllm_config, "additional_config", None)  # called with any vLLM version
     return additional.get("adapmoe") if isinstance(additional, dict) else None
 
 
 def profiled_settings(vllm_config: Any) -> Any:
-    """What `additional_config["adapmoe_profiled"]` holds: of which model the profile is; None without a profile."""
+    """Returns `additional_config["adapmoe_profiled"]`, the model that the profile is of; None without a profile."""
     additional = vllm_config.additional_config
     return additional.get("adapmoe_profiled") if isinstance(additional, dict) else None
 
 
 def gating_settings(vllm_config: Any) -> Any:
-    """What `additional_config["adapmoe_gating"]` holds: the front end's `GatingPlan`; None where nothing is gated."""
+    """Returns `additional_config["adapmoe_gating"]`, the front end's `GatingPlan` as a dict; None without gating."""
     additional = vllm_config.additional_config
     return additional.get("adapmoe_gating") if isinstance(additional, dict) else None
 
 
 def expected_loads_settings(vllm_config: Any) -> Any:
-    """What `additional_config["adapmoe_expected_loads"]` holds: of each layer, loads by slots; None without a profile's
-    allocation."""
+    """Returns `additional_config["adapmoe_expected_loads"]`, each layer's expected loads by number of slots.
+
+    None unless `allocation=profile`.
+    """
     additional = vllm_config.additional_config
     return additional.get("adapmoe_expected_loads") if isinstance(additional, dict) else None
 
 
 def heads_settings(vllm_config: Any) -> Any:
-    """What `additional_config["adapmoe_heads"]` holds: path, hash and shape of the next-token heads, if any."""
+    """Returns `additional_config["adapmoe_heads"]`: path, hash and shape of the next-token heads; None without."""
     additional = vllm_config.additional_config
     return additional.get("adapmoe_heads") if isinstance(additional, dict) else None
 
 
 def requests_of_step(runner: Any, scheduler_output: Any) -> list[tuple[str, int, int]]:
-    """Id, first position and rows of each request of the step under way, in the order of its rows."""
+    """Returns id, first position and number of rows of each request in the current step, in row order."""
     scheduled = scheduler_output.num_scheduled_tokens
-    if hasattr(runner, "req_states"):  # model runner V2, which keeps its batch to itself while the model runs
+    if hasattr(runner, "req_states"):  # model runner V2, which does not expose its batch while the model runs
         from vllm.v1.worker.gpu.model_runner import sort_batch_req_ids
 
         names = sort_batch_req_ids(scheduled, scheduler_output.scheduled_spec_decode_tokens, runner.decode_query_len)
@@ -116,7 +118,7 @@ def requests_of_step(runner: Any, scheduler_output: Any) -> list[tuple[str, int,
 
 
 def marlin_takes_mxfp4_with_quantised_activations() -> bool:
-    """Whether Marlin may be set for MXFP4 experts whose checkpoint quantises activations too: from 0.32 on."""
+    """Returns whether Marlin may be set for MXFP4 experts whose checkpoint also quantises activations (since 0.32)."""
     from vllm.model_executor.layers.fused_moe.oracle import mxfp4
 
     return hasattr(mxfp4, "_warn_on_bf16_fallback")

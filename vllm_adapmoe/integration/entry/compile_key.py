@@ -1,4 +1,4 @@
-"""What vLLM's compile cache has to know of a model beside its configuration."""
+"""Adds to the key of vLLM's compile cache what a model's configuration does not determine."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,18 +14,18 @@ KEY = "adapmoe_traced"
 def note_what_is_traced(
     vllm_config: VllmConfig, model: torch.nn.Module, layers: Sequence[CachedExperts], split: bool
 ) -> None:
-    """Writes into the configuration what `torch.compile` will see of the MoE blocks, which its other keys do not tell.
+    """Records in the configuration how `torch.compile` will trace the MoE blocks, so that it enters the cache key.
 
-    The same settings can leave memory for every expert at one start and not at the next. Where all are resident and
-    nothing is gated, vLLM's own operation is traced, or not split off, and an artefact of that would be loaded for
-    layers whose weights are slots. `VllmConfig.compute_hash` takes in `additional_config`, and is asked when the model
-    is first called (`vllm/compilation/decorators.py`, `aot_compile_hash_factors`, and `backends.py`): after this.
+    With the same settings, every expert may fit at one start and not at the next. If all are resident and nothing is
+    gated, vLLM's own operation is traced, or not split off, and that artefact must not be loaded for layers whose
+    weights are slots. `VllmConfig.compute_hash` includes `additional_config` and is called after this, when the model
+    is first called (`vllm/compilation/decorators.py`, `aot_compile_hash_factors`, and `backends.py`).
 
     Args:
-        vllm_config: of this worker.
-        model: its compiled parts hold on to the configuration they were built with: a copy, in a part of another model.
-        layers: the model's MoE layers, with their caches and gates.
-        split: their blocks are split off from CUDA graphs.
+        vllm_config: this worker's configuration.
+        model: the built model; compiled submodules keep the configuration they were built with, which may be a copy.
+        layers: the model's MoE layers, with caches and gates set.
+        split: whether MoE blocks are split off from CUDA graphs.
     """
     traced = {"own": [index for index, layer in enumerate(layers) if not layer.is_stock], "split": split}
     held: list[Any] = [getattr(module, "vllm_config", None) for module in model.modules()]

@@ -1,4 +1,4 @@
-"""Checks of vLLM and of a model: whether they are what the plugin was made for."""
+"""Checks of `adapmoe doctor` that need vLLM: the installation, and whether a model can be served."""
 
 import dataclasses
 import importlib.metadata
@@ -29,16 +29,16 @@ from vllm_adapmoe.units import GiB
 GROUPS = ("vllm.platform_plugins", "vllm.general_plugins", "vllm.stat_logger_plugins")
 SECTION = "Installation"
 IN_PART = {"load_format", "speculative_config", "enable_expert_parallel"}
-"""Settings of which some values work, or which work on some devices."""
+"""Settings that work with some values or on some devices."""
 
 
 def device_type() -> str:
-    """`cpu`, `cuda`, or another that the method does not run on."""
+    """Returns vLLM's device type: `cpu`, `cuda`, or one that the method does not run on."""
     return current_platform.device_type
 
 
 def check_installation() -> Iterator[Finding]:
-    """VLLM, the entry points, and the edits."""
+    """Checks vLLM's version and metadata, the plugin's entry points, its edits of vLLM, and the device type."""
     packages = importlib.metadata.packages_distributions().get("vllm", [])
     names = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     text = f"vLLM {vllm.__version__} ({names})"
@@ -88,7 +88,7 @@ def check_installation() -> Iterator[Finding]:
 
 
 def check_model(model: str, store_dir: Path | None) -> Iterator[Finding]:
-    """What the start of a server would say of a model, and its sizes; nothing where the plugin is left out."""
+    """Runs the checks of a server start on a model and reports its sizes; yields nothing if the plugin is left out."""
     if left_out() is not None:
         return
     settings = {} if store_dir is None else {"store_dir": str(store_dir), "store": "file"}
@@ -99,7 +99,7 @@ def check_model(model: str, store_dir: Path | None) -> Iterator[Finding]:
     except AdapMoEError as error:
         yield Finding(section, "problem", str(error), fails=f"serving {model}: {error}")
         return
-    except Exception as error:  # whatever vLLM or transformers say of a model that they do not know
+    except Exception as error:  # vLLM and transformers raise errors of any type for a model they do not know
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         text = " ".join(lines[:2])[:300]
         yield Finding(section, "problem", f"vLLM does not take it: {text}", "try vllm serve without --moe-method")

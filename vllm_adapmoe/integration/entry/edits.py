@@ -1,7 +1,7 @@
-"""Edits of vLLM that no registration can replace: fields for `EngineArgs` and `SchedulerStats`.
+"""Edits of vLLM that no plugin hook offers: adds fields to `EngineArgs` and `SchedulerStats`.
 
-`patches/` holds the same as diffs for vLLM itself. Where vLLM has the fields already, nothing is edited here, and
-neither is a vLLM in which what is edited is not there: stock vLLM goes on as it is.
+`patches/` holds the same changes as diffs for vLLM itself. Nothing is edited if vLLM already has the fields, or lacks
+what would be edited: stock vLLM then runs unchanged.
 """
 
 import dataclasses
@@ -20,16 +20,16 @@ from vllm_adapmoe.integration.entry.compat import adapmoe_settings
 
 @dataclasses.dataclass
 class EngineFields:
-    """M1: what `EngineArgs` gains, so that flags, `LLM(...)` and Ray's engine arguments accept it."""
+    """M1: fields added to `EngineArgs`, so that flags, `LLM(...)` and Ray's engine arguments accept them."""
 
     moe_method: str | None = None
     adapmoe_config: dict[str, Any] | str | list[dict[str, Any] | str] | None = None
-    """A list: merged, the last one's keys win."""
+    """Configuration as dict, JSON text or file; entries of a list are merged, later keys win."""
 
 
 @dataclasses.dataclass
 class StatsFields:
-    """M2: what `SchedulerStats` gains, to carry counters of the worker to the front end."""
+    """M2: fields added to `SchedulerStats`, to carry the worker's counters to the front end."""
 
     worker_stats: dict[str, float | list[float]] | None = None
 
@@ -37,8 +37,8 @@ class StatsFields:
 def add_fields(cls: Any, fields: type) -> bool:
     """Adds the fields of the dataclass `fields` to the dataclass `cls` as keyword arguments.
 
-    Running `dataclass()` over `cls` again would lose its default factories, so the new fields are put beside the old
-    and `__init__` is wrapped. Returns whether anything was missing.
+    Running `dataclass()` over `cls` again would lose its default factories, so the new fields are registered beside
+    the old and `__init__` is wrapped. Returns whether any field was missing.
     """
     missing = {field.name: field for field in dataclasses.fields(fields) if field.name not in cls.__dataclass_fields__}
     if not missing:
@@ -60,7 +60,7 @@ def add_fields(cls: Any, fields: type) -> bool:
 
 
 def edit_engine_args(module: ModuleType) -> None:
-    """M1 on `vllm.engine.arg_utils`: fields, flags, and the call that applies them."""
+    """Applies M1 to `vllm.engine.arg_utils`: adds fields and flags, and switches the method on in the configuration."""
     base, derived = module.EngineArgs, module.AsyncEngineArgs
     if not add_fields(base, EngineFields):
         return
@@ -70,17 +70,17 @@ def edit_engine_args(module: ModuleType) -> None:
     @functools.wraps(add_cli_args)
     def with_flags(parser: Any) -> Any:
         parser = add_cli_args(parser)
-        group = parser.add_argument_group(title="MoE method", description="How routed experts are held and run.")
+        group = parser.add_argument_group(title="MoE method", description="How routed experts are stored and run.")
         group.add_argument(
             "--moe-method", default=None, help="Name of an installed MoE method plugin, for instance adapmoe."
         )
         group.add_argument(
             "--adapmoe-config",
-            # vLLM's parser makes one more of these of all single keys, and puts it last.
+            # vLLM's parser collects all single keys into one more such argument and appends it.
             action="append",
             default=None,
-            help="Configuration of the adapmoe method: a JSON file, a JSON object, or single keys as in "
-            "--adapmoe-config.cache_gb 8. Several are merged: single keys win, then the last.",
+            help="Configuration of the adapmoe method: a JSON file, a JSON object, or single keys, e.g. "
+            "--adapmoe-config.cache_gb 8. May be repeated: later ones win, single keys over all.",
         )
         return parser
 
@@ -98,7 +98,7 @@ def edit_engine_args(module: ModuleType) -> None:
 
 
 def edit_scheduler_stats(module: ModuleType) -> None:
-    """M2 on `vllm.v1.metrics.stats`."""
+    """Applies M2 to `vllm.v1.metrics.stats`."""
     add_fields(module.SchedulerStats, StatsFields)
 
 
@@ -115,7 +115,7 @@ EDITED = {
     ),
     "vllm.v1.metrics.stats": ("SchedulerStats.__dataclass_fields__",),
 }
-"""What the edits of a module take for granted."""
+"""Names that each edited module must have; without them it is left unedited."""
 
 
 def _edit(name: str) -> None:
@@ -128,7 +128,7 @@ def _edit(name: str) -> None:
 
 
 class _EditedSpec(ModuleSpec):
-    """Spec of a module that is edited as soon as its import ends, also when that import is already under way."""
+    """A spec that edits its module as soon as the import ends, even if the import has already begun."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -137,7 +137,7 @@ class _EditedSpec(ModuleSpec):
 
 
 class _EditFinder(MetaPathFinder):
-    """Finds the modules to edit as everyone else does, and marks their specs."""
+    """Finds the modules to edit through the other finders, and replaces the class of their specs."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -155,7 +155,7 @@ class _EditFinder(MetaPathFinder):
 
 
 def install_edits() -> None:
-    """Arranges every edit, now or when its module is imported. Once per process, however often it is called."""
+    """Applies every edit now, or when its module is imported. Further calls in a process do nothing."""
     if any(isinstance(finder, _EditFinder) for finder in sys.meta_path):
         return
     for name in EDITS:

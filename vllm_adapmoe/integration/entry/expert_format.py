@@ -1,6 +1,6 @@
-"""Tells the format of a model's routed experts from its quantisation settings, before any layer exists.
+"""Determines the format of a model's routed experts from its quantisation settings, before any layer exists.
 
-By the names and attributes that vLLM's quantisation configurations have in 0.30 to 0.33 (`layers/quantization/`).
+Uses the names and attributes of vLLM's quantisation configurations in 0.30 to 0.33 (`layers/quantization/`).
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -27,18 +27,18 @@ from vllm_adapmoe.integration.entry.backends import (
 )
 
 MARLIN_GROUPS = (-1, 32, 64, 128)
-"""Sizes of groups that Marlin reads; -1: a scale for each channel."""
+"""Group sizes that Marlin supports; -1: one scale per channel."""
 MARLIN_HIDDEN = 128
-"""What Marlin wants the hidden size to be a multiple of (`check_moe_marlin_supports_config`)."""
+"""Marlin requires a hidden size that is a multiple of this (`check_moe_marlin_supports_config`)."""
 
 
 def expert_formats(quantisation: Any, sizes: tuple[int, int] | None, ranks: int) -> set[str] | None:
-    """Formats of routed experts, of `backends.FORMATS`; None: not told, or not one that is known here.
+    """Returns the formats of the routed experts, keys of `backends.FORMATS`; None if unknown.
 
     Args:
         quantisation: vLLM's `QuantizationConfig`, or None.
-        sizes: hidden and intermediate size of an expert, as far as the model's configuration tells.
-        ranks: that share the intermediate size.
+        sizes: hidden and intermediate size of an expert; None if the model's configuration does not have them.
+        ranks: number of ranks that the intermediate size is sharded over.
     """
     if quantisation is None:
         return {UNQUANTISED}
@@ -48,7 +48,7 @@ def expert_formats(quantisation: Any, sizes: tuple[int, int] | None, ranks: int)
         return None
     kinds = {str(kind) for kind in found}
     if INT_WEIGHTS in kinds and sizes is not None and not _fits_marlin(quantisation, sizes[0], sizes[1] // ranks):
-        # VLLM reads AWQ and GPTQ as `moe_wna16` then, and others with Triton.
+        # vLLM then reads AWQ and GPTQ as `moe_wna16`, and others with Triton.
         kinds = kinds - {INT_WEIGHTS} | {MOE_WNA16}
     return kinds
 
@@ -71,9 +71,9 @@ FIXED: dict[str, set[str]] = {
     "modelopt_fp4": {NVFP4},
     "modelopt_mxfp8": {MXFP8},
     "humming": {HUMMING},
-    **{name: {UNQUANTISED} for name in ("fbgemm_fp8", "fp_quant", "torchao")},  # of linear layers only
+    **{name: {UNQUANTISED} for name in ("fbgemm_fp8", "fp_quant", "torchao")},  # these quantise linear layers only
 }
-"""By the name of a quantisation that says it all."""
+"""Formats by quantisation name, where the name alone determines them."""
 
 
 def _fp8(quantisation: Any) -> Iterable[str | None]:
@@ -99,7 +99,7 @@ def _modelopt_mixed(quantisation: Any) -> Iterable[str | None]:
 
 
 def _compressed(quantisation: Any) -> Iterable[str | None]:
-    """Schemes of compressed-tensors: those that name experts, else all."""
+    """Reads compressed-tensors schemes: those whose target names experts, else all."""
     schemes: Mapping[str, Any] = quantisation.target_scheme_map
     named = {target: scheme for target, scheme in schemes.items() if "expert" in target.lower()}
     return {_scheme(scheme["weights"], scheme.get("input_activations")) for scheme in (named or schemes).values()}
@@ -121,7 +121,7 @@ def _scheme(weights: Any, inputs: Any) -> str | None:
 
 
 def _quark(quantisation: Any) -> Iterable[str | None]:
-    """Schemes of Quark: those of layers that name experts, else the model's."""
+    """Reads Quark schemes: those of layers whose name contains experts, else the model's global one."""
     config: Mapping[str, Any] = quantisation.quant_config
     layers: Mapping[str, Any] = config.get("layer_quant_config") or {}
     named = [scheme for name, scheme in layers.items() if "expert" in name]
@@ -133,7 +133,7 @@ def _global(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _quark_scheme(weight: Any, inputs: Any) -> str | None:
-    if isinstance(weight, list) and len(weight) > 1:  # 4 bit in 8 bit, or in groups under a scale of the tensor
+    if isinstance(weight, list) and len(weight) > 1:  # two levels: 4 bit in 8 bit, or group scales under a tensor scale
         return NVFP4 if any(str(part.get("dtype")).startswith("fp4") for part in weight) else W4A8
     weight = weight[0] if isinstance(weight, list) else weight
     dtype = "" if weight is None else str(weight.get("dtype"))
@@ -154,7 +154,7 @@ def _inc(quantisation: Any) -> Iterable[str | None]:
 
 
 def _online(quantisation: Any) -> Iterable[str | None]:
-    """Quantised while loading: one key for all experts, or shorthands by layer."""
+    """Reads online quantisation: one key for all experts, or shorthands by layer."""
     args = quantisation.args
     if args.moe is not None:
         return {_key(args.moe.weight)}
@@ -187,4 +187,4 @@ TOLD: dict[str, Callable[[Any], Iterable[str | None] | None]] = {
     "inc": _inc,
     "online": _online,
 }
-"""By the name of a quantisation that has to be looked into."""
+"""Functions by quantisation name that read the formats from the configuration."""

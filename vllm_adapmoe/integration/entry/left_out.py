@@ -1,16 +1,16 @@
-"""Whether vLLM was told to leave the plugin out: then nothing of ours runs in it, and nobody there can say so."""
+"""Detects that VLLM_PLUGINS leaves the plugin out: no code of ours runs inside vLLM then to report it."""
 
 import os
 
 from vllm_adapmoe.config import AdapMoEError
 
 NAME = "adapmoe"
-"""Of every entry point of ours."""
+"""Name of all our entry points."""
 REMEDY = f"add {NAME} to it, or unset it"
 
 
 def left_out() -> str | None:
-    """What leaves the plugin out; None: nothing does. VLLM compares names as they stand between two commas."""
+    """Returns the setting that leaves the plugin out, or None. vLLM compares names exactly, spaces included."""
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is None or NAME in allowed.split(","):
         return None
@@ -18,10 +18,10 @@ def left_out() -> str | None:
 
 
 def check_not_left_out() -> None:
-    """Refuses what would need the plugin.
+    """Checks that vLLM will load the plugin.
 
     Raises:
-        AdapMoEError: vLLM was told to leave it out.
+        AdapMoEError: VLLM_PLUGINS leaves it out.
     """
     reason = left_out()
     if reason is not None:

@@ -1,4 +1,4 @@
-"""Refuses, before any weight is read, what cannot work: by name, with the reason and the remedy."""
+"""Refuses, before any weight is read, models and settings that cannot work, with the reason and the remedy."""
 
 import os
 import sys
@@ -21,15 +21,15 @@ from vllm_adapmoe.planning.slot_budget import DeviceMemory, check_budget
 
 LOAD_FORMATS = {"auto", "hf", "safetensors", "fastsafetensors", "pt", "mistral", "npcache", "dummy", "runai_streamer"}
 BITS = {"fp8": 8, "experts_int8": 8, "mxfp4": 4, "gpt_oss_mxfp4": 4}
-"""Of one weight, under quantisations whose settings need not name them."""
+"""Bits of one weight, for quantisations whose settings may omit them."""
 DRAFTS_WITHOUT_EXPERTS = {"ngram", "ngram_gpu", "suffix"}
 
 
 def check_model(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
-    """Checks the model, the features asked for beside it, the budget and the store.
+    """Checks the model, the vLLM features enabled with it, the slot budget and the store.
 
     Raises:
-        AdapMoEError: the first thing found that cannot work.
+        AdapMoEError: names the first setting found that cannot work.
     """
     model = vllm_config.model_config
     if not mentions_experts(model):
@@ -41,7 +41,7 @@ def check_model(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
         raise AdapMoEError("decode=in_place needs a GPU, which reads host memory over a link; set decode=fetch")
     ranks = vllm_config.parallel_config.tensor_parallel_size
     if config.gating.mode == "batch" and ranks > 1:
-        # What a rank drops would depend on what it has resident, and the ranks' shards would not belong together.
+        # What a rank drops would depend on its resident experts, so ranks would sum shards of different experts.
         raise AdapMoEError(
             f"gating.mode=batch does not work with tensor_parallel_size={ranks}: every rank has others resident; "
             "use gating.mode=token"
@@ -58,22 +58,23 @@ def check_model(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
             if is_set:
                 raise AdapMoEError(f"{setting} does not work with enable_expert_parallel=True: {reason}")
     check_budget(config, most, model.get_num_experts_per_tok() or 1, _device_memory(config, vllm_config))
-    # How many experts there are the built model tells; with fewer slots than one layer has, a store is needed for sure.
+    # The number of experts is known only from the built model, but with fewer slots than one layer has experts a store
+    # is certainly needed.
     few_slots = (config.cache_fraction or 1) < 1
     few_slots |= (config.cache_experts or sys.maxsize) < (model.get_num_experts() or 0)
     check_store(config, vllm_config, few_slots)
 
 
 def _device_memory(config: AdapMoEConfig, vllm_config: VllmConfig) -> DeviceMemory:
-    """As far as it is known before there is a model; what else is needed the worker knows."""
-    if vllm_config.parallel_config.use_ray:  # the workers are on other machines, and this one may have no device
+    """Returns the device memory as far as it is known before the model is built; the worker fills in the rest."""
+    if vllm_config.parallel_config.use_ray:  # workers run on other machines; this one may have no device
         return DeviceMemory(sys.maxsize)
     kv_cache = vllm_config.cache_config.kv_cache_memory_bytes
     return replace(usable_memory(config, vllm_config), kv_cache=kv_cache or 0, kv_cache_of="kv_cache_memory_bytes")
 
 
 def feature_checks(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
-    """Everything that experts in slots cannot do: whether it is set, the setting, reason and remedy."""
+    """Returns, for each feature that does not work with slots: whether it is set, its name, and reason with remedy."""
     parallel, model, load = vllm_config.parallel_config, vllm_config.model_config, vllm_config.load_config
     offload, speculative = vllm_config.offload_config, vllm_config.speculative_config
     weights_move = "it moves weights that the expert cache moves already; remove it"
@@ -111,7 +112,10 @@ def feature_checks(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
 
 
 def weight_bits(model: ModelConfig) -> int | None:
-    """Returns the bits of one weight of an expert at least, scales apart: a quantisation may leave experts out."""
+    """Returns the least bits that one expert weight may have, without scales; None if unknown.
+
+    A lower bound: a quantisation may leave experts unquantised.
+    """
     dtype: Any = model.dtype
     if model.quantization is None:
         return int(dtype.itemsize) * 8

@@ -1,4 +1,4 @@
-"""Which model an engine serves, as far as its configuration tells."""
+"""Describes the model that an engine serves, as far as its configuration tells."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ MENTIONS = ("expert", "moe")
 
 
 def model_info(model: ModelConfig) -> ModelInfo:
-    """Returns the model, as a profile names it, before it is built: without its hash and its number of MoE layers."""
+    """Returns the model's `ModelInfo`, as in a profile, but without hash and number of MoE layers: it is not built."""
     return ModelInfo(
         name=Path(model.model).name,
         architecture=model.architectures[0],
@@ -23,15 +23,15 @@ def model_info(model: ModelConfig) -> ModelInfo:
 
 
 def profiled(profile: ModelProfile, path: str) -> dict[str, object]:
-    """Returns what a worker needs to know of a profile, to compare it with the model that is built."""
+    """Returns the part of a profile that a worker compares with the built model."""
     return {"path": path, "model": profile.model.model_dump()}
 
 
 def check_profile(vllm_config: VllmConfig, built: dict[str, int]) -> None:
-    """Compares the layers that are built with those that the profile is of, as far as the configuration did not tell.
+    """Compares the built layers with the profile's model, where the configuration was not enough to compare.
 
     Raises:
-        AdapMoEError: it is the profile of another model.
+        AdapMoEError: the profile is of another model.
     """
     settings = profiled_settings(vllm_config)
     if settings is None:
@@ -44,7 +44,7 @@ def check_profile(vllm_config: VllmConfig, built: dict[str, int]) -> None:
 
 
 def expert_sizes(model: ModelConfig) -> tuple[int, int] | None:
-    """Hidden and intermediate size of a routed expert; None where the configuration does not tell."""
+    """Returns hidden and intermediate size of a routed expert; None if the configuration does not have them."""
     config = model.hf_text_config
     hidden = getattr(config, "hidden_size", None)
     inner = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None)
@@ -52,7 +52,7 @@ def expert_sizes(model: ModelConfig) -> tuple[int, int] | None:
 
 
 def mentions_experts(model: ModelConfig) -> bool:
-    """Whether anything in a model's configuration, however deep, has to do with experts; if not, it has none."""
+    """Returns whether any key in a model's configuration, at any depth, mentions experts; if none does, it has none."""
 
     def names(settings: object) -> bool:
         if isinstance(settings, dict):
@@ -65,9 +65,9 @@ def mentions_experts(model: ModelConfig) -> bool:
 
 
 def most_experts(model: ModelConfig) -> int | None:
-    """Returns how many routed experts a model has at most, over all layers; None where its configuration gives none.
+    """Returns an upper bound of a model's routed experts over all layers; None if its configuration gives no count.
 
-    How many of its layers have experts is seen when it is built.
+    How many of its layers are MoE layers is known only when it is built.
     """
     experts = model.get_num_experts()
     return model.get_total_num_hidden_layers() * experts if experts else None

@@ -1,4 +1,4 @@
-"""Sets `moe_backend` in an engine's configuration, as `--moe-backend` does, or refuses before anything is loaded."""
+"""Sets `moe_backend` in an engine's configuration, as `--moe-backend` does, or refuses before weights are loaded."""
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -14,13 +14,13 @@ logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its le
 
 
 def set_moe_backend(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
-    """Chooses a kernel that computes on slots.
+    """Chooses a kernel that computes on slots, and sets `moe_backend` to it.
 
-    Also where every expert may turn out to be resident, which is not known yet: a kernel that routes by itself would
-    hide the routing from gating, traces and calibration. What the user set stays where it cannot matter.
+    Does so even if every expert may turn out to be resident: a monolithic kernel, which routes by itself, would hide
+    the routing from gating, traces and calibration. A backend that the user set is kept if it makes no difference.
 
     Raises:
-        AdapMoEError: vLLM has no such kernel for these experts on this device, or it is not the one the user set.
+        AdapMoEError: vLLM has no such kernel for these experts on this device, or the user set another one.
     """
     kernel, quantisation = vllm_config.kernel_config, vllm_config.quant_config
     sizes = expert_sizes(vllm_config.model_config)
@@ -55,7 +55,7 @@ def set_moe_backend(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
 
 
 def _surely_resident(config: AdapMoEConfig, vllm_config: VllmConfig) -> bool:
-    """Returns whether the budget holds every expert whatever they weigh, and nothing is gated or traced."""
+    """Returns whether the budget holds every expert whatever its size, and nothing is gated or traced."""
     if config.gating.mode != "off" or config.trace_out is not None:
         return False
     if config.cache_fraction == 1.0:

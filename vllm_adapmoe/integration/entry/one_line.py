@@ -1,4 +1,4 @@
-"""Mistakes of the user end the program with one line instead of a traceback through vLLM."""
+"""Prints a user's mistake as one line instead of a traceback through vLLM."""
 
 import sys
 from types import TracebackType
@@ -7,7 +7,7 @@ from vllm_adapmoe.printable import OneLineError
 
 
 def print_errors_as_one_line() -> None:
-    """From here on; once per process, however often it is called."""
+    """Installs an exception hook that prints a `OneLineError` as one line. Further calls in a process do nothing."""
     if getattr(sys.excepthook, "adapmoe", False):
         return
     previous = sys.excepthook

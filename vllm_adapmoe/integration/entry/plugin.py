@@ -1,12 +1,12 @@
-"""Where vLLM finds us. While its own import is under way nothing here imports it."""
+"""The entry points that vLLM calls. Importing this module imports no vLLM, whose own import may be in progress."""
 
 from typing import Any
 
 
 def announce() -> None:
-    """Platform plugin that offers no platform: it is asked in time to add the `moe_method` argument.
+    """Installs the edits of vLLM; as a platform plugin that offers no platform, it runs early enough for `moe_method`.
 
-    General plugins load when `EngineArgs` is made, too late for `LLM(moe_method=...)` and for the command line.
+    General plugins load when `EngineArgs` is created, too late for `LLM(moe_method=...)` and for the command line.
     """
     from vllm_adapmoe.integration.entry.edits import install_edits
 
@@ -14,15 +14,15 @@ def announce() -> None:
 
 
 def register() -> None:
-    """General plugin: the same for processes where no platform plugin is asked (`VLLM_TARGET_DEVICE=cpu`)."""
+    """Does the same as a general plugin, for processes that load no platform plugins (`VLLM_TARGET_DEVICE=cpu`)."""
     announce()
 
 
 def switch_on(engine_args: Any, vllm_config: Any) -> None:
-    """Configures the engine for the method (`switch.switch_on`), if this vLLM is one that it works with.
+    """Checks the vLLM version, then configures the engine for the method (`switch.switch_on`).
 
     Raises:
-        AdapMoEError: it is not, or a setting or feature of the engine does not go with the method.
+        AdapMoEError: this vLLM is not supported, or a setting or feature of the engine does not work with the method.
     """
     from vllm_adapmoe.integration.entry.one_line import print_errors_as_one_line
     from vllm_adapmoe.integration.entry.version_check import check_version

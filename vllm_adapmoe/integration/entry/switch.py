@@ -1,4 +1,4 @@
-"""Switches the method on in an engine's configuration, whichever way it was asked for."""
+"""Switches the method on in an engine's configuration, whichever way it was requested."""
 
 from typing import Any
 
@@ -35,10 +35,10 @@ SCHEDULERS = {
 
 
 def switch_on(engine_args: Any, vllm_config: VllmConfig) -> None:
-    """Folds `moe_method` and `adapmoe_config` into `additional_config["adapmoe"]`, and names worker and scheduler.
+    """Writes `moe_method` and `adapmoe_config` to `additional_config["adapmoe"]`, and sets worker and scheduler.
 
     Raises:
-        AdapMoEError: contradictory or unknown settings, or a model or feature that cannot work with them.
+        AdapMoEError: settings are contradictory or unknown, or the model or a feature cannot work with them.
     """
     config = _requested(engine_args, vllm_config)
     if engine_args.worker_cls != "auto":
@@ -73,7 +73,7 @@ def switch_on(engine_args: Any, vllm_config: VllmConfig) -> None:
 
 
 def _prepare_graphs(vllm_config: VllmConfig) -> None:
-    """Lets a compiled model be split at MoE blocks; which of them ask the host, the worker knows."""
+    """Adds our ops to vLLM's `splitting_ops`; the worker decides later which MoE blocks use them."""
     from vllm_adapmoe.integration.layers.graph_break import OPS
 
     compilation = vllm_config.compilation_config
@@ -82,7 +82,7 @@ def _prepare_graphs(vllm_config: VllmConfig) -> None:
 
 
 def is_cache_aware(scheduler_cls: Any) -> bool:
-    """Whether a scheduler, a class or the name of one, is made for what this worker reports."""
+    """Returns whether a scheduler, given as class or name, handles this worker's reports (`ExpertCacheScheduler`)."""
     from vllm_adapmoe.integration.scheduler.scheduler import ExpertCacheScheduler
 
     cls = resolve_obj_by_qualname(scheduler_cls) if isinstance(scheduler_cls, str) else scheduler_cls
@@ -90,14 +90,14 @@ def is_cache_aware(scheduler_cls: Any) -> bool:
 
 
 def _profile(config: AdapMoEConfig, vllm_config: VllmConfig) -> ModelProfile | None:
-    """Reads the profile, here where its file is."""
+    """Reads and checks the profile in the front end, whose machine has the file."""
     if config.profile is None:
         return None
     if config.gating.mode != "off" and (vllm_config.model_config.get_num_experts_per_tok() or 2) < 2:
         raise AdapMoEError("gating has nothing to drop: this model uses one expert per token; remove gating")
     profile = ModelProfile.load(config.profile)
     info = model_info(vllm_config.model_config)
-    profile.check(info, config.profile)  # what needs no reading first
+    profile.check(info, config.profile)  # cheap checks before hashing the weights
     if profile.model.hash is not None:
         value = model_hash(vllm_config.model_config, vllm_config.load_config)
         profile.check(info.model_copy(update={"hash": value}), config.profile)
@@ -105,7 +105,7 @@ def _profile(config: AdapMoEConfig, vllm_config: VllmConfig) -> ModelProfile | N
 
 
 def _follow_profile(config: AdapMoEConfig, profile: ModelProfile, additional: dict[str, Any]) -> None:
-    """Chooses the threshold, predicts the loads of each layer by its slots, and names the next-token heads."""
+    """Adds to `additional` what the profile gives: gating plan, expected loads by slots, and next-token heads."""
     plan = plan_gating(config.gating, profile)
     if plan is not None:
         logger.info("%s", describe(plan, profile))
@@ -120,7 +120,7 @@ def _follow_profile(config: AdapMoEConfig, profile: ModelProfile, additional: di
         model = profile.model
         shape = (model.num_layers, model.hidden_size, model.num_experts)
         NextTokenHeads.load(path, profile.heads, *shape)
-        # They are too big to travel with the configuration: every worker reads the file.
+        # Heads are too big to send with the configuration: every worker reads the file.
         additional[HEADS] = {"path": str(path), "hash": profile.heads, "shape": list(shape)}
     elif config.eviction == "next_token":
         raise AdapMoEError(

@@ -1,4 +1,4 @@
-"""Refuses a vLLM that is not supported, when the method is switched on: in one line, with what is missing in it."""
+"""Refuses an unsupported vLLM when the method is switched on, in one line that names what it lacks."""
 
 import importlib
 import importlib.util
@@ -18,25 +18,25 @@ SUPPORTED = f"{OLDEST} to {NEWEST}"
 
 
 def remedy() -> str:
-    """What pip is to install instead."""
+    """Returns the advice to install a supported vLLM."""
     major, minor = NEWEST.split(".")
     return f"install 'vllm>={OLDEST},<{major}.{int(minor) + 1}'"
 
 
 def is_supported(version: str) -> bool:
-    """Whether this is one of the releases that we test with."""
+    """Returns whether this is one of the releases that we test with."""
     release = _release(version)
     return release is not None and Version(OLDEST).release <= release <= Version(NEWEST).release
 
 
 def check_version(version: str | None = None) -> None:
-    """Lets a supported vLLM pass without a look at it, and another one if nothing that we use is missing in it.
+    """Accepts a supported vLLM by its version, and a newer one if it has every name that we use.
 
     Args:
-        version: of vLLM; None: of the one that is installed.
+        version: vLLM's version; None: that of the installed one.
 
     Raises:
-        AdapMoEError: it is older than what we support, or misses something.
+        AdapMoEError: vLLM is older than what we support, or lacks a name that we use.
     """
     if version is None:
         from vllm.version import __version__ as version
@@ -55,17 +55,17 @@ def check_version(version: str | None = None) -> None:
 
 
 def explain_import_error(error: ImportError) -> None:
-    """Says so if an import has failed for a vLLM that is not supported; `error` is another matter if this returns.
+    """Raises if an import failed because vLLM is not supported; returns if `error` has another cause.
 
     Raises:
-        AdapMoEError: as `check_version`.
+        AdapMoEError: as in `check_version`.
     """
     if (error.name or "").partition(".")[0] == "vllm" and importlib.util.find_spec("vllm") is not None:
         check_version()
 
 
 def _release(version: str) -> tuple[int, ...] | None:
-    """Major and minor number; None where there is none, as in a source tree without metadata."""
+    """Returns major and minor number; None if there are none, as in a source tree without metadata."""
     try:
         return Version(version).release[:2]
     except InvalidVersion:
@@ -73,7 +73,7 @@ def _release(version: str) -> tuple[int, ...] | None:
 
 
 def missing() -> Iterator[str]:
-    """Names that our code takes from vLLM and that the installed one does not have; then methods that it asks of us."""
+    """Yields the names that our code uses and the installed vLLM lacks, then its abstract methods that we lack."""
     for module, names in EDITED.items():
         yield from (f"{module}.{name}" for name in names if not exists(f"{module}.{name}"))
     for file in package_files():
@@ -85,7 +85,7 @@ def missing() -> Iterator[str]:
 
 
 def _abstract_methods() -> Iterator[str]:
-    """Of vLLM's base classes, those that our classes do not have."""
+    """Yields abstract methods of vLLM's base classes that our classes do not implement."""
     for file in package_files():
         if file.parent.name != "integration" or file.stem == "__init__":
             continue
@@ -97,7 +97,7 @@ def _abstract_methods() -> Iterator[str]:
 
 
 def exists(path: str) -> bool:
-    """Whether a dotted name is a module of vLLM or leads from one to something."""
+    """Returns whether a dotted name is a module of vLLM or can be resolved from one."""
     parts = path.split(".")
     for count in range(len(parts), 0, -1):
         module = ".".join(parts[:count])
@@ -106,7 +106,7 @@ def exists(path: str) -> bool:
         except ModuleNotFoundError as error:
             if f"{module}.".startswith(f"{error.name}."):
                 continue
-            return True  # it is there, and misses something of others: no affair of a version
+            return True  # the module exists but a dependency of it is missing: not a matter of vLLM's version
         try:
             for name in parts[count:]:
                 found = getattr(found, name)

@@ -1,4 +1,4 @@
-"""Finds what our own code takes from vLLM, by reading it: nothing is imported."""
+"""Finds the names that our own code uses of vLLM, by parsing it: nothing is imported."""
 
 import ast
 from collections.abc import Iterator
@@ -8,25 +8,25 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Use:
-    """A name of vLLM and where our code uses it."""
+    """A name of vLLM and the place where our code uses it."""
 
     path: str
-    """Dotted, from `vllm` on: a module, what is in one, or an attribute of that."""
+    """Dotted path from `vllm` on, to a module, a name in it, or an attribute of that."""
     file: str
     line: int
 
 
 Need = list[list[Use]]
-"""Alternatives: all uses of one of them have to exist."""
+"""Alternative sets of uses, of which all uses of one set have to exist."""
 
 
 def package_files() -> list[Path]:
-    """The files of this package."""
+    """Returns the Python files of this package."""
     return sorted(Path(__file__).parents[2].rglob("*.py"))
 
 
 def needs(path: Path) -> Iterator[Need]:
-    """What a file needs of vLLM: its imports, and the attributes of what it has imported."""
+    """Yields what a file needs of vLLM: its imports, and the attributes it uses of imported names."""
     tree = ast.parse(path.read_text())
     places: dict[str, str] = {}
     yield from _imports(tree.body, path.name, places)
@@ -37,7 +37,7 @@ def needs(path: Path) -> Iterator[Need]:
 
 
 def _imports(body: list[ast.stmt], file: str, places: dict[str, str]) -> Iterator[Need]:
-    """Of statements and what is in them; notes in `places` what each imported name stands for."""
+    """Yields the needs of imports in statements and nested blocks; records each imported name's path in `places`."""
     for node in body:
         if isinstance(node, ast.Import | ast.ImportFrom):
             for path, name in _paths(node):
@@ -54,7 +54,7 @@ def _imports(body: list[ast.stmt], file: str, places: dict[str, str]) -> Iterato
 
 
 def _paths(node: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, str]]:
-    """Dotted path and local name of each thing imported from vLLM."""
+    """Yields dotted path and local name of everything that a statement imports from vLLM."""
     for alias in node.names:
         if isinstance(node, ast.Import):
             path, name = alias.name, alias.asname or alias.name.split(".")[0]
@@ -69,7 +69,7 @@ def _catches_import_error(handler: ast.ExceptHandler) -> bool:
 
 
 def _chains(tree: ast.AST) -> Iterator[ast.Attribute]:
-    """The longest chains of attributes."""
+    """Yields the outermost node of each attribute chain."""
     inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and id(node) not in inner:

@@ -1,1 +1,1 @@
-"""Routed experts in the expert cache: replacements of vLLM's layers."""
+"""Replacements of vLLM's MoE layers, whose routed experts are in the expert cache."""

@@ -1,4 +1,4 @@
-"""Routed experts whose weights live in the expert cache: vLLM's layer, with its parameters replaced by slots."""
+"""vLLM's MoE layer with experts in the expert cache: its parameters are replaced by slots."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 class CachedExperts(StreamedExperts):
-    """Mixin over `RoutedExperts` or a model's own subclass of it.
+    """Mixin over `RoutedExperts`, or a model's subclass of it, that runs experts from the slots of a cache.
 
     While weights load, the layer hands its experts to `loading` and keeps none. Afterwards its parameters are the
-    tensors of a slot pool, `[slots, ...]`, shared with other layers, and `cache` says which expert is where.
-    Where every expert fits, `cache` stays None; without a gate, the layer is then vLLM's own.
+    tensors of a slot pool, `[slots, ...]`, shared with other layers, and `cache` maps experts to slots. If every
+    expert fits, `cache` stays None; without a gate, the layer then runs vLLM's own code.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -38,7 +38,7 @@ class CachedExperts(StreamedExperts):
         super().__init__(*args, **kwargs)
 
     def use_cache(self, cache: ExpertCacheManager) -> None:
-        """Serves from the slots of `cache`. The tensors stay the same objects, for kernels hold on to them."""
+        """Serves from the slots of `cache`. The tensor objects stay the same, because kernels keep references."""
         self.cache = cache
         pool = cache.pool(self.cache_layer)
         self.global_num_experts = pool.num_slots  # kernels count the rows of the weights, which are slots now
@@ -55,13 +55,13 @@ class CachedExperts(StreamedExperts):
 
     def finish_loading(self) -> None:
         super().finish_loading()
-        if self.cache is not None:  # weights are replaced while the engine runs; vLLM keeps the tensors that it had
+        if self.cache is not None:  # weights are replaced while the engine runs, and vLLM keeps its old tensors
             self.use_cache(self.cache)
 
     @property
     def is_stock(self) -> bool:
-        """Whether vLLM's own code runs; `torch.compile` traces what that says when the model is first called."""
-        if self.expert_map is not None:  # vLLM's CPU kernels take no map, and crash over experts of other ranks
+        """Whether vLLM's own code runs; `torch.compile` traces the value at the model's first call."""
+        if self.expert_map is not None:  # vLLM's CPU kernels take no map, and crash on experts of other ranks
             return False
         return self.cache is None and self.gating is None and self.probe is None and self.predictor is None
 
@@ -76,22 +76,22 @@ class CachedExperts(StreamedExperts):
         if self.is_stock:
             return super().forward_modular(x, topk_weights, topk_ids, shared_experts, shared_experts_input)
         if self.apply_router_weight_on_input:
-            # Here, where torch.compile sees it among what is around, as in vLLM's own layer (`prepare_finalize/`).
+            # Outside the opaque op, so that torch.compile can fuse it, as in vLLM's own layer (`prepare_finalize/`).
             x = x * topk_weights.to(x.dtype)
-        # Opaque to torch.compile: what is missing or dropped is known only when the ids and weights are.
+        # Opaque to torch.compile: misses and dropped experts depend on the values of ids and weights.
         return torch.ops.vllm.adapmoe_routed_experts(x, topk_weights, topk_ids, self.layer_name)
 
     def run_experts(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
-        """Experts of one step: gates, acquires slots for what is kept, and runs vLLM's kernel on the slots.
+        """Runs the layer's experts for one step: gates, acquires slots for the kept ones, runs vLLM's kernel on them.
 
         Args:
-            x: `[tokens, hidden]`, times its weight under `apply_router_weight_on_input`.
+            x: `[tokens, hidden]`, already multiplied by its weight under `apply_router_weight_on_input`.
             topk_weights: `[tokens, top_k]`, float32.
             topk_ids: `[tokens, top_k]`, int32, logical expert ids.
 
         Returns:
-            `[tokens, hidden]`, dtype of `x`. Without a gate and with one wave bit-identical to stock vLLM; otherwise
-            pairs of token and expert are summed in float32, so that a token's output does not depend on its batch.
+            `[tokens, hidden]`, dtype of `x`. Bit-identical to stock vLLM without a gate and with one wave; otherwise
+            (token, expert) pairs are summed in float32, so that a token's output does not depend on its batch.
         """
         context = get_forward_context()
         if self._is_dummy_run(context):
@@ -115,7 +115,7 @@ class CachedExperts(StreamedExperts):
                 step = others
 
     def _is_dummy_run(self, context: ForwardContext) -> bool:
-        """Profiling, warm-up and the capture of graphs: their ids mean nothing and must load nothing."""
+        """Whether this is profiling, warm-up or graph capture, whose ids are arbitrary and must load nothing."""
         return not context.attn_metadata or not self.loading.in_step
 
     def _run_dummy(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
@@ -124,7 +124,7 @@ class CachedExperts(StreamedExperts):
     def _read_step(
         self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, padding: torch.Tensor | None
     ) -> StepRouting:
-        """What the host has to know of a step's routing, read from the device at once."""
+        """Gates a step where possible on the device, and copies its routing to the host in one transfer."""
         gate = self.gating
         gated = None if gate is None else gate.alone(weights)
         on_host = weights if gate is not None and gated is None else None
@@ -146,7 +146,7 @@ class CachedExperts(StreamedExperts):
         return StepRouting(x, weights, host_ids, real, keep, product)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor | None:
-        """What later layers are predicted from, if it has to be read with the routing."""
+        """Returns the product that later layers are predicted from, if it is to be copied together with the routing."""
         return None
 
     def _run_step(self, step: StepRouting) -> torch.Tensor:
@@ -176,11 +176,11 @@ class CachedExperts(StreamedExperts):
 
     @property
     def slots(self) -> int:
-        """Experts that this layer can have resident at once."""
+        """Number of experts that this layer can have resident at once."""
         return self.local_num_experts if self.cache is None else self.cache.capacity(self.cache_layer)
 
     def _present(self) -> torch.Tensor:
-        """Bool `[local experts]`, on the host: what needs no fetch."""
+        """Returns bool `[local experts]`, on the host: experts that need no fetch."""
         if self.cache is None:
             return torch.ones(self.local_num_experts, dtype=torch.bool)
         return self.cache.present(self.cache_layer)
@@ -188,7 +188,7 @@ class CachedExperts(StreamedExperts):
     def _acquire(
         self, experts: Sequence[int], prediction: "LayerPrediction | None", others: Sequence[int] = ()
     ) -> torch.Tensor:
-        """Waits until all of them are there; returns `_slot_map()`."""
+        """Waits until all `experts` are resident; returns `_slot_map()`."""
         for _ in self._arrivals(experts, prediction, others):
             pass
         return self._slot_map()
@@ -196,7 +196,7 @@ class CachedExperts(StreamedExperts):
     def _arrivals(
         self, experts: Sequence[int], prediction: "LayerPrediction | None", others: Sequence[int] = ()
     ) -> Iterator[Sequence[int]]:
-        """`ExpertCacheManager.arrivals`; all at once where every expert is resident."""
+        """Yields experts as they become resident (`ExpertCacheManager.arrivals`); all at once without a cache."""
         observe, expected = (None, None) if prediction is None else (prediction.observe, prediction.expected)
         if self.cache is not None:
             yield from self.cache.arrivals(self.cache_layer, experts, others, observe, expected)
@@ -207,7 +207,7 @@ class CachedExperts(StreamedExperts):
             yield experts
 
     def _slot_map(self) -> torch.Tensor:
-        """int32 `[experts]`, on the host: row of each expert in the parameters, -1 for one that is absent."""
+        """Returns int32 `[experts]`, on the host: each expert's row in the parameters, -1 if not resident."""
         if self.cache is not None:
             return self.cache.slot_maps[self.cache_layer]
         if self.expert_map is not None:
@@ -219,11 +219,11 @@ class CachedExperts(StreamedExperts):
             self.cache.release(self.cache_layer, experts)
 
     def _run_kept(self, step: StepRouting, keep: torch.Tensor, prediction: "LayerPrediction | None") -> torch.Tensor:
-        """The kept pairs of token and expert (`keep`: bool `[tokens, top_k]`, on the host).
+        """Runs the kept (token, expert) pairs; `keep`: bool `[tokens, top_k]`, on the host.
 
-        Kernels take neither a map nor an absent expert on the CPU: each pair becomes a row with one expert, and what
-        is dropped costs no work. Under expert parallelism this rank's sum is over its own experts, and vLLM adds the
-        ranks' up, as under tensor parallelism.
+        CPU kernels accept neither a map nor an absent expert, so each pair becomes a row with one expert, and dropped
+        pairs cost no work. Under expert parallelism a rank sums over its own experts, and vLLM adds up the ranks'
+        sums, as under tensor parallelism.
         """
         x = step.x
         if self.expert_map is not None:
@@ -236,7 +236,7 @@ class CachedExperts(StreamedExperts):
         return total.to(x.dtype)
 
     def expert_outputs(self, x: torch.Tensor, topk_ids: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Ids `[pairs]` and outputs `[pairs, hidden]` before their weights, of all chosen experts, wave by wave."""
+        """Yields ids `[pairs]` and unweighted outputs `[pairs, hidden]` of all chosen experts, wave by wave."""
         top_k = topk_ids.shape[1]
         token, ids = torch.arange(len(topk_ids)).repeat_interleave(top_k), topk_ids.reshape(-1).long()
         ones = torch.ones(len(ids), 1, dtype=torch.float32, device=x.device)
@@ -251,10 +251,10 @@ class CachedExperts(StreamedExperts):
         ids: torch.Tensor,
         prediction: "LayerPrediction | None",
     ) -> Iterator[tuple[torch.Tensor | slice, torch.Tensor]]:
-        """Runs pairs of token and expert, each expert loaded once; yields which of the pairs, and their outputs."""
+        """Runs (token, expert) pairs, loading each expert once; yields indices of pairs, and their outputs."""
         experts = distinct(ids, self.local_num_experts)
         groups = waves(experts, self.slots)
-        if len(groups) <= 1:  # none: all are other ranks'; still an event, that others follow
+        if len(groups) <= 1:  # none if all are other ranks'; the cache still has to see the event
             yield slice(None), self._run_wave(x, weights, token, ids, experts, prediction, ())
             return
         wave_of = torch.zeros(experts[-1] + 1, dtype=torch.int64)
@@ -275,10 +275,10 @@ class CachedExperts(StreamedExperts):
         prediction: "LayerPrediction | None",
         others: Sequence[int],
     ) -> torch.Tensor:
-        """Outputs `[pairs, hidden]` of pairs whose `experts` can be resident together.
+        """Returns outputs `[pairs, hidden]` of pairs whose `experts` can be resident together.
 
-        Those whose experts are there run while the others' arrive. A pair's output does not depend on the pairs that
-        run with it, and the outputs are summed up later in an order of their own: what arrives when changes nothing.
+        Pairs with resident experts run while other experts are in flight. The order of arrival does not change the
+        result: a pair's output does not depend on the pairs it runs with, and outputs are summed later in fixed order.
         """
         outputs = None
         for arrived in self._arrivals(experts, prediction, others):
@@ -295,11 +295,11 @@ class CachedExperts(StreamedExperts):
         return x.new_empty(0, x.shape[1]) if outputs is None else outputs
 
     def _run_pairs(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Runs rows of `x` with one expert each, `ids` `[rows]` on the host; all of them are resident."""
+        """Runs rows of `x` with one resident expert each; `ids`: `[rows]`, on the host."""
         return self._run_kernel(x, weights, self._slot_map()[ids].unsqueeze(1).to(x.device))
 
     def _run_kernel(self, x: torch.Tensor, topk_weights: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        if self.apply_router_weight_on_input:  # `forward_modular` has, and vLLM would once more
+        if self.apply_router_weight_on_input:  # `forward_modular` has applied it; vLLM would apply it again
             topk_weights = torch.ones_like(topk_weights)
         output = self.quant_method.apply(
             layer=self,
@@ -314,10 +314,10 @@ class CachedExperts(StreamedExperts):
 
 
 def padding_rows(context: ForwardContext, tokens: int) -> torch.Tensor | None:
-    """Bool `[tokens]`, on the device, True for padding; None: not told.
+    """Returns bool `[tokens]`, on the device, True for padding; None if vLLM does not mark padding.
 
-    Without VLLM_MOE_SKIP_PADDING model runner V2 hands out a buffer that it does not fill
-    (`prepare_inputs` of vllm/v1/worker/gpu/model_runner.py), with what the last capture of a graph left in it.
+    Without VLLM_MOE_SKIP_PADDING, model runner V2 passes a buffer that it does not fill (`prepare_inputs` of
+    vllm/v1/worker/gpu/model_runner.py), which still holds values of the last graph capture.
     """
     if context.is_padding is None or not envs.VLLM_MOE_SKIP_PADDING:
         return None
@@ -325,14 +325,14 @@ def padding_rows(context: ForwardContext, tokens: int) -> torch.Tensor | None:
 
 
 def distinct(ids: torch.Tensor, num_experts: int) -> list[int]:
-    """The distinct expert ids, ascending."""
+    """Returns the distinct expert ids, ascending."""
     if ids.numel() <= 64:
         return sorted(set(ids.view(-1).tolist()))
     return torch.bincount(ids.view(-1), minlength=num_experts).nonzero().view(-1).tolist()
 
 
 def _where(ids: torch.Tensor, experts: Sequence[int]) -> torch.Tensor:
-    """Rows of `ids` `[pairs]` that name one of `experts`."""
+    """Returns the indices in `ids` `[pairs]` that are one of `experts`."""
     return torch.isin(ids, torch.tensor(experts, dtype=ids.dtype)).nonzero().view(-1)
 
 

@@ -12,10 +12,10 @@ MODULE_INTERNALS = {"_parameters", "_buffers", "_modules"}
 
 
 def held_tensors(layer: RoutedExperts) -> dict[str, torch.Tensor]:
-    """Every tensor of a layer, its quantisation method and its kernel, each once, by the path that leads to it.
+    """Returns every tensor of a layer, its quantisation method and its kernel, each once, by attribute path.
 
-    Kernels keep more than parameters: scales that they converted for themselves, biases that were replaced since.
-    Parameters come first, and a path is the same whenever the layer is built in the same way.
+    Kernels keep more than parameters, e.g. converted scales and replaced biases. Parameters come first, and paths are
+    reproducible for layers built in the same way.
     """
     found = dict(layer.named_parameters(recurse=False)) | dict(layer.named_buffers(recurse=False))
     seen = {id(tensor) for tensor in found.values()}
@@ -53,16 +53,16 @@ def _may_hold_tensors(module: str) -> bool:
 
 @dataclass
 class ExpertTensors:
-    """A layer's tensors `[experts, ...]` in the kernel's format: what an expert's record is made of."""
+    """A layer's tensors `[experts, ...]` in the kernel's format, whose rows make up the experts' records."""
 
     tensors: dict[str, torch.Tensor]
-    """By path. The objects that kernels hold on to: their memory is replaced, never they."""
+    """Tensors by path. Kernels reference these objects, so their memory is replaced, never the objects."""
     _aliases: list[tuple[torch.Tensor, torch.Size, str]] = field(default_factory=list)
-    """Other objects on the memory of a tensor, with their shape of one expert and its path."""
+    """Other tensor objects that share a tensor's memory: object, its shape per expert, and that tensor's path."""
 
     @classmethod
     def of(cls, held: Mapping[str, torch.Tensor], names: Collection[str]) -> Self:
-        """Those called `names`, in that order, of the tensors `held`.
+        """Selects the tensors called `names`, in that order, from `held`, with their aliases.
 
         Raises:
             KeyError: one of them is not held.
@@ -78,18 +78,18 @@ class ExpertTensors:
         return found
 
     def holds(self, tensor: object) -> bool:
-        """Whether this very object is among them."""
+        """Returns whether this very object is one of the tensors or aliases."""
         return any(tensor is other for other in [*self.tensors.values(), *(alias for alias, _, _ in self._aliases)])
 
     def replace(self, memory: Mapping[str, torch.Tensor]) -> None:
-        """Puts `memory`, tensors `[slots, ...]` by path, under every object, so that kernels read it."""
+        """Points every tensor object at `memory`, tensors `[slots, ...]` by path, so that kernels read it."""
         for name, tensor in self.tensors.items():
             tensor.data = memory[name]
         for alias, shape, name in self._aliases:
             alias.data = memory[name].view(-1, *shape)
 
     def free(self) -> None:
-        """Gives the experts' memory back."""
+        """Frees the experts' memory."""
         for tensor in [*self.tensors.values(), *(alias for alias, _, _ in self._aliases)]:
             tensor.data = tensor.data.new_empty(0)
 

@@ -1,7 +1,7 @@
-"""Notices what a model's own loader copies into experts, past their weight loader.
+"""Tracks copies that a model's own loader makes directly into experts, bypassing their weight loader.
 
-gpt-oss in bf16 does (`GptOssModel._load_weights_other`). Its layers stream like others: one is taken into the store as
-soon as it is complete and the loader goes on to something else, so that no more than two are in memory.
+gpt-oss in bf16 does so (`GptOssModel._load_weights_other`). Its layers stream like others': a layer is moved into the
+store once it is complete and the loader writes elsewhere, so that at most two are in memory.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,12 +21,12 @@ COPY = torch.ops.aten.copy_.default
 
 
 class ExpertWrites(TorchDispatchMode):
-    """Follows every copy into the parameters of the layers' experts while it is active.
+    """Tracks every copy into the layers' expert parameters while it is active.
 
     Args:
-        layers: as they are built; their parameters on the host.
-        is_packed: whether the experts of a layer are in a pack already: nothing is copied, and so their memory is never
-            touched.
+        layers: the built layers, with parameters on the host.
+        is_packed: whether a layer's experts are in a pack already; copies are then skipped, so that their memory is
+            never allocated.
     """
 
     def __init__(self, layers: "Sequence[StreamedExperts]", is_packed: Callable[[int], bool]) -> None:
@@ -39,15 +39,15 @@ class ExpertWrites(TorchDispatchMode):
             if not parameter.is_meta and parameter.numel()
         }
         self._layer: StreamedExperts | None = None
-        """That was written to last."""
+        """Layer written to last."""
         self._written: dict[str, dict[tuple, int]] = {}
-        """Of it, by parameter: numbers copied into each part, once for each part however often it was written."""
+        """Elements copied into that layer, by parameter and part; a part written repeatedly counts once."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is COPY:
             target = args[0]
             layer, name = self._places.get(target.untyped_storage().data_ptr(), (None, ""))
-            # A finished layer's memory is free, and may be anything else's by now.
+            # A finished layer's memory has been freed and may be reused.
             if layer is not None and layer.finished:
                 layer = None
             if layer is not self._layer:
@@ -62,7 +62,7 @@ class ExpertWrites(TorchDispatchMode):
 
     def _leave(self) -> None:
         layer = self._layer
-        # What comes through the weight loader is counted there.
+        # Layers that use the weight loader finish by its own count.
         if layer is None or layer.finished or layer.has_arrivals or self.is_packed(layer.cache_layer):
             return
         written = {name: sum(parts.values()) for name, parts in self._written.items()}
@@ -71,11 +71,11 @@ class ExpertWrites(TorchDispatchMode):
 
 
 class MappedMemory(TorchFunctionMode):
-    """Maps the memory of large new tensors on the host, instead of taking it from the heap.
+    """Allocates large new host tensors with `mmap` instead of from the heap.
 
-    It is taken when it is written to, also where a quantisation method makes zeros: of all layers, before the first
-    weight is there. And it is given back at once when a layer has been taken into the store; the heap would keep what
-    is freed below its end (glibc: of up to 32 MiB each).
+    Their pages are allocated only when written, even where a quantisation method creates zeros for all layers before
+    the first weight is loaded. And they are returned to the system as soon as a layer is in the store; the heap would
+    keep freed blocks below its end (glibc: up to 32 MiB each).
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -96,6 +96,6 @@ class MappedMemory(TorchFunctionMode):
 
 @contextmanager
 def on_host() -> Iterator[None]:
-    """While it lasts, tensors are made on the host, large ones in memory of their own."""
+    """Creates tensors on the host inside the context, large ones in memory of their own (`MappedMemory`)."""
     with torch.device("cpu"), MappedMemory():
         yield

@@ -1,4 +1,4 @@
-"""Adaptive gating in a layer: the rules of `gating`, applied to what vLLM's router chose."""
+"""Applies the adaptive gating rules of `vllm_adapmoe.gating` to the experts that vLLM's router chose in a layer."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,19 +11,19 @@ from vllm_adapmoe.gating.rules import Gated, gate_batch, gate_by_weight, gate_to
 
 @dataclass
 class GateStats:
-    """Counted since the gate was set, for one layer."""
+    """Counters of one layer since its gate was set."""
 
     gated_tokens: int = 0
     kept_experts: int = 0
     loss_spent: float = 0.0
-    """Nats that all dropping together is predicted to have cost, before the profile's scale."""
+    """Predicted loss of all dropping so far, in nats, before the profile's scale."""
 
 
 class LayerGate:
-    """Gate of one layer.
+    """Adaptive gate of one layer: decides which of the chosen experts each token keeps.
 
     Args:
-        plan: the rule and its numbers.
+        plan: the gating rule and its parameters.
         layer: index among the model's MoE layers.
     """
 
@@ -31,12 +31,12 @@ class LayerGate:
         self.plan = plan
         self.sensitivity = plan.sensitivity[layer]
         self.threshold = plan.threshold
-        """Nats, from here on; moves where a budget is spent (`LossBudget`)."""
+        """Current threshold in nats; `LossBudget` adjusts it if a loss budget is set."""
         self.stats = GateStats()
         self._generator = torch.Generator().manual_seed(layer)
 
     def alone(self, weights: torch.Tensor) -> Gated | None:
-        """What each token keeps by itself, on the device of `weights` `[tokens, top_k]`; None: it takes the batch."""
+        """Gates each token by itself, on the device of `weights` `[tokens, top_k]`; None if the rule needs a batch."""
         plan = self.plan
         if plan.rule == "token":
             return gate_tokens(weights, self.sensitivity, self.threshold)
@@ -48,22 +48,22 @@ class LayerGate:
         return gate_to_count(weights, plan.experts, self._generator)
 
     def with_batch(self, weights: torch.Tensor, ids: torch.Tensor, present: Callable[[], torch.Tensor]) -> Gated:
-        """What the batch keeps.
+        """Gates the tokens of a batch together, by which experts are resident.
 
         Args:
             weights: `[tokens, top_k]`, float32, on the host.
             ids: `[tokens, top_k]`, on the host.
-            present: gives bool `[experts]`, on the host: those that need no fetch.
+            present: returns bool `[experts]`, on the host: experts that need no fetch.
         """
         return gate_batch(weights, ids, self.sensitivity, self.threshold, present())
 
     def count(self, keep: torch.Tensor, cost: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
-        """Counts what has been gated; returns what real tokens keep.
+        """Adds a step to `stats`; returns `keep` with padding masked out.
 
         Args:
             keep: bool `[tokens, top_k]`, on the host.
             cost: float64 `[tokens]`, on the host.
-            real: bool `[tokens]`, on the host; False for padding, which keeps nothing. None: all are real.
+            real: bool `[tokens]`, on the host; False for padding, which keeps nothing. None: no padding.
         """
         if real is not None:
             keep, cost = keep & real.unsqueeze(1), cost[real]
@@ -74,5 +74,5 @@ class LayerGate:
 
 
 def total(stats: Sequence[GateStats]) -> dict[str, float]:
-    """Sums over layers: tokens times layers, experts that they kept, and the loss that was predicted of it."""
+    """Sums counters over layers: gated tokens (once per layer), kept experts, and predicted loss."""
     return {key: sum(getattr(one, key) for one in stats) for key in ("gated_tokens", "kept_experts", "loss_spent")}

@@ -1,4 +1,4 @@
-"""MoE blocks between CUDA graphs: the op at which vLLM splits a compiled model, for blocks that ask the host."""
+"""Splits MoE blocks that need the host out of CUDA graphs, by ops at which vLLM splits the compiled model."""
 
 import torch
 from vllm.config import CompilationConfig, CUDAGraphMode
@@ -15,7 +15,7 @@ LayerName = moe_runner._layer_name_type
 
 
 def is_capturing() -> bool:
-    """Whether what is launched now goes into a CUDA graph instead of running."""
+    """Returns whether the current stream is being captured into a CUDA graph."""
     return torch.version.cuda is not None and torch.cuda.is_current_stream_capturing()
 
 
@@ -63,11 +63,11 @@ direct_register_custom_op(
 
 
 def break_graph_at(runner: MoERunner) -> bool:
-    """Lets a block run between two CUDA graphs, if vLLM splits the model at `OPS`; returns whether it can.
+    """Makes a block run between two CUDA graphs, if vLLM splits the model at `OPS`; returns whether it can.
 
-    The later graph reads the block's output where it was when the graph was captured. So the op does not return it: it
-    writes into memory that the earlier graph has allocated, as attention does. A runner that goes through an op of its
-    own does return it, and cannot be split at (`TransformersMoERunner`).
+    The later graph reads the block's output at the address of its capture. So the op does not return its output but
+    writes it into memory that the earlier graph has allocated, as attention does. A runner that uses an op of its own
+    returns its output, and cannot be split (`TransformersMoERunner`).
     """
     if type(runner).forward is not MoERunner.forward:
         return False
@@ -105,8 +105,8 @@ def _entry_shared(
 
 
 def graphs_without_host(config: CompilationConfig, most_tokens: int, in_pieces: bool = True) -> None:
-    """Graphs of whole decode steps of at most `most_tokens`, and, with `in_pieces`, pieces of other such steps."""
-    if config.cudagraph_mode == CUDAGraphMode.FULL:  # of prompts too
+    """Configures full graphs for decode steps of at most `most_tokens`, and piecewise ones if `in_pieces`."""
+    if config.cudagraph_mode == CUDAGraphMode.FULL:  # would capture prompts, too
         config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
     if not in_pieces and config.cudagraph_mode.has_piecewise_cudagraphs():
         full = config.cudagraph_mode.has_full_cudagraphs()
@@ -118,7 +118,7 @@ def graphs_without_host(config: CompilationConfig, most_tokens: int, in_pieces: 
 
 
 def graphs_in_pieces(config: CompilationConfig, in_pieces: bool = True) -> None:
-    """Every step asks the host: no graph of a whole one, and none at all where the model cannot be split."""
+    """Configures piecewise graphs only, as every step needs the host; none if the model cannot be split."""
     mode = config.cudagraph_mode
     if mode.has_full_cudagraphs():
         pieces = mode == CUDAGraphMode.FULL or mode.has_piecewise_cudagraphs()

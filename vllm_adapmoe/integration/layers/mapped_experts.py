@@ -1,4 +1,4 @@
-"""Routed experts of a GPU: kernels that skip what a map leaves out, and steps that do not wait for the host."""
+"""Cached experts on a GPU: kernels that skip experts absent from a map, and steps that do not wait for the host."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
 
 
 class MappedExperts(CachedExperts):
-    """`CachedExperts` on a GPU.
+    """`CachedExperts` on a GPU, where kernels find experts through a map from expert to slot.
 
-    Ids stay those of the layer's experts. With every call goes a map from expert to row of the slots, in which what is
-    absent, in another wave or dropped has no row; what is dropped has an id of its own, one more than there are experts
-    (`slot_kernels`). Slots as ids would be simpler, but vLLM sorts pairs for fewer than 1024 experts only, and a pool
-    for all layers has more slots than that.
+    Ids stay expert ids, and every kernel call gets a map from expert to slot row. Experts absent, dropped or in
+    another wave have no row; dropped pairs get an id of their own, the number of experts (`slot_kernels`). Slots as ids
+    would be simpler, but vLLM sorts pairs for fewer than 1024 experts only, and a pool shared by all layers has more
+    slots than that.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.deferred: DeferredRouting | None = None
         self.in_place: InPlaceDecode | None = None
         self._on_slots = False
-        """`use_slot_kernel` was called."""
+        """Whether `use_slot_kernel` was called."""
         self._row_of: torch.Tensor | None = None
-        """int32 `[experts + 1]`, on the device, while a kernel runs that is to use it."""
+        """Map from expert to slot row for the running kernel, int32 `[experts + 1]`, on the device; else None."""
         self._whole: tuple[bytes, torch.Tensor] | None = None
-        """Slots of a layer that is resident as a whole, and its map."""
+        """Cached device map of a fully resident layer, with the bytes of the slot map it was made from."""
         super().__init__(*args, **kwargs)
 
     def use_cache(self, cache: ExpertCacheManager) -> None:
@@ -48,10 +48,10 @@ class MappedExperts(CachedExperts):
         self.global_num_experts = native
 
     def use_slot_kernel(self) -> None:
-        """Lets the kernel that vLLM has chosen work on slots, through a map.
+        """Makes the kernel that vLLM has chosen work on slots, through a map.
 
         Raises:
-            AdapMoEError: it cannot.
+            AdapMoEError: the kernel does not support it.
         """
         kernel = kernel_of(self)
         if not takes_slots(kernel):
@@ -64,7 +64,7 @@ class MappedExperts(CachedExperts):
 
     def finish_loading(self) -> None:
         super().finish_loading()
-        if self._on_slots:  # with replaced weights comes another kernel
+        if self._on_slots:  # replacing weights creates a new kernel
             self.use_slot_kernel()
 
     @property
@@ -73,7 +73,7 @@ class MappedExperts(CachedExperts):
 
     def run_experts(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         context = get_forward_context()
-        # The mode in the context does not tell: model runner V2 captures whole steps with CUDAGraphMode.NONE.
+        # Not by the mode in the context: model runner V2 captures whole steps with CUDAGraphMode.NONE.
         capturing = is_capturing()
         if self.in_place is not None and (self.in_place.running or capturing):
             if len(x) > self.in_place.routing.tokens:
@@ -104,13 +104,13 @@ class MappedExperts(CachedExperts):
         )
 
     def _whole_layer(self) -> AbstractContextManager[bool]:
-        """`ExpertCacheManager.whole_layer`; where every expert is resident, every layer is whole."""
+        """Pins the layer if it is fully resident (`ExpertCacheManager.whole_layer`); yields whether it is."""
         return nullcontext(True) if self.cache is None else self.cache.whole_layer(self.cache_layer)
 
     def _choose(
         self, weights: torch.Tensor, ids: torch.Tensor, context: ForwardContext
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Weights after gating, int32 ids with -1 for what is dropped or padding, and what dropping costs."""
+        """Gates on the device: returns weights, int32 ids with -1 for dropped and padding, and the cost of dropping."""
         ids, costs = ids.int(), None
         if self.gating is not None:
             gated = self.gating.alone(weights)
@@ -125,7 +125,7 @@ class MappedExperts(CachedExperts):
     def _run_whole_layer(
         self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, context: ForwardContext
     ) -> torch.Tensor:
-        """Every expert is resident: nobody on the host has to know now what was chosen."""
+        """Runs a fully resident layer without the host, which reads the recorded routing later."""
         assert self.deferred is not None
         if self.predictor is not None and self.cache_layer == 0:
             self.predictor.pass_first_layer()
@@ -139,14 +139,14 @@ class MappedExperts(CachedExperts):
         return self._run_mapped(x, weights, ids.to(topk_ids.dtype), self._whole[1])
 
     def _run_dummy(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
-        """Warms up and takes the memory of what a step of so many tokens runs, whatever is in the slots."""
+        """Runs the kernels of a step of this size on arbitrary slots, to warm up and to allocate the same memory."""
         if self.in_place is not None and len(x) <= self.in_place.routing.tokens:
             weights, ids, costs = self._choose(topk_weights, topk_ids, get_forward_context())
             return self.in_place.warm_up(self.cache_layer, x, weights, ids, costs)
         held = self.local_num_experts if self.cache is None else self.cache.pool(self.cache_layer).num_slots
         rows = torch.arange(self.local_num_experts, dtype=torch.int32).clamp(max=held - 1)
         output = self._run_mapped(x, topk_weights, topk_ids, self._rows(rows, x.device))
-        if self.slots < self.local_num_experts:  # the sum over waves takes memory beside one wave's output
+        if self.slots < self.local_num_experts:  # the sum over waves takes memory in addition to one wave's output
             output = torch.zeros(x.shape, dtype=torch.float32, device=x.device).add_(output).to(x.dtype)
         return output
 
@@ -160,7 +160,7 @@ class MappedExperts(CachedExperts):
         return self._run_kept(step, step.all_kept() if step.keep is None else step.keep, prediction)
 
     def _run_kept(self, step: StepRouting, keep: torch.Tensor, prediction: "LayerPrediction | None") -> torch.Tensor:
-        """The kept pairs of token and expert, wave by wave; a wave runs when all of it is there."""
+        """Runs the kept (token, expert) pairs wave by wave, each once all of its experts are resident."""
         x, experts = step.x, distinct(step.ids[keep], self.local_num_experts)
         ids = to_device(torch.where(keep, step.ids, self.local_num_experts), x.device)
         groups = waves(experts, self.slots)
@@ -205,18 +205,18 @@ class MappedExperts(CachedExperts):
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A small host tensor on the device, without waiting for what the device is at."""
+    """Copies a small host tensor to the device without synchronising with it."""
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def kernel_of(layer: Any) -> Any:
-    """The kernel that vLLM has chosen for a layer, a `RoutedExperts`: its quantisation method, where that runs them."""
+    """Returns the kernel that vLLM chose for a `RoutedExperts` layer, or its quantisation method if that runs them."""
     kernel = getattr(layer.quant_method, "moe_kernel", None)
     return layer.quant_method if kernel is None else kernel.fused_experts
 
 
 def in_place_obstacle(layer: CachedExperts, cache: ExpertCacheManager) -> str | None:
-    """Why a layer's experts cannot be read in place; None: they can."""
+    """Returns why a layer's experts cannot be read in place; None if they can."""
     layout = {piece.name: piece for piece in cache.store.layouts[layer.cache_layer].pieces}
     if set(layout) != {GATE_UP, DOWN} or layout[DOWN].dtype not in (torch.bfloat16, torch.float16):
         return "its experts are quantised, or have biases"

@@ -1,4 +1,4 @@
-"""Runs vLLM's expert kernels on a pool of slots: pairs are sorted by expert, then blocks are mapped to slots."""
+"""Runs vLLM's expert kernels on a pool of slots: sorts pairs by expert, then maps blocks to slots."""
 
 from collections.abc import Callable, Mapping
 from types import FunctionType, SimpleNamespace
@@ -11,24 +11,25 @@ from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_
 
 
 def takes_slots(experts: object) -> bool:
-    """Whether `run_on_slots` knows the class of a kernel: others do not skip absent experts, or sort in ways of their
-    own."""
+    """Returns whether `run_on_slots` supports a kernel's class.
+
+    Other classes do not skip absent experts, or sort pairs by other means.
+    """
     return type(experts) in _BINDINGS
 
 
 def run_on_slots(experts: FusedMoEExpertsModular, num_experts: int) -> None:
-    """Lets a kernel read weights `[slots, ...]` through a map `[num_experts + 1]`.
+    """Makes a kernel instance read weights `[slots, ...]` through a map `[num_experts + 1]`.
 
-    vLLM's `moe_align_block_size` counts pairs by the *mapped* id, in a histogram with one bin for each expert (fewer
-    than 1024): a slot number is not one of them (csrc/moe/moe_align_sum_kernels.cu, `get_local_expert_id`). The kernels
-    themselves only want a row of the weights for each block. So `apply` of this instance is vLLM's own code, in which
-    the calls that sort pairs and choose tiles go to the functions below.
+    vLLM's `moe_align_block_size` counts pairs by the *mapped* id, in a histogram with one bin per expert (fewer than
+    1024), so slot numbers do not fit (csrc/moe/moe_align_sum_kernels.cu, `get_local_expert_id`). The kernels themselves
+    only need a weight row for each block. So `apply` of this instance runs vLLM's own code, with the calls that sort
+    pairs and choose tiles redirected to the functions below.
 
     Args:
-        experts: `takes_slots`.
-        num_experts: of the layer; `apply` is to be given `expert_map`, int32 `[num_experts + 1]`, with the row of each
-            expert, -1 where it is absent, and -1 at the end: the row of the id `num_experts`, for pairs that are
-            dropped.
+        experts: a kernel that `takes_slots`.
+        num_experts: number of experts of the layer. `apply` must be given `expert_map`, int32 `[num_experts + 1]`: the
+            row of each expert, -1 if absent, and a final -1 for the id `num_experts`, which dropped pairs have.
     """
     names = _BINDINGS[type(experts)](num_experts)
     experts.apply = _bound_again(type(experts).apply, names).__get__(experts)  # type: ignore[method-assign]
@@ -42,16 +43,16 @@ def align_on_slots(
     pad_sorted_ids: bool = False,
     ignore_invalid_experts: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`moe_align_block_size` for a map to slots: sorts by expert, then maps the expert of each block.
+    """Replaces `moe_align_block_size` for a map to slots: sorts by expert, then maps the expert of each block.
 
     Args:
-        topk_ids: integer `[tokens, top_k]`, 0 to the number of experts.
+        topk_ids: integer `[tokens, top_k]`, from 0 to the number of experts, inclusive.
         block_size: rows of a block.
-        num_experts: as the caller counts them; the map tells.
-        expert_map: `run_on_slots`; None: ids are rows of the weights already.
-        pad_sorted_ids: `moe_align_block_size`.
-        ignore_invalid_experts: pairs of absent experts get no block, and their rows are never written. Otherwise they
-            get blocks of row -1, for which kernels write zeros.
+        num_experts: the caller's count; used only without `expert_map`.
+        expert_map: as in `run_on_slots`; None: ids are weight rows already.
+        pad_sorted_ids: as in `moe_align_block_size`.
+        ignore_invalid_experts: if set, pairs of absent experts get no block, and their rows are never written.
+            Otherwise they get blocks of row -1, for which kernels write zeros.
     """
     if expert_map is None:
         return moe_align_block_size(topk_ids, block_size, num_experts, None, pad_sorted_ids)
@@ -75,15 +76,15 @@ def _tiles_for(num_experts: int) -> Callable[..., dict[str, int]]:
     choose = triton_moe.try_get_optimal_moe_config
 
     def choose_tiles(w1_shape: tuple[int, ...], w2_shape: tuple[int, ...], *args: Any, **kwargs: Any) -> dict[str, int]:
-        # Tuned tiles are looked up by the number of experts, of which each gets its share of the tokens: not of slots.
+        # Tuned tiles are looked up by the number of experts that share the tokens, not by the number of slots.
         return choose((num_experts, *w1_shape[1:]), (num_experts, *w2_shape[1:]), *args, **kwargs)
 
     return choose_tiles
 
 
 def _marlin(num_experts: int) -> dict[str, Any]:
-    # The size of blocks follows the tokens of an expert: ceil(tokens * slots / experts) * top_k / slots. Rounded up, it
-    # would depend on the number of slots, and with it the order in which Marlin adds up.
+    # Marlin sizes blocks by the tokens per expert: ceil(tokens * slots / experts) * top_k / slots. Rounding would make
+    # the size, and so Marlin's order of summation, depend on the number of slots.
     exact = SimpleNamespace(ceil=lambda tokens: tokens)
     names = {"moe_align_block_size": align_on_slots, "math": exact}
     return {"fused_marlin_moe": _bound_again(marlin_moe.fused_marlin_moe, names)}
@@ -97,14 +98,14 @@ _BINDINGS: dict[type, Callable[[int], dict[str, Any]]] = {
 
 
 KERNELS = frozenset(cls.__name__ for cls in _BINDINGS)
-"""Names of the classes that `run_on_slots` knows."""
+"""Names of the kernel classes that `run_on_slots` supports."""
 
 
 def _bound_again(function: Any, names: Mapping[str, Any]) -> FunctionType:
-    """The same code, for which some global names mean something else; other callers of the function see no change.
+    """Returns a copy of a function with some global names rebound; the original is unchanged.
 
     Raises:
-        AttributeError: the function's module does not have such a name: the code is not what it was.
+        AttributeError: the function does not use such a name, so vLLM's code has changed.
     """
     module = function.__globals__
     for name in names:

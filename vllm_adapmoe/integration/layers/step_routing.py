@@ -1,4 +1,4 @@
-"""What a layer's step chose, on the host, where it is decided what to fetch."""
+"""A layer's routing of one step, on the host, which decides what to fetch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,28 +8,28 @@ import torch
 
 @dataclass(frozen=True)
 class StepRouting:
-    """Of one layer."""
+    """Routing of one step in one layer."""
 
     x: torch.Tensor
-    """`[tokens, hidden]`, on the device."""
+    """Input of the experts, `[tokens, hidden]`, on the device."""
     weights: torch.Tensor
-    """float32 `[tokens, top_k]`, on the device, after gating."""
+    """Router weights after gating, float32 `[tokens, top_k]`, on the device."""
     ids: torch.Tensor
-    """Integer `[tokens, top_k]`, on the host, logical expert ids."""
+    """Logical expert ids, integer `[tokens, top_k]`, on the host."""
     real: torch.Tensor | None
-    """Bool `[tokens]`, on the host: False for padding; None: there is none."""
+    """Bool `[tokens]`, on the host: False for padding; None: no padding."""
     keep: torch.Tensor | None
-    """Bool `[tokens, top_k]`, on the host: what gating keeps of the real tokens; None: nothing is gated."""
+    """Bool `[tokens, top_k]`, on the host: experts that gating keeps, none for padding; None: no gating."""
     product: torch.Tensor | None = None
-    """float32 `[tokens, columns]`, on the host: `GateStack.product` of the input; None: not made yet."""
+    """`GateStack.product` of the input, float32 `[tokens, columns]`, on the host; None: not computed yet."""
 
     def all_kept(self) -> torch.Tensor:
-        """`keep`, where nothing is gated."""
+        """Returns the `keep` of a step without gating: everything but padding."""
         keep = torch.ones(self.ids.shape, dtype=torch.bool)
         return keep if self.real is None else keep & self.real.unsqueeze(1)
 
     def without(self, failed: torch.Tensor) -> "StepRouting | None":
-        """The same step, in which rows that have failed need what another row needs; None: no row is left.
+        """Returns the step with failed rows given a healthy row's experts; None if no healthy row is left.
 
         Args:
             failed: bool `[tokens]`, on the host.
@@ -42,7 +42,7 @@ class StepRouting:
 
 
 def read_together(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """Tensors of one device on the host, None where None was given: one copy, and one wait."""
+    """Copies tensors of one device to the host in one transfer with one wait; None stays None."""
     given = [tensor for tensor in tensors if tensor is not None]
     if all(tensor.device.type == "cpu" for tensor in given):
         return list(tensors)
@@ -51,12 +51,12 @@ def read_together(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
 
 
 def pack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The bytes of `tensors` in one, uint8: the widest dtype first, so that each starts where it can be read."""
+    """Concatenates the bytes of `tensors` as uint8, widest dtype first, so that each starts aligned."""
     return torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in sorted(tensors, key=_width)])
 
 
 def unpack(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Views of `pack(like)`, in the order of `like`."""
+    """Returns the tensors in `flat`, made by `pack(like)`, as views in the order of `like`."""
     views: dict[int, torch.Tensor] = {}
     start = 0
     for tensor in sorted(like, key=_width):

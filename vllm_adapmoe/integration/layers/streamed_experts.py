@@ -1,4 +1,4 @@
-"""Routed experts whose weights stream into a store while vLLM loads them."""
+"""MoE layers whose expert weights stream into a store while vLLM loads them."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,31 +20,32 @@ if TYPE_CHECKING:
 
 
 SHAPE = "_weight_shape"
-"""What compressed-tensors stores beside packed weights. VLLM's reloading counts elements, those of a shape that two
-halves share twice, and so takes a layer for whole before the last shape has come (`online_process_loader` of 0.32)."""
+"""Suffix of the shapes that compressed-tensors stores beside packed weights. vLLM's reloading counts elements, and a
+shape shared by two halves twice, so it considers a layer complete before its last shape has been loaded
+(`online_process_loader` of 0.32)."""
 
 
 class StreamedExperts(RoutedExperts):
-    """Mixin over `RoutedExperts` or a model's own subclass of it: hands its experts to `loading` and keeps none."""
+    """Mixin over `RoutedExperts`, or a model's subclass of it, that hands its experts to `loading` and keeps none."""
 
     loading: "ExpertLoading"
     cache_layer: int
     """Index among the model's MoE layers."""
     expert_tensors: ExpertTensors
-    """What slots take the place of; made when loading has finished, unless every expert is resident."""
+    """Tensors whose memory slots replace; set when loading has finished, unless every expert is resident."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._arrived: set[tuple[str, int | None, str]] = set()
-        """Parameter, expert and shard of every weight that came through `weight_loader`."""
+        """Parameter, expert and shard of every weight that `weight_loader` has received."""
         self._first_arrivals: set[tuple[str, int | None, str]] | None = None
-        """`_arrived` of the first loading, once weights have been replaced since."""
+        """`_arrived` of the first load; set once weights are being or have been replaced."""
         self._finished = False
         self.serving = False
-        """The model is loaded, and none of its weights is expected."""
+        """Whether the model is loaded and no weights are expected."""
         super().__init__(*args, **kwargs)
 
     def _get_quant_method(self, *args: Any, **kwargs: Any) -> FusedMoEMethodBase:
-        # The weight loader dispatches on the name of the method's class, so its instance is wrapped, not its class.
+        # The weight loader dispatches on the class name of the method, so the instance is wrapped, not the class.
         method = super()._get_quant_method(*args, **kwargs)
         create_weights = method.create_weights
         process_weights = method.process_weights_after_loading
@@ -67,16 +68,16 @@ class StreamedExperts(RoutedExperts):
 
     @property
     def finished(self) -> bool:
-        """Whether the experts have been handed over."""
+        """Whether the experts have been handed to `loading`."""
         return self._finished
 
     @property
     def has_arrivals(self) -> bool:
-        """Whether weights have come through `weight_loader`."""
+        """Whether `weight_loader` has received weights."""
         return bool(self._arrived)
 
     def expert_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters `[local experts, ...]` of the quantisation method: what an expert's record is made of."""
+        """Returns the quantisation method's parameters `[local experts, ...]`, from which records are made."""
         return {
             name: parameter
             for name, parameter in self.named_parameters(recurse=False)
@@ -94,7 +95,7 @@ class StreamedExperts(RoutedExperts):
         expert_id: int,
         return_success: bool = False,
     ) -> bool | None:
-        if self.serving:  # of a trainer that loads into the running model's parameters
+        if self.serving:  # called by a trainer that loads into the running model's parameters
             if not self.loading.all_resident:
                 raise AdapMoEError(
                     f"{weight_name} cannot be loaded into {self.layer_name}, whose experts are in slots; "
@@ -115,7 +116,7 @@ class StreamedExperts(RoutedExperts):
                 "declares, and after the layer was taken into the cache; remove moe_method"
             )
         success = super().weight_loader(param, loaded_weight, weight_name, shard_id, expert_id, return_success=True)
-        # Online quantisation first only counts what would be loaded into parameters without memory.
+        # Online quantisation first makes a dry run on meta parameters, to count what will be loaded.
         if success and not param.is_meta:
             self._note_arrival(param, loaded_weight, shard_id, expert_id)
             if len(self._arrived) == self._expected_arrivals():
@@ -124,12 +125,12 @@ class StreamedExperts(RoutedExperts):
 
     weight_loader.supports_moe_loading = True  # type: ignore[attr-defined]
 
-    @cached_property  # asked for with every tensor of the checkpoint
+    @cached_property  # used for every tensor of the checkpoint
     def _loaded_names(self) -> dict[int, str]:
         return {id(parameter): name for name, parameter in self.expert_parameters().items()}
 
     def _shards(self, name: str) -> tuple[str, ...]:
-        """The checkpoint's names of what a parameter holds of one expert."""
+        """Returns the checkpoint's shard names of one expert in a parameter."""
         if not name.startswith("w13"):
             return ("w2",)
         return ("w1", "w3") if self.moe_config.is_act_and_mul else ("w1",)
@@ -146,36 +147,36 @@ class StreamedExperts(RoutedExperts):
                 self._arrived.add((name, expert, shard))
 
     def _expected_arrivals(self) -> int:
-        # GPTQ makes room for biases that a checkpoint seldom has.
+        # GPTQ allocates biases that few checkpoints have.
         biased = self.moe_config.has_bias or bool(self._loaded_expert_biases)
         names = [name for name in self._loaded_names.values() if biased or not name.endswith("_bias")]
         return self.local_num_experts * sum(len(self._shards(name)) for name in names)
 
     def begin_reload(self) -> None:
-        """Expects every weight once more, in parameters of the shapes that they were loaded in."""
+        """Prepares to receive every weight again, in parameters of their load-time shapes."""
         if self._first_arrivals is None:
             self._first_arrivals = self._arrived
         self._arrived, self._finished, self.serving = set(), False, False
         vars(self).pop("_loaded_names", None)
 
     def end_reload(self) -> None:
-        """No more weights are expected; finds the experts' tensors, which vLLM has put back, where they are now."""
+        """Ends a reload: expects no more weights, and looks up the experts' tensors, which vLLM has put back."""
         self._finished = self.serving = True
         if hasattr(self, "expert_tensors"):
             self.expert_tensors = ExpertTensors.of(held_tensors(self), list(self.expert_tensors.tensors))
 
     @property
     def came_by_loader(self) -> bool:
-        """Whether the experts were loaded by `weight_loader`, not by code of the model's own."""
+        """Whether the experts were loaded by `weight_loader`, not by the model's own code."""
         return bool(self._arrived if self._first_arrivals is None else self._first_arrivals)
 
     @property
     def reloaded(self) -> bool:
-        """Since `begin_reload`, weights have arrived and been brought into the kernel's format."""
+        """Whether weights have arrived since `begin_reload` and are in the kernel's format."""
         return self._finished and bool(self._arrived)
 
     def missing(self) -> str | None:
-        """Of a layer that some weights have come for since `begin_reload`: one that has not, in words."""
+        """Describes a weight not yet received, if others have been since `begin_reload`; else None."""
         if not self._arrived:
             return None
         if self._first_arrivals:
@@ -183,14 +184,14 @@ class StreamedExperts(RoutedExperts):
                 (one for one in self._first_arrivals - self._arrived if not one[0].endswith(SHAPE)), key=str
             )
             return None if not lacking else "{} of expert {} ({})".format(*lacking[0])
-        found, wanted = len(self._arrived), self._expected_arrivals()  # the first weights were made up
+        found, wanted = len(self._arrived), self._expected_arrivals()  # the first weights were dummy weights
         return None if found >= wanted else f"{wanted - found} of {wanted} tensors"
 
     def finish_loading(self) -> None:
-        """Brings the loaded experts into the kernel's format, puts them into the store and frees them.
+        """Converts the loaded experts to the kernel's format, moves them into the store and frees them.
 
-        Called as soon as the last weight of the layer has arrived, so that a model streams through memory layer by
-        layer; and by vLLM after loading, for layers whose checkpoint does not hold every parameter.
+        Called as soon as the layer's last weight has arrived, so that a model streams through memory layer by layer;
+        and by vLLM after loading, for layers whose checkpoint lacks some parameter.
         """
         if self._finished:
             return
@@ -200,7 +201,7 @@ class StreamedExperts(RoutedExperts):
         held = held_tensors(self)
         foreign = {id(tensor) for tensor in held.values()} - {id(parameter) for parameter in parameters.values()}
         if self._first_arrivals is not None and current_platform.is_cpu():
-            # With a kernel that is there already, vLLM takes weights for those of a GPU, and packs them for no CPU
+            # If a kernel exists already, vLLM treats the weights as a GPU's and does not pack them for the CPU
             # (`UnquantizedFusedMoEMethod._setup_kernel`).
             self.quant_method.moe_kernel = None
         if self.loading.is_packed(self.cache_layer):
@@ -223,13 +224,13 @@ class StreamedExperts(RoutedExperts):
             self.loading.put(self.cache_layer, self.expert_tensors.tensors)
         self.expert_tensors.free()
         held_now = {id(tensor) for tensor in held_tensors(self).values()}
-        for parameter in parameters.values():  # a loader may still hold what has been replaced since
+        for parameter in parameters.values():  # a loader may still reference replaced parameters
             if id(parameter) not in held_now:
                 parameter.data = parameter.data.new_empty(0)
         trim_heap()
 
     def _move_to_device(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """On a GPU weights are brought into the kernel's format there, a layer at a time."""
+        """Moves the layer's weights to the device, where they are converted to the kernel's format layer by layer."""
         device = self.loading.device
         for name, parameter in self.named_parameters(recurse=False):
             blank = name in parameters and self.loading.is_packed(self.cache_layer)
@@ -237,7 +238,7 @@ class StreamedExperts(RoutedExperts):
                 parameter.data = parameter.data.to(device)
 
     def _process_blank(self, parameters: Mapping[str, nn.Parameter], names: Collection[str]) -> None:
-        """Builds the kernel on one blank expert: the real ones are in the store already, in the kernel's format."""
+        """Builds the kernel on one blank expert, as the real ones are in the store already, in the kernel's format."""
         for parameter in parameters.values():
             parameter.data = torch.zeros((1, *parameter.shape[1:]), dtype=parameter.dtype, device=self.loading.device)
         self._loaded_expert_biases.update(name for name in names if name.endswith("_bias"))
@@ -246,7 +247,7 @@ class StreamedExperts(RoutedExperts):
 
     @contextmanager
     def _told_experts(self, count: int) -> Iterator[None]:
-        """While it lasts, the layer has `count` experts, as far as its quantisation method is concerned."""
+        """Makes the layer appear to have `count` experts to its quantisation method, inside the context."""
         told = [
             (self, "local_num_experts"),
             (self, "num_experts"),
@@ -263,7 +264,11 @@ class StreamedExperts(RoutedExperts):
                 setattr(holder, name, value)
 
     def _check_weights(self) -> None:
-        """Slots hold plain tensors only: a kernel with weights of another make would go on reading those."""
+        """Checks that the weights are plain tensors: a kernel would go on reading other ones instead of slots.
+
+        Raises:
+            AdapMoEError: the kernel keeps a weight in another form.
+        """
         for name in ("w13_weight", "w2_weight"):
             weight = getattr(self, name, None)
             if not self.expert_tensors.holds(weight):
@@ -274,5 +279,5 @@ class StreamedExperts(RoutedExperts):
 
 
 def _is_of_experts(path: str, tensor: torch.Tensor, experts: int) -> bool:
-    # Before 0.31 Marlin's methods keep their locks with a layer: 4 for each multiprocessor, 512 on a 4090.
+    # Before 0.31 Marlin's methods keep their locks in a layer's `workspace`: 4 per multiprocessor, 512 on a 4090.
     return path != "workspace" and tensor.dim() > 0 and len(tensor) == experts and tensor.numel() > 0

@@ -1,1 +1,1 @@
-"""From a checkpoint to records and slots: identity, packs, memory."""
+"""Loads a checkpoint's experts into records and slots: identity, packs, memory."""

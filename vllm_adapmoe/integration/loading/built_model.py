@@ -1,4 +1,4 @@
-"""What vLLM has built of a model, before its weights are read: a configuration does not always tell."""
+"""Inspects a model that vLLM has built, before its weights are read, where the configuration is not enough."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -14,9 +14,9 @@ from vllm_adapmoe.config import AdapMoEError
 
 @contextmanager
 def around_weights(model_class: type[nn.Module], enter: Callable[[], AbstractContextManager]) -> Iterator[None]:
-    """While it lasts, a model of this class takes its weights in a context that `enter` makes: once it is built.
+    """Runs `load_weights` of models of this class in a context that `enter` makes once the model is built.
 
-    Whatever loader brings the weights, and whether or not the model hands them to its layers' weight loaders.
+    This works with every loader, whether or not the model passes the weights to its layers' weight loaders.
     """
     built: Any = model_class
     original, own = built.load_weights, "load_weights" in vars(model_class)
@@ -37,7 +37,7 @@ def around_weights(model_class: type[nn.Module], enter: Callable[[], AbstractCon
 
 
 def experts_built(layers: Sequence[RoutedExperts]) -> dict[str, int]:
-    """Returns the keys of `ModelInfo` that only these layers tell for every model; of several sizes the largest."""
+    """Returns the fields of `ModelInfo` that need the built layers; the largest value where layers differ."""
     return {
         "num_layers": len(layers),
         "num_experts": max(layer.moe_config.num_experts for layer in layers),
@@ -46,17 +46,17 @@ def experts_built(layers: Sequence[RoutedExperts]) -> dict[str, int]:
 
 
 def check_layers(layers: Sequence[RoutedExperts], model: str, quantization: str | None) -> None:
-    """Refuses what no cache can serve.
+    """Checks that the built layers can be served from a cache.
 
     Raises:
-        AdapMoEError: no layers, or a quantisation for whose experts vLLM has no kernel here.
+        AdapMoEError: there are no layers, or vLLM has no kernel for their quantisation on this device.
     """
     if not layers:
         raise AdapMoEError(
             f"model={model!r} has no routed experts that vLLM runs in its fused layer; remove moe_method"
         )
     for layer in layers:
-        if not hasattr(layer.quant_method, "is_monolithic"):  # a property, which asks a kernel's class that is None
+        if not hasattr(layer.quant_method, "is_monolithic"):  # without a kernel this property raises
             raise AdapMoEError(
                 f"quantization={quantization!r}: vLLM has no kernel for its experts on this "
                 f"{current_platform.device_type}; remove it, or take a checkpoint in another format"

@@ -1,4 +1,4 @@
-"""Takes a model's experts from the checkpoint into a store while vLLM loads it, then makes the expert cache."""
+"""Moves a model's experts from the checkpoint into a store while vLLM loads it, then creates the expert cache."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -59,18 +59,18 @@ from vllm_adapmoe.store.source_files import SourceFiles
 from vllm_adapmoe.units import GiB
 
 TENSOR_BYTES = {"MarlinExperts": 32 * GiB}
-"""What a kernel reads of a tensor at most. Marlin's offset into all experts of a pool, `b_gl_rd`, is 32 bits wide and
-counts 16 bytes (`csrc/moe/marlin_moe_wna16/marlin_template.h` of vLLM 0.32)."""
+"""Longest tensor that a kernel can address. Marlin's offset into all experts of a pool, `b_gl_rd`, is 32 bits wide and
+counts units of 16 bytes (`csrc/moe/marlin_moe_wna16/marlin_template.h` of vLLM 0.32)."""
 
 logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
 
 
 class ExpertLoading:
-    """One model's way into the cache.
+    """Loads one model's experts into the cache.
 
-    The layers register themselves as vLLM builds them (`add`). With the first weight it is settled (`begin`) how many
-    slots there are and whether a valid pack spares reading the experts. Each layer then hands over its experts (`put`)
-    or only compares formats (`check`), and `finish` makes the cache.
+    The layers register themselves as vLLM builds them (`add`). At the first weight, `begin` decides how many slots
+    there are and whether a valid pack makes reading the experts unnecessary. Each layer then hands over its experts
+    (`put`) or only compares formats (`check`), and `finish` creates the cache.
     """
 
     def __init__(self, config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
@@ -78,7 +78,7 @@ class ExpertLoading:
         self.vllm_config = vllm_config
         self.layers: list[CachedExperts] = []
         self.in_step = False
-        """The worker runs a step of requests."""
+        """Whether the worker is running a step of requests."""
         self.model = ModelWatch()
         self._began = False
         self._slots: list[int] = []
@@ -90,14 +90,14 @@ class ExpertLoading:
 
     @cached_property
     def device(self) -> torch.device:
-        """Of the slots, and of the experts of a model that fits."""
+        """Device of the slots, and of the experts of a model that fits."""
         return slots_device()
 
     def add(self, layer: CachedExperts) -> int:
         """Registers a layer under construction; returns its index among the model's MoE layers.
 
         Raises:
-            AdapMoEError: the model's own class of it does more than call kernels, which a cached layer would leave out.
+            AdapMoEError: the model's own layer class does more than call kernels, which a cached layer would skip.
         """
         for cls in type(layer).__mro__:
             theirs = issubclass(cls, RoutedExperts) and not issubclass(cls, CachedExperts) and cls is not RoutedExperts
@@ -110,7 +110,7 @@ class ExpertLoading:
         return len(self.layers) - 1
 
     def is_packed(self, layer: int) -> bool:
-        """Whether the experts of a layer are in a pack already, or in the part of one that a killed start has left."""
+        """Returns whether a layer's experts are in a pack already, or in the partial pack of an interrupted start."""
         self.begin()
         if isinstance(self._writer, PackWriter):
             return layer in self._writer.packed and layer not in self._put
@@ -118,7 +118,7 @@ class ExpertLoading:
 
     @property
     def all_resident(self) -> bool:
-        """Whether there is a slot for every expert: then vLLM's own parameters serve, and nothing is stored."""
+        """Whether there is a slot for every expert: vLLM's own parameters are then used, and nothing is stored."""
         self.begin()
         return sum(self._slots) == sum(layer.local_num_experts for layer in self.layers)
 
@@ -127,7 +127,7 @@ class ExpertLoading:
         return store_kind(self.config)
 
     def begin(self) -> None:
-        """Settles, before any weight is read, how many slots there are and whether a valid pack holds the experts.
+        """Decides, before any weight is read, how many slots there are and whether a valid pack holds the experts.
 
         Raises:
             AdapMoEError: the layers that vLLM has built cannot be served as configured.
@@ -178,7 +178,7 @@ class ExpertLoading:
         )
 
     def taking_weights(self) -> AbstractContextManager:
-        """The context in which the model takes its weights, in whatever way."""
+        """Returns the context in which the model loads its weights, whatever its loader."""
         self.begin()
         return nullcontext() if self.all_resident else ExpertWrites(self.layers, self.is_packed)
 
@@ -207,14 +207,14 @@ class ExpertLoading:
         return shapes
 
     def _shapes_in(self, store: ExpertStore) -> list[ExpertShape]:
-        """The same in the kernel's format: online quantisation halves an expert, padding may make it bigger."""
+        """Returns the shapes in the kernel's format: online quantisation halves an expert, padding may enlarge it."""
         return [
             replace(shape, bytes_per_expert=sum(piece.nbytes for piece in store.layouts[group[0]].pieces))
             for shape, group in zip(self._loaded_shapes, self._groups, strict=True)
         ]
 
     def _split_pools(self, store: ExpertStore) -> bool:
-        """Divides pools with a tensor that is too long for their kernel. Returns whether there was one."""
+        """Divides pools with a tensor too long for their kernel; returns whether any was divided."""
         groups, shapes = [], []
         for group, shape, slots in zip(self._groups, self._loaded_shapes, self._slots, strict=True):
             limit = TENSOR_BYTES.get(type(kernel_of(self.layers[group[0]])).__name__)
@@ -233,7 +233,7 @@ class ExpertLoading:
         return divided
 
     def _memory(self, resident: bool) -> DeviceMemory:
-        """What this worker may use, and what of it goes to anything but slots; `resident`: every expert has one."""
+        """Returns the memory this worker may use and its uses other than slots; `resident`: every expert has one."""
         weights = self.model.other_weights([p for layer in self.layers for p in layer.expert_parameters().values()])
         kv_cache, kv_cache_of = least_kv_cache(self.vllm_config)
         inner = max(layer.moe_config.intermediate_size_per_partition for layer in self.layers)
@@ -257,13 +257,13 @@ class ExpertLoading:
         check_host_room(self._loaded_shapes, layer_bytes, self._slots, others, ranks)
 
     def pack_path(self) -> Path:
-        """The packed file of this rank: in `store_dir`, or in a folder of the model's own in vLLM's cache."""
+        """Returns the path of this rank's packed file, in `store_dir` or in the model's folder in vLLM's cache."""
         ranks = self.vllm_config.parallel_config.tensor_parallel_size
         assert self._sources is not None
         return pack_folder(self.config, self._sources) / pack_name(self._shard(), ranks)
 
     def _shard(self) -> str:
-        """What this rank has of the experts: its part of each, or, under expert parallelism, some of them whole."""
+        """Names this rank's part of the experts: a shard of each, or, under expert parallelism, whole ones."""
         rank = get_tensor_model_parallel_rank()
         if self.layers[0].expert_map is None:
             return str(rank)
@@ -281,7 +281,7 @@ class ExpertLoading:
         }
 
     def put(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Stores the experts of a layer, one tensor `[experts, ...]` in kernel format for each parameter."""
+        """Stores the experts of a layer: one tensor `[experts, ...]` in kernel format per parameter."""
         assert self._writer is not None
         self._put.add(layer)
         self._writer.put_layer(layer, {name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
@@ -289,7 +289,11 @@ class ExpertLoading:
             self._progress.update()
 
     def check_shared(self, layer: RoutedExperts, names: Sequence[str]) -> None:
-        """Refuses parameters that a layer's experts share: a pack holds experts, and would not bring them back."""
+        """Refuses parameters that a layer's experts share, which a pack of experts could not restore.
+
+        Raises:
+            AdapMoEError: there are some, with `store=file`.
+        """
         if names and self.store_kind == "file":
             raise AdapMoEError(
                 f"store=file does not hold {names[0]}, which {type(layer.quant_method).__name__} makes from all "
@@ -297,7 +301,7 @@ class ExpertLoading:
             )
 
     def record_names(self, layer: int) -> list[str]:
-        """The names of what the pack holds of each expert of a layer."""
+        """Returns the names of the pieces of each expert of a layer in the pack."""
         return [piece.name for piece in self._packed_layout(layer).pieces]
 
     def _packed_layout(self, layer: int) -> RecordLayout:
@@ -310,7 +314,7 @@ class ExpertLoading:
         """Compares the kernel format of one expert with that of the pack.
 
         Raises:
-            AdapMoEError: they differ, which a pack of the same identity should never do.
+            AdapMoEError: they differ, which should never happen for a pack of the same identity.
         """
         if RecordLayout.of(blank) != self._packed_layout(layer):
             raise AdapMoEError(f"{self.pack_path()} holds experts in another kernel format; delete it and start again")
@@ -318,17 +322,21 @@ class ExpertLoading:
             self._progress.update()
 
     def _check_experts(self, store: ExpertStore) -> None:
-        """Compares how many layers and experts there are, whatever a pack says that it was made from."""
+        """Checks the store's numbers of layers and experts against the model's, whatever a pack's identity says.
+
+        Raises:
+            AdapMoEError: they differ.
+        """
         theirs = [store.num_experts(layer) for layer in range(store.num_layers)]
         if theirs != [layer.local_num_experts for layer in self.layers]:
             raise AdapMoEError(f"{self.pack_path()} holds other layers or experts than the model; delete it")
 
     def finish(self, model: Any) -> ExpertCacheManager | None:
-        """Seals the store and lets every layer serve from the cache; None where every expert is resident.
+        """Seals the store, creates the cache and connects every layer to it; None if every expert is resident.
 
         Raises:
-            AdapMoEError: a pack would be of files that are not identified.
-            StoreError: the model's files have changed while it was loaded from them; or a pack cannot be written.
+            AdapMoEError: the pack would depend on files that are not part of its identity.
+            StoreError: the model's files changed while they were loaded, or the pack cannot be written.
         """
         self.begin()
         if self._progress is not None:
@@ -365,7 +373,7 @@ class ExpertLoading:
             expert_bytes=[layout.nbytes for layout in store.layouts],
             held=held,
         )
-        # Readers would take turns with the kernels on the core that this thread is bound to.
+        # On the core that this thread is bound to, readers would compete with the kernels.
         cpus = cores_of_user()
         cache = ExpertCacheManager(
             store, self._controller(shape), self.device, link_gbps=self.config.link_gbps, reader_cpus=cpus
@@ -387,19 +395,19 @@ class ExpertLoading:
 
     @property
     def expert_bytes(self) -> int:
-        """Of all experts, as they are loaded."""
+        """Bytes of all experts in their load-time format."""
         return sum(shape.num_experts * shape.bytes_per_expert for shape in self._loaded_shapes)
 
     @property
     def remedy(self) -> str:
-        """What leaves more memory."""
+        """Advice that frees memory, for error messages."""
         return self._memory_before.remedy
 
     def give_back(self, cache: ExpertCacheManager, nbytes: int) -> int:
-        """Takes at least `nbytes` from the slots, all of which are empty afterwards; returns how many were taken.
+        """Shrinks the slots by at least `nbytes` and empties them; returns the bytes freed.
 
         Raises:
-            AdapMoEError: what is left is not enough for one token.
+            AdapMoEError: too few slots for one token would be left.
         """
         shapes = self._shapes_in(cache.store)
         slots = slots_without(shapes, self._slots, nbytes)
@@ -418,7 +426,7 @@ class ExpertLoading:
         return taken
 
     def abort(self, error: BaseException) -> None:
-        """Leaves nothing half-written behind, unless this process was told to end: the next start goes on then."""
+        """Removes a half-written pack after an `Exception`; after a signal to end, the next start continues it."""
         if self._sources is not None:
             self._sources.stop_hashing()
         if self._writer is not None and isinstance(error, Exception):
@@ -427,10 +435,10 @@ class ExpertLoading:
 
 @contextmanager
 def expert_loading(config: AdapMoEConfig, vllm_config: VllmConfig) -> Iterator[ExpertLoading]:
-    """While it lasts, models are built with cached experts.
+    """Builds models with cached experts inside the context.
 
-    The layer classes are registered for this one model and removed again: another engine in the same process, without
-    the method, gets vLLM's own.
+    The layer classes are registered for this one model and removed afterwards, so that another engine in the same
+    process, without the method, gets vLLM's own.
     """
     # Imports the model, so that its own expert classes are known.
     model_class, _ = get_model_architecture(vllm_config.model_config)
@@ -446,7 +454,7 @@ def expert_loading(config: AdapMoEConfig, vllm_config: VllmConfig) -> Iterator[E
             yield loading
     except BaseException as error:
         loading.abort(error)
-        if isinstance(error, StoreError):  # a line for the user, as everything before a server serves
+        if isinstance(error, StoreError):  # one line for the user, like every error before serving
             raise AdapMoEError(str(error)) from None
         raise
     finally:
@@ -455,13 +463,13 @@ def expert_loading(config: AdapMoEConfig, vllm_config: VllmConfig) -> Iterator[E
 
 
 def slots_device() -> torch.device:
-    """Where this worker's slots are. With its number: a thread's own current GPU is the first one."""
+    """Returns the device of this worker's slots, with its index: in other threads the current GPU is the first one."""
     kind = current_platform.device_type
     return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
 
 
 def experts_base() -> type[CachedExperts]:
-    """What holds and runs experts on this platform."""
+    """Returns the layer class that holds and runs experts on this platform."""
     return CachedExperts if current_platform.is_cpu() else MappedExperts
 
 

@@ -1,4 +1,4 @@
-"""What a worker's CUDA graphs and the cache's own tables will take, before there is a model to capture."""
+"""Estimates the memory of a worker's CUDA graphs and of the cache's tables, before the model is loaded."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -19,14 +19,14 @@ from vllm_adapmoe.planning.slot_budget import token_bytes
 def graphs_of_worker(
     config: AdapMoEConfig, vllm_config: VllmConfig, layers: Sequence[CachedExperts], inner: int, resident: bool
 ) -> tuple[int, str]:
-    """Returns the bytes that CUDA graphs take at most, and how many those are; 0 with enforce_eager and on the CPU.
+    """Returns the most bytes that CUDA graphs take, and a description of them; 0 with enforce_eager and on the CPU.
 
     Args:
-        config: the method's.
-        vllm_config: as vLLM has resolved it: mode and sizes of the graphs.
+        config: the method's configuration.
+        vllm_config: resolved by vLLM, with the graphs' mode and sizes.
         layers: the model's MoE layers.
         inner: intermediate size of this worker's part of an expert.
-        resident: every expert has a slot.
+        resident: whether every expert has a slot.
     """
     attention = get_layers_from_vllm_config(vllm_config, cast(Any, AttentionLayerBase))
     model, dtype = vllm_config.model_config, cast(Any, vllm_config.model_config.dtype)
@@ -43,9 +43,9 @@ def graphs_of_worker(
 def captured_graphs(
     config: AdapMoEConfig, vllm_config: VllmConfig, moe_layers: int, attention_layers: int, resident: bool
 ) -> list[CapturedGraphs]:
-    """Returns what may be captured: it is settled when the model has been loaded (`DeviceOnlySteps.of`).
+    """Returns the sets of graphs that may be captured; `DeviceOnlySteps.of` decides after the model is loaded.
 
-    Sizes of whole decode steps are those of at most `max_num_seqs` requests, as in vLLM's `_init_candidates`
+    Sizes of full decode graphs are those of at most `max_num_seqs` requests, as in vLLM's `_init_candidates`
     (`v1/worker/gpu/cudagraph_utils.py`) and `initialize_cudagraph_keys` (`v1/cudagraph_dispatcher.py`).
     """
     compilation = vllm_config.compilation_config
@@ -78,7 +78,7 @@ def captured_graphs(
 def bookkeeping_of_worker(
     config: AdapMoEConfig, vllm_config: VllmConfig, layers: Sequence[CachedExperts], resident: bool
 ) -> int:
-    """Returns the bytes of gates, tables and buffers that the worker will make for these layers."""
+    """Returns the bytes of gates, tables and buffers that the worker will allocate for these layers."""
     prefetch, tracing = config.prefetch, config.trace_out is not None
     prefetching = not resident and prefetch.lookahead > 0 and prefetch.max_experts > 0
     heads = heads_settings(vllm_config) is not None

@@ -1,4 +1,4 @@
-"""Gives memory that was freed back to the system."""
+"""Returns freed memory to the operating system."""
 
 import ctypes
 from functools import cache
@@ -6,10 +6,10 @@ from typing import Any
 
 
 def trim_heap() -> None:
-    """Lets the C library give back what it keeps of freed memory, where it can (glibc's `malloc_trim`).
+    """Makes the C library return freed memory to the system, if it can (glibc's `malloc_trim`).
 
-    By itself it keeps blocks of up to 32 MiB below others that are in use: while a model streams through memory, as
-    much as all layers together.
+    Otherwise glibc keeps freed blocks of up to 32 MiB below others in use: up to the size of all layers while a model
+    streams through memory.
     """
     trim = _malloc_trim()
     if trim is not None:

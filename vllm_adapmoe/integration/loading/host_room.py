@@ -1,4 +1,4 @@
-"""Whether a store in host memory fits, before anything is loaded into it: beyond that a container is killed."""
+"""Checks that a store in host memory fits before it is filled: a container beyond its limit is killed."""
 
 from collections.abc import Sequence
 
@@ -8,23 +8,23 @@ from vllm_adapmoe.store.host_memory import HostMemory, host_memory
 from vllm_adapmoe.units import GiB
 
 LAYERS_AT_ONCE = 2
-"""In memory beside their records: as they arrive, and as the kernel wants them."""
+"""Layers in memory beside the records: one as loaded, and one in the kernel's format."""
 
 
 def check_host_room(
     shapes: Sequence[ExpertShape], layer_bytes: int, slots: Sequence[int], others: DeviceMemory | None, ranks: int
 ) -> None:
-    """Refuses a host store that would not fit.
+    """Checks that a host store fits into the available host memory.
 
     Args:
-        shapes: of this rank's experts, by pool.
-        layer_bytes: of the experts of its largest layer.
-        slots: of each pool.
-        others: what this rank takes beside experts, if slots and all that are in host memory, too (on the CPU).
-        ranks: on this machine, which all take as much.
+        shapes: shapes of this rank's experts, by pool.
+        layer_bytes: bytes of the experts of its largest layer.
+        slots: number of slots of each pool.
+        others: this rank's other memory, if that and the slots are in host memory, too (on the CPU); else None.
+        ranks: number of ranks on this machine, each needing the same.
 
     Raises:
-        AdapMoEError: names what is needed for what, and what is available.
+        AdapMoEError: it does not fit; lists what is needed for what, and what is available.
     """
     parts = {
         "experts": bytes_of(shapes, [shape.num_experts for shape in shapes]),
@@ -39,7 +39,7 @@ def check_host_room(
 
 
 def refusal(parts: dict[str, int], ranks: int, needed: int, memory: HostMemory) -> str:
-    """Returns the one line for a user."""
+    """Returns the error line for the user."""
     told = " + ".join(f"{nbytes / GiB:.2f} for {part}" for part, nbytes in parts.items() if nbytes)
     times = f" on each of {ranks} ranks" if ranks > 1 else ""
     return (

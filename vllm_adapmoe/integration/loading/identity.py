@@ -1,4 +1,4 @@
-"""What a model is: the files that vLLM loads it from, however it gets them, and how it is loaded."""
+"""Identifies a model by the files that vLLM loads it from, wherever they come from, and by how it is loaded."""
 
 import os
 from dataclasses import dataclass
@@ -26,11 +26,11 @@ SETTINGS = (
     "config.json", "params.json",
     "hf_quant_config.json", "quant_config.json", "quantization_config.json", "quantize_config.json",
 )  # fmt: skip
-"""Files that say what a model is, and how it is quantised: by the names that vLLM 0.30 to 0.33 reads them under."""
+"""Files that describe a model and its quantisation, by the names that vLLM 0.30 to 0.33 reads."""
 
 
 class Model(Protocol):
-    """What of vLLM's `ModelConfig` says where a model is."""
+    """The fields of vLLM's `ModelConfig` that locate a model."""
 
     model: Any
     revision: Any
@@ -40,7 +40,7 @@ class Model(Protocol):
 
 @dataclass
 class Folder:
-    """The model in a folder, where there is no `ModelConfig`."""
+    """A model in a folder, for use without a `ModelConfig`."""
 
     model: Any
     revision: Any = None
@@ -49,15 +49,15 @@ class Folder:
 
 
 def source_files(model: Model, load: LoadConfig, download: bool = True) -> SourceFiles:
-    """The files of a model as they are now.
+    """Returns the files of a model in their current state.
 
     Args:
-        model: as vLLM was asked for it.
-        load: how vLLM gets it.
-        download: weights that are not on this machine yet, as vLLM is about to.
+        model: the model as given to vLLM.
+        load: how vLLM loads it.
+        download: whether to download weights that are not on this machine yet, as vLLM would.
 
     Raises:
-        AdapMoEError: vLLM finds no weights, or its bytes cannot be known.
+        AdapMoEError: vLLM finds no weights, or their bytes cannot be identified.
     """
     loader = check_identifiable(model, load)
     folder, files = _weight_files(model, load, loader, download)
@@ -73,10 +73,10 @@ def source_files(model: Model, load: LoadConfig, download: bool = True) -> Sourc
 
 
 def check_identifiable(model: Model, load: LoadConfig) -> type[BaseModelLoader]:
-    """Refuses weights whose bytes nothing on this machine tells; returns the class of vLLM's loader.
+    """Checks that the bytes of the weights can be identified on this machine; returns the class of vLLM's loader.
 
     Raises:
-        AdapMoEError: they are in object storage, or loaded in a way whose files are not known here.
+        AdapMoEError: they are in object storage, or their load format reads files that are not known here.
     """
     weights = model.model_weights or model.model
     if is_runai_obj_uri(weights):
@@ -85,7 +85,7 @@ def check_identifiable(model: Model, load: LoadConfig) -> type[BaseModelLoader]:
             "set store='host' and no profile, or download it and name the folder"
         )
     loader = type(get_model_loader(load))
-    # npcache loads copies of the weights that it makes itself.
+    # npcache loads its own converted copies of the weights.
     if loader not in (DummyModelLoader, RunaiModelStreamerLoader, DefaultModelLoader) or load.load_format == "npcache":
         raise AdapMoEError(
             f"load_format={load.load_format!r} is not one whose files are known here; set load_format='auto', or "
@@ -97,7 +97,7 @@ def check_identifiable(model: Model, load: LoadConfig) -> type[BaseModelLoader]:
 def _weight_files(
     model: Model, load: LoadConfig, loader: type[BaseModelLoader], download: bool
 ) -> tuple[Path, list[Path]]:
-    """The model's folder, and the files that vLLM's own loader would read, in its order."""
+    """Returns the model's folder, and the files that vLLM's own loader would read, sorted."""
     name = model.model
     if loader is DummyModelLoader:
         return Path(os.path.abspath(name)), []
@@ -109,17 +109,17 @@ def _weight_files(
             folder = os.path.commonpath([os.path.dirname(file) for file in files])
         else:
             folder, files, *_ = DefaultModelLoader(load)._prepare_weights(name, None, model.revision, True, None)
-    except Exception as error:  # of vLLM, huggingface_hub, ModelScope, the network
+    except Exception as error:  # from vLLM, huggingface_hub, ModelScope or the network
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise AdapMoEError(
             f"model={model.model!r}: vLLM finds no weights of it ({reason}); download it first, or name its folder"
         ) from None
-    # Links are not followed: a hub's snapshots and a user's `latest` keep their own names.
+    # Links are not resolved: a hub's snapshots and a user's `latest` keep their names.
     return Path(os.path.abspath(folder)), sorted(Path(os.path.abspath(file)) for file in files)
 
 
 def _settings_file(name: str, model: Model, folder: Path) -> Path | None:
-    """A file beside the weights, or where vLLM has put it: with `download_dir` that is elsewhere."""
+    """Finds a settings file beside the weights, or where vLLM has downloaded it (elsewhere with `download_dir`)."""
     described = model.hf_config_path or model.model
     for place in (Path(described), folder):
         if (place / name).is_file():
@@ -129,10 +129,10 @@ def _settings_file(name: str, model: Model, folder: Path) -> Path | None:
 
 
 def config_folder(model: Model) -> Path:
-    """The folder on this machine that holds a model's `config.json`.
+    """Returns the folder on this machine that holds a model's `config.json`.
 
     Raises:
-        AdapMoEError: there is none.
+        AdapMoEError: there is no such file.
     """
     path = _settings_file("config.json", model, Path(model.model))
     if path is None:
@@ -141,10 +141,10 @@ def config_folder(model: Model) -> Path:
 
 
 def model_hash(model: Model, load: LoadConfig) -> str:
-    """The hash of every byte of a model, as a profile names it.
+    """Returns the hash over every byte of a model's files, as stored in a profile.
 
     Raises:
-        AdapMoEError: as `source_files`, or a file cannot be read.
+        AdapMoEError: as in `source_files`, or a file cannot be read.
     """
     try:
         return source_files(model, load).model_hash()
@@ -153,16 +153,16 @@ def model_hash(model: Model, load: LoadConfig) -> str:
 
 
 def checkpoint_hash(folder: Path) -> str:
-    """The hash of a checkpoint that vLLM would load from a folder with its defaults.
+    """Returns the hash of the checkpoint that vLLM would load from a folder by default.
 
     Raises:
-        AdapMoEError: as `model_hash`.
+        AdapMoEError: as in `model_hash`.
     """
     return model_hash(Folder(str(folder)), LoadConfig())
 
 
 def load_identity(vllm_config: VllmConfig) -> dict[str, str]:
-    """The part of a pack's settings that is known before any layer is built."""
+    """Returns the part of a pack's identity that is known before any layer is built."""
     model, load, parallel = vllm_config.model_config, vllm_config.load_config, vllm_config.parallel_config
     return {
         "kind of weights": "random" if load.load_format == "dummy" else "a checkpoint's",

@@ -1,4 +1,4 @@
-"""Room for the KV cache of one request, after vLLM has measured everything else: the slots were counted before that."""
+"""Shrinks the slots if, after vLLM has measured memory, the KV cache of one request does not fit beside them."""
 
 from typing import Any
 
@@ -24,18 +24,18 @@ def room_for_kv_cache(
     cache: ExpertCacheManager | None,
     available: int,
 ) -> int:
-    """Returns the bytes that vLLM's KV cache may take: `available`, and more where slots had to give way to it.
+    """Returns the bytes for vLLM's KV cache: `available`, plus those of slots that had to be given up for it.
 
-    With `cache_gb=auto` the slots got what estimates of activations and CUDA graphs left. vLLM measures both
-    (`determine_available_memory`), and would refuse to start if its KV cache could not hold one request then. Every
-    rank has to call it.
+    With `cache_gb=auto` the slots took what estimates of activations and CUDA graphs left. vLLM measures both
+    (`determine_available_memory`), and would refuse to start if its KV cache could not hold one request. Every rank
+    must call this.
 
     Raises:
-        AdapMoEError: the budget was not `auto`, or too few slots would be left.
+        AdapMoEError: slots would have to shrink and the budget is not `auto`, or too few would be left.
     """
     model: Any = vllm_config.model_config
     if vllm_config.cache_config.kv_cache_memory_bytes is not None or model.original_max_model_len == -1:
-        return available  # as large as was asked for, or as many tokens as fit
+        return available  # the size is set explicitly, or max_model_len adapts to what fits
     needed, purpose = least_kv_cache(vllm_config)
     missing = _most_of_all_ranks(needed - available)
     if missing <= 0:
@@ -52,7 +52,7 @@ def room_for_kv_cache(
 
 
 def _most_of_all_ranks(nbytes: int) -> int:
-    """Slots have to be as many on every rank as on the others."""
+    """Returns the maximum over all ranks, which must have equally many slots."""
     group = get_tp_group()
     if group.world_size == 1:
         return nbytes

@@ -1,4 +1,4 @@
-"""What vLLM may use of a device, and what it needs there beside experts."""
+"""Computes the memory that vLLM may use on a device, and what it needs there beside experts."""
 
 import math
 import weakref
@@ -20,10 +20,10 @@ from vllm_adapmoe.planning.slot_budget import DeviceMemory, activation_bytes
 
 
 def usable_memory(config: AdapMoEConfig, vllm_config: VllmConfig) -> DeviceMemory:
-    """What a worker may use, of which nothing is spent yet.
+    """Returns the memory that a worker may use, with nothing spent yet.
 
-    That is the share `gpu_memory_utilization` of the device; of the CPU's memory, which ranks share, a part of it. With
-    `kv_cache_memory_bytes` vLLM itself does not heed that share, and neither does an explicit budget.
+    That is the share `gpu_memory_utilization` of the device; on the CPU, each rank gets an equal part of it. With
+    `kv_cache_memory_bytes` vLLM ignores that share, and an explicit slot budget does so, too.
     """
     total = current_platform.get_device_total_memory()
     if current_platform.is_cpu():
@@ -41,7 +41,7 @@ def usable_memory(config: AdapMoEConfig, vllm_config: VllmConfig) -> DeviceMemor
 
 
 def step_bytes(vllm_config: VllmConfig, inner: int, top_k: int) -> int:
-    """`activation_bytes` of the largest step; `inner`: intermediate size of this worker's part of an expert."""
+    """Returns `activation_bytes` of the largest step; `inner`: intermediate size of this worker's expert shard."""
     model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
     speculative, dtype = vllm_config.speculative_config, cast(Any, model.dtype)
     tokens = scheduler.max_num_batched_tokens
@@ -58,10 +58,10 @@ def step_bytes(vllm_config: VllmConfig, inner: int, top_k: int) -> int:
 
 
 def least_kv_cache(vllm_config: VllmConfig) -> tuple[int, str]:
-    """Bytes of KV cache that vLLM starts with at the least, and what they are for.
+    """Returns the least bytes of KV cache that vLLM starts with, and what they are for.
 
-    One request of full length and the block that vLLM keeps for itself, by vLLM's own count for every layer that has
-    been built: latents of MLA, sliding windows, and the state of layers without attention.
+    They hold one request of full length and the block that vLLM reserves, by vLLM's own count over all built layers:
+    latents of MLA, sliding windows, and the state of layers without attention.
     """
     given = vllm_config.cache_config.kv_cache_memory_bytes
     if given is not None:
@@ -82,7 +82,7 @@ def least_kv_cache(vllm_config: VllmConfig) -> tuple[int, str]:
 
 
 class ModelWatch:
-    """Notes what a model is made of while it is built, for vLLM hands it out only when it is loaded."""
+    """Collects a model's parameters while it is built, because vLLM returns the model only after loading."""
 
     def __init__(self) -> None:
         self._resident = psutil.Process().memory_info().rss
@@ -90,7 +90,7 @@ class ModelWatch:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Meanwhile every parameter that a module is given is noted."""
+        """Records every parameter registered with a module inside the context."""
 
         def note(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
             if parameter is not None:
@@ -103,16 +103,16 @@ class ModelWatch:
             hook.remove()
 
     def other_weights(self, experts: Collection[nn.Parameter]) -> list[nn.Parameter]:
-        """The parameters that are none of the `experts`, each once."""
+        """Returns the parameters that are not in `experts`, each once."""
         known = {id(expert) for expert in experts}
         alive = {id(found): found for reference in self._parameters if (found := reference()) is not None}
         return [parameter for key, parameter in alive.items() if key not in known]
 
     def bytes_in_use(self, weights: Collection[nn.Parameter]) -> int:
-        """What vLLM counts against the memory it may use, without the `weights`.
+        """Returns the bytes that vLLM counts as used, without the `weights`.
 
-        On a GPU everything that is there, of other processes too. On the CPU what was resident of this process before
-        the model was built: weights become resident as they are loaded.
+        On a GPU that is everything allocated, also by other processes. On the CPU it is this process's resident memory
+        before the model was built, because weights become resident as they are loaded.
         """
         if current_platform.is_cpu():
             return self._resident

@@ -1,4 +1,4 @@
-"""The packed files of a model: where they are, which of them serve, and when one is made anew."""
+"""Locates a model's packed files, decides which are valid, and repacks those that are not."""
 
 import multiprocessing
 import os
@@ -24,17 +24,17 @@ logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its le
 
 
 def store_kind(config: AdapMoEConfig) -> str:
-    """`host` or `file`."""
+    """Returns the kind of store, `host` or `file`, resolving `auto` by the platform."""
     if config.store != "auto":
         return config.store
     return "file" if current_platform.is_cpu() else "host"
 
 
 def packs_root(config: AdapMoEConfig) -> Path:
-    """The folder that packs are made in: `store_dir`, or one in vLLM's cache for the folders of all models.
+    """Returns the folder for packs: `store_dir`, or a folder in vLLM's cache with a subfolder per model.
 
     Raises:
-        AdapMoEError: `store_dir` begins with ~, and this user has no home.
+        AdapMoEError: `store_dir` begins with ~, and this user has no home folder.
     """
     if config.store_dir is None:
         return Path(envs.VLLM_CACHE_ROOT) / "adapmoe"
@@ -45,7 +45,7 @@ def packs_root(config: AdapMoEConfig) -> Path:
 
 
 def pack_folder(config: AdapMoEConfig, sources: SourceFiles) -> Path:
-    """The folder of a model's packed files: `store_dir`, or one that goes by where the model is."""
+    """Returns the folder of a model's packed files: `store_dir`, or one named after the model's location."""
     if config.store_dir is not None:
         return packs_root(config)
     origin = Path(sources.origin)
@@ -55,7 +55,7 @@ def pack_folder(config: AdapMoEConfig, sources: SourceFiles) -> Path:
 
 
 def pack_names(vllm_config: VllmConfig) -> list[str]:
-    """The names of the packed files of all ranks."""
+    """Returns the names of the packed files of all ranks."""
     parallel = vllm_config.parallel_config
     ranks = parallel.tensor_parallel_size
     spread = parallel.enable_expert_parallel and ranks > 1
@@ -64,7 +64,7 @@ def pack_names(vllm_config: VllmConfig) -> list[str]:
 
 
 def pack_name(shard: str, ranks: int) -> str:
-    """The name of the packed file of one rank's shard of the experts."""
+    """Returns the name of the packed file of one rank's shard of the experts."""
     return f"experts-{shard}-of-{ranks}.pack"
 
 
@@ -72,7 +72,7 @@ def open_valid(path: Path, identity: dict[str, str], sources: SourceFiles) -> Fi
     """Opens a pack that was made with these settings, from these files as they are now.
 
     Raises:
-        StoreError: there is none; which kind of error says what to do.
+        StoreError: there is no such pack; the subclass tells why.
     """
     store = open_pack(path, identity)
     try:
@@ -86,13 +86,13 @@ def open_valid(path: Path, identity: dict[str, str], sources: SourceFiles) -> Fi
 def open_or_pack(
     config: AdapMoEConfig, path: Path, identity: dict[str, str], sources: SourceFiles, experts: int, expert_bytes: int
 ) -> FileStore | PackWriter:
-    """A valid pack, or the writer of a new one.
+    """Opens a valid pack, or returns the writer of a new one.
 
-    A pack of files that have been changed since is made anew, wherever it is: nothing can use it any more. Any other
-    pack in a folder that the user named is left alone.
+    An invalid pack, or one whose source files have changed, is overwritten, as nothing can use it any more. Another
+    model's pack in a folder that the user named is left alone.
 
     Raises:
-        AdapMoEError: another model's pack in `store_dir`.
+        AdapMoEError: `store_dir` holds another model's pack.
         StoreError: the folder cannot be written, or has too little space.
     """
     try:
@@ -111,7 +111,7 @@ def open_or_pack(
 
 
 def say_how_long(writer: PackWriter) -> None:
-    """Logs how many bytes are to be packed, how fast the disk is, and what helps if that takes too long."""
+    """Logs how many bytes are to be packed, how fast the disk is, and advice if that takes too long."""
     if writer.bytes_packed:
         logger.info(
             "Expert cache: %d layers (%.2f GiB) were packed by a start that was ended: going on after them",
@@ -131,12 +131,12 @@ def say_how_long(writer: PackWriter) -> None:
 
 
 def check_store(config: AdapMoEConfig, vllm_config: VllmConfig, needed: bool) -> None:
-    """Checks before any weight is read that there is a valid pack, or a folder to make one in.
+    """Checks, before any weight is read, that there is a valid pack or a writable folder for one.
 
     Args:
-        config: with `store_dir`, or without: then packs are in vLLM's cache.
-        vllm_config: of the engine.
-        needed: there are fewer slots than experts for sure. Otherwise a folder that nobody named may be unusable.
+        config: the method's configuration; without `store_dir`, packs are in vLLM's cache.
+        vllm_config: the engine's configuration.
+        needed: there are certainly fewer slots than experts. If not, the default folder need not be writable.
 
     Raises:
         AdapMoEError: the folder cannot be written, or holds another model's pack; or the model cannot be identified.
@@ -151,7 +151,7 @@ def check_store(config: AdapMoEConfig, vllm_config: VllmConfig, needed: bool) ->
     check_identifiable(vllm_config.model_config, vllm_config.load_config)
     problem = why_not_writable(packs_root(config))
     if config.store_dir is None and problem is None:
-        return  # the worker packs anew what is not valid
+        return  # the worker repacks what is not valid
     missing = list(_packs_to_make(config, vllm_config))
     if problem is None:
         return
@@ -167,10 +167,10 @@ def _setting(config: AdapMoEConfig) -> str:
 
 
 def _packs_to_make(config: AdapMoEConfig, vllm_config: VllmConfig) -> Iterator[tuple[Path, str]]:
-    """The packs that are missing or not valid, and why.
+    """Yields the paths of packs that are missing or not valid, and why.
 
     Raises:
-        AdapMoEError: one is another model's, and in a folder that the user named.
+        AdapMoEError: `store_dir` holds another model's pack.
     """
     identity = load_identity(vllm_config)
     sources = None
@@ -196,7 +196,7 @@ def _packs_to_make(config: AdapMoEConfig, vllm_config: VllmConfig) -> Iterator[t
 
 
 def warn_of_others(path: Path) -> None:
-    """Says who else may decide which weights are served."""
+    """Warns if other users can replace the pack, and so decide which weights are served."""
     others = others_who_may_write(path)
     if others is not None:
         logger.warning(
@@ -206,9 +206,9 @@ def warn_of_others(path: Path) -> None:
 
 
 def cores_of_user() -> set[int]:
-    """The cores that the user gave this process, or the one that started it as a worker.
+    """Returns the cores that the user allowed for this process, or for its parent if it is a worker.
 
-    VLLM binds the main thread of a CPU worker that it starts to one core, which the worker's threads inherit.
+    vLLM binds the main thread of a CPU worker process to one core, which new threads inherit.
     """
     started = multiprocessing.parent_process()
     return os.sched_getaffinity(0 if started is None or started.pid is None else started.pid)

@@ -1,4 +1,4 @@
-"""Packs a model without serving it: loads it as vLLM would, as far as the packed file."""
+"""Packs a model without serving it, by starting and stopping a vLLM engine on it."""
 
 from pathlib import Path
 from typing import Any
@@ -13,21 +13,21 @@ from vllm_adapmoe.integration.loading.pack_store import pack_folder
 
 
 def pack_experts(model: str, store_dir: str | None, **engine_args: Any) -> Path:
-    """Makes the packed files of all ranks, unless valid ones are there; returns their folder.
+    """Writes the packed files of all ranks, unless valid ones exist; returns their folder.
 
     Raises:
-        AdapMoEError: as when serving.
+        AdapMoEError: for the same reasons as when serving.
     """
     check_not_left_out()
     described = EngineArgs(model=model, **engine_args).create_model_config()
     experts, top_k = described.get_num_experts(), described.get_num_experts_per_tok() or 1
-    # The fewest slots that a token can do with: any cache that is not complete has a store behind it.
+    # The fewest slots that one token needs: any cache with fewer slots than experts has a store.
     fraction = top_k / experts if top_k < experts else 0.5
     config: dict[str, Any] = {"cache_fraction": fraction, "store": "file"}
     if store_dir is not None:
         config["store_dir"] = store_dir
     engine_args |= {"moe_method": "adapmoe", "adapmoe_config": config, "enforce_eager": True}
-    engine_args["kv_cache_memory_bytes"] = 1 << 20  # never allocated; without it vLLM wants most of the memory free
+    engine_args["kv_cache_memory_bytes"] = 1 << 20  # never allocated; without it vLLM requires most memory to be free
     arguments = EngineArgs(model=model, **engine_args)
     vllm_config = arguments.create_engine_config()
     executor = Executor.get_class(vllm_config)(vllm_config)

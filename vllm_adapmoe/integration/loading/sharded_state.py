@@ -1,4 +1,4 @@
-"""Writes a model whose experts are in slots as vLLM's sharded state: experts come out of the store, layer by layer."""
+"""Saves a model whose experts are in slots as vLLM's sharded state, reading experts from the store layer by layer."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -12,16 +12,16 @@ from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
 from vllm_adapmoe.store.base import ExpertStore
 
 PATTERN = "model-rank-{rank}-part-{part}.safetensors"
-"""vLLM's own, of one pipeline stage."""
+"""vLLM's file name pattern, for one pipeline stage."""
 
 
 class PartNames(str):
-    """A pattern of file names that numbers parts on from call to call of vLLM's `save_model`."""
+    """A file name pattern that continues numbering parts over several calls of vLLM's `save_model`."""
 
     parts = 0
 
     def format(self, *args: object, **fields: object) -> str:
-        """The name of the next part, whatever number vLLM gives it: it begins at 0 with every call."""
+        """Returns the name of the next part; ignores vLLM's part number, which restarts at 0 in every call."""
         name = super().format(*args, **(fields | {"part": self.parts}))
         self.parts += 1
         return name
@@ -35,15 +35,15 @@ def save_sharded_state(
     pattern: str | None,
     max_size: int | None,
 ) -> None:
-    """`ShardedStateLoader.save_model`: the same tensors, with a file or more of its own for every MoE layer.
+    """Saves the same tensors as `ShardedStateLoader.save_model`, with one or more separate files per MoE layer.
 
     Args:
-        model: vLLM's.
-        cache: of its experts.
-        records: the cache's store, as this rank numbers its records.
-        path: the folder.
-        pattern: of file names; None: vLLM's.
-        max_size: bytes of a file, as far as single tensors are not longer; None: no limit.
+        model: vLLM's model.
+        cache: the cache of its experts.
+        records: the cache's store, with this rank's numbering of records.
+        path: folder to write to.
+        pattern: pattern of file names; None: vLLM's.
+        max_size: maximum bytes of a file, exceeded only by longer single tensors; None: no limit.
     """
     names = PartNames(PATTERN if pattern is None else pattern)
     slots = {tensor.untyped_storage().data_ptr() for pool in cache.pools for tensor in pool.tensors.values()}
@@ -66,7 +66,7 @@ def _save(tensors: dict[str, torch.Tensor], path: str, names: PartNames, max_siz
 
 
 def read_layer(records: ExpertStore, layer: int) -> dict[str, torch.Tensor]:
-    """All experts of a layer in the kernel's format, one tensor `[experts, ...]` for each piece, in host memory."""
+    """Reads all experts of a layer in the kernel's format: one tensor `[experts, ...]` per piece, in host memory."""
     layout, experts = records.layouts[layer], records.num_experts(layer)
     tensors = {piece.name: torch.empty((experts, *piece.shape), dtype=piece.dtype) for piece in layout.pieces}
     for expert in range(experts):

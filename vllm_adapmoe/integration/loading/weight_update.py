@@ -1,4 +1,4 @@
-"""One replacement of a running model's weights: experts go into the store again, and nothing of the old ones stays."""
+"""Replaces the weights of a running model: new experts go into the store, and slots drop the old ones."""
 
 from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import ExitStack
@@ -22,10 +22,10 @@ Weights = Iterable[tuple[str, torch.Tensor]]
 
 
 class RecordUpdate:
-    """Where replaced experts go: over the old ones in host memory, or into a file beside the pack, which stays.
+    """Writes new experts over the old ones in host memory, or into an unnamed file beside the pack, which is kept.
 
     Args:
-        cache: whose store it is.
+        cache: the cache whose store is updated.
     """
 
     def __init__(self, cache: ExpertCacheManager) -> None:
@@ -34,15 +34,15 @@ class RecordUpdate:
 
     @property
     def records(self) -> ExpertStore:
-        """The store as this rank numbers its records."""
+        """The store with this rank's numbering of records."""
         store = self.cache.store
         return store.store if isinstance(store, StoreShard) else store
 
     def prepare(self) -> None:
-        """Sees to it that there is room.
+        """Reserves room for the new experts.
 
         Raises:
-            StoreError: there is none.
+            StoreError: there is not enough room.
         """
         records = self.records
         if self._file is None and not isinstance(records, HostStore):
@@ -50,12 +50,12 @@ class RecordUpdate:
             self._file = UnnamedPack(records.path.parent, records.layouts, counts)  # type: ignore[attr-defined]
 
     def put(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Takes all experts of a layer, as `StoreWriter.put_layer` does."""
+        """Stores all experts of a layer, like `StoreWriter.put_layer`."""
         writer: Any = self._file or self.records
         writer.put_layer(layer, {name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
 
     def serve(self) -> None:
-        """Lets the cache read what has been put."""
+        """Makes the cache read the new experts."""
         store: ExpertStore = self.cache.store
         if self._file is not None:
             sealed = self._file.seal()
@@ -64,27 +64,27 @@ class RecordUpdate:
 
 
 class WeightUpdate:
-    """From the call that begins to replace a model's weights to its end, in which no step may run.
+    """One weight update, from the call that begins it to the one that ends it; no step may run meanwhile.
 
-    vLLM puts every layer's parameters back into the shapes that they were loaded in, loads a layer as soon as all of
-    it has come, and copies what comes out over the old tensors (`model_loader/reload/layerwise.py`). Layers whose
-    experts are in slots hand theirs to `put` instead, as at the start.
+    vLLM restores the load-time shapes of every layer's parameters, processes a layer as soon as it is complete, and
+    copies the result over the old tensors (`model_loader/reload/layerwise.py`). Layers whose experts are in slots hand
+    theirs to `put` instead, as at the start.
 
     Args:
-        model: vLLM's.
+        model: vLLM's model.
         layers: its MoE layers.
-        cache: of their experts; None where every expert is resident.
-        records: where they go; None where every expert is resident.
-        config: of the model, in which vLLM notes where weights have come from.
-        made_up: the engine has started without a checkpoint (`load_format=dummy`).
+        cache: the cache of their experts; None if every expert is resident.
+        records: where new experts are written; None if every expert is resident.
+        config: the model's configuration, in which vLLM records the source of the weights.
+        made_up: whether the engine was started without a checkpoint (`load_format=dummy`).
 
     Raises:
         AdapMoEError: this model's weights cannot be replaced.
-        StoreError: there is no room for them.
+        StoreError: there is no room for the new experts.
     """
 
     all_resident = False
-    """`ExpertLoading.all_resident`: where it is so, layers ask their own loading."""
+    """Stands for `ExpertLoading.all_resident`; False because fully resident layers keep their own loading."""
 
     def __init__(
         self,
@@ -115,11 +115,11 @@ class WeightUpdate:
         self._kept = [(tensor, tensor.clone()) for tensor in _never_on_meta(model)]
         self._put: set[int] = set()
         self._copied = False
-        """A tensor in the kernel's format has been copied to its place."""
+        """Whether a tensor in the kernel's format has been copied over an old one."""
         self._loaded = False
-        """vLLM has done its part."""
+        """Whether vLLM has finished its part."""
         self.claimed: set[str] = set()
-        """Parameters that the model says it has loaded."""
+        """Names of the parameters that the model reports as loaded."""
         if cache is not None:
             self._stack.enter_context(cache.quiet())
         for layer in layers:
@@ -129,14 +129,18 @@ class WeightUpdate:
                 self._stack.callback(delattr, layer, "loading")
                 get_layerwise_info(layer).restore_device = torch.device("cpu")
 
-    # What layers ask of their loading
+    # Interface of `ExpertLoading` that layers use
 
     def is_packed(self, layer: int) -> bool:
-        """`ExpertLoading.is_packed`: no pack holds what is coming."""
+        """Returns False, as no pack holds the new weights (see `ExpertLoading.is_packed`)."""
         return False
 
     def put(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """`ExpertLoading.put`."""
+        """Stores the new experts of a layer, like `ExpertLoading.put`.
+
+        Raises:
+            AdapMoEError: some weights of the layer are missing, or have another format.
+        """
         assert self.records is not None and self.cache is not None
         missing = self.layers[layer].missing()
         if missing is not None:
@@ -149,19 +153,19 @@ class WeightUpdate:
         self.records.put(layer, tensors)
 
     def check_shared(self, layer: Any, names: Any) -> None:
-        """`ExpertLoading.check_shared`, which was asked at the start."""
+        """Does nothing: `ExpertLoading.check_shared` has checked the same parameters at the start."""
 
     def noting(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
-        """Weights in the kernel's format, which are copied to their places one by one."""
+        """Yields weights in the kernel's format, and records that vLLM has begun to copy them over the old ones."""
         for name, tensor in weights:
             yield name, tensor
             self._copied = True
 
     def check_loaded(self, names: Set[str]) -> None:
-        """Checks parameters that the model says it has loaded.
+        """Checks parameters that the model reports as loaded.
 
         Raises:
-            AdapMoEError: it has copied one by itself; what was copied is lost.
+            AdapMoEError: the model copied one itself, bypassing vLLM's reloading, which loses the copy.
         """
         self.claimed |= names
         modules = dict(self.model.named_modules())
@@ -182,18 +186,18 @@ class WeightUpdate:
             "other weights"
         )
 
-    # The end
+    # Ending the update
 
     @property
     def began_loading(self) -> bool:
-        """Whether vLLM has put the experts' parameters back into the shapes that they are loaded in."""
+        """Whether vLLM has restored the load-time shapes of the experts' parameters."""
         return all(get_layerwise_info(layer).can_load() for layer in self.layers)
 
     def finish(self) -> bool:
-        """Serves the new weights; returns whether experts were among them.
+        """Starts to serve the new weights; returns whether they included experts.
 
         Raises:
-            AdapMoEError: some of the experts have not come.
+            AdapMoEError: some experts were not received.
         """
         self._loaded = True
         for prefix, module in self.model.named_modules():
@@ -214,7 +218,7 @@ class WeightUpdate:
         return any(came)
 
     def abort(self) -> bool:
-        """Gives the model its tensors back; returns whether all of them hold the old weights."""
+        """Restores the model's tensors; returns whether all of them hold the old weights."""
         modules = list(self.model.modules())
         loading = [module for module in modules if get_layerwise_info(module).can_load()]
         as_before = not (self._loaded or self._put or self._copied or any(layer.reloaded for layer in self.layers))
@@ -238,14 +242,14 @@ class WeightUpdate:
 
 
 COPIED = {"sinks", "attention_sink_bias"}
-"""Parameters that models copy their weights into without a loader (`gpt_oss.py`, `mimo_v2.py` of vLLM 0.32). VLLM's
-reloading takes every other one off its device until its loader has been called, and would lose what is copied."""
+"""Parameters that models copy weights into without a loader (`gpt_oss.py`, `mimo_v2.py` of vLLM 0.32). vLLM's reloading
+moves all other parameters to meta until their loaders are called, and would lose such copies."""
 SOURCE = ("model", "model_weights", "revision")
-"""What vLLM's reloading from a path sets of the model's configuration."""
+"""Fields of the model's configuration that vLLM sets when reloading from a path."""
 
 
 def _never_on_meta(model: nn.Module) -> Iterator[torch.Tensor]:
-    """Tensors that vLLM's reloading writes to at once."""
+    """Yields tensors that vLLM's reloading never moves to meta, and so overwrites immediately."""
     for module in model.modules():
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if name in SKIP_TENSORS:

@@ -1,1 +1,1 @@
-"""Engines to measure with: probes, timing and losses. Never in a serving worker."""
+"""Measures engines: probes, timing and losses. Not used while serving."""

@@ -1,4 +1,4 @@
-"""A vLLM engine to measure: the real one, offline, with or without the expert cache."""
+"""Runs a vLLM engine offline for measurements, with or without the expert cache."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,22 +22,22 @@ KV_CACHE_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Generation:
-    """What one batch of equal requests gave and took."""
+    """Tokens and times of one batch of equal requests."""
 
     tokens: list[list[int]]
     prefill_seconds: float
-    """From the first request's arrival until the last one's first token."""
+    """Seconds from the first request's arrival until the last one's first token."""
     decode_seconds: float
-    """From the last request's first token until the last token of all."""
+    """Seconds from the last request's first token until the last token of all."""
 
 
 class Engine:
-    """`LLM` with greedy sampling on token ids.
+    """An `LLM` with greedy sampling on token ids.
 
     Args:
         model: folder of a checkpoint.
         adapmoe: configuration of the expert cache; None for stock vLLM.
-        forced: requests can be given their answers.
+        forced: whether requests can be given tokens to output.
         engine_args: further arguments of `LLM`.
     """
 
@@ -59,11 +59,11 @@ class Engine:
         self.llm = LLM(str(model), **(defaults | method | engine_args))
 
     def params(self, tokens: int, forced: list[int] | None = None, **others: Any) -> SamplingParams:
-        """Greedy sampling of exactly so many tokens.
+        """Returns parameters for greedy sampling of exactly `tokens` tokens.
 
         Args:
-            tokens: of the answer.
-            forced: the answer to give; None: what the model says. For engines that were made with `forced`.
+            tokens: number of output tokens.
+            forced: tokens to output instead of the model's; None: the model's. Needs an engine made with `forced`.
             others: further arguments of `SamplingParams`.
         """
         given = {} if forced is None else forced_sampling(self.llm.llm_engine.vllm_config, forced)
@@ -76,7 +76,7 @@ class Engine:
     ) -> Generation:
         """Completes all `prompts` in one batch, each by exactly `output_tokens` tokens.
 
-        `forced` are tokens to give as the answers; for engines that were made with `forced`.
+        `forced` are tokens to output instead of the model's; needs an engine made with `forced`.
         """
         outputs = self.llm.generate(
             [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
@@ -92,10 +92,9 @@ class Engine:
         )
 
     def best_tokens(self, ids: list[int], prompt_tokens: int) -> Iterator[int]:
-        """Decodes the ids after the prompt one by one, a step of the engine each; yields what it would have said.
+        """Decodes the ids after the prompt, one per engine step; yields the most probable token at each.
 
-        For engines that were made with `forced`; the first is yielded after the prompt, before any of them has been
-        decoded.
+        Needs an engine made with `forced`. The first is yielded after the prompt, before any id has been decoded.
         """
         engine, forced = self.llm.llm_engine, ids[prompt_tokens:]
         params = self.params(len(forced), forced, logprobs=1, flat_logprobs=True)
@@ -109,11 +108,11 @@ class Engine:
                 known = len(flat.start_indices)
 
     def cache_stats(self) -> dict[str, float]:
-        """Counters of the first worker's expert cache since the start; empty for stock vLLM."""
+        """Returns the first worker's expert cache counters since the start; empty for stock vLLM."""
         return self.call("expert_cache_stats") if self.cached else {}
 
     def call(self, method: str, *args: Any) -> Any:
-        """Calls a method of every worker, and returns what the first one answers."""
+        """Calls a method of every worker, and returns the first one's result."""
         return self.llm.collective_rpc(method, args=args)[0]
 
     def close(self) -> None:
@@ -128,15 +127,15 @@ class Engine:
 
 
 def count_experts(model: Path) -> int:
-    """Routed experts of a model, over all layers."""
+    """Returns the number of routed experts of a model, over all layers."""
     return measure_checkpoint(model, None, None)[1].experts
 
 
 def describe_model(model: Path) -> ModelInfo:
-    """Returns the checkpoint in a folder, as a profile names it, with the hash of all its bytes.
+    """Returns the `ModelInfo` of the checkpoint in a folder, as in a profile, with the hash of all its bytes.
 
     Raises:
-        AdapMoEError: a pooling model.
+        AdapMoEError: the model is a pooling model.
     """
     arguments = EngineArgs(model=str(model), skip_tokenizer_init=True)
     config = arguments.create_model_config()

@@ -1,7 +1,7 @@
-"""Requests that are given their answer, token by token, to measure an engine on real text.
+"""Forces the output tokens of requests, to measure an engine on real text.
 
-Model runner V2 replays tokens by itself (vLLM's trace replay), and takes no logits processor of V1's kind; V1 has no
-replay. In both, log probabilities are the model's own, taken before a token is forced.
+Model runner V2 has vLLM's trace replay for this and supports no V1 logits processors; V1 has no replay. In both, log
+probabilities are the model's own, taken before a token is forced.
 """
 
 from typing import Any
@@ -12,23 +12,23 @@ from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 FORCED = "adapmoe_forced_tokens"
-"""Key of `SamplingParams.extra_args` for V1: the tokens."""
+"""Key of `SamplingParams.extra_args` that holds the tokens for V1."""
 
 
 def forcing_arguments() -> dict[str, Any]:
-    """Arguments of `LLM` by which its requests can be forced: of the runner that vLLM chooses on this machine."""
+    """Returns the arguments of `LLM` that allow forced tokens, for the runner that vLLM chooses on this machine."""
     return {"enable_trace_replay": True} if VllmConfig().use_v2_model_runner else {"logits_processors": [ForcedTokens]}
 
 
 def forced_sampling(vllm_config: VllmConfig, tokens: list[int]) -> dict[str, Any]:
-    """Arguments of `SamplingParams` that make a request of such an engine answer `tokens`."""
+    """Returns the arguments of `SamplingParams` that force the output `tokens`."""
     if vllm_config.model_config.enable_trace_replay:
         return {"trace_decode_token_ids": tokens}
     return {"extra_args": {FORCED: tokens}}
 
 
 class ForcedTokens(AdapterLogitsProcessor):
-    """Makes a request under model runner V1 sample given tokens."""
+    """Logits processor that forces given tokens under model runner V1."""
 
     def is_argmax_invariant(self) -> bool:
         return False

@@ -1,9 +1,9 @@
-"""One engine of the GPU check, in a process of its own that decodes whenever it is told to.
+"""Runs one engine of the GPU check in its own process, decoding on command.
 
     python -m vllm_adapmoe.integration.measure.gpu_check MODEL KIND RESIDENT EXPERT_BYTES TOKENS DEVICE_BYTES
 
-For each line on its input it decodes once and answers with a line of JSON after `MARK`, tokens per second; vLLM's own
-words go where they like.
+For each input line it decodes once and prints a line with `MARK` and the tokens per second as JSON, among vLLM's own
+output.
 """
 
 import argparse
@@ -20,23 +20,23 @@ from vllm_adapmoe.model_folder import vocabulary_size
 
 MARK = "gpu-check: "
 GROUP = 4
-"""Layers of a group of vLLM's prefetch offloading, so that it offloads 1, 2 or 3 quarters of them."""
+"""Layers per group of vLLM's prefetch offloading, so that 1, 2 or 3 quarters of them are offloaded."""
 PROMPT_TOKENS = 16
 BATCHED_TOKENS = 2048
-"""Of a step at most: what vLLM measures its memory with."""
+"""Maximum tokens of a step, with which vLLM measures its memory."""
 EXPERTS = "experts"
-"""Part of the parameters' names."""
+"""Part of the experts' parameter names."""
 
 
 def engine_arguments(kind: str, resident: float, expert_bytes: int) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """Configuration of the expert cache, None without it, and further arguments of `LLM`.
+    """Returns the configuration of the expert cache, None without it, and further arguments of `LLM`.
 
-    Each leaves the same bytes of experts on the device.
+    Every kind but `stock` keeps the same bytes of experts on the device.
 
     Args:
         kind: `stock`, `adapmoe`, `uva` (`cpu_offload_gb`) or `prefetch` (offloading layer by layer).
-        resident: share of the experts on the device.
-        expert_bytes: of all layers.
+        resident: fraction of the experts on the device.
+        expert_bytes: bytes of the experts of all layers.
     """
     if kind == "adapmoe":
         return {"cache_fraction": resident, "store": "host"}, {}
@@ -49,14 +49,14 @@ def engine_arguments(kind: str, resident: float, expert_bytes: int) -> tuple[dic
 
 
 def device_arguments(device_bytes: int) -> dict[str, Any]:
-    """Arguments of `LLM` for an engine that shares the device with others, and so may use so many bytes of it."""
+    """Returns the arguments of `LLM` that limit an engine sharing the device to `device_bytes`."""
     if not current_platform.is_cuda():
         return {}
     return {"gpu_memory_utilization": min(0.9, device_bytes / current_platform.get_device_total_memory())}
 
 
 def main() -> None:
-    """Starts the engine, says so, and serves its input to its end."""
+    """Starts the engine, prints that it is ready, and decodes once per input line until the end of input."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path)
     parser.add_argument("kind")
@@ -72,7 +72,7 @@ def main() -> None:
     with Engine(
         options.model,
         adapmoe,
-        # Random tokens: what a model without sense says soon repeats itself, and with it its experts.
+        # Random forced tokens, because the output of a random model soon repeats, and so do its experts.
         forced=True,
         load_format="dummy",
         max_model_len=len(ids),

@@ -1,8 +1,8 @@
-"""VLLM's Triton experts on pools of slots, for the GPU check, in a process of its own.
+"""Tests vLLM's Triton experts on pools of slots for the GPU check, in its own process.
 
     python -m vllm_adapmoe.integration.measure.gpu_check_kernels SEED
 
-Answers with a line of JSON after `gpu_check.MARK`: what `compare` gives.
+Prints a line with `gpu_check.MARK` and the results of `compare` as JSON.
 """
 
 import json
@@ -26,33 +26,33 @@ from vllm_adapmoe.integration.measure.gpu_check import MARK
 
 EXPERTS, TOP_K, HIDDEN, INNER = 8, 2, 128, 64
 POOLS = (10, 5000)
-"""Slots: few more than experts, and more than vLLM sorts pairs for."""
+"""Numbers of slots: a few more than experts, and more ids than vLLM can sort pairs for."""
 TOKENS = (1, 16, 200)
 DROPPED = 0.3
 
 
 @dataclass(frozen=True)
 class Case:
-    """What one pool and number of tokens gave."""
+    """Results for one pool size and number of tokens."""
 
     slots: int
     tokens: int
     error: float
-    """Greatest difference to float64, of the greatest output."""
+    """Greatest difference to float64, relative to the greatest output."""
     same: bool
-    """The bits of the same kernel without slots."""
+    """Whether the output is bit-identical to the kernel without slots."""
     dropped: bool
-    """With pairs dropped: the bits of the same kernel with weights of zero for them."""
+    """Whether the output with dropped pairs is bit-identical to weights of zero for them without slots."""
     nothing: bool
-    """Zeros where everything is dropped."""
+    """Whether the output is zero if everything is dropped."""
 
 
 class Kernel:
-    """VLLM's Triton experts of a layer, on weights `[rows, ...]`.
+    """vLLM's Triton experts of a layer, on weights `[rows, ...]`.
 
     Args:
-        weights: of both projections.
-        on_slots: rows are slots, and every call has a map.
+        weights: weights of both projections.
+        on_slots: whether rows are slots, and every call gets a map.
     """
 
     def __init__(self, weights: tuple[torch.Tensor, torch.Tensor], on_slots: bool) -> None:
@@ -69,7 +69,7 @@ class Kernel:
     def run(
         self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, row_of: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`[tokens, hidden]`; workspaces and output hold what shows if it is read unwritten."""
+        """Returns outputs `[tokens, hidden]`; workspaces and output start as NaN, to detect unwritten reads."""
 
         def unwritten(*size: int) -> torch.Tensor:
             return x.new_full(size, float("nan"))
@@ -83,7 +83,7 @@ class Kernel:
 
 
 def compare(device: torch.device, dtype: torch.dtype, seed: int) -> list[Case]:
-    """Every pool with every number of tokens."""
+    """Returns the results for every pool size with every number of tokens."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int) -> torch.Tensor:
@@ -133,7 +133,7 @@ def _reference(
 
 
 def main() -> None:
-    """Compares on the GPU, and prints the answer."""
+    """Runs `compare` on the GPU, and prints the results."""
     with set_current_vllm_config(VllmConfig()):
         cases: list[dict[str, Any]] = [
             asdict(case) for case in compare(torch.device("cuda"), torch.bfloat16, int(sys.argv[1]))

@@ -1,9 +1,9 @@
-"""One engine of the GPU check whose tokens are compared, in a process of its own.
+"""Runs one engine of the GPU check in its own process, to compare its tokens with other engines'.
 
     python -m vllm_adapmoe.integration.measure.gpu_check_tokens SPEC
 
-SPEC is JSON, the fields of `Spec`; the answer is a line of JSON after `gpu_check.MARK`. Steps hold the same requests in
-every engine: its core runs in this process, and a batch is there before its first step.
+SPEC is JSON with the fields of `Spec`; the result is a line with `gpu_check.MARK` and JSON. Steps hold equal requests
+in every engine, because the core runs in this process and a batch is queued before its first step.
 """
 
 import json
@@ -29,27 +29,27 @@ KV_CACHE_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Spec:
-    """What to run."""
+    """Input of one run."""
 
     model: str
     """Folder of the checkpoint."""
     prompts: list[list[int]]
     tokens: int
-    """Of every answer."""
+    """Output tokens of every request."""
     device_bytes: int
-    """Of the device, for all that the engine needs."""
+    """Device memory that the engine may use in total."""
     adapmoe: dict[str, Any] | None = None
     """Configuration of the expert cache; None: stock vLLM."""
     arguments: dict[str, Any] | None = None
-    """Further ones, of `LLM`."""
+    """Further arguments of `LLM`."""
     forced: list[list[int]] | None = None
-    """Answers to force, one for each prompt, after those of the engine's own."""
+    """Outputs to force, one per prompt, after the free runs; None: none."""
     noise: float | None = None
-    """Forces the engine's own answers, once with this much noise on every MoE layer's output (`_add_noise`)."""
+    """Forces the engine's own outputs without and with this relative noise on MoE layers (`_add_noise`); None: not."""
 
 
 def main() -> None:
-    """Runs what the spec asks for, and prints the answer."""
+    """Runs the spec, and prints the results."""
     spec = Spec(**json.loads(sys.argv[1]))
     length = max(map(len, spec.prompts)) + spec.tokens
     arguments = {"max_model_len": length, "max_num_seqs": MAX_SEQUENCES, "max_num_batched_tokens": 2048}
@@ -78,8 +78,10 @@ def main() -> None:
 def _answers(
     engine: Engine, prompts: list[list[int]], tokens: int, forced: list[list[int]] | None = None
 ) -> list[tuple[list[int], list[list[float]]]]:
-    """Of each prompt, all in one batch: tokens; at each, its log probability and that of the most probable token,
-    which is named too."""
+    """Runs all prompts in one batch; returns tokens and steps of each.
+
+    A step is the token's log probability, that of the most probable token, and that token.
+    """
     outputs = engine.llm.generate(
         [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
         [
@@ -97,21 +99,23 @@ def _answers(
 
 
 def _forced(engine: Engine, prompts: list[list[int]], answers: list[list[int]]) -> list[Any]:
-    """`_answers` of prompts alone, with their answers forced."""
+    """Returns `_answers` of each prompt alone, with its output forced."""
     return [
         _answers(engine, [prompt], len(answer), [answer])[0] for prompt, answer in zip(prompts, answers, strict=True)
     ]
 
 
 def _kernels(worker: Any) -> list[str]:
-    """Classes of the kernels that the worker's MoE layers run."""
+    """Returns the class names of the kernels that the worker's MoE layers run."""
     modules = worker.model_runner.get_model().modules()
     return sorted({type(kernel_of(module)).__name__ for module in modules if isinstance(module, RoutedExperts)})
 
 
 def _add_noise(worker: Any, relative: float) -> None:
-    """Moves every value of every MoE layer's output by `relative` of the greater of itself and the row's root mean
-    square, up or down at random. Eager engines only."""
+    """Adds random noise to every MoE layer's output. Eager engines only.
+
+    Moves every value up or down by `relative` times the greater of itself and its row's root mean square.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def move(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:

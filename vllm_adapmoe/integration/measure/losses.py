@@ -1,4 +1,4 @@
-"""The loss of given tokens in a serving engine: as prompts (prefill), and forced one by one (decode)."""
+"""Measures the loss of given tokens in a serving engine: as prompts (prefill), or forced one by one (decode)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,16 +13,16 @@ from vllm_adapmoe.integration.measure.engine import Engine
 
 @dataclass(frozen=True)
 class Losses:
-    """Of every token after the first of each sequence, in order."""
+    """Losses of all measured tokens of the sequences, in order."""
 
     nats: np.ndarray
-    """`[tokens]`, float64: minus the log probability of the token that the text has."""
+    """Negative log probability of the text's token, `[tokens]`, float64."""
     best: np.ndarray
-    """`[tokens]`, int64: the token that the model finds most probable."""
+    """Most probable token according to the model, `[tokens]`, int64."""
 
 
 def prefill_losses(engine: Engine, sequences: Sequence[Sequence[int]]) -> Losses:
-    """Each sequence as one prompt."""
+    """Measures every token after the first of each sequence, with each sequence as one prompt."""
     outputs = engine.llm.generate(
         [TokensPrompt(prompt_token_ids=list(ids)) for ids in sequences],
         SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1, flat_logprobs=True, detokenize=False),
@@ -32,9 +32,9 @@ def prefill_losses(engine: Engine, sequences: Sequence[Sequence[int]]) -> Losses
 
 
 def decode_losses(engine: Engine, sequences: Sequence[Sequence[int]], prompt_tokens: int) -> Losses:
-    """Each sequence's first `prompt_tokens` as its prompt, then one token in each decode step, all requests together.
+    """Measures the tokens after the first `prompt_tokens` of each sequence, which are its prompt, in decode steps.
 
-    The engine must have been made with `forced`. Losses are of the forced tokens.
+    All requests run together. The engine must have been made with `forced`.
     """
     outputs = engine.llm.generate(
         [TokensPrompt(prompt_token_ids=list(ids[:prompt_tokens])) for ids in sequences],
@@ -50,7 +50,7 @@ def decode_losses(engine: Engine, sequences: Sequence[Sequence[int]], prompt_tok
 
 
 def _losses(logprobs: list[Any], first: int) -> Losses:
-    """Of `FlatLogprobs`: at each position the text's token first, then the most probable one."""
+    """Reads losses from `FlatLogprobs`, which hold the text's token first at each position, then the most probable."""
     nats, best = [], []
     for flat in logprobs:
         starts = flat.start_indices[first:]

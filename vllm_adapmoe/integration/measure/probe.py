@@ -1,4 +1,4 @@
-"""Looks at the layers of a serving engine while calibration data runs through it."""
+"""Records or perturbs the routing of a serving engine's layers while calibration data runs through it."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 class RoutingProbe:
-    """Records the routing of every layer of a worker, or disturbs one layer.
+    """Records the routing of every layer of a worker, or perturbs one layer.
 
     Args:
         layers: the model's MoE layers, in order.
-        model: to find their gates in.
-        runners: by layer name, vLLM's MoE runner of each.
+        model: the model that contains their routers.
+        runners: vLLM's MoE runners, by layer name.
     """
 
     def __init__(self, layers: "list[CachedExperts]", model: torch.nn.Module, runners: dict[str, Any]) -> None:
@@ -33,9 +33,9 @@ class RoutingProbe:
         self.step = 0.0
         self.sums: list[Sums] = [{} for _ in layers]
         self.predicted: dict[tuple[int, int], torch.Tensor] = {}
-        """(layer, lookahead) -> ids `[tokens, top_k]`, of the step under way."""
+        """Predicted ids `[tokens, top_k]` of the current step, by (layer, lookahead)."""
         self.fits: dict[int, HeadFit] = {}
-        """Next-token heads under way, by layer; -1: the first layer's, from the end of the model."""
+        """Next-token heads being fitted, by layer; -1: the first layer's, from the model's last hidden states."""
         self._first_used: tuple[torch.Tensor, torch.Tensor] | None = None
         model.register_forward_hook(lambda module, inputs, output: self._fit_first(output))
         device = next(model.parameters()).device
@@ -48,12 +48,12 @@ class RoutingProbe:
             layer.probe = LayerProbe(self, index)
 
     def read(self) -> list[Sums]:
-        """Sums of each layer since the last reading."""
+        """Returns the sums of each layer since the last call."""
         sums, self.sums = self.sums, [{} for _ in self.layers]
         return sums
 
     def fit_heads(self, layers: list[int]) -> None:
-        """Sums up for the next-token heads of `layers` from here on, and for nothing else."""
+        """Starts to fit the next-token heads of `layers`, and stops recording."""
         self.recording = False
         self.fits = {index: HeadFit(*self._shape(index)) for index in layers}
 
@@ -62,15 +62,15 @@ class RoutingProbe:
         return layer.hidden_size, layer.local_num_experts
 
     def read_heads(self) -> dict[int, np.ndarray]:
-        """The heads of `fit_heads`, and an end of it."""
+        """Returns the heads of `fit_heads`, and ends fitting."""
         fits, self.fits = self.fits, {}
         return {index: fit.solve() for index, fit in fits.items()}
 
     def fit(self, index: int, x: torch.Tensor, ids: torch.Tensor, starts: torch.Tensor) -> None:
-        """One step of a layer: its inputs against what their successors use.
+        """Adds one step of a layer to the fit: tokens' inputs, and the experts that the next tokens use.
 
         Args:
-            index: of the layer.
+            index: index of the layer.
             x: `[tokens, hidden]`.
             ids: `[tokens, top_k]`.
             starts: bool `[tokens]`, True where a sequence begins.
@@ -94,8 +94,10 @@ class RoutingProbe:
             self._add(-1, hidden[: len(used)], used, starts)
 
     def predict_experts(self, layer: int, x: torch.Tensor) -> torch.Tensor | None:
-        """Ids `[tokens, top_k]`, best first, that `layer` is predicted to choose for `x`, as when serving; None where
-        its router cannot be foretold."""
+        """Predicts the ids `[tokens, top_k]`, best first, that `layer` chooses for `x`, as when serving.
+
+        None if its router cannot be predicted.
+        """
         gate = self.gates[layer]
         if gate is None:
             return None
@@ -105,7 +107,7 @@ class RoutingProbe:
 
 
 class LayerProbe:
-    """The probe of one layer."""
+    """Part of a `RoutingProbe` that observes one layer."""
 
     def __init__(self, probe: RoutingProbe, index: int) -> None:
         self.probe = probe
@@ -114,7 +116,7 @@ class LayerProbe:
     def observe(
         self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, real: torch.Tensor | None
     ) -> torch.Tensor:
-        """Records one step of the layer, as far as that is wanted; returns the weights to go on with.
+        """Records one step of the layer if enabled; returns the weights to use, perturbed or not.
 
         Args:
             x: `[tokens, hidden]`.
@@ -153,7 +155,7 @@ class LayerProbe:
 
 
 def _sequence_starts(tokens: int) -> torch.Tensor:
-    """Bool `[tokens]`, True where a request's rows begin in the step under way."""
+    """Returns bool `[tokens]`, True where a request's rows begin in the current step."""
     metadata: Any = get_forward_context().attn_metadata
     metadata = next(iter(metadata.values())) if isinstance(metadata, dict) else metadata
     starts = torch.zeros(tokens + 1, dtype=torch.bool)
@@ -162,5 +164,5 @@ def _sequence_starts(tokens: int) -> torch.Tensor:
 
 
 def plain(sums: list[Sums]) -> list[dict[str, list]]:
-    """For the way between processes."""
+    """Converts sums to plain lists, to send them between processes."""
     return [{key: np.asarray(value).tolist() for key, value in layer.items()} for layer in sums]

@@ -1,4 +1,4 @@
-"""What calibration and benchmarks ask of a worker: a probe in its layers, and where the time goes."""
+"""Worker methods for calibration and benchmarks: a probe in the layers, and timing of parts."""
 
 import time
 from collections.abc import Callable
@@ -13,37 +13,37 @@ from vllm_adapmoe.integration.worker.expert_predictor import ExpertPredictor
 
 
 class ProbedWorker(Worker):
-    """Mixin over a worker whose MoE layers are cached."""
+    """Mixin that adds probes and timing to a worker with cached MoE layers."""
 
     moe_layers: list[CachedExperts]
 
     def experts_built(self) -> dict[str, int]:
-        """`built_model.experts_built`."""
+        """Returns `built_model.experts_built` of the worker's layers."""
         return experts_built(self.moe_layers)
 
     def start_probe(self) -> None:
-        """Records the routing from here on (`RoutingProbe`). Eager engines only."""
+        """Starts to record the routing (`RoutingProbe`). Eager engines only."""
         runners = self.vllm_config.compilation_config.static_forward_context
         self.probe = RoutingProbe(self.moe_layers, self.model_runner.get_model(), runners)
 
     def probe_layer(self, recording: bool, disturbed: int | None = None, step: float = 0.0) -> None:
-        """What the probe does from here on: record every layer; in one, go `step` of the way to half its experts."""
+        """Configures the probe: whether to record, and which layer to move `step` of the way to half its experts."""
         self.probe.recording, self.probe.disturbed, self.probe.step = recording, disturbed, step
 
     def read_probe(self) -> list[dict[str, list]]:
-        """Sums of each layer since the last reading."""
+        """Returns the sums of each layer since the last call."""
         return plain(self.probe.read())
 
     def fit_heads(self, layers: list[int]) -> None:
-        """`RoutingProbe.fit_heads`."""
+        """Starts to fit next-token heads (`RoutingProbe.fit_heads`)."""
         self.probe.fit_heads(layers)
 
     def read_heads(self) -> dict[str, list]:
-        """`RoutingProbe.read_heads`, by layer as text."""
+        """Returns `RoutingProbe.read_heads` as lists, with layers as text."""
         return {str(index): weights.tolist() for index, weights in self.probe.read_heads().items()}
 
     def time_parts(self) -> None:
-        """Adds up what the expert kernels, and what looking ahead, take, from here on."""
+        """Starts to measure the time of expert kernels and of prediction."""
         self.seconds = dict.fromkeys(("kernels", "lookahead"), 0.0)
 
         def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,5 +61,5 @@ class ProbedWorker(Worker):
             setattr(ExpertPredictor, name, timed("lookahead", getattr(ExpertPredictor, name)))
 
     def part_seconds(self) -> dict[str, float]:
-        """What `time_parts` has added up."""
+        """Returns the seconds that `time_parts` has measured, by part."""
         return dict(self.seconds)

@@ -1,1 +1,1 @@
-"""vLLM's schedulers with knowledge of the expert cache, and the metrics in the front end."""
+"""Schedulers that take the expert cache into account, and the metrics in the front end."""

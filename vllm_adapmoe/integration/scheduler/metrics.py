@@ -1,4 +1,4 @@
-"""Counters of the expert cache on vLLM's `/metrics`, and one log line per interval."""
+"""Exports the expert cache's counters on vLLM's `/metrics`, and logs one line per interval."""
 
 import sys
 import time
@@ -14,62 +14,62 @@ from vllm_adapmoe.integration.entry.compat import adapmoe_settings, gating_setti
 logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
 
 COUNTERS = {
-    "hits": ("expert_hits", "Experts that a layer's step asked for and that were resident."),
-    "misses": ("expert_misses", "Experts that a layer's step asked for and that were not resident."),
-    "demand_loads": ("demand_loads", "Experts that nobody had begun to fetch when they were asked for."),
-    "in_place": ("reads_in_place", "Misses that a GPU read in host memory: nobody waited for them."),
-    "caught_up": ("reads_caught_up", "Experts fetched after they had been read in place."),
-    "prefetches": ("prefetches", "Fetches begun before anyone asked for the expert."),
-    "prefetch_hits": ("prefetch_hits", "Hits on experts that a prefetch had brought."),
-    "late": ("prefetches_late", "Misses on experts that a prefetch had begun to bring."),
-    "prefetches_wasted": ("prefetches_wasted", "Prefetched experts that came, and left without being asked for."),
-    "prefetches_cancelled": ("prefetches_cancelled", "Prefetches that the router's word stopped on their way."),
+    "hits": ("expert_hits", "Requested experts that were resident, counted once per layer and step."),
+    "misses": ("expert_misses", "Requested experts that were not resident, counted once per layer and step."),
+    "demand_loads": ("demand_loads", "Misses whose fetch began only when the expert was requested."),
+    "in_place": ("reads_in_place", "Misses that the GPU read from host memory without waiting for a fetch."),
+    "caught_up": ("reads_caught_up", "Misses read in place whose expert was fetched into a slot afterwards."),
+    "prefetches": ("prefetches", "Fetches started before the expert was requested."),
+    "prefetch_hits": ("prefetch_hits", "Hits on experts that a prefetch had made resident."),
+    "late": ("prefetches_late", "Misses on experts whose prefetch was still in flight."),
+    "prefetches_wasted": ("prefetches_wasted", "Prefetched experts evicted without being requested."),
+    "prefetches_cancelled": ("prefetches_cancelled", "Prefetches cancelled: the router did not select the expert."),
     "fetched_bytes": ("fetched_bytes", "Bytes of experts fetched from the backing store."),
-    "wasted_bytes": ("wasted_bytes", "Of those, bytes of prefetches that were of no use."),
-    "fetch_seconds": ("fetch_seconds", "Seconds with at least one fetch under way."),
-    "gated_tokens": ("gated_tokens", "Tokens, counted once for each layer that gated them."),
-    "kept_experts": ("kept_experts", "Experts that gated tokens kept."),
-    "held_prefill_steps": ("held_prompt_steps", "Steps that waiting prompts were left out of, to share a later one."),
-    "held_tokens": ("held_tokens", "Tokens put off by a step, because others' experts were there."),
-    "loss_spent": ("gating_loss_nats", "Loss that gating is predicted to have cost, nats over all tokens."),
+    "wasted_bytes": ("wasted_bytes", "Bytes fetched by prefetches that were wasted or cancelled."),
+    "fetch_seconds": ("fetch_seconds", "Seconds with at least one fetch in flight."),
+    "gated_tokens": ("gated_tokens", "Tokens processed by adaptive gating, counted once per layer."),
+    "kept_experts": ("kept_experts", "Experts that gated tokens kept, over all layers."),
+    "held_prefill_steps": ("held_prompt_steps", "Steps that deferred waiting prompts so that they share a later step."),
+    "held_tokens": ("held_tokens", "Decode tokens deferred while the resident experts serve other requests."),
+    "loss_spent": ("gating_loss_nats", "Predicted loss caused by gating, in nats summed over all tokens."),
 }
 GAUGES = {
-    "slots": ("slots", "Expert slots."),
+    "slots": ("slots", "Expert slots on the device."),
     "resident": ("resident_experts", "Slots that hold an expert."),
-    "link_bandwidth": ("link_bandwidth_bytes_per_second", "Bytes fetched per second of fetching, of late."),
+    "link_bandwidth": ("link_bandwidth_bytes_per_second", "Recent fetch bandwidth, bytes per second of fetch time."),
 }
 LAYER_COUNTERS = {
-    "layer_hits": ("layer_hits", "Hits of one MoE layer."),
-    "layer_misses": ("layer_misses", "Misses of one MoE layer."),
-    "layer_gated_tokens": ("layer_gated_tokens", "Tokens that one MoE layer gated."),
+    "layer_hits": ("layer_hits", "Expert hits in one MoE layer."),
+    "layer_misses": ("layer_misses", "Expert misses in one MoE layer."),
+    "layer_gated_tokens": ("layer_gated_tokens", "Tokens processed by adaptive gating in one MoE layer."),
     "layer_kept_experts": ("layer_kept_experts", "Experts that gated tokens kept in one MoE layer."),
 }
 LAYER_GAUGES = {
     "layer_resident": (
         "layer_resident_experts",
-        "Resident experts of one MoE layer, without what waits in staging slots.",
+        "Resident experts of one MoE layer, without those in staging slots.",
     ),
     "layer_experts": ("layer_experts", "Routed experts of one MoE layer."),
-    "layer_floors": ("layer_slot_floor", "Slots that one MoE layer is left with while others have more than theirs."),
+    "layer_floors": ("layer_slot_floor", "Minimum slots of one MoE layer protected from eviction by other layers."),
 }
-STALL = ("fetch_stall_seconds", "Seconds that one step waited for experts.")
+STALL = ("fetch_stall_seconds", "Seconds that one step waited for expert fetches.")
 STALL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 PREFIX = "vllm:adapmoe_"
 LABELS = ["model_name", "engine"]
 
 
 class ExpertCacheStatLogger(StatLoggerBase):
-    """Does nothing for engines without the method."""
+    """Exports the expert cache's counters and logs a summary; does nothing for engines without the method."""
 
     _collectors: dict[str, Any] = {}
-    """One set per process: Prometheus takes a name only once, and every engine has labels of its own."""
+    """Collectors shared by all engines of a process, told apart by labels: Prometheus registers a name only once."""
 
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
         self.enabled = adapmoe_settings(vllm_config) is not None
         if not self.enabled:
             return
         self.labels = [str(vllm_config.model_config.served_model_name), str(engine_index)]
-        # One of several API servers is told of some of the steps, which adds up on `/metrics` but not in a log.
+        # Each of several API servers gets the statistics of some steps only: `/metrics` adds up, a log line would not.
         self.logs = vllm_config.parallel_config._api_process_count == 1
         self.counted: dict[str, float] = dict.fromkeys((*COUNTERS, "stall_seconds"), 0.0)
         self.logged = dict(self.counted)
@@ -81,7 +81,7 @@ class ExpertCacheStatLogger(StatLoggerBase):
         self._layer_series: dict[str, list[Any]] = {}
 
     def log_engine_initialized(self) -> None:
-        # Not in __init__: vLLM unregisters every collector named vllm:* between the two.
+        # Not in __init__: vLLM unregisters every collector named vllm:* between these two calls.
         if not self.enabled:
             return
         counter, gauge, histogram = _metric_classes()
@@ -165,12 +165,13 @@ class ExpertCacheStatLogger(StatLoggerBase):
         return parts
 
 
-# An engine without the method makes one too: what a later vLLM asks of its loggers must not keep that from starting.
+# vLLM also instantiates this logger for engines without the method, and an abstract method that a later vLLM adds must
+# not keep those from starting.
 ExpertCacheStatLogger.__abstractmethods__ = frozenset()
 
 
 def _metric_classes() -> tuple[Any, Any, Any]:
-    """Prometheus' own, or Ray's in a process of Ray, where nobody reads Prometheus' registry."""
+    """Returns Prometheus' metric classes, or Ray's wrappers in a Ray process, which does not export the registry."""
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return Counter, Gauge, Histogram

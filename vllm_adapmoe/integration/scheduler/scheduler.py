@@ -1,4 +1,4 @@
-"""vLLM's schedulers, heeding what the worker says of its expert cache."""
+"""vLLM's schedulers, extended to use the worker's reports about its expert cache."""
 
 import time
 from collections.abc import Collection
@@ -22,15 +22,15 @@ from vllm_adapmoe.scheduling.report import StepReport
 
 
 class ExpertCacheScheduler(Scheduler):
-    """Holds requests back where that saves fetches; everything else is vLLM's.
+    """vLLM's scheduler, which additionally holds requests back where that saves fetches.
 
-    It puts the worker's counters into the statistics of the step, and ends requests whose experts cannot be read.
+    It also adds the worker's counters to the step's statistics, and ends requests whose experts cannot be read.
     """
 
     held_prefill_steps = 0
-    """Steps that left waiting prompts out."""
+    """Steps that held waiting prompts back."""
     held_tokens = 0
-    """Tokens that a step left out."""
+    """Decode tokens held back, summed over steps."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -39,9 +39,9 @@ class ExpertCacheScheduler(Scheduler):
         self.prices = StepPrices()
         self.arrivals = Arrivals()
         self._begun = 0
-        """Prompts, those that were preempted and began again included."""
+        """Number of prompts begun, including restarts after preemption."""
         self._report: StepReport | None = None
-        """Of the last step; None until one has had a cache."""
+        """Report of the last step; None until a step has run with a cache."""
         self._expected: dict[str, int] = {}
         self._waiting_since: dict[str, float] = {}
         self._ran_at: dict[str, float] = {}
@@ -65,13 +65,13 @@ class ExpertCacheScheduler(Scheduler):
         return output
 
     def _hold(self, now: float) -> bool:
-        """Decides who waits for the next step; returns whether prompts do."""
+        """Decides which requests wait for the next step; returns whether waiting prompts do."""
         prefilling = any(request.is_prefill_chunk for request in self.running)
         seats = self.max_num_running_reqs - len(self.running)
         waiting = self._waiting(now, seats)
         self.arrivals.observe(now, self._begun + len(waiting))
         hold = bool(waiting) and not prefilling and self._hold_prefill(waiting, now)
-        # A step with a prompt sweeps over all experts anyway.
+        # A step with a prompt uses nearly all experts anyway, so holding decoding requests back would save nothing.
         tokens = self._hold_decoding(now) if hold or not (prefilling or waiting) else 0
         self.held_prefill_steps += hold
         self.held_tokens += tokens
@@ -80,7 +80,7 @@ class ExpertCacheScheduler(Scheduler):
         return hold
 
     def _waiting(self, now: float, seats: int) -> list[Waiting]:
-        """Those that could begin now."""
+        """Returns the waiting requests that could start now."""
         return [
             Waiting(
                 now - self._waiting_since.setdefault(request.request_id, now),
@@ -104,7 +104,7 @@ class ExpertCacheScheduler(Scheduler):
         )
 
     def _hold_decoding(self, now: float) -> int:
-        """Makes requests wait for the next step, and returns how many. vLLM leaves out whom it finds not eligible."""
+        """Holds decoding requests back for a step by marking them not eligible to vLLM, and returns how many."""
         if self.holding.max_affinity_delay_ms == 0 or len(self.running) < 2:
             return 0
         assert self._report is not None
@@ -119,7 +119,7 @@ class ExpertCacheScheduler(Scheduler):
             self._report.slots,
             self.prices.compute.value or 0.0,
             self.prices.load.value or 0.0,
-            # Who is left out now is asked again after a step.
+            # A request held back now is considered again only after this step.
             max(0.0, self.holding.max_affinity_delay_ms / 1000 - self.prices.decode_step),
         )
         for name in held:
@@ -127,7 +127,7 @@ class ExpertCacheScheduler(Scheduler):
             request.next_decode_eligible_step = max(request.next_decode_eligible_step, self.current_step + 2)
         return len(held)
 
-    # What comes back
+    # Output of the worker
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         if self.log_stats:
@@ -154,10 +154,10 @@ class ExpertCacheScheduler(Scheduler):
         return outputs
 
     def _finish_failed(self, request_ids: Collection[str]) -> list[Request]:
-        """Ends requests whose experts could not be read, before anything of their last step is used."""
+        """Ends requests whose experts could not be read, before any output of their last step is used."""
         known = [request_id for request_id in request_ids if request_id in self.requests]
         for request_id in known:
-            # What the step wrote is wrong, and must not be found again as a cached prefix.
+            # The step wrote wrong values, which must not be reused as a cached prefix.
             for blocks in self.kv_cache_manager.get_block_ids(request_id):
                 self.kv_cache_manager.evict_blocks(set(blocks))
         return self.finish_requests(known, RequestStatus.FINISHED_ERROR) if known else []
@@ -170,11 +170,14 @@ class ExpertCacheScheduler(Scheduler):
 
 
 class ExpertCacheAsyncScheduler(ExpertCacheScheduler, AsyncScheduler):
-    """The same where steps are scheduled ahead."""
+    """`ExpertCacheScheduler` for asynchronous scheduling, where steps are scheduled ahead."""
 
 
 def _has_token_to_run(request: Request) -> bool:
-    """Whether vLLM could give a running request a token now: with steps scheduled ahead, its last may be under way."""
+    """Returns whether vLLM could schedule a token of a running request now.
+
+    With asynchronous scheduling its last token may already be in flight.
+    """
     in_flight = request.num_output_placeholders
     if request.num_tokens_with_spec + in_flight <= request.num_computed_tokens:
         return False

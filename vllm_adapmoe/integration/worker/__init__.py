@@ -1,1 +1,1 @@
-"""vLLM's workers with an expert cache, predictions in a step, and what a step reports."""
+"""vLLM's workers with an expert cache: predictions during a step, and reports after it."""

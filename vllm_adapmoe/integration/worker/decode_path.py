@@ -1,4 +1,4 @@
-"""What a worker's decode steps do about absent experts: as configured, or as measured."""
+"""Chooses whether decode steps fetch absent experts or read them in place, as configured or measured."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,15 +23,15 @@ logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its le
 def choose_decode(
     vllm_config: VllmConfig, layers: Sequence[MappedExperts], cache: ExpertCacheManager, device: torch.device
 ) -> InPlaceDecode | None:
-    """`InPlaceDecode`, if decode steps are to read experts where they are; None: they fetch them first.
+    """Returns `InPlaceDecode` if decode steps are to read absent experts in host memory; None if they fetch them.
 
     Raises:
-        AdapMoEError: `decode=in_place`, and the model, the store or the machine does not allow it.
+        AdapMoEError: `decode=in_place` is set, but the model, the store or the machine does not support it.
     """
     config = AdapMoEConfig.parse(adapmoe_settings(vllm_config))
     if config.decode == "fetch":
         return None
-    # What keeps one rank from it keeps all: their graphs meet in the same collectives.
+    # An obstacle on one rank applies to all, because their graphs contain the same collectives.
     obstacle = _of_any_rank(_obstacle(config, vllm_config, layers, cache, device))
     if obstacle is not None:
         if config.decode == "in_place":
@@ -58,7 +58,7 @@ def choose_decode(
 
 
 def _of_any_rank(obstacle: str | None) -> str | None:
-    """The first rank's that has one."""
+    """Returns the obstacle of the first rank that has one; None if none has."""
     group = get_tp_group()
     if group.world_size == 1:
         return obstacle

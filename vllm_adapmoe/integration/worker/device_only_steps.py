@@ -1,4 +1,4 @@
-"""Steps of a GPU that run without the host, and layers that do so in other steps."""
+"""Runs whole decode steps, or single layers of other steps, on a GPU without waiting for the host."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,17 +22,17 @@ from vllm_adapmoe.integration.worker.decode_path import choose_decode
 from vllm_adapmoe.integration.worker.expert_predictor import ExpertPredictor
 
 Requests = list[tuple[str, int, int]]
-"""Id, first position and rows of each request of a step."""
+"""Id, first position and number of rows of each request of a step."""
 
 
 class DeviceOnlySteps:
-    """Which steps of a worker leave nothing to the host, and what is made of their routing afterwards.
+    """Decides which steps of a worker run without the host, and processes their routing afterwards.
 
     Args:
         layers: the model's MoE layers.
-        cache: of their experts; None where every expert is resident.
-        in_place: reads the experts of small steps where they are; None: every step fetches them first.
-        routing: that layers leave on the device.
+        cache: the cache of their experts; None if every expert is resident.
+        in_place: reads absent experts of small steps in host memory; None: every step fetches them first.
+        routing: the routing that layers record on the device.
     """
 
     def __init__(
@@ -53,13 +53,13 @@ class DeviceOnlySteps:
     def of(
         cls, vllm_config: VllmConfig, moe_layers: Sequence[CachedExperts], cache: ExpertCacheManager | None
     ) -> Self | None:
-        """As configured or measured; None on the CPU, and where the layers are vLLM's own.
+        """Creates them as configured or measured; None on the CPU, and if the layers run vLLM's own code.
 
-        Sets, before vLLM captures any, what its CUDA graphs hold: whole decode steps if they do not ask the host, else
-        what is between two MoE blocks.
+        Before vLLM captures CUDA graphs, configures what they hold: whole decode steps if these do not need the host,
+        else the parts between MoE blocks.
 
         Raises:
-            AdapMoEError: a kernel that cannot work on slots, or `decode=in_place` where it does not work.
+            AdapMoEError: a kernel cannot work on slots, or `decode=in_place` is set where it does not work.
         """
         layers = [layer for layer in moe_layers if isinstance(layer, MappedExperts)]
         traced = AdapMoEConfig.parse(adapmoe_settings(vllm_config)).trace_out is not None
@@ -81,26 +81,26 @@ class DeviceOnlySteps:
 
     @contextmanager
     def step(self, tokens: int, requests: Callable[[], Requests]) -> Iterator[None]:
-        """A step of so many tokens is launched within; `requests` gives its requests once it is."""
+        """Surrounds the launch of a step of `tokens` tokens; `requests` returns its requests once launched."""
         if self.in_place is not None and tokens <= self.routing.tokens and self._all_on_device():
             about: Requests = []
             with self.in_place.step(tokens, about):
                 yield
                 about += requests()
             return
-        self.routing.layers.clear()  # those of graphs that were captured
+        self.routing.layers.clear()  # drop entries of graph capture
         yield
-        if self.routing.layers:  # they were resident as a whole
+        if self.routing.layers:  # layers that were fully resident
             experts = max(layer.local_num_experts for layer in self.layers)
             self.routing.close_step(tokens, np.zeros((len(self.layers), experts), dtype=np.int32), None)
 
     def _all_on_device(self) -> bool:
-        """Whether nobody wants to see the routing while the step runs."""
+        """Returns whether nothing on the host needs the routing while the step runs."""
         layer = self.layers[0]
         return layer.probe is None and (layer.gating is None or layer.gating.plan.rule != "batch")
 
     def drain_finished(self, predictor: ExpertPredictor | None) -> None:
-        """Tells cache, gates and `predictor` of what has run since, without waiting for what has not."""
+        """Passes the routing of finished steps to cache, gates and `predictor`, without waiting for other steps."""
         for step in self.routing.finished():
             if self.cache is not None:
                 self.cache.record_in_place(list(step.events()))

@@ -1,4 +1,4 @@
-"""Predicts what layers will want from what runs through earlier ones, and records traces of it and of the routing."""
+"""Predicts the experts of later layers from earlier layers' inputs, and records predictions and routing in traces."""
 
 import os
 import time
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 
 TRACE_LOOKAHEAD = 4
-"""Later layers that a trace has predictions for at least."""
+"""Minimum number of later layers that a trace has predictions for."""
 STRICT = "ADAPMOE_STRICT"
-"""Environment variable: if set, a prediction that fails ends the engine, as the tests of this project want it."""
+"""Environment variable; if set, a failed prediction ends the engine. Set by this project's tests."""
 
 logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
 P = ParamSpec("P")
@@ -37,24 +37,24 @@ T = TypeVar("T")
 
 
 def layers_ahead(prefetch: PrefetchConfig, tracing: bool) -> int:
-    """Later layers to look at: a trace has all that prefetch asks for, and what a replay might."""
+    """Returns the number of later layers to predict; at least `TRACE_LOOKAHEAD` for a trace, as replays may vary it."""
     return max(TRACE_LOOKAHEAD, prefetch.lookahead) if tracing else prefetch.lookahead
 
 
 @dataclass(frozen=True)
 class LayerPrediction:
-    """What the input of one event predicts."""
+    """Predictions made from the input of one event (one layer in one step)."""
 
     expected: np.ndarray | None
-    """float16 `[experts]`: chance that the layer's next event uses each; needed when somebody has to leave."""
+    """Probability that the layer's next event uses each expert, float16 `[experts]`; used to choose a victim."""
     observe: Callable[[], None]
-    """Predicts the later layers, for prefetch and the trace; to be called once, while the event's loads arrive."""
+    """Predicts later layers, for prefetch and trace; call it once, while the event's loads are in flight."""
 
 
 def _harmless(
     method: "Callable[Concatenate[ExpertPredictor, P], T]",
 ) -> "Callable[Concatenate[ExpertPredictor, P], T | None]":
-    """Lets a step go on without predictions, from here to the end, when one fails."""
+    """Wraps a method so that an error disables predictions from then on instead of ending the step."""
 
     @wraps(method)
     def run(self: "ExpertPredictor", /, *args: P.args, **kwargs: P.kwargs) -> T | None:
@@ -62,9 +62,9 @@ def _harmless(
             return None
         try:
             return method(self, *args, **kwargs)
-        except Exception as error:  # no token depends on it, whatever it is
+        except Exception as error:  # no token depends on predictions, so any error may be ignored
             if self.cache is not None:
-                self.cache.transfers.check()  # what has ended the transfers is none of our predictions
+                self.cache.transfers.check()  # but not one that ended the transfers
             if os.environ.get(STRICT):
                 raise
             self.give_up(error)
@@ -74,20 +74,20 @@ def _harmless(
 
 
 class ExpertPredictor:
-    """Follows a worker's steps layer by layer.
+    """Predicts experts during a worker's steps, layer by layer, for prefetch, eviction, scheduling and traces.
 
-    No token depends on it: whatever fails in here is said in the log, and the engine goes on without it.
+    No token depends on it: an error in here is logged, and the engine continues without predictions.
 
     Args:
         layers: the model's MoE layers, in order.
-        routers: theirs.
-        cache: told of every routing and prediction; None where nothing is fetched ahead.
-        lookahead: later layers to look at.
-        heads: next-token heads of each layer; None: nobody asks for them.
-        first: head of the first layer, `[hidden + 1, experts]`, for the end of the step before; None: there is none.
-        experts: told what every request's next token is expected to use; None: nobody asks.
-        trace: where steps are recorded, with every prediction; None: nowhere.
-        requests: gives the ids and the computed tokens of the step's requests, and rows of each.
+        routers: the routers of those layers.
+        cache: receives every routing and prediction; None without prefetch.
+        lookahead: number of later layers to predict.
+        heads: next-token heads of each layer; None if not used.
+        first: head `[hidden + 1, experts]` that predicts the first layer from the end of the step before; or None.
+        experts: receives the experts that each request's next token is expected to use; None if not used.
+        trace: records steps with every prediction; None: no recording.
+        requests: returns id, number of computed tokens and rows of each request of the step.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class ExpertPredictor:
         self.requests = requests
         self.lookahead = lookahead
         self.failed = False
-        """A prediction has, and there are none any more."""
+        """Whether a prediction has failed, which disables all further ones."""
         self.routers = routers
         self.top_k = max(layer.top_k for layer in layers)
         if heads is not None and [one.shape[1:] for one in heads] != [(count,) for count in routers.num_experts]:
@@ -118,28 +118,26 @@ class ExpertPredictor:
         self.heads = heads
         self._first_head = first
         self.stacks: list[GateStack] = []
-        """Of each layer, its head and the gates of those after it."""
+        """Gate stack of each layer: the gates of later layers, and its own next-token head."""
         self.first: torch.Tensor | None = None
         self.last_rows: torch.Tensor | None = None
-        """Of the step under way, the last row of each request; None: every row is one."""
+        """Index of each request's last row in the current step; None: every row is a last row."""
         self.begun: np.ndarray | None = None
-        """What was known of the step before it began."""
+        """Experts expected for the step before it began."""
         self._at_the_end: HostCopy | None = None
-        """Of the last step, what its hidden states predict, on its way to the host."""
+        """First-layer prediction from the last step's hidden states, in flight to the host."""
         self.step: Step | None = None
-        """Under way, or not in the trace yet."""
+        """Step being recorded, or not yet written to the trace."""
         self._whole = False
-        """All layers of `step` are recorded."""
+        """Whether all layers of `step` are recorded."""
 
     @torch.inference_mode()
     def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Tries every router, and builds every layer's stack of gates now, and not when the first request comes.
-
-        By then vLLM's KV cache has taken all memory that was left.
+        """Tests every router and builds every layer's stack of gates, before vLLM's KV cache takes the free memory.
 
         Args:
-            dtype: of the experts' input.
-            device: of the model.
+            dtype: dtype of the experts' input.
+            device: device of the model.
         """
         ahead = self.lookahead if self.cache is not None or self.trace is not None else 0
         gates: dict[int, LinearGate | None] = {}
@@ -156,25 +154,25 @@ class ExpertPredictor:
         self.first = None if self._first_head is None else torch.from_numpy(self._first_head).to(device)
 
     def follow_weights(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Learns the routers anew: the model's weights have been replaced."""
+        """Reads the routers again after the model's weights have been replaced."""
         if not self.failed:
             self.routers.follow_weights()
             self.prepare(dtype, device)
 
     def give_up(self, error: Exception) -> None:
-        """Predicts and records nothing from here on."""
+        """Stops predicting and recording for good, and logs the error."""
         logger.error("Expert cache: a prediction failed, and there are none any more", exc_info=error)
         self.failed = True
         self.cache = self.heads = self.experts = self.step = self.first = self.begun = self._at_the_end = None
         if self.trace is not None:
-            self.trace.file.close()  # what of the last frame cannot be written is left out when it is read
+            self.trace.file.close()  # readers skip an incomplete last frame
             self.trace = None
 
     @_harmless
     def begin_step(self, rows: Mapping[str, int]) -> None:
-        """A step with so many rows of each request is about to run: fetches for its first layers."""
+        """Prefetches for the first layers of a step about to run; `rows`: number of rows of each request."""
         self._take_the_end()
-        self._at_the_end = None  # too late, if it has not arrived
+        self._at_the_end = None  # a prediction that has not arrived by now is too late
         self.begun = None if self.experts is None else self.experts.of_any(list(rows), self.lookahead)
         if self.cache is not None:
             prompt_tokens = sum(count for count in rows.values() if count > 1)
@@ -190,22 +188,22 @@ class ExpertPredictor:
         keep: torch.Tensor,
         product: torch.Tensor | None = None,
     ) -> LayerPrediction:
-        """One event of layer `index`.
+        """Predicts from one event of layer `index`.
 
         Args:
-            index: of the layer.
-            x: `[tokens, hidden]`, without padding.
-            weights: `[tokens, top_k]`, after gating.
-            ids: `[tokens, top_k]`, on the host.
-            keep: bool of the same shape, on the host.
-            product: what `product` gave for this input, on the host.
+            index: index of the layer.
+            x: experts' input `[tokens, hidden]`, without padding.
+            weights: router weights `[tokens, top_k]`, after gating.
+            ids: chosen experts `[tokens, top_k]`, on the host.
+            keep: experts that gating keeps, bool `[tokens, top_k]`, on the host.
+            product: result of `product` for this input, on the host; None: not computed.
         """
         if index == 0:
             self._begin_step(len(x))
         stack = self.stacks[index]
         outputs = None if product is None else product.numpy()
         expected = None
-        if self.heads is not None:  # who leaves for this event depends on it, so it cannot wait
+        if self.heads is not None:  # not in `observe`: the victims of this event depend on it
             last = self.last_rows
             if outputs is not None:
                 heads = outputs if last is None else outputs[last.numpy()]
@@ -222,18 +220,18 @@ class ExpertPredictor:
 
     @_harmless
     def product(self, index: int, x: torch.Tensor) -> torch.Tensor | None:
-        """What `predict` will want of a decode step's input, on the device, to be read with the routing at once."""
+        """Computes on the device what `predict` needs of a decode step's input, to be copied with the routing."""
         stack = self.stacks[index]
         wanted = self.heads is not None or ((self.cache is not None or self.trace is not None) and any(stack.slices))
         return stack.product(x) if wanted and len(x) <= SAMPLE else None
 
     @_harmless
     def pass_first_layer(self) -> None:
-        """A step begins whose first layer has left nothing to predict."""
+        """Begins a step whose first layer ran without the host, so that nothing is predicted from it."""
         self._begin_step(None)
 
     def _begin_step(self, tokens: int | None) -> None:
-        """Of so many rows without padding; None: those of the step's requests, and nothing to record of them."""
+        """Begins a step of `tokens` rows without padding; None: as many as its requests have, without recording."""
         requests = self.requests()
         rows = [rows for _, _, rows in requests]
         self.last_rows = None
@@ -293,14 +291,14 @@ class ExpertPredictor:
 
     @_harmless
     def end_step(self, hidden: torch.Tensor) -> None:
-        """The model has run: what the first layer will want next.
+        """Predicts the first layer of the next step, after the model has run.
 
         Args:
-            hidden: `[requests, hidden]`, last hidden states of the rows that a token is sampled from.
+            hidden: `[requests, hidden]`, last hidden states of the rows that tokens are sampled from.
         """
         if self.first is None or len(hidden) > SAMPLE or hidden.shape[1] != len(self.first) - 1:
             return
-        # Nobody waits for it: from a GPU it is taken in when the next step begins.
+        # Does not block: a GPU's result is used when the next step begins.
         self._at_the_end = HostCopy(torch.addmm(self.first[-1], hidden.float(), self.first[:-1]))
         self._take_the_end()
 
@@ -318,11 +316,11 @@ class ExpertPredictor:
 
     @_harmless
     def record_in_place(self, requests: Sequence[tuple[str, int, int]], ids: np.ndarray) -> None:
-        """A step has run without the host: remembers what its requests used.
+        """Records the experts that requests used in a step that ran without the host.
 
         Args:
-            requests: id, first position and rows of each.
-            ids: integer `[layers, tokens, top_k]`, -1: dropped.
+            requests: id, first position and number of rows of each request.
+            ids: integer `[layers, tokens, top_k]`, -1 for dropped.
         """
         if self.experts is None:
             return
@@ -353,9 +351,9 @@ class ExpertPredictor:
         step = self.step
         if step is None or len(step.positions) != len(ids):
             return
-        chosen = ids.shape[1]  # fewer than in other layers: the rest counts as dropped
+        chosen = ids.shape[1]  # if fewer than in other layers, the rest counts as dropped
         step.ids[index, :, :chosen] = ids
-        # A kept weight is never zero, or the expert would count as dropped.
+        # A weight of zero means dropped, so kept weights are at least 1e-6.
         step.weights[index, :, :chosen] = np.where(keep, np.maximum(weights.cpu().numpy(), 1e-6), 0)
         if expected is not None:
             step.expected[index] = expected
@@ -367,7 +365,7 @@ class ExpertPredictor:
         self.step = None
 
     def close(self) -> None:
-        """Ends the trace."""
+        """Completes and closes the trace."""
         self._end_trace_of_step()
         if self.trace is not None:
             self.trace.close()

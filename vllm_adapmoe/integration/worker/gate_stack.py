@@ -1,4 +1,4 @@
-"""The later layers' gates, and a layer's own next-token head, as one matrix on the layer's input."""
+"""Stacks later layers' gates and a layer's own next-token head into one matrix applied to the layer's input."""
 
 from collections.abc import Sequence
 
@@ -10,14 +10,14 @@ from vllm_adapmoe.integration.worker.gate_trial import LinearGate
 
 
 class GateStack:
-    """Linear maps of one input, stacked: one product gives what all of them say.
+    """Several linear maps of one input, stacked so that one product computes all of them.
 
     Args:
-        gates: of the layers after; None where a layer's router is no linear map of the experts' input. Their
-            input may be narrower, or wider, than this layer's: what is missing is zero, what is beyond is left out.
-        head: float32 `[hidden + 1, experts]`, the last row constant; None: there is none.
-        hidden: size of the experts' input. A kernel may have padded it with zeros beyond what the head takes.
-        device: of the stack.
+        gates: gates of the later layers, None for a router that is not linear in the experts' input. Their input may be
+            narrower or wider than this layer's: missing rows are zero, surplus ones are left out.
+        head: next-token head, float32 `[hidden + 1, experts]`, the last row constant; or None.
+        hidden: size of the experts' input. A kernel may have padded it with zeros beyond the head's input.
+        device: device of the stack.
     """
 
     def __init__(
@@ -25,7 +25,7 @@ class GateStack:
     ) -> None:
         weights, biases = [], []
         self.slices: list[slice | None] = []
-        """Columns of each gate's logits."""
+        """Columns of each gate's logits; None for a missing gate."""
         end = 0
         for gate in gates:
             if gate is None:
@@ -36,7 +36,7 @@ class GateStack:
             self.slices.append(slice(end, end + len(gate.bias)))
             end += len(gate.bias)
         self.width = end
-        """Columns of all gates together; the head's come after them."""
+        """Number of columns of all gates; the head's columns come after them."""
         if head is not None:
             weights.append(_of_height(torch.from_numpy(head[:-1]).to(device), hidden))
             biases.append(torch.from_numpy(head[-1]).to(device))
@@ -44,15 +44,15 @@ class GateStack:
         self.bias = torch.cat(biases) if biases else None
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """float32 `[tokens, width + the head's experts]`, on the device, for `x` `[tokens, hidden]`."""
+        """Returns float32 `[tokens, width + the head's experts]`, on the device, for `x` `[tokens, hidden]`."""
         assert self.weight is not None and self.bias is not None
         return torch.addmm(self.bias, x.float(), self.weight)
 
     def outputs(self, x: torch.Tensor) -> np.ndarray:
-        """`product`, on the host."""
+        """Returns `product` on the host."""
         return self.product(x).cpu().numpy()
 
 
 def _of_height(rows: torch.Tensor, height: int) -> torch.Tensor:
-    """Rows for an input of `height`, whose further columns are zero; a head made for a wider one has rows too many."""
+    """Pads rows with zeros, or cuts them, to `height`, the size of the input."""
     return pad(rows[:height], (0, 0, 0, max(0, height - len(rows))))

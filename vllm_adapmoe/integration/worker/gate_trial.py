@@ -1,4 +1,4 @@
-"""Tries a router when the model has loaded: whether a product with its input says what it will choose."""
+"""Tests, after the model has loaded, whether a router is a linear map of its input, and so can be predicted."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,45 +9,45 @@ from torch.nn.functional import pad
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 
 STEP = 16.0
-"""Length of the vectors that a map is read off: the longer, the less of it is lost beside a large bias in bf16."""
+"""Length of the probe vectors: the longer, the less precision is lost beside a large bias in bf16."""
 LENGTHS = (0.5, 1.0, 2.0, 4.0)
-"""Of random inputs. A router that normalises its input is linear as long as all of them have one length."""
+"""Lengths of random test inputs; several, because a router that normalises its input is linear at a fixed length."""
 TOLERANCE = 0.05
-"""Error of the map over what it says, root mean squares. bf16 gives 0.002, FP8 activations 0.026 (their rounding); a
-softmax, a tanh or a normalisation 0.3 and more."""
+"""Maximum error of the linear map relative to its output, root mean squares. bf16 gives 0.002, FP8 activations 0.026
+(their rounding); a softmax, a tanh or a normalisation 0.3 and more."""
 ROWS = 512
-"""Vectors of one call, so that a trial takes little memory."""
+"""Probe dimensions per call, to limit the memory of a test."""
 
 
 class Unpredictable(Exception):
-    """A router whose choice cannot be predicted; the text says why."""
+    """Raised for a router whose choice cannot be predicted; the text says why."""
 
 
 @dataclass(frozen=True)
 class LinearGate:
-    """What a router does to the experts' input."""
+    """A router as a linear map from the experts' input to logits."""
 
     weight: torch.Tensor
-    """float32 `[hidden, experts]`."""
+    """Weight, float32 `[hidden, experts]`."""
     bias: torch.Tensor
-    """float32 `[experts]`."""
+    """Bias, float32 `[experts]`."""
 
 
 def try_gate(gate: torch.nn.Module, hidden: int, experts: int, dtype: torch.dtype, device: torch.device) -> LinearGate:
     """Returns a router as a linear map, whatever format its weights are in.
 
-    The router is called on made-up inputs. It may do anything: what it changes of itself is changed back, and what it
-    draws at random is not missing from the numbers that tokens are sampled with.
+    The router is called on artificial inputs. Side effects are undone: changes to the module are reverted, and random
+    draws do not affect the generator that tokens are sampled with.
 
     Args:
         gate: module hidden -> router logits, or a tuple that begins with them.
-        hidden: width of the experts' input. A kernel may have padded it with zeros beyond what the router takes.
-        experts: that the layer has.
-        dtype: of the input.
-        device: of the router's weights.
+        hidden: width of the experts' input. A kernel may have padded it with zeros beyond the router's input.
+        experts: number of experts of the layer.
+        dtype: dtype of the input.
+        device: device of the router's weights.
 
     Raises:
-        Unpredictable: it is sharded, wants another input, gives anything but a logit for each expert, or is not linear.
+        Unpredictable: it is sharded, takes another input, does not return one logit per expert, or is not linear.
     """
     if any(isinstance(part, ColumnParallelLinear | RowParallelLinear) and part.tp_size > 1 for part in gate.modules()):
         raise Unpredictable("it is shared out to several ranks")
@@ -61,13 +61,13 @@ def try_gate(gate: torch.nn.Module, hidden: int, experts: int, dtype: torch.dtyp
                 return _read(gate, width, hidden, experts, each, device)
             except Unpredictable:
                 raise
-            except Exception as error:  # whatever somebody's router raises when it is called by itself
+            except Exception as error:  # a model's router may raise anything when called outside the model
                 failed.append(error)
         raise Unpredictable(f"{type(failed[0]).__name__}: {failed[0]}")
 
 
 def _dtypes(gate: torch.nn.Module, dtype: torch.dtype) -> list[torch.dtype]:
-    """That of the experts' input, and that of the router's weights: models widen its input for some, outside of it."""
+    """Returns the input dtypes to try: the experts' input's, and the weights', to which some models cast the input."""
     own = next((parameter.dtype for parameter in gate.parameters() if parameter.is_floating_point()), dtype)
     return [dtype] if own == dtype or own.itemsize < 2 else [dtype, own]
 
@@ -97,13 +97,13 @@ def _read(
     x = (x * torch.tensor(LENGTHS).repeat(2).unsqueeze(1)).to(device, dtype)
     said = x.float() @ rows
     error = logits(x) - bias - said
-    if not _rms(error) <= TOLERANCE * _rms(said):  # not a number is not linear either
+    if not _rms(error) <= TOLERANCE * _rms(said):  # `not <=`, so that NaN counts as not linear
         raise Unpredictable("it is not linear")
     return LinearGate(pad(rows, (0, 0, 0, hidden - width)), bias)
 
 
 def _rms(rows: torch.Tensor) -> float:
-    """Of rows of `LENGTHS`, each brought to length one: the short ones count, too."""
+    """Returns the root mean square of rows, each divided by its input's length so that short inputs count equally."""
     lengths = torch.tensor(LENGTHS, device=rows.device).repeat(2).unsqueeze(1)
     return float((rows / lengths).square().mean().sqrt())
 
@@ -118,7 +118,7 @@ def _input_size(gate: torch.nn.Module, default: int) -> int:
 
 @contextmanager
 def _restored(gate: torch.nn.Module) -> Iterator[None]:
-    """Undoes what a call changes of a module: attributes, and the contents of parameters and buffers."""
+    """Reverts changes to a module after the context: attributes, and the contents of parameters and buffers."""
     tensors = [(tensor, tensor.clone()) for tensor in (*gate.parameters(), *gate.buffers())]
     attributes = [
         (held, dict(held))

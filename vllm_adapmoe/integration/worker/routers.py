@@ -1,4 +1,4 @@
-"""The routers of a model's MoE layers, and which of them can be foretold."""
+"""Finds the routers of a model's MoE layers, and which of them can be predicted."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,12 @@ logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its le
 
 
 class Routers:
-    """Finds and tries routers, each when it is asked for.
+    """The routers of a model's MoE layers, each found and tested on demand.
 
     Args:
         layers: the model's MoE layers, in order.
-        model: to find their routers in.
-        runners: by layer name, vLLM's MoE runner of each.
+        model: the model that contains the routers.
+        runners: vLLM's MoE runners, by layer name.
     """
 
     def __init__(self, layers: "Sequence[CachedExperts]", model: torch.nn.Module, runners: Mapping[str, Any]) -> None:
@@ -32,18 +32,20 @@ class Routers:
         self.follow_weights()
 
     def follow_weights(self) -> None:
-        """Reads the model's weights, for the first time or anew: they have been replaced."""
+        """Reads the routers' corrections from the model's weights, at first or after they were replaced."""
         self.corrections = [_correction(runner.router) for runner in self.runners]
-        """Of each layer, `[experts]`, added to sigmoid scores before ranking; None: nothing is."""
+        """Correction of each layer, `[experts]`, added to sigmoid scores before ranking; None: no correction."""
         self._reasons: dict[int, str] = {}
 
     def linear(self, index: int, dtype: torch.dtype, device: torch.device) -> LinearGate | None:
-        """The router of a layer as a linear map of its experts' input; None: it is none, and `report` will say why.
+        """Returns a layer's router as a linear map of its experts' input; None if it is not linear.
+
+        The reason is kept for `report`.
 
         Args:
-            index: of the layer.
-            dtype: of the input.
-            device: of the weights.
+            index: index of the layer.
+            dtype: dtype of the input.
+            device: device of the weights.
         """
         try:
             gate, hidden, experts = self._gate(index), self.layers[index].hidden_size, self.num_experts[index]
@@ -56,7 +58,11 @@ class Routers:
             return None
 
     def _gate(self, index: int) -> torch.nn.Module:
-        """The module that gives a layer's logits: its runner's, or beside the experts under the name that it has."""
+        """Finds the module that computes a layer's logits: the runner's gate, or `gate` or `router` of its block.
+
+        Raises:
+            Unpredictable: there is none, or the choice does not depend on such logits alone.
+        """
         runner, block, correction = self.runners[index], self._blocks[index], self.corrections[index]
         if getattr(runner.router, "_hash_indices_table", None) is not None:
             raise Unpredictable("the token's id decides")
@@ -72,7 +78,7 @@ class Routers:
         return gate
 
     def report(self) -> None:
-        """Says in one line which layers are served without predictions."""
+        """Logs in one line which layers have no predictions, and why."""
         if not self._reasons:
             return
         layers: dict[str, list[int]] = {}
@@ -83,7 +89,7 @@ class Routers:
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers as text: `0, 2 to 5`."""
+    """Formats ascending numbers as text: `0, 2 to 5`."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:
@@ -94,7 +100,7 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def _blocks_around(runners: Sequence[Any], model: torch.nn.Module) -> list[torch.nn.Module | None]:
-    """The module that holds each runner. Names of layers need not be paths of modules, so that is no way to it."""
+    """Returns each runner's parent module, by search: layer names need not be module paths."""
     around = {id(child): part for part in model.modules() for child in part.children()}
     return [around.get(id(runner)) for runner in runners]
 

@@ -1,4 +1,4 @@
-"""The worker's counters between a step and the API server that is told of them."""
+"""Collects the worker's counters until they are sent to an API server."""
 
 import time
 from collections.abc import Callable
@@ -7,16 +7,16 @@ Stats = dict[str, float | list[float]]
 
 GAUGES = {"slots", "resident", "layer_resident", "layer_experts", "layer_floors"}
 LAYER_SECONDS = 1.0
-"""Between two reports of single layers: there are many, and nobody looks at them more often."""
+"""Minimum seconds between two reports of per-layer statistics, which are long."""
 BANDWIDTH_SECONDS = 1.0
-"""Of fetching, that the bandwidth is averaged over."""
+"""Seconds of fetch time that the bandwidth is averaged over."""
 
 
 class StatsOutbox:
-    """Adds up what the steps counted until it is sent. Every API server is sent some of it, and together they get all.
+    """Adds up the steps' counters until they are sent. Each API server gets a part, and together they get everything.
 
     Args:
-        clock: seconds, for tests.
+        clock: returns seconds; replaceable for tests.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -27,7 +27,7 @@ class StatsOutbox:
         self._recent_bytes = self._recent_seconds = 0.0
 
     def add(self, stats: Stats | None, tokens: int) -> None:
-        """What one step of so many tokens counted (`StepStats.step`). A step without any computes nothing."""
+        """Adds the counters of one step (`StepStats.step`) of `tokens` tokens; with 0, the step computes nothing."""
         for name, value in (stats or {}).items():
             held = self._layers if name.startswith("layer_") else self._waiting
             if name == "stall_seconds":
@@ -50,10 +50,10 @@ class StatsOutbox:
             self._waiting["link_bandwidth"] = self._recent_bytes / self._recent_seconds
 
     def take(self, idle: bool) -> Stats | None:
-        """Everything since the last time, to be sent; None if there is nothing.
+        """Returns and clears the statistics to be sent; None if there are none.
 
-        Counters have grown by that much, gauges are what they are, `stall_seconds` has one entry for each step.
-        What is said of layers waits for its time, unless the engine falls `idle`.
+        Counters are increments since the last call, gauges current values, `stall_seconds` has one entry per step.
+        Per-layer statistics are sent once per `LAYER_SECONDS`, or when the engine becomes `idle`.
         """
         sent, self._waiting = self._waiting, {}
         now = self._clock()

@@ -1,4 +1,4 @@
-"""vLLM's ways to replace the weights of a running model, and to write them out, where experts are in slots."""
+"""Replaces and saves the weights of a running model through vLLM's worker methods, with experts in slots."""
 
 from collections.abc import Callable
 from functools import partial
@@ -24,19 +24,19 @@ from vllm_adapmoe.store.base import StoreError
 logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
 
 IN_PLACE = {"sparse_nccl", "nccl_m2n", "sharded_rdt", "modelexpress"}
-"""Backends of weight transfer that write into a model's parameters, past its `load_weights`."""
+"""Weight transfer backends that write into a model's parameters directly, bypassing its `load_weights`."""
 READ_SLOTS = {
     "save_tensorized_model": "write it with save_sharded_state",
     "compute_weight_checksums": "compare what save_sharded_state writes",
     "reset_weights": "replace the weights with reload_weights",
 }
-"""Methods of vLLM's worker, the last two from 0.33 on, and what to do instead."""
+"""Methods of vLLM's worker that would take slots for weights, and their replacements; the last two since 0.33."""
 
 
 class UpdatedWorker(Worker):
-    """Mixin over a worker whose MoE layers are cached: `reload_weights` and weight transfer bring new experts.
+    """Mixin that makes `reload_weights` and weight transfer replace experts in a worker with cached MoE layers.
 
-    The caller sees to it that no request runs meanwhile, and resets the prefix cache, as with vLLM's own worker.
+    The caller must ensure that no request runs meanwhile, and reset the prefix cache, as with vLLM's own worker.
     """
 
     _config: AdapMoEConfig
@@ -45,19 +45,19 @@ class UpdatedWorker(Worker):
     predictor: ExpertPredictor | None
     device_only: DeviceOnlySteps | None
     _update: WeightUpdate | None = None
-    """Under way."""
+    """Weight update in progress; None if there is none."""
     _records: RecordUpdate | None = None
     _made_up: bool
-    """The weights that the engine has started with are no checkpoint's."""
+    """Whether the engine was started with dummy weights, without a checkpoint."""
     broken: str | None = None
-    """Why the model holds neither the old weights nor the new ones; None: it does not."""
+    """Reason why the weights are a mixture of old and new ones; None if they are consistent."""
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
-        """As `GPUModelRunner.reload_weights`, experts included.
+        """Replaces the weights like `GPUModelRunner.reload_weights`, experts included.
 
         Raises:
-            AdapMoEError: in one line, with what is served from here on: the old weights, or nothing until a further
-                update has brought all of them.
+            AdapMoEError: the update failed; the line says what is served from now on: the old weights, or nothing until
+                another update has replaced all of them.
         """
         self._reload_weights(*args, **kwargs)
 
@@ -84,10 +84,10 @@ class UpdatedWorker(Worker):
         self._or_abort("reload_weights", reload)
 
     def _check_parameters(self, call: str, remedy: str) -> None:
-        """Refuses to write weights into parameters where these are not what the kernels read.
+        """Checks that the kernels read the parameters, so that weights may be written into them.
 
         Raises:
-            AdapMoEError: they are slots, or what is left of weights that a CPU's kernels have packed.
+            AdapMoEError: parameters are slots, or empty because a CPU kernel has packed the weights.
         """
         model: nn.Module = self.model_runner.get_model()
         packed = next((name for name, parameter in model.named_parameters() if not parameter.numel()), None)
@@ -100,14 +100,14 @@ class UpdatedWorker(Worker):
         super().init_weight_transfer_engine(init_info)
 
     def start_weight_update(self) -> None:
-        """As vLLM's.
+        """Begins a weight update, like vLLM's method.
 
         Raises:
             AdapMoEError: the backend would write into slots; nothing has changed.
         """
         self._check_backend("start_weight_update")
         if self._update is not None:
-            super().start_weight_update()  # says so
+            super().start_weight_update()  # raises vLLM's error
         update = self._begin_update("start_weight_update")
 
         def start() -> None:
@@ -119,21 +119,21 @@ class UpdatedWorker(Worker):
         self._or_abort("start_weight_update", start)
 
     def update_weights(self, update_info: dict | list[dict]) -> None:
-        """As vLLM's.
+        """Receives weights of an update in progress, like vLLM's method.
 
         Raises:
-            AdapMoEError: as `reload_weights`.
+            AdapMoEError: as in `reload_weights`.
         """
         update: Callable[[], None] = lambda: super(UpdatedWorker, self).update_weights(update_info)  # noqa: E731
         if self._update is None:
-            update()  # says so
+            update()  # raises vLLM's error
         self._or_abort("update_weights", update)
 
     def finish_weight_update(self) -> None:
-        """As vLLM's.
+        """Completes a weight update, like vLLM's method.
 
         Raises:
-            AdapMoEError: as `reload_weights`.
+            AdapMoEError: as in `reload_weights`.
         """
 
         def finish() -> None:
@@ -142,14 +142,14 @@ class UpdatedWorker(Worker):
             self._finish(self._update)
 
         if self._update is None:
-            super().finish_weight_update()  # says so
+            super().finish_weight_update()  # raises vLLM's error
         self._or_abort("finish_weight_update", finish)
 
     def save_sharded_state(self, path: str, pattern: str | None = None, max_size: int | None = None) -> None:
-        """As vLLM's, with the model's experts where its parameters are slots.
+        """Saves a sharded state like vLLM's method, with experts from the store where parameters are slots.
 
         Raises:
-            AdapMoEError: the weights are being replaced, or have been in part.
+            AdapMoEError: the weights are being replaced, or were replaced only in part.
         """
         cache = self.expert_cache
         if cache is None:
@@ -161,12 +161,12 @@ class UpdatedWorker(Worker):
         )
 
     def guard_weights(self) -> None:
-        """Lets whatever takes parameters for weights say so, instead of working on slots."""
+        """Makes methods that would read or write parameters as weights raise, where these are slots."""
         model: Any = self.model_runner.get_model()
         load_weights = model.load_weights
 
         def guarded(weights: Weights, *args: Any, **kwargs: Any) -> Any:
-            """As trainers call it: outside of an update, with one tensor after the other."""
+            """Checks the parameters before a trainer's direct call, and the loaded names during an update."""
             if self._update is None:
                 self._check_parameters("load_weights of a running model", "call reload_weights with weights_iterator")
                 return load_weights(weights, *args, **kwargs)
@@ -248,7 +248,11 @@ class UpdatedWorker(Worker):
             )  # fmt: skip
 
     def _or_abort(self, call: str, action: Callable[[], None]) -> None:
-        """Runs a part of the update under way; whatever goes wrong ends it, on every rank."""
+        """Runs a part of the current update; an error on any rank aborts the update on every rank.
+
+        Raises:
+            AdapMoEError: the update was aborted.
+        """
         error: BaseException | None = None
         try:
             action()
@@ -267,7 +271,7 @@ class UpdatedWorker(Worker):
 
 
 def _all_ranks(well: bool) -> bool:
-    """Whether it is so on every rank, all of which ask."""
+    """Returns whether `well` is true on every rank. Collective: every rank must call it."""
     group = get_tp_group()
     if group.world_size == 1:
         return well

@@ -1,4 +1,4 @@
-"""vLLM's workers, with an expert cache."""
+"""vLLM's GPU and CPU workers, extended by an expert cache."""
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -47,25 +47,25 @@ logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its le
 
 
 def slot_bytes(cache: ExpertCacheManager) -> int:
-    """Memory of all slots."""
+    """Returns the bytes of all slots."""
     return sum(pool.nbytes for pool in cache.pools)
 
 
 class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
-    """Mixin: builds the cache while the model loads, and reports what it did with every step."""
+    """Mixin that builds the expert cache while the model loads, and reports its activity after every step."""
 
     expert_cache: ExpertCacheManager | None = None
     moe_layers: list[CachedExperts]
     _step_report: StepReport | None
-    """Of the step under way, until its output leaves."""
+    """Report of the current step, until it is sent with the step's output."""
     predictor: ExpertPredictor | None = None
     device_only: DeviceOnlySteps | None = None
-    """Of a GPU."""
+    """Steps and layers that run without the host; None on the CPU and with stock layers."""
     _warming_up = False
-    """vLLM runs steps of its own."""
+    """Whether vLLM is running warm-up steps."""
 
     def load_model(self, **kwargs: Any) -> None:
-        """Loads the model and makes its slots: before vLLM profiles memory, so the KV cache gets what they leave."""
+        """Loads the model and allocates its slots, before vLLM profiles memory: the KV cache gets what they leave."""
         config = self._config = AdapMoEConfig.parse(adapmoe_settings(self.vllm_config))
         self._step_report, self._since, self._clock = None, CounterDelta(), StepClock(slots_device())
         self._made_up = self.vllm_config.load_config.load_format == "dummy"
@@ -91,7 +91,7 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
             self.expert_cache, self.moe_layers, group.cpu_group if group.world_size > 1 else None
         )
         self._failed: set[str] = set()
-        # Other ranks, or another scheduler, would not know, and go on.
+        # Other ranks, or another scheduler, would not know of the failure and would continue the request.
         self._fails_requests = self.vllm_config.parallel_config.world_size == 1 and is_cache_aware(
             self.vllm_config.scheduler_config.scheduler_cls
         )
@@ -107,7 +107,7 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
             )  # fmt: skip
 
     def _look_ahead(self, config: AdapMoEConfig) -> None:
-        """Lets every layer prefetch and record as configured from here on."""
+        """Starts prediction, prefetch and trace recording as configured, replacing the previous predictor."""
         if self.predictor is not None:
             self.predictor.close()
         self.predictor = self._start_predictor(config)
@@ -165,15 +165,15 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
         )
 
     def _hook_compute_logits(self) -> None:
-        """Shows the predictor the hidden states that tokens are sampled from, as soon as they are there."""
+        """Passes the predictor the hidden states that tokens are sampled from, as soon as they are computed."""
         model: Any = self.model_runner.get_model()
         self._awaits_logits = False
         compute_logits = getattr(model, "compute_logits", None)
-        if compute_logits is None:  # a pooling model samples no token; not all of them have vLLM's method for it
+        if compute_logits is None:  # pooling models sample no token, and some lack this method
             return
 
         def watched(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self._awaits_logits and self.predictor is not None:  # later ones are log probabilities of prompts
+            if self._awaits_logits and self.predictor is not None:  # later calls are for prompt logprobs
                 self._awaits_logits = False
                 self.predictor.end_step(hidden)
             return compute_logits(hidden, *args, **kwargs)
@@ -181,16 +181,16 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
         model.compute_logits = watched
 
     def _requests_of_step(self) -> list[tuple[str, int, int]]:
-        """Id, first position and rows of each request of the step under way."""
+        """Returns id, first position and number of rows of each request of the current step."""
         return requests_of_step(self.model_runner, self._scheduler_output)
 
     def set_gating(self, plan: dict[str, Any] | None) -> None:
-        """Gates every layer by the plan (`GatingPlan`, as a dict) from the next step on; None: as vLLM's router says.
+        """Gates every layer by the plan (`GatingPlan`, as a dict) from the next step on; None: no gating.
 
-        What the prefix cache holds stays as it was computed.
+        Entries of the prefix cache stay as they were computed.
 
         Raises:
-            AdapMoEError: gating is not in what this engine has compiled or captured.
+            AdapMoEError: the model was compiled or captured without gating, or the plan is for other layers.
         """
         if plan is not None and self._runs_stock_layers and not self.model_config.enforce_eager:
             raise AdapMoEError(
@@ -210,7 +210,7 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
             raise AdapMoEError("gating is part of the CUDA graphs that decode=in_place has captured; set decode=fetch")
         for index, layer in enumerate(self.moe_layers):
             if parsed is not None and isinstance(layer, MappedExperts):
-                layer.use_slot_kernel()  # what is dropped has no row, also where every expert is resident
+                layer.use_slot_kernel()  # dropped experts need a map, even if all are resident
             layer.gating = None if parsed is None else gates.LayerGate(parsed, index)
         self._budget = None
         if parsed is not None and parsed.nats_per_token is not None:
@@ -218,18 +218,18 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
         self._spent = 0.0
 
     def _leave_room(self, available: int) -> int:
-        """Bytes for the KV cache, of which `available` were left before slots gave way."""
+        """Returns the bytes for the KV cache: `available`, plus those of slots given up for it."""
         room = room_for_kv_cache(self._config, self.vllm_config, self._loading, self.expert_cache, available)
         if room != available and self.device_only is not None and self.device_only.in_place is not None:
             self.device_only.in_place.follow_pools()
         return room
 
     def set_cache(self, settings: dict[str, Any], curves: list[list[float]] | None = None) -> None:
-        """Starts over with empty slots and other policies: the keys of `adapmoe_config` that are not of its size.
+        """Restarts the cache with empty slots and other policies; its size stays.
 
         Args:
             settings: `adapmoe_config`; its budget and store have no effect.
-            curves: expected loads of each layer by slots, for `allocation: profile`.
+            curves: expected loads of each layer by number of slots, for `allocation: profile`.
         """
         cache, config = self.expert_cache, AdapMoEConfig.parse(settings)
         assert cache is not None
@@ -239,9 +239,9 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
         self._look_ahead(config)
 
     def compile_or_warm_up_model(self) -> Any:
-        """Warms up and captures CUDA graphs, for which model runner V2 runs steps of made-up requests.
+        """Warms up and captures CUDA graphs, for which model runner V2 runs steps of dummy requests.
 
-        Those load no expert and count nowhere. A capture is global: nothing may be in flight meanwhile.
+        Those load no experts and are not counted. A capture is global: no fetch may be in flight meanwhile.
         """
         self._warming_up = True
         try:
@@ -277,10 +277,10 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
         return self._with_stats(output)
 
     def _check_weights(self) -> None:
-        """Lets no token of weights that are being replaced, or were in part, leave the engine.
+        """Prevents output of tokens computed while weights are being replaced, or after that failed halfway.
 
         Raises:
-            AdapMoEError: the step cannot run, or nobody would end its requests.
+            AdapMoEError: an update is in progress, or the weights are mixed and requests cannot be failed one by one.
         """
         if not self._scheduled:
             return
@@ -300,7 +300,7 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
         return self.device_only.step(tokens, self._requests_of_step)
 
     def _report_step(self, scheduler_output: Any) -> StepReport | None:
-        """What the scheduler wants to know of the step that has been launched, and of those that have ended."""
+        """Returns the scheduler's report on the launched step and the times of finished ones; None if not needed."""
         experts = None if self.predictor is None else self.predictor.experts
         if experts is None or self.expert_cache is None:
             return None
@@ -313,7 +313,7 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
         stall_seconds, loads, fetch_seconds = self._since(stats, counted).tolist()
         prefill = runs_prompt(self._scheduled, scheduler_output.scheduled_spec_decode_tokens)
         self._clock.stop((stall_seconds, int(loads), fetch_seconds, prefill))
-        held = bits(self.expert_cache.controller.held)  # what other ranks hold takes no slot here
+        held = bits(self.expert_cache.controller.held)  # other ranks' experts take no slot here
         return StepReport(
             slots=self.expert_cache.num_slots,
             resident=bits(self.expert_cache.resident()),
@@ -322,13 +322,13 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
         )
 
     def _keep_budget(self) -> None:
-        """Sets every gate's threshold by what the step has lost, if it decoded."""
+        """Adjusts every gate's threshold by the loss of a decode step, to keep the loss budget."""
         if self._budget is None:
             return
         layer_gates = [layer.gating for layer in self.moe_layers if layer.gating is not None]
         spent, self._spent = self._spent, sum(gate.stats.loss_spent for gate in layer_gates)
         tokens = len(self._scheduled)
-        if tokens and max(self._scheduled.values()) == 1:  # a prompt loses next to nothing: it needs every expert
+        if tokens and max(self._scheduled.values()) == 1:  # prompts lose next to nothing, as they need every expert
             threshold = self._budget.spend(self._spent - spent, tokens)
             for gate in layer_gates:
                 gate.threshold = threshold
@@ -338,11 +338,11 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
         return output if self._warming_up else self._with_stats(output)
 
     def _fail_requests(self, failed_tokens: torch.Tensor, error: ExpertsUnavailable) -> None:
-        """Requests of the step's rows that need an expert which cannot be read: they end with this step.
+        """Marks the requests of failed rows, whose experts cannot be read, to be ended with this step.
 
         Args:
-            spoilt: bool `[rows]`.
-            error: what to say of it.
+            failed_tokens: bool `[rows]`.
+            error: the reason, for the log.
         """
         row = 0
         for name, _, rows in self._requests_of_step():
@@ -355,7 +355,7 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
         return with_attributes(output, self._report)
 
     def _report(self) -> dict[str, Any]:
-        """What the scheduler is told beside a step's tokens."""
+        """Returns what the scheduler gets with a step's tokens: counters, failed requests and `StepReport`."""
         report: dict[str, Any] = {"worker_stats": self.step_stats.step()}
         if self._failed:
             report["failed_requests"] = sorted(self._failed)
@@ -365,18 +365,18 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
         return report
 
     def expert_cache_stats(self) -> dict[str, float]:
-        """`total_stats` of this rank."""
+        """Returns the `total_stats` of this rank."""
         if self.device_only is not None:
             self.device_only.drain_finished(self.predictor)
         return total_stats(self.expert_cache, self.moe_layers)
 
     def expert_bytes(self) -> int:
-        """Of the largest expert."""
+        """Returns the bytes of the largest expert."""
         assert self.expert_cache is not None
         return max(self.expert_cache.controller.expert_bytes)
 
     def kept_by_layer(self) -> list[float]:
-        """Mean experts kept per token in each layer since gating was set."""
+        """Returns the mean number of experts kept per token in each layer since gating was set."""
         stats = [layer.gating.stats for layer in self.moe_layers if layer.gating is not None]
         return [one.kept_experts / max(one.gated_tokens, 1) for one in stats]
 
@@ -391,27 +391,27 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
 
 
 class AdapMoEWorker(ExpertCacheWorker, Worker):
-    """Worker of a GPU."""
+    """vLLM's GPU worker with an expert cache."""
 
     def determine_available_memory(self) -> int:
-        """Bytes for the KV cache. vLLM has measured activations and graphs; slots were counted by estimates of them."""
-        with self._quiet():  # graphs are captured on trial
+        """Returns the bytes for the KV cache, by vLLM's measurement of what the slot count only estimated."""
+        with self._quiet():  # vLLM captures graphs to measure them
             available = super().determine_available_memory()
         return self._leave_room(available)
 
 
 class AdapMoECPUWorker(ExpertCacheWorker, CPUWorker):
-    """Worker of the CPU."""
+    """vLLM's CPU worker with an expert cache."""
 
     def init_device(self) -> None:
         super().init_device()
-        # vLLM's attention uses AMX where the CPU has it (v1/attention/backends/cpu_attn.py), but leaves it to others to
-        # ask the kernel for it: until a product of oneDNN has, the first request ends the process (SIGILL).
+        # vLLM's attention uses AMX where the CPU has it (v1/attention/backends/cpu_attn.py) without requesting it from
+        # the OS kernel. Unless a oneDNN product has done so before, the first request ends the process (SIGILL).
         if torch.cpu._is_amx_tile_supported():
             torch.cpu._init_amx()
 
     def determine_available_memory(self) -> int:
-        """Bytes for the KV cache. vLLM counts what is resident, and slots become that only as they are filled."""
+        """Returns the bytes for the KV cache. vLLM counts resident memory, which slots become only when filled."""
         available = super().determine_available_memory()
         if self.expert_cache is None or self.cache_config.kv_cache_memory_bytes is not None:
             return available

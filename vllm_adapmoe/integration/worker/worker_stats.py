@@ -1,4 +1,4 @@
-"""What a worker's expert cache and gates count: since the start for who asks, and of every step for `/metrics`."""
+"""Statistics of a worker's expert cache and gates: totals since the start, and increments per step for `/metrics`."""
 
 from collections.abc import Callable, Sequence
 from copy import copy
@@ -16,16 +16,16 @@ from vllm_adapmoe.integration.layers.gates import GateStats, total
 from vllm_adapmoe.policy.controller import CacheStats
 
 Stats = dict[str, float | list[float]]
-"""By name; lists have one entry for each MoE layer."""
+"""Statistics by name; lists have one entry per MoE layer."""
 
 COUNTERS = (*(field.name for field in fields(CacheStats)), "demand_loads")
 STALL = COUNTERS.index("stall_seconds")
 
 
 def total_stats(cache: ExpertCacheManager | None, layers: Sequence[CachedExperts]) -> dict[str, float]:
-    """Counters of this rank since the start, and how many slots there are and are filled.
+    """Returns this rank's counters since the start, and the numbers of slots and of filled slots.
 
-    Empty where every expert fits and nothing is gated.
+    Empty if every expert fits and nothing is gated.
     """
     gated = [layer.gating.stats for layer in layers if layer.gating is not None]
     if cache is None and not gated:
@@ -42,7 +42,7 @@ def _slots(cache: ExpertCacheManager | None, layers: Sequence[CachedExperts]) ->
 
 
 class CounterDelta:
-    """What counters have grown by since the last time; from zero where they have begun anew in another object."""
+    """Computes increments of counters between calls; starts from zero when their owner is another object."""
 
     def __init__(self) -> None:
         self._owner: object = None
@@ -56,16 +56,16 @@ class CounterDelta:
 
 
 class StepStats:
-    """What every step adds to the counters.
+    """Computes the increments of the counters per step.
 
-    With several ranks: each holds and fetches its own shard of every expert, so shards, slots, bytes and the time with
-    a fetch under way are summed over the ranks, and of the waiting it is the rank that waited longest, for whom the
-    others had to wait. These reach the first rank while the next step runs, which is when they are told.
+    With several ranks, each holds and fetches its own shard of every expert: shards, slots, bytes and fetch time are
+    summed over the ranks, while the waiting time is the maximum, as other ranks wait for the slowest. The numbers are
+    gathered while the next step runs, and so reported with it.
 
     Args:
-        cache: of this rank; None where every expert is resident.
+        cache: this rank's cache; None if every expert is resident.
         layers: the model's MoE layers.
-        group: the ranks, on the host; None: there is one.
+        group: host process group of the ranks; None for a single rank.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class StepStats:
         self._gathered: tuple[Any, list[torch.Tensor]] | None = None
 
     def step(self) -> Stats | None:
-        """Since the last call; None where there is nothing to say. Every rank has to call it as often as the others."""
+        """Returns the increments since the last call, or None. Collective: all ranks must call it equally often."""
         stats: Stats = {}
         if self.cache is not None:
             mine = self._cache_numbers(self.cache)
@@ -92,7 +92,7 @@ class StepStats:
         return stats or None
 
     def _cache_numbers(self, cache: ExpertCacheManager) -> np.ndarray:
-        """What `_named` names: the counters' growth, then how things are."""
+        """Returns the numbers that `_named` names: increments of counters, then gauges."""
         controller, stats = cache.controller, cache.stats
         counted = [*vars(stats).values(), stats.demand_loads, *controller.layer_hits, *controller.layer_misses]
         of_layers = [*controller.layer_residents(), *controller.num_held, *controller.layer_floors()]
@@ -124,7 +124,7 @@ class StepStats:
         return stats
 
     def _gate_stats(self) -> Stats:
-        """Of this rank alone: all of them gate the same tokens."""
+        """Returns the gates' increments on this rank alone, as all ranks gate the same tokens."""
         gates = [layer.gating for layer in self.layers]
         counted = [gate.stats if gate is not None else GateStats() for gate in gates]
         now = [one.gated_tokens for one in counted] + [one.kept_experts for one in counted]
@@ -140,9 +140,9 @@ class StepStats:
 
 
 def with_attributes(output: Any, attributes: Callable[[], dict[str, Any]]) -> Any:
-    """The output of a step with further attributes, which are made when it is known: at once, or when it is awaited."""
+    """Adds attributes to a step's output: immediately, or to an asynchronous output when it is awaited."""
     if isinstance(output, ModelRunnerOutput):
-        if output is EMPTY_MODEL_RUNNER_OUTPUT:  # one object for everybody
+        if output is EMPTY_MODEL_RUNNER_OUTPUT:  # a shared object
             output = copy(output)
         vars(output).update(attributes())
         return output
@@ -150,7 +150,7 @@ def with_attributes(output: Any, attributes: Callable[[], dict[str, Any]]) -> An
 
 
 class WithAttributes(AsyncModelRunnerOutput):
-    """An output that is on its way from the device, and what to add to it."""
+    """An output in flight from the device, with attributes to add to it."""
 
     def __init__(self, output: AsyncModelRunnerOutput, attributes: dict[str, Any]) -> None:
         self.output = output
@@ -162,6 +162,6 @@ class WithAttributes(AsyncModelRunnerOutput):
         return output
 
     def get_kv_connector_output(self) -> Any:
-        """What of the output is left where `get_output` fails; vLLM asks for it from 0.33 on."""
+        """Returns the part of the output that remains if `get_output` fails; vLLM calls this since 0.33."""
         output: Any = self.output
         return output.get_kv_connector_output()
