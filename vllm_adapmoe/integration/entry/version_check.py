@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 
@@ -14,6 +15,7 @@ from vllm_adapmoe.integration.entry.vllm_names import needs, package_files
 
 logger = logging.getLogger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
 
+INTEGRATION = Path(__file__).parents[1]
 SUPPORTED = f"{OLDEST} to {NEWEST}"
 
 
@@ -87,9 +89,10 @@ def missing() -> Iterator[str]:
 def _abstract_methods() -> Iterator[str]:
     """Yields abstract methods of vLLM's base classes that our classes do not implement."""
     for file in package_files():
-        if file.parent.name != "integration" or file.stem == "__init__":
+        if INTEGRATION not in file.parents or file.stem == "__init__":
             continue
-        module = importlib.import_module(f"vllm_adapmoe.integration.{file.stem}")
+        path = file.relative_to(INTEGRATION).with_suffix("")
+        module = importlib.import_module(".".join(("vllm_adapmoe", "integration", *path.parts)))
         for cls in vars(module).values():
             if isinstance(cls, type) and cls.__module__ == module.__name__:
                 for method in sorted(getattr(cls, "__abstractmethods__", ())):
