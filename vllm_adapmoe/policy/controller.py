@@ -52,7 +52,7 @@ class CacheStats:
     fetched_bytes: int = 0
     """Bytes transferred, on demand or speculatively."""
     wasted_bytes: int = 0
-    """Bytes of prefetches that were cancelled, failed, or evicted before a layer requested the expert."""
+    """Bytes of loads cancelled or failed, and of prefetches evicted before a layer requested the expert."""
     stall_seconds: float = 0.0
     """Seconds that layers waited for experts."""
     fetch_seconds: float = 0.0
@@ -79,7 +79,7 @@ class CacheSetup:
     lookahead: int = 0
     """Maximum number of layers ahead to prefetch for; 0: no prefetch."""
     max_experts: int = 0
-    """Maximum prefetches in flight; also the number of staging slots of each pool that has enough slots."""
+    """Maximum prefetches in flight, and maximum staging slots of each pool (`staging`)."""
 
     @classmethod
     def of(
@@ -288,7 +288,7 @@ class CacheController:
         """Records what a layer's router selected, and queues prefetches of the experts predicted for later layers.
 
         Args:
-            layer: MoE layer index; -1: before the step.
+            layer: MoE layer index; -1: between two steps.
             routing: ids, integer `[tokens, top_k]`, and the mask of those kept, bool of the same shape; None for
                 layer -1.
             predict_experts: gives the predictions.

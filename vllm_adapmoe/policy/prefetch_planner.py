@@ -120,7 +120,7 @@ class PrefetchPlanner:
         A prediction costs time in every layer, so none is made while prefetches are in flight.
 
         Args:
-            layer: layer whose input the predictions are made from; -1: before the step.
+            layer: layer whose input the predictions are made from; -1: between two steps.
             predict_experts: called for predictions, nearest layer first.
             request: called for each candidate, with whether its use is near-certain; True if it was queued.
             under_way: prefetches queued or in flight.
