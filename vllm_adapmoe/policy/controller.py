@@ -279,7 +279,7 @@ class CacheController:
                 most -= 1
 
     def release(self, layer: int, experts: Sequence[int]) -> None:
-        """Unpins these experts: the kernel that read them has run, and they may be evicted."""
+        """Unpins these experts: the kernel that reads them has been launched, and they may be evicted."""
         self.residency(layer).release(layer, experts)
 
     def prefetch(

@@ -215,7 +215,7 @@ class Residency:
         return True
 
     def release(self, layer: int, experts: Sequence[int]) -> None:
-        """Unpins these experts, as the kernel that read them has run."""
+        """Unpins these experts, as the kernel that reads them has been launched."""
         for expert in experts:
             entry = self.entries.get((layer, expert))
             if entry is None:  # its load failed
