@@ -33,9 +33,9 @@ class GatingConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     mode: Literal["off", "token", "batch"] = "off"
-    """How experts of the router's top-k are dropped. `off`: none is. `token`: each token drops experts independently of
-    the batch. `batch`: non-resident experts are dropped where that costs the whole batch little; outputs then depend on
-    the batch and on the cache."""
+    """Rule for dropping experts of the router's top-k. `off`: drops none. `token`: each token drops experts
+    independently of the batch. `batch`: drops non-resident experts where that costs the whole batch little; outputs
+    then depend on the batch and on the cache."""
     threshold: float | None = Field(None, ge=0, strict=True)
     """Maximum loss increase in one layer per token (`batch`: per saved fetch), in nats, in the profile's scale."""
     target_experts: float | None = Field(None, ge=1, strict=True)
@@ -88,14 +88,15 @@ class AdapMoEConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     cache_gb: Annotated[float, Field(gt=0, le=1e6, strict=True)] | Literal["auto"] = "auto"
-    """Memory for expert slots per worker, GiB. `auto`: what `gpu_memory_utilization` leaves after everything else."""
+    """Memory for expert slots per worker, in GiB. `auto`: the memory that `gpu_memory_utilization` allows, minus
+    everything else the worker needs."""
     cache_fraction: float | None = Field(None, gt=0, le=1, strict=True)
     """Number of expert slots as a share of all routed experts of the model."""
     cache_experts: int | None = Field(None, ge=1, le=10**8, strict=True)
     """Number of expert slots in total, over all layers."""
     store: Literal["auto", "host", "file"] = "auto"
-    """Where the backing copy of every expert is kept: `host` memory, or a packed `file` read from disk. `auto`: `host`
-    on a GPU, `file` on the CPU."""
+    """Backing store, which holds a copy of every expert: `host` memory, or a packed `file` read from disk. `auto`:
+    `host` on a GPU, `file` on the CPU."""
     store_dir: PathText | None = None
     """Folder of the packed files; default: `adapmoe` in vLLM's cache folder."""
     eviction: Literal["auto", "lru", "lfru", "mrs", "next_use", "next_token"] = "auto"
@@ -105,7 +106,7 @@ class AdapMoEConfig(BaseModel):
     """Minimum slots per layer protected from eviction. `pool`: none. `uniform`: equal for all layers. `profile`: from
     the profile's routing statistics. `trace`: from the live traffic, revised as it runs."""
     decode: Literal["auto", "fetch", "in_place"] = "auto"
-    """How a decode step on a GPU handles missing experts. `fetch`: waits until they are in slots. `in_place`: reads
+    """Handling of missing experts in decode steps on a GPU. `fetch`: waits until they are in slots. `in_place`: reads
     them from host memory over the link without waiting; the cache loads some of them afterwards. `auto`: the faster
     one, measured at startup; on the CPU, `fetch`."""
     prefetch: PrefetchConfig = Field(default_factory=lambda: PrefetchConfig(**{}))
@@ -212,7 +213,7 @@ def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
         "prefetch": PrefetchConfig,
         "scheduler": SchedulerConfig,
     }
-    # Below any other key pydantic names the alternatives of its type, each with an error of its own.
+    # For any other key pydantic appends the alternatives of its type to `loc`, each with its own error.
     alternatives = bool(first["loc"]) and first["loc"][0] not in owners
     key = ".".join(str(part) for part in (first["loc"][:1] if alternatives else first["loc"]))
     if first["type"] == "extra_forbidden":

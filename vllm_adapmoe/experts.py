@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 ExpertKey = tuple[int, int]
-"""(MoE layer index, expert index within the layer)."""
+"""Key of an expert: (MoE layer index, expert index within the layer)."""
 
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What the cache needs to know about the model's experts."""
+    """The model's experts as the cache needs to know them: numbers, sizes and pools."""
 
     num_experts: Sequence[int]
     """Number of experts of each MoE layer."""

@@ -39,7 +39,7 @@ class SlotPool:
         self._streams: list[torch.cuda.Stream] = []
         """CUDA streams not in use by a copy. Shared by the threads: PyTorch has 32 per device, then reuses them."""
         self._used: torch.cuda.Event | None = None
-        self.mark_used()  # by the kernel that writes the zeros: no copy may come before it
+        self.mark_used()  # by the kernel that writes the zeros: copies must wait for it
 
     @property
     def nbytes(self) -> int:

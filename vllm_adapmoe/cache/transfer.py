@@ -298,7 +298,7 @@ class TransferEngine:
         self.check()
 
     def resume(self) -> None:
-        """Starts transfers again."""
+        """Resumes transfers after `drain`."""
         self.quiet = False
         self.changed.notify_all()
 

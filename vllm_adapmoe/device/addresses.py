@@ -70,4 +70,4 @@ class AddressTable:
         if self.table.is_cuda:
             table = table.pin_memory()  # or the copy would wait for the work on the stream
         self.table.copy_(table, non_blocking=True)
-        self._published = slots.copy()  # what the table holds, now that the copy is on its way
+        self._published = slots.copy()  # only now: set once the copy has been issued

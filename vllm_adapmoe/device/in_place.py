@@ -12,7 +12,7 @@ from vllm_adapmoe.device.addresses import AddressTable
 from vllm_adapmoe.device.deferred import UNSEEN, DeferredRouting
 
 GATE_UP, DOWN = "w13_weight", "w2_weight"
-"""vLLM's names of an expert's two pieces."""
+"""vLLM's names of an expert's two weight tensors."""
 
 
 class InPlaceDecode:
@@ -53,7 +53,7 @@ class InPlaceDecode:
 
     @contextmanager
     def step(self, tokens: int, about: Any) -> Iterator[None]:
-        """Context in which a step of at most `MAX_TOKENS` tokens is launched; `about` is returned with its routing."""
+        """Opens a context to launch a step of at most `MAX_TOKENS` tokens in; its routing is returned with `about`."""
         with self.cache.frozen() as slots:
             self.addresses.publish(slots)
             self.routing.begin_step()

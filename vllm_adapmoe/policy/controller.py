@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # a cache runs with torch and numpy alone
     from vllm_adapmoe.config import AdapMoEConfig
 
 MEMORY = 1024.0
-"""Events of a layer after which its stack distances have faded to 1/e."""
+"""Events of a layer after which its counted stack distances have faded to 1/e."""
 CATCH_UP = 0.25
 """Maximum share of the experts that a step has read in place that is loaded after it."""
 REVISION_STEPS = 256

@@ -151,11 +151,11 @@ class Residency:
                 request.hits.append(key)
             elif entry is not None and entry.slot >= 0 and entry.speculative:
                 missing.append((key, entry))
-                continue  # pinned when it has become a resident
+                continue  # pinned below, once it is resident
             elif entry is not None and entry.state is State.LOADING:
                 request.awaited.append(Load(key, entry.slot))
             else:
-                if entry is not None:  # queued: demand loads it instead
+                if entry is not None:  # queued: a demand load replaces it
                     self._unqueue(key)
                 missing.append((key, None))
                 continue

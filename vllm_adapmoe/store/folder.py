@@ -18,7 +18,7 @@ def why_not_writable(folder: Path) -> str | None:
 
 
 def others_who_may_write(path: Path) -> str | None:
-    """Names a user or group, other than this user and root, that could replace a file's content; None: there is none.
+    """Names a user or group, other than this user and root, that could replace a file's content; None: none could.
 
     That is, one that owns the file or a folder above it, or may write to one of them.
     """

@@ -71,7 +71,7 @@ def group_limits(root: Path = Path("/")) -> Iterator[GroupLimit]:
         names = [part for part in PurePosixPath(path).parts if part not in ("/", "..")]
         for depth in range(len(names), -1, -1):
             for name in ("memory.limit_in_bytes",) if controllers else ("memory.max", "memory.high"):
-                with suppress(OSError, ValueError, KeyError):  # "max"; a machine's root has none
+                with suppress(OSError, ValueError, KeyError):  # "max" is no limit; the root group has no such file
                     yield _limit(top.joinpath(*names[:depth]) / name, v1=bool(controllers))
 
 

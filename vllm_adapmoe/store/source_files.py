@@ -26,7 +26,7 @@ BAR_SECONDS = 3
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file as it was when its bytes went into a pack."""
+    """A source file of a pack, as it was when the pack was made."""
 
     name: str
     hash: str
