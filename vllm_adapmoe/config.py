@@ -65,7 +65,8 @@ class PrefetchConfig(BaseModel):
     max_experts: int = Field(1, ge=1, strict=True)
     """Maximum number of prefetches in flight; near-certain ones (chance 0.9 or more) do not count."""
     first_layer: bool = Field(True, strict=True)
-    """Prefetch the first layer's experts, predicted from the previous token; needs a profile with next-token heads."""
+    """Whether to prefetch the first layer's experts, predicted from the previous token; no effect without a profile
+    that has next-token heads."""
 
 
 class SchedulerConfig(BaseModel):
@@ -111,8 +112,8 @@ class AdapMoEConfig(BaseModel):
     one, measured at startup; on the CPU, `fetch`."""
     prefetch: PrefetchConfig = Field(default_factory=lambda: PrefetchConfig(**{}))
     link_gbps: float | None = Field(None, ge=1e-6, strict=True)
-    """Simulated host-to-device bandwidth limit, in 1e9 bytes per second: fetches are slowed down to it, to study a link
-    that this machine does not have. Default: no limit."""
+    """Simulated bandwidth of the link that experts are fetched over, in 1e9 bytes per second: fetches are slowed down
+    to it, to study a link that this machine does not have. Default: no limit."""
     trace_out: PathText | None = None
     """File to record the routing of live traffic in, for `adapmoe simulate`."""
     trace_mib: int = Field(256, ge=1, le=1 << 24, strict=True)
