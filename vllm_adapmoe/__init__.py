@@ -1,3 +1,3 @@
-"""Expert cache and adaptive gating for vLLM: serve mixture-of-experts models that are bigger than the device."""
+"""Expert offloading and adaptive gating for vLLM: serves mixture-of-experts models larger than device memory."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""What a user may set: `additional_config["adapmoe"]`, validated."""
+"""User configuration: `additional_config["adapmoe"]`, validated."""
 
 from functools import reduce
 from pathlib import Path
@@ -11,11 +11,11 @@ from vllm_adapmoe.files import BadFile, parse_json, read_json
 from vllm_adapmoe.printable import OneLineError
 
 CONFIG_BYTES, CONFIG_VALUES = 1 << 20, 1000
-"""Of a configuration file, which has some twenty keys."""
+"""Maximum bytes and JSON values of a configuration file, which has some twenty keys."""
 
 
 class AdapMoEError(OneLineError, ValueError):
-    """A mistake the user can mend; the message is one line naming the key, the value and the remedy."""
+    """An error the user can fix; the message is one line naming the key, the value and the remedy."""
 
 
 def _path(text: str) -> str:
@@ -28,19 +28,20 @@ PathText = Annotated[str, Field(max_length=4096), AfterValidator(_path)]
 
 
 class GatingConfig(BaseModel):
-    """Adaptive top-k. With a mode other than `off`, exactly one of the three limits says how far it goes."""
+    """Adaptive top-k. A mode other than `off` takes exactly one of the three limits."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     mode: Literal["off", "token", "batch"] = "off"
-    """`token`: each token drops experts by itself, the same way in every batch. `batch`: experts that are not resident
-    are dropped where that costs the whole batch little; outputs then depend on the batch and on the cache."""
+    """Rule for dropping experts of the router's top-k. `off`: drops none. `token`: each token drops experts
+    independently of the batch. `batch`: drops non-resident experts where that costs the whole batch little; outputs
+    then depend on the batch and on the cache."""
     threshold: float | None = Field(None, ge=0, strict=True)
-    """Loss that a token (`batch`: a fetch saved) may cost in one layer, nats, in the profile's scale."""
+    """Maximum loss increase in one layer per token (`batch`: per saved fetch), in nats, in the profile's scale."""
     target_experts: float | None = Field(None, ge=1, strict=True)
-    """Mean experts per token and layer."""
+    """Target mean number of experts kept per token and layer."""
     max_loss_increase: float | None = Field(None, gt=0, strict=True)
-    """Share of the model's mean token loss, as the profile predicts it: 0.005 is half a percent."""
+    """Maximum predicted loss increase as a share of the model's mean token loss: 0.005 is half a percent."""
 
     @model_validator(mode="after")
     def one_limit(self) -> Self:
@@ -54,66 +55,72 @@ class GatingConfig(BaseModel):
 
 
 class PrefetchConfig(BaseModel):
-    """Fetching experts before they are asked for, predicted by the next layers' own gates."""
+    """Prefetching: experts predicted by the next layers' own gates are loaded before their layer requests them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     lookahead: int = Field(3, ge=0, le=8, strict=True)
-    """Layers to look ahead at most: further only while what the nearer ones need is there. 0: no prefetch."""
+    """Maximum number of layers ahead to prefetch for; a farther layer is considered only when nothing has to be fetched
+    for the nearer ones. 0 disables prefetching."""
     max_experts: int = Field(1, ge=1, strict=True)
-    """Most experts under way before anyone asked for them."""
+    """Maximum number of prefetches in flight; near-certain ones (chance 0.9 or more) do not count."""
     first_layer: bool = Field(True, strict=True)
-    """Foretell the first layer's experts from the previous token, if the profile has a head for that."""
+    """Whether to prefetch the first layer's experts, predicted from the previous token; no effect without a profile
+    that has next-token heads."""
 
 
 class SchedulerConfig(BaseModel):
-    """Holding requests back for a moment, where that saves fetches. Each is held as long as that pays, and never longer
-    than the limits."""
+    """Scheduling by expert use: briefly delays requests where that saves expert fetches, up to the limits below."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     enabled: bool = Field(True, strict=True)
-    """False: vLLM's own order."""
+    """Whether requests may be delayed to save expert fetches; false keeps vLLM's own order."""
     max_prefill_delay_ms: float = Field(500.0, ge=0, strict=True)
-    """Longest that a prompt waits for others, to share one sweep over the experts. 0: none waits."""
+    """Maximum time a prompt waits for other prompts, to share one pass over the experts, in ms. 0 disables the wait."""
     max_affinity_delay_ms: float = Field(200.0, ge=0, strict=True)
-    """Longest that a request's next token waits while the experts of others are there. 0: none waits."""
+    """Maximum time a decoding request waits while requests whose experts are resident run, in ms. 0 disables the
+    wait."""
 
 
 class AdapMoEConfig(BaseModel):
-    """Expert cache and gating. At most one budget may be set; none is `cache_gb: auto`."""
+    """Expert cache and gating. At most one cache budget may be set; without any, `cache_gb` is `auto`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     cache_gb: Annotated[float, Field(gt=0, le=1e6, strict=True)] | Literal["auto"] = "auto"
-    """Memory for expert slots per worker, GiB. `auto`: what `gpu_memory_utilization` leaves after everything else."""
+    """Memory for expert slots per worker, in GiB. `auto`: the memory that `gpu_memory_utilization` allows, minus
+    everything else the worker needs."""
     cache_fraction: float | None = Field(None, gt=0, le=1, strict=True)
-    """Slots as a share of all routed experts of the model."""
+    """Number of expert slots as a share of all routed experts of the model."""
     cache_experts: int | None = Field(None, ge=1, le=10**8, strict=True)
-    """Slots in all, over every layer."""
+    """Number of expert slots in total, over all layers."""
     store: Literal["auto", "host", "file"] = "auto"
-    """Where the backing copy of every expert lives: host memory or a packed file. `auto`: host memory beside a
-    GPU, the file on the CPU."""
+    """Backing store, which holds a copy of every expert: `host` memory, or a packed `file` read from disk. `auto`:
+    `host` on a GPU, `file` on the CPU."""
     store_dir: PathText | None = None
-    """Folder of packed files; default `adapmoe` in vLLM's cache folder."""
+    """Folder of the packed files; default: `adapmoe` in vLLM's cache folder."""
     eviction: Literal["auto", "lru", "lfru", "mrs", "next_use", "next_token"] = "auto"
-    """Who leaves when a slot is wanted. `auto`: `next_token` where the profile has heads for it, else `next_use`."""
+    """Eviction policy: which resident expert to evict when a slot is needed. `auto`: `next_token` where the profile has
+    next-token heads, else `next_use`."""
     allocation: Literal["pool", "uniform", "profile", "trace"] = "pool"
-    """Slots that a layer is left with while others have more than theirs: none, the same for each, by the profile, or
-    by the traffic as it goes."""
+    """Minimum slots per layer protected from eviction. `pool`: none. `uniform`: equal for all layers. `profile`: from
+    the profile's routing statistics. `trace`: from the live traffic, revised as it runs."""
     decode: Literal["auto", "fetch", "in_place"] = "auto"
-    """What a decode step on a GPU does about absent experts. `fetch`: waits until they are in slots. `in_place`: reads
-    them in host memory over the link, waits for nothing, and the cache catches up behind it. `auto`: what a measurement
-    at start finds to be faster; on the CPU, `fetch`."""
+    """Handling of missing experts in decode steps on a GPU. `fetch`: waits until they are in slots. `in_place`: reads
+    them from host memory over the link without waiting; the cache loads some of them afterwards. `auto`: the faster
+    one, measured at startup; on the CPU, `fetch`."""
     prefetch: PrefetchConfig = Field(default_factory=lambda: PrefetchConfig(**{}))
     link_gbps: float | None = Field(None, ge=1e-6, strict=True)
-    """Fetches no faster than a link of so many 1e9 bytes per second: to study one that this machine does not have."""
+    """Simulated bandwidth of the link that experts are fetched over, in 1e9 bytes per second: fetches are slowed down
+    to it, to study a link that this machine does not have. Default: no limit."""
     trace_out: PathText | None = None
-    """File that the routing of live traffic is recorded in, for `adapmoe simulate`."""
+    """File to record the routing of live traffic in, for `adapmoe simulate`."""
     trace_mib: int = Field(256, ge=1, le=1 << 24, strict=True)
-    """Size at which the trace moves to `trace_out.1` and begins anew."""
+    """Size in MiB at which the trace is moved to `trace_out.1` and a new one is started."""
     profile: PathText | None = None
-    """What `adapmoe calibrate` wrote of this model; gating, `allocation=profile` and `eviction=next_token` need it."""
+    """Profile of this model, written by `adapmoe calibrate`; needed by gating, `allocation=profile` and
+    `eviction=next_token`."""
     gating: GatingConfig = Field(default_factory=lambda: GatingConfig(**{}))
     scheduler: SchedulerConfig = Field(default_factory=lambda: SchedulerConfig(**{}))
 
@@ -140,9 +147,9 @@ class AdapMoEConfig(BaseModel):
 
     @classmethod
     def parse(cls, value: Any) -> Self:
-        """Validates what a user gave: None, a mapping, a JSON object as text, or the path of a JSON file.
+        """Validates the user's value: None, a mapping, a JSON object as text, or the path of a JSON file.
 
-        A list of those is merged (`merged`): of a key that several have, the last one's value counts.
+        A list of those is merged (`merged`): where several set a key, the last one wins.
 
         Raises:
             AdapMoEError: unreadable file, malformed JSON, unknown key, wrong type or impossible value.
@@ -164,7 +171,7 @@ class AdapMoEConfig(BaseModel):
         return [key for key in BUDGETS if getattr(self, key) not in (None, "auto")]
 
     def transport(self) -> dict[str, Any]:
-        """The plain JSON form carried to every process in `additional_config["adapmoe"]`."""
+        """Returns the plain JSON form passed to every process in `additional_config["adapmoe"]`."""
         return self.model_dump(mode="json", exclude_defaults=True)
 
 
@@ -180,7 +187,7 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def _where(value: Any) -> str:
-    """Names the file, where one was given and nothing else."""
+    """Returns a suffix naming the file if the value is a single file path, else an empty string."""
     [source] = value if isinstance(value, list | tuple) and len(value) == 1 else [value]
     return f" (in {str(source)!r})" if isinstance(source, str | Path) and not _is_inline(source) else ""
 
@@ -207,7 +214,7 @@ def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
         "prefetch": PrefetchConfig,
         "scheduler": SchedulerConfig,
     }
-    # Below any other key pydantic names the alternatives of its type, each with an error of its own.
+    # For any other key pydantic appends the alternatives of its type to `loc`, each with its own error.
     alternatives = bool(first["loc"]) and first["loc"][0] not in owners
     key = ".".join(str(part) for part in (first["loc"][:1] if alternatives else first["loc"]))
     if first["type"] == "extra_forbidden":

@@ -1,4 +1,4 @@
-"""Several settings of one configuration, merged: a file, then single keys."""
+"""Merges several configurations: a file, then single keys."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,11 +8,11 @@ LIMITS = ("threshold", "target_experts", "max_loss_increase")
 
 
 def merged(base: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings of both, key by key and nested keys included; where both have one, that of `later`.
+    """Merges two configurations key by key, nested keys included; `later` wins where both set a key.
 
-    Of keys that exclude each other the later one is meant: a budget replaces a budget of another kind, a limit of
-    gating another limit, and `gating.mode=off` every limit. What one of both holds against itself stays, for the
-    validation to name.
+    Among mutually exclusive keys the later one wins too: a budget replaces a budget of another kind, a gating limit
+    another limit, and `gating.mode=off` every limit. Conflicts within one configuration are kept, for validation to
+    report.
     """
     result = dict(base)
     _drop_replaced(result, later, BUDGETS)

@@ -1,23 +1,23 @@
-"""Names of experts, and the shape of a model's experts: the words that all rooms share."""
+"""Expert keys and the shape of a model's experts: the types that all packages share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 ExpertKey = tuple[int, int]
-"""(MoE layer index, expert index within the layer)."""
+"""Key of an expert: (MoE layer index, expert index within the layer)."""
 
 
 @dataclass(frozen=True)
 class CacheShape:
-    """The model's side of a cache."""
+    """The model's experts as the cache needs to know them: numbers, sizes and pools."""
 
     num_experts: Sequence[int]
-    """Of each MoE layer."""
+    """Number of experts of each MoE layer."""
     top_k: int
-    """Experts of a token, in the layer that chooses most."""
+    """Experts per token; the maximum where layers differ."""
     pool_of: Sequence[int]
-    """Pool of each MoE layer: layers whose experts have one shape share one."""
+    """Pool index of each MoE layer: layers with equally shaped experts share a pool."""
     expert_bytes: Sequence[int]
-    """Bytes of an expert of each MoE layer."""
+    """Bytes per expert of each MoE layer."""
     held: Sequence[Sequence[int]] | None = None
-    """Experts of each MoE layer that this rank holds, the others being other ranks' to fetch and to run. None: all."""
+    """Experts of each MoE layer that this rank holds; other ranks fetch and run the rest. None: all."""

@@ -1,8 +1,8 @@
-"""Reading of files that anybody may have made: packs, profiles, heads, traces and configurations.
+"""Reads untrusted files: packs, profiles, heads, traces and configurations.
 
-Folders of models are shared. Whatever lies in the place of a file, opening it does not block, reading it takes no more
-memory than a file of that kind may take, and what is wrong is said in a few words: `BadFile`. The reader that asked
-puts the file's name before them and the remedy behind.
+Model folders are shared. Whatever is at a path, opening it does not block and reading it takes no more memory than a
+file of its kind may take. `BadFile` says in a few words what is wrong; the caller adds the file's name before and the
+remedy after.
 """
 
 import errno
@@ -18,28 +18,28 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 KEYS = 256
-"""Of one JSON object; ours have some twenty."""
+"""Maximum keys of one JSON object; ours have some twenty."""
 DIGITS = 19
-"""Of an integer: it fits 64 bits."""
+"""Maximum digits of an integer that fits 64 bits."""
 HEADER_BYTES = 4 << 20
-"""Of the JSON in front of arrays, some 40,000 of them."""
+"""Maximum bytes of a safetensors header: some 40,000 arrays."""
 
 
 class BadFile(ValueError):
-    """What is wrong with a file, without its name: `cannot be read (Permission denied)`, `is not valid JSON (..)`."""
+    """A problem with a file, without its name: `cannot be read (Permission denied)`, `is not valid JSON (..)`."""
 
 
 class NoFile(BadFile):
-    """There is no file of that name."""
+    """A file that does not exist."""
 
 
 def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
     """Opens a regular file; returns its descriptor.
 
-    A pipe in its place would block an open for ever, and a device would give bytes without end.
+    Opening a pipe would block forever, and a device could return bytes without end.
 
     Raises:
-        OSError: as the system says, or that it is no regular file.
+        OSError: it cannot be opened, or is not a regular file.
     """
     try:
         fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o644)
@@ -61,7 +61,7 @@ def open_binary(path: str | Path) -> io.BufferedReader:
     """Opens a regular file for reading.
 
     Raises:
-        BadFile: it cannot be.
+        BadFile: it cannot be opened.
     """
     try:
         return io.BufferedReader(io.FileIO(open_regular(path)))
@@ -72,7 +72,7 @@ def open_binary(path: str | Path) -> io.BufferedReader:
 
 
 def read_bytes(path: str | Path, most: int) -> bytes:
-    """Returns what is in a regular file of at most `most` bytes.
+    """Returns the content of a regular file of at most `most` bytes.
 
     Raises:
         BadFile: it cannot be read, or is larger.
@@ -91,7 +91,7 @@ def read_bytes(path: str | Path, most: int) -> bytes:
 
 
 def read_text(path: str | Path, most: int) -> str:
-    """Returns the text of a file of at most `most` bytes; what is not UTF-8 in it is replaced.
+    """Returns the text of a file of at most `most` bytes; invalid UTF-8 is replaced.
 
     Raises:
         BadFile: as `read_bytes`.
@@ -100,7 +100,7 @@ def read_text(path: str | Path, most: int) -> str:
 
 
 def read_json(path: str | Path, most: int, values: int) -> Any:
-    """Returns what a JSON file of at most `most` bytes holds: `parse_json`.
+    """Parses a JSON file of at most `most` bytes (`parse_json`).
 
     Raises:
         BadFile: as `read_bytes` and `parse_json`.
@@ -112,17 +112,17 @@ def parse_json(data: bytes | str, values: int, strict: bool = True) -> Any:
     """Parses JSON of at most `values` values.
 
     Args:
-        data: UTF-8.
-        values: of lists and objects, however deep.
-        strict: no key is given twice, integers fit 64 bits, floats are finite. What others write is not always so:
-            models have `Infinity` in their configurations.
+        data: JSON text, UTF-8 if bytes.
+        values: maximum number of values in lists and objects, at any depth.
+        strict: refuse duplicate keys, integers beyond 64 bits, and floats that are not finite. False for files of other
+            programs: some models have `Infinity` in their configurations.
 
     Raises:
-        BadFile: it is not that.
+        BadFile: invalid JSON, or beyond these limits.
     """
     try:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
-        # Each value but the first of a list or an object stands behind a comma; a short text may take megabytes parsed.
+        # Every value but the first of a list or object follows a comma. Parsed, a short text may take megabytes.
         if text.count(",") > values:
             raise BadFile(f"has more than the {values} values that a file of its kind may have")
         if not strict:
@@ -172,7 +172,7 @@ def parse_arrays(data: bytes) -> dict[str, np.ndarray]:
     """Returns the arrays of a safetensors container, which take no more memory than `data` itself.
 
     Raises:
-        BadFile: it is none, or has arrays of types that numpy does not know.
+        BadFile: not a safetensors container, or arrays of types that numpy does not know.
     """
     if int.from_bytes(data[:8], "little") > HEADER_BYTES:
         raise BadFile("is damaged (its header is too large)")

@@ -1,4 +1,4 @@
-"""The folder of a checkpoint, looked at before libraries open what is in it."""
+"""Checks of a checkpoint folder, made before libraries open the files in it."""
 
 import os
 import stat
@@ -10,17 +10,17 @@ from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.files import BadFile, parse_json, read_bytes
 
 CONFIG_BYTES, CONFIG_VALUES = 16 << 20, 1_000_000
-"""Of a `config.json` at most; some have a label for each of many classes."""
+"""Maximum bytes and JSON values of a `config.json`; some have a label for each of many classes."""
 TOKENIZER_BYTES = 256 << 20
 MOST = 65_536
-"""Layers, experts or heads: whoever builds a model from its configuration makes an object of each."""
+"""Maximum number of layers, experts or heads: building the model creates an object for each."""
 
 
 def check_model_folder(folder: Path) -> Path:
-    """Returns the folder, if nothing in it would keep a reader of models from ever coming back.
+    """Returns the folder if reading a model from it cannot hang or exhaust memory.
 
     Raises:
-        AdapMoEError: a pipe, socket or device among its files, or a `config.json` that no model has.
+        AdapMoEError: a pipe, socket or device among its files, or an unusable `config.json`.
     """
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -29,7 +29,7 @@ def check_model_folder(folder: Path) -> Path:
     for entry in entries:
         try:
             mode = entry.stat().st_mode
-        except OSError:  # a link to nowhere: a reader says so
+        except OSError:  # a broken link: the reader will report it
             continue
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             raise AdapMoEError(f"model={str(folder)!r}: {entry.name!r} in it is not a regular file; remove it")
@@ -39,7 +39,7 @@ def check_model_folder(folder: Path) -> Path:
 
 
 def check_named_model(model: str) -> None:
-    """Checks a model that is named by its folder; of a hub's name nothing is known here.
+    """Checks a model given as a folder; does nothing for a model hub's name.
 
     Raises:
         AdapMoEError: as `check_model_folder`.
@@ -52,7 +52,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     """Returns a model's `config.json`.
 
     Raises:
-        AdapMoEError: there is none, or none that a model can be built from.
+        AdapMoEError: it is missing, or no model can be built from it.
     """
     path = folder / "config.json"
     try:
@@ -68,7 +68,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
 
 
 def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    """Counts of things, by name: `num_hidden_layers`, however deep."""
+    """Yields the integers whose key starts with `num_` or `n_`, with their keys, at any depth."""
     left: list[Any] = [config]
     while left:
         value = left.pop()
@@ -85,7 +85,7 @@ def read_tokenizer(folder: Path) -> Any:
     """Returns the `tokenizers.Tokenizer` of a model.
 
     Raises:
-        AdapMoEError: it has none, or none that can be read.
+        AdapMoEError: `tokenizer.json` is missing or cannot be read.
     """
     from tokenizers import Tokenizer
 
@@ -94,15 +94,15 @@ def read_tokenizer(folder: Path) -> Any:
         return Tokenizer.from_str(read_bytes(path, TOKENIZER_BYTES).decode())
     except BadFile as problem:
         raise AdapMoEError(f"{str(path)!r} {problem}; name the folder of a checkpoint") from None
-    except Exception as error:  # its parser has no class of its own for what it does not take
+    except Exception as error:  # the parser has no exception class of its own for invalid input
         raise AdapMoEError(f"{str(path)!r} is no tokenizer ({error}); name the folder of a checkpoint") from None
 
 
 def vocabulary_size(folder: Path) -> int:
-    """Returns the number of token ids that a model knows.
+    """Returns the vocabulary size of a model.
 
     Raises:
-        AdapMoEError: its configuration does not tell.
+        AdapMoEError: its configuration has no usable `vocab_size`.
     """
     config = read_model_config(folder)
     text = config.get("text_config")

@@ -1,4 +1,4 @@
-"""Plots of results, as PNG."""
+"""Plots results as PNG."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from vllm_adapmoe.config import AdapMoEError
 
 @contextmanager
 def figure(path: Path, x: str, y: str, columns: int = 1, rows: int = 1) -> Iterator[Any]:
-    """Axes (or an array of them) with labels, written to `path` at the end.
+    """Yields labelled axes (an array of them if there are several), and writes the figure to `path` at the end.
 
     Raises:
         AdapMoEError: matplotlib is not installed.

@@ -1,21 +1,21 @@
-"""Text that came from elsewhere, as one line that a terminal or a log shows as it is."""
+"""Makes untrusted text safe to print: one line, without control characters."""
 
 LONGEST = 2000
-"""Characters of a message: what a file says of itself may be megabytes."""
+"""Maximum characters of a message: text taken from a file may be megabytes."""
 
 
 class OneLineError(Exception):
-    """What ends a command with one line instead of a traceback: what is wrong, with what, and the remedy."""
+    """An error that ends a command with one line instead of a traceback: what is wrong, with what, and the remedy."""
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
 
 
 def printable(text: str) -> str:
-    """Returns `text` with every character that is not printable escaped, and its middle left out where it is too long.
+    """Returns `text` with non-printable characters escaped, and its middle omitted if it is too long.
 
-    Line breaks would forge lines of a log, and terminals obey escape codes: names of files, models and keys may hold
-    both. The result is unchanged by a second call.
+    Line breaks would forge log lines, and terminals obey escape codes: names of files, models and keys may hold both.
+    A second call changes nothing.
     """
     if not text.isprintable():
         text = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)

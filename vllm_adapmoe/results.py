@@ -1,4 +1,4 @@
-"""What made a result: a benchmark's JSON says how to make it again."""
+"""Writes benchmark results as JSON, with the command, versions and machine needed to reproduce them."""
 
 import json
 import os
@@ -16,7 +16,7 @@ PACKAGES = ("vllm-adapmoe", "vllm", "torch", "transformers", "numpy")
 
 
 def package_version(package: str) -> str | None:
-    """Of an installed distribution; None: it is not installed."""
+    """Returns the version of an installed distribution; None: it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -24,7 +24,7 @@ def package_version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout this package runs from, with "+" if it was changed since; None: not known."""
+    """Returns the git commit of this package's checkout, with "+" if files were changed since; None: unknown."""
     if shutil.which("git") is None:
         return None
     here = Path(__file__).parent
@@ -45,13 +45,13 @@ def _processor() -> str:
 
 
 def _program() -> str:
-    """As the user called it: the name of a script, or `python -m` and the name of a module."""
+    """Returns the program as the user called it: the name of a script, or `python -m` and the name of a module."""
     spec = sys.modules["__main__"].__spec__
     return Path(sys.argv[0]).name if spec is None else f"python -m {spec.name.removesuffix('.__main__')}"
 
 
 def environment() -> dict[str, Any]:
-    """Command, versions, commit and machine of this run."""
+    """Returns the command, versions, commit and machine of this run."""
     return {
         "command": " ".join([_program(), *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -67,12 +67,12 @@ def environment() -> dict[str, Any]:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median, least and greatest of repeated measurements."""
+    """Returns the median, minimum, maximum and number of repeated measurements."""
     return {"median": median(values), "min": min(values), "max": max(values), "runs": len(values)}
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    """Writes a result with its environment, whole or not at all."""
+    """Writes a result with its environment, atomically."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps({"environment": environment()} | result, indent=1) + "\n")
     temporary.replace(path)

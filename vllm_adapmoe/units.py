@@ -1,4 +1,4 @@
-"""Sizes in bytes, as numbers and as users write them."""
+"""Byte units, and parsing of sizes such as `24GiB`."""
 
 import re
 
@@ -9,13 +9,13 @@ UNITS = {"GiB": GiB, "MiB": MiB, "GB": 10**9, "MB": 10**6}
 
 
 def parse_bytes(option: str, text: str) -> int:
-    """Returns the bytes of `24GiB`, `512 MiB`, `2.5GB` or `512mb`.
+    """Parses a size such as `24GiB`, `512 MiB`, `2.5GB` or `512mb`; returns bytes.
 
     Args:
-        option: named in the error.
+        option: name of the option, for the error message.
 
     Raises:
-        AdapMoEError: anything else.
+        AdapMoEError: not such a size.
     """
     match = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+) ?([a-z]+)", text.strip(), re.IGNORECASE | re.ASCII)
     size = None if match is None else {unit.lower(): size for unit, size in UNITS.items()}.get(match[2].lower())

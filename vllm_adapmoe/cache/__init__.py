@@ -1,1 +1,1 @@
-"""Slots, who leaves them, and the manager that owns them."""
+"""The expert cache: pools of slots, transfers into them, and the manager that owns both."""

@@ -1,10 +1,10 @@
-"""Tensors that are copied to the host while nobody waits."""
+"""HostCopy: an asynchronous copy of device tensors to the host."""
 
 import torch
 
 
 class HostCopy:
-    """What tensors of one device hold now, on the host when `arrived`; they may change meanwhile."""
+    """Host copies of tensors of one device, readable once `arrived`; the originals may change meanwhile."""
 
     def __init__(self, *tensors: torch.Tensor) -> None:
         self._ended: torch.cuda.Event | None = None
@@ -18,5 +18,5 @@ class HostCopy:
 
     @property
     def arrived(self) -> bool:
-        """Whether `tensors` can be read; at once on the CPU."""
+        """Whether `tensors` can be read; always true on the CPU."""
         return self._ended is None or self._ended.query()

@@ -1,4 +1,4 @@
-"""The one object of a worker that changes slots."""
+"""ExpertCacheManager: the worker's expert cache, the only object that changes slots."""
 
 import logging
 import time
@@ -20,17 +20,17 @@ logger = logging.getLogger(__name__)
 
 
 class ExpertCacheManager:
-    """Experts of one worker: a backing store, pools of slots, and for each layer the map expert -> slot.
+    """Expert cache of one worker: a backing store, pools of slots, and for each layer the map expert -> slot.
 
-    One thread asks; the readers of the transfer engine answer.
+    One thread requests experts; the reader threads of the transfer engine load them.
 
     Args:
-        store: backing copies; read-only from here on.
-        controller: decides; its pools are in the order of the store's layouts.
-        device: where the slots are.
-        readers: threads of the transfer engine.
-        link_gbps: limit of the link, 1e9 bytes per second; None: as fast as it goes.
-        reader_cpus: where the readers run; None: where the thread that asks does.
+        store: backing store; read-only from here on.
+        controller: makes all decisions; its pools are in the order of the store's layouts.
+        device: device of the slots.
+        readers: number of reader threads of the transfer engine.
+        link_gbps: simulated bandwidth limit of the link, 1e9 bytes per second; None: no limit.
+        reader_cpus: CPUs that the readers run on; None: those of the requesting thread.
     """
 
     controller: CacheController
@@ -58,7 +58,7 @@ class ExpertCacheManager:
         self.slot_maps = [
             torch.full((store.num_experts(layer),), -1, dtype=torch.int32) for layer in range(store.num_layers)
         ]
-        """Per layer, on the host, int32 `[num_experts]`: the slot of each expert, -1 for one that is not resident."""
+        """Slot of each expert, -1 if not resident: per layer, on the host, int32 `[num_experts]`."""
         self._maps = [slot_map.numpy() for slot_map in self.slot_maps]
         self.closed = False
         self._follow(controller, link_gbps)
@@ -78,7 +78,7 @@ class ExpertCacheManager:
         self._maps[key[0]][key[1]] = slot
 
     def restart(self, controller: CacheController, link_gbps: float | None) -> None:
-        """Starts over between two steps: empty slots, the decisions of another controller, counters at zero."""
+        """Restarts the cache between two steps, with another controller, empty slots and the controller's counters."""
         self._check()
         self.transfers.close()
         for slot_map in self.slot_maps:
@@ -86,9 +86,9 @@ class ExpertCacheManager:
         self._follow(controller, link_gbps)
 
     def resize(self, controller: CacheController, link_gbps: float | None) -> None:
-        """Starts over with as many slots as `controller` has; tensors of the old ones are let go of first.
+        """Restarts the cache between two steps, with the number of slots that `controller` has.
 
-        Nobody else may hold on to those, or their memory stays. To be called between two steps.
+        Releases the tensors of the old slots first; their memory is freed only if nothing else references them.
         """
         self._check()
         self.transfers.close()
@@ -103,9 +103,9 @@ class ExpertCacheManager:
         self._follow(controller, link_gbps)
 
     def replace_store(self, store: ExpertStore) -> None:
-        """Serves from other records of the same layouts, between two steps: slots are empty, and counters go on.
+        """Switches to a store of the same layouts, between two steps; empties the slots and keeps the counters.
 
-        The store so far is closed, unless it is this one.
+        Closes the previous store unless it is the same object.
         """
         self._check()
         self.transfers.close()
@@ -120,7 +120,7 @@ class ExpertCacheManager:
         self._follow(controller, self._link_gbps)
 
     def _check(self) -> None:
-        """Raises the reason why no expert can be asked for now, if there is one."""
+        """Raises if experts cannot be requested now."""
         if self.closed:
             raise CacheClosed
         self.transfers.check()
@@ -131,15 +131,15 @@ class ExpertCacheManager:
 
     @property
     def stats(self) -> CacheStats:
-        """Counters since the start."""
+        """Cache counters since the start."""
         return self.controller.stats
 
     def pool(self, layer: int) -> SlotPool:
-        """The pool that holds the experts of `layer`."""
+        """Returns the pool that holds the experts of `layer`."""
         return self.pools[self.pool_of_layer[layer]]
 
     def capacity(self, layer: int) -> int:
-        """Experts of `layer` that can be acquired together."""
+        """Returns the maximum number of experts of `layer` that can be acquired together."""
         return self.controller.residency(layer).capacity
 
     @property
@@ -160,20 +160,20 @@ class ExpertCacheManager:
     ) -> torch.Tensor:
         """Makes the distinct `experts` of `layer` resident together, and returns the layer's slot map.
 
-        Blocks until what was missing has arrived. They stay until `release`.
+        Blocks until all are loaded, and pins them until `release`.
 
         Args:
             layer: MoE layer index.
             experts: at most `capacity(layer)`.
             present: experts of all waves of the event, if there are several.
-            meanwhile: called while they are on their way.
-            expected: `CacheController.begin`.
+            meanwhile: called once the loads have been issued, before waiting for them.
+            expected: as in `CacheController.begin`.
 
         Raises:
             ExpertsUnavailable: records could not be read; their slots are free again, and nothing is pinned.
-            CacheClosed: before they were there.
-            Exception: what ended the transfers for good, an error of CUDA; from here on every call raises it.
-            RuntimeError: within `quiet`.
+            CacheClosed: the cache was closed before the experts were loaded.
+            Exception: a fatal error of the transfers, e.g. of CUDA; every later call raises it again.
+            RuntimeError: called within `quiet`.
         """
         for _ in self.arrivals(layer, experts, present, meanwhile, expected):
             pass
@@ -187,10 +187,10 @@ class ExpertCacheManager:
         meanwhile: Callable[[], None] | None = None,
         expected: np.ndarray | None = None,
     ) -> Iterator[list[int]]:
-        """`acquire`, but says of experts that they are there as soon as they are: first those that were resident, then
-        others as they arrive. `slot_maps[layer]` has those that were named.
+        """Acquires experts like `acquire`, but yields them as they become resident: first those that already were.
 
-        To be consumed to its end; all of them stay until `release`.
+        `slot_maps[layer]` holds the slots of those yielded so far. Consume the iterator to its end; all experts stay
+        pinned until `release`.
         """
         slot_map = self._maps[layer]
         with self.transfers.lock:
@@ -228,7 +228,7 @@ class ExpertCacheManager:
             raise ExpertsUnavailable(str(first), list(failed)) from first
 
     def _wait(self, waiting: Collection[ExpertKey]) -> dict[ExpertKey, Exception | None]:
-        """Blocks until loads of some of those have ended, and says how."""
+        """Blocks until at least one of those loads has ended; returns the error, or None, of each that has."""
         start = time.perf_counter()
         transfers = self.transfers
         while True:
@@ -246,18 +246,17 @@ class ExpertCacheManager:
             transfers.run(job)
 
     def release(self, layer: int, experts: Sequence[int]) -> None:
-        """The kernel that read these experts has run: they may leave."""
+        """Unpins these experts: the kernel that reads them has been launched, and they may be evicted."""
         self.pool(layer).mark_used()
         with self.transfers.lock:
             self.controller.release(layer, experts)
 
     @contextmanager
     def frozen(self) -> Iterator[np.ndarray]:
-        """While it lasts no expert leaves its slot, and what kernels launched in it read is not overwritten later on
-        before they have run.
+        """Prevents evictions within the context; slots that its kernels read are not overwritten before they have run.
 
         Yields:
-            int32 `[layers, experts]`: slot of every expert that is there, resident or staged; -1 otherwise.
+            int32 `[layers, experts]`: slot of every resident or staged expert; -1 otherwise.
         """
         with self.transfers.lock:
             self._check()
@@ -276,9 +275,9 @@ class ExpertCacheManager:
 
     @contextmanager
     def whole_layer(self, layer: int) -> Iterator[bool]:
-        """Evicts no expert while it lasts, if all of `layer` are resident and none is in use; yields whether.
+        """Prevents evictions within the context if all of `layer` is resident and none of it pinned; yields whether so.
 
-        What kernels launched in it read of the layer is not overwritten later on before they have run.
+        What kernels launched within it read of the layer is not overwritten before they have run.
         """
         with self.transfers.lock:
             self._check()
@@ -301,14 +300,14 @@ class ExpertCacheManager:
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Stops all transfers while it lasts, so that no thread of the cache calls CUDA: for the capture of graphs.
+        """Stops all transfers within the context, so that no thread of the cache calls CUDA during graph capture.
 
-        A capture concerns the whole process: a call of another thread can invalidate it. Transfers in flight end first;
-        speculation that is asked for meanwhile begins afterwards.
+        A CUDA call of any thread of the process can invalidate a capture. Transfers in flight end first; prefetches
+        requested meanwhile start afterwards.
 
         Raises:
-            RuntimeError: on entry within itself; and within, in whatever asks for experts (`acquire`, `arrivals`,
-                `frozen`, `whole_layer`, `restart`), which would wait for transfers or record events.
+            RuntimeError: when entered within itself; within it, also raised by what requests experts (`acquire`,
+                `arrivals`, `frozen`, `whole_layer`, `restart`), which would wait for transfers or record events.
         """
         transfers = self.transfers
         with transfers.lock:
@@ -325,9 +324,9 @@ class ExpertCacheManager:
                 transfers.resume()
 
     def record_in_place(self, events: Sequence[tuple[int, Sequence[int], Collection[int]]]) -> None:
-        """Events that have run without waiting, in order: layer, distinct experts, and which of them were in slots.
+        """Records events that have run in place, in order: layer, distinct experts, and those that were in slots.
 
-        Some of the others are loaded now.
+        Queues loads of some of the others.
         """
         missed = []
         with self.transfers.lock:
@@ -345,7 +344,7 @@ class ExpertCacheManager:
     def prefetch(
         self, layer: int, routing: tuple[np.ndarray, np.ndarray] | None, predict_experts: PredictExperts
     ) -> None:
-        """`CacheController.prefetch`."""
+        """Records routing and queues prefetches (`CacheController.prefetch`)."""
         with self.transfers.lock:
             self.transfers.check()
             self.controller.prefetch(layer, routing, predict_experts)
@@ -361,7 +360,7 @@ class ExpertCacheManager:
             self.transfers.run(job)
 
     def begin_step(self, prompt_tokens: int, chances: Sequence[np.ndarray]) -> None:
-        """`CacheController.begin_step`."""
+        """Queues prefetches for the first layers of a step (`CacheController.begin_step`)."""
         with self.transfers.lock:
             self.transfers.check()
             self.controller.begin_step(prompt_tokens, chances)
@@ -369,14 +368,14 @@ class ExpertCacheManager:
             self._speculate_here()
 
     def resident(self) -> np.ndarray:
-        """Bool `[layers, experts]`: who is in a slot; False beyond the experts of a layer that has fewer."""
+        """Returns which experts are resident, bool `[layers, experts]`; False beyond the experts of a smaller layer."""
         resident = np.zeros((len(self._maps), max(map(len, self._maps))), dtype=bool)
         for row, slot_map in zip(resident, self._maps, strict=True):
             np.greater_equal(slot_map, 0, out=row[: len(slot_map)])
         return resident
 
     def present(self, layer: int) -> torch.Tensor:
-        """Bool `[num_experts]`, on the host: experts that need no fetch, resident or staged."""
+        """Returns which experts of a layer are resident, staged or being prefetched, host bool `[num_experts]`."""
         with self.transfers.lock:
             staged = [key[1] for key, entry in self.controller.residency(layer).speculative.items()
                       if key[0] == layer and entry.slot >= 0 and not entry.cancelled]  # fmt: skip
@@ -385,13 +384,13 @@ class ExpertCacheManager:
         return present
 
     def close(self) -> None:
-        """Ends the readers and lets go of the store, once no kernel reads it in place any more."""
+        """Ends the readers, and closes the store once no kernel reads it in place any more."""
         if not self.closed:
             self.closed = True
             self.transfers.close()
             try:
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
-            except RuntimeError as error:  # whoever launched the kernel has been told
+            except RuntimeError as error:  # the launcher of the failed kernel has got the error already
                 logger.debug("kernels have not ended well: %s", error)
             self.store.close()

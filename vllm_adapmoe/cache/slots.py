@@ -1,4 +1,4 @@
-"""The memory of a pool: one tensor `[slots, ...]` for each piece of an expert."""
+"""SlotPool: the memory of a pool of slots, one tensor `[slots, ...]` for each piece of an expert."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -8,13 +8,13 @@ import torch
 from vllm_adapmoe.store.record import RecordLayout, aligned_empty
 
 IN_FLIGHT = 2
-"""Copies given to the device at a time: with one, the link would idle until the host has seen it end."""
+"""Copies issued to the device at a time: with one, the link would idle until the host has seen it end."""
 
 
 class SlotPool:
-    """`num_slots` places for experts of one layout.
+    """Memory of `num_slots` slots for experts of one layout.
 
-    Kernels index experts of `tensors[name]`, shape `[num_slots, *piece.shape]`, as if they were those of one layer.
+    Kernels index `tensors[name]`, shape `[num_slots, *piece.shape]`, by slot, as if the slots were a layer's experts.
     On the CPU memory is committed when a slot is first filled.
     """
 
@@ -35,29 +35,29 @@ class SlotPool:
                 bytes_of_slot[slot].append(memory[slot * size : (slot + 1) * size])
         self._bytes_of_slot = bytes_of_slot
         self._staging: list[torch.Tensor] = []
-        """Page-locked records that no transfer uses."""
+        """Page-locked record buffers not in use by a transfer."""
         self._streams: list[torch.cuda.Stream] = []
-        """That no copy uses. PyTorch has 32 for a device and then gives them out again: not one for each thread."""
+        """CUDA streams not in use by a copy. Shared by the threads: PyTorch has 32 per device, then reuses them."""
         self._used: torch.cuda.Event | None = None
-        self.mark_used()  # by the kernel that writes the zeros: no copy may come before it
+        self.mark_used()  # by the kernel that writes the zeros: copies must wait for it
 
     @property
     def nbytes(self) -> int:
-        """Memory of all slots."""
+        """Total bytes of all slots."""
         return self.num_slots * self.layout.nbytes
 
     def fill(self, slot: int, read: Callable[[Sequence[torch.Tensor]], Iterator[int]]) -> Iterator[int]:
-        """Puts a record into a slot, tile by tile; yields the bytes of each.
+        """Reads a record into a slot, tile by tile; yields the bytes of each tile.
 
-        `read` fills host memory: uint8, flat, one tensor a piece in layout order. On the CPU that is the slot itself;
-        for a device it is a page-locked buffer, copied from there. The slot is filled when the iterator has ended.
+        `read` fills host memory: uint8, flat, one tensor per piece in layout order. On the CPU that is the slot itself;
+        for a device it is a page-locked buffer that is then copied. The slot is filled when the iterator has ended.
         """
         if self.device.type == "cpu":
             yield from read(self._bytes_of_slot[slot])
             return
         try:
             staging = self._staging.pop()
-        except IndexError:  # asking first would be no use: another thread may take the last one in between
+        except IndexError:  # a check before would race: another thread may take the last one in between
             staging = aligned_empty(self.layout.nbytes, pin=True)
         try:
             yield from read([staging[p.offset : p.offset + p.nbytes] for p in self.layout.pieces])
@@ -69,8 +69,8 @@ class SlotPool:
     def copy(self, slot: int, record: torch.Tensor, tile_bytes: int) -> Iterator[int]:
         """Copies a page-locked record, uint8 `[record bytes]`, to a slot on a device; yields the bytes of each tile.
 
-        On a stream of its own, after all kernels that may read what was in the slot. The slot is filled when
-        the iterator has ended, and whichever way it ends, nothing is under way to the slot any more.
+        Runs on its own stream, after all kernels that may read the slot's previous expert. The slot is filled when the
+        iterator has ended; however it ends, no copy to the slot is in flight any more.
         """
         try:
             stream = self._streams.pop()
@@ -99,11 +99,11 @@ class SlotPool:
             self._streams.append(stream)
 
     def mark_used(self) -> None:
-        """Every kernel that reads slots has been launched; nothing is copied over them before it has run."""
+        """Records that every kernel that reads slots has been launched; copies into slots wait until they have run."""
         if self.device.type == "cuda":
             used = torch.cuda.Event()
             used.record()
-            self._used = used  # not before: other threads look, and a wait for an unrecorded event is over at once
+            self._used = used  # only now: other threads read it, and waiting for an unrecorded event returns at once
 
 
 def _wait(event: torch.cuda.Event, nbytes: int) -> int:

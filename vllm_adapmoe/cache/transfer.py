@@ -1,4 +1,4 @@
-"""Moves experts from the store into slots: reader threads, demand before speculation, tile by tile."""
+"""TransferEngine: moves experts from the store into slots with reader threads, demand loads before prefetches."""
 
 import logging
 import os
@@ -18,13 +18,13 @@ from vllm_adapmoe.store.base import ExpertStore, StoreError
 logger = logging.getLogger(__name__)
 
 READERS = 4
-"""Threads that read records. A disk wants a few requests in flight; more only contend for the cores."""
+"""Number of reader threads. A disk needs a few requests in flight; more threads only contend for the cores."""
 SPECULATORS = 2
-"""Of those, the most that speculation occupies: demand never waits for more tiles than that."""
+"""Maximum readers busy with speculative loads: a demand load never waits for more tiles than that."""
 
 
 class CacheClosed(StoreError):
-    """The cache ended before an expert was there."""
+    """The cache was closed before an expert was loaded."""
 
     def __init__(self) -> None:
         super().__init__("the expert cache is closed")
@@ -32,24 +32,24 @@ class CacheClosed(StoreError):
 
 @dataclass
 class Job:
-    """One record on its way."""
+    """One transfer of a record into a slot."""
 
     key: ExpertKey
     urgent: bool
     slot: int = -1
     ready: float = 0.0
-    """Since when the link could have carried its next tile, of `time.perf_counter`."""
+    """Time from which the link could have carried its next tile, of `time.perf_counter`."""
     tiles: Iterator[int] | None = None
     moved: int = 0
     beside: bool = False
-    """Taken while nobody waited for it: of those that `TransferEngine.speculating` counts."""
+    """Started as a speculative job, and so counted in `TransferEngine.speculating`."""
 
 
 class LinkLimit:
-    """Lets bytes pass no faster than a link of `bytes_per_second` would, one tile after the other.
+    """Simulates a link of `bytes_per_second`, which carries one tile after the other.
 
-    The link works on while a thread that waited for it is late to wake: what was ready goes on the link as soon as
-    it is free, as a copy engine with a queue would do it.
+    A tile starts as soon as it is ready and the link is free, even if its thread wakes late, as with the queue of a
+    copy engine.
     """
 
     def __init__(self, bytes_per_second: float) -> None:
@@ -58,26 +58,26 @@ class LinkLimit:
         self._lock = threading.Lock()
 
     def reserve(self, nbytes: int, ready: float) -> float:
-        """Takes the link for `nbytes` that were there at `ready`; returns when they will have passed."""
+        """Reserves the link for `nbytes` that were ready at `ready`; returns when they will have passed."""
         with self._lock:
             self._free_at = max(ready, self._free_at) + nbytes / self.bytes_per_second
             return self._free_at
 
 
 class TransferEngine:
-    """The queues of a worker and the threads that serve them.
+    """Queues of loads and the reader threads that serve them.
 
-    Every method but `run` is called with `lock` held, which also guards the controller.
+    Call every method but `run` and `close` with `lock` held, which also guards the controller.
 
     Args:
-        controller: told when speculation starts and when a transfer ends.
-        pools: the slots' memory.
-        store: backing copies.
-        readers: threads; 0: the thread that waits moves everything itself, in the order of submission.
-        link_bytes_per_second: limit of the link; None: as fast as it goes.
-        cpus: where the threads run; None: where the thread that makes them does.
-        left: told, with `lock` held, which expert speculation has taken the slot of.
-        arrived: told, with `lock` held, which expert is resident, and in which slot, without anybody having waited.
+        controller: called when a speculative load starts and when a transfer ends.
+        pools: memory of the slots.
+        store: backing store.
+        readers: number of threads; 0: the waiting thread moves everything itself, in order of submission.
+        link_bytes_per_second: simulated bandwidth limit of the link; None: no limit.
+        cpus: CPUs that the threads run on; None: those of the creating thread.
+        left: called, with `lock` held, with the expert that a speculative load has evicted.
+        arrived: called, with `lock` held, with an expert that a background load has made resident, and its slot.
     """
 
     def __init__(
@@ -99,25 +99,25 @@ class TransferEngine:
         self.lock = threading.Lock()
         self.changed = threading.Condition(self.lock)
         self.jobs: dict[ExpertKey, Job] = {}
-        """Demand, and speculation that has started."""
+        """Demand jobs, and speculative jobs that have started."""
         self.urgent: deque[Job] = deque()
         self.idle: deque[Job] = deque()
         self.demanding = 0
-        """Urgent jobs that have not ended."""
+        """Number of urgent jobs that have not ended."""
         self.speculating = 0
-        """Threads at work on speculation."""
+        """Number of threads running speculative jobs."""
         self.errors: dict[ExpertKey, Exception] = {}
-        """Of demand loads that failed, until the waiting layer takes them."""
+        """Errors of failed demand loads, until the waiting layer takes them."""
         self.closing = False
         self.fatal: Exception | None = None
-        """Ended the transfers for good: an error that is not one of reading."""
+        """Error that has ended all transfers: any but a read error."""
         self.frozen = 0
-        """Contexts within which no expert may be evicted: nothing speculative starts."""
+        """Number of open contexts that prevent evictions: no speculative load starts meanwhile."""
         self.quiet = False
-        """Between `drain` and `resume`."""
+        """Whether transfers are stopped: between `drain` and `resume`."""
         self.cpus = cpus
         self._counted_until = 0.0
-        """Up to when `fetch_seconds` is counted, of `time.perf_counter`."""
+        """Time up to which `fetch_seconds` is counted, of `time.perf_counter`."""
         self.threads = [
             threading.Thread(target=self._serve, name=f"expert-reader-{number}", daemon=True)
             for number in range(readers)
@@ -125,7 +125,7 @@ class TransferEngine:
         for thread in self.threads:
             thread.start()
 
-    # What the controller asks for
+    # Called by the controller
 
     def demand(self, load: Load) -> None:
         self._queue_urgent(Job(load.key, urgent=True, slot=load.slot))
@@ -133,7 +133,7 @@ class TransferEngine:
     def promote(self, key: ExpertKey) -> None:
         job = self.jobs[key]
         job.urgent = True
-        if job in self.idle:  # between two tiles: nobody is at work on it
+        if job in self.idle:  # between two tiles: no thread runs it
             self.idle.remove(job)
             self._queue_urgent(job)
         else:
@@ -151,14 +151,14 @@ class TransferEngine:
         self.demanding += 1
         self.changed.notify()
 
-    # What the threads do
+    # Run by the threads
 
     def next_urgent(self) -> Job | None:
-        """A job for a thread that waits for demand anyway."""
+        """Returns the next demand job, if any."""
         return self.urgent.popleft() if self.urgent and not self._ended else None
 
     def next_idle(self, beside_demand: bool = False) -> Job | None:
-        """A speculative job that may start or go on now; not beside demand, unless that is asked for."""
+        """Returns a speculative job to start or resume, if any; while demand jobs run, only with `beside_demand`."""
         while (
             self.idle and not self._ended and (beside_demand or not self.demanding) and self.speculating < SPECULATORS
         ):
@@ -187,7 +187,7 @@ class TransferEngine:
     def _serve(self) -> None:
         try:
             self._serve_jobs()
-        except Exception as error:  # or the thread that waits would wait for ever
+        except Exception as error:  # or the waiting thread would wait forever
             with self.changed:
                 self._fail(error)
 
@@ -203,13 +203,13 @@ class TransferEngine:
             self.run(job)
 
     def run(self, job: Job) -> None:
-        """Moves a job's tiles to its end, or until it is unwanted or overtaken. Without `lock`."""
+        """Moves a job's tiles until it ends, is cancelled, or yields to a demand load. Call without `lock`."""
         complete, error = False, None
         try:
             if job.tiles is None:
                 job.tiles = self._tiles(job)
             complete = self._move(job, job.tiles)
-        except Exception as caught:  # raised again in the thread that asks
+        except Exception as caught:  # raised again in the requesting thread
             error = caught
         with self.changed:
             if job.beside:  # it may have become urgent since
@@ -233,7 +233,7 @@ class TransferEngine:
         return pool.fill(job.slot, lambda buffers: self.store.read_tiles(job.key, buffers, tile))
 
     def _move(self, job: Job, tiles: Iterator[int]) -> bool:
-        """Returns whether the record is whole; False: it is unwanted, or something else is more urgent."""
+        """Returns whether the record is complete; False: it was cancelled, or a demand load goes first."""
         for nbytes in tiles:
             job.moved += nbytes
             if self.link is not None:
@@ -250,7 +250,7 @@ class TransferEngine:
         return self.closing or entry is None or entry.cancelled
 
     def _count_time(self) -> None:
-        """Counts the time up to now, before `jobs` changes: it was busy if there were any."""
+        """Adds the time up to now to `fetch_seconds` if any job is in flight; called before `jobs` changes."""
         now = time.perf_counter()
         if self.jobs:
             self.controller.stats.fetch_seconds += now - self._counted_until
@@ -262,7 +262,7 @@ class TransferEngine:
         if job.tiles is not None and not complete:
             try:
                 job.tiles.close()  # type: ignore[attr-defined]
-            except Exception as caught:  # of a copy that was under way
+            except Exception as caught:  # of a copy in flight
                 error = error or caught
         if job.urgent:
             self.demanding -= 1
@@ -278,19 +278,19 @@ class TransferEngine:
         assert state is not State.ABSENT or not complete or not job.urgent
 
     def _fail(self, error: Exception) -> None:
-        """Ends the transfers: an error of CUDA stays, and every later call would meet it again."""
+        """Ends all transfers: after a CUDA error every later call would fail too."""
         self.fatal = self.fatal or error
         self.changed.notify_all()
 
     def check(self) -> None:
-        """Raises what has ended the transfers, if anything has."""
+        """Raises the error that has ended the transfers, if any."""
         if self.fatal is not None:
             raise self.fatal
 
     # For the capture of graphs
 
     def drain(self) -> None:
-        """Waits until transfers in flight have ended, and starts none until `resume`: no thread calls CUDA then."""
+        """Waits until transfers in flight have ended and starts none until `resume`, so that no thread calls CUDA."""
         self.quiet = True
         while self.jobs:
             self.check()
@@ -298,14 +298,14 @@ class TransferEngine:
         self.check()
 
     def resume(self) -> None:
-        """Starts transfers again."""
+        """Resumes transfers after `drain`."""
         self.quiet = False
         self.changed.notify_all()
 
     def close(self) -> None:
-        """Ends the threads after their tile; whatever is under way comes to nothing, and who waits for it is told.
+        """Ends the threads after their current tile; drops loads in flight, with `CacheClosed` for waiting layers.
 
-        Without `lock`.
+        Call without `lock`.
         """
         with self.changed:
             self.closing = True
@@ -313,7 +313,7 @@ class TransferEngine:
         for thread in self.threads:
             thread.join()
         with self.changed:
-            for job in [*self.urgent, *(job for job in self.idle if job.tiles is not None)]:  # that nobody took
+            for job in [*self.urgent, *(job for job in self.idle if job.tiles is not None)]:  # not taken by a thread
                 self._end(job, False, None)
             self.urgent.clear()
             self.idle.clear()

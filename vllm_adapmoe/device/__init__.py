@@ -1,6 +1,6 @@
-"""Kernels of our own, in Triton."""
+"""Decoding with experts read in place: Triton kernels, address tables and deferred routing."""
 
 MAX_TOKENS = 64
-"""Of one call of `experts_by_address`: all tokens of an expert are rows of one tile."""
+"""Maximum tokens of one call of `experts_by_address`: all tokens of an expert are rows of one tile."""
 ALIGNMENT = 16
-"""Of the addresses that it is given, bytes: what one load of the device reads."""
+"""Alignment in bytes of the addresses it is given: what one load of the device reads."""

@@ -1,4 +1,4 @@
-"""Where the device reads each expert: in its slot, or where its backing copy is."""
+"""AddressTable: the device address of each expert, in its slot or in host memory."""
 
 from collections.abc import Sequence
 
@@ -11,14 +11,14 @@ from vllm_adapmoe.store.base import ExpertStore
 
 
 class AddressTable:
-    """Addresses of some pieces of every expert, on the device.
+    """Table, on the device, of the addresses of some pieces of every expert.
 
     Args:
-        store: page-locked backing copies.
-        pools: slots.
+        store: page-locked backing store.
+        pools: pools of slots.
         pool_of: pool of each MoE layer.
         pieces: names of the pieces.
-        device: of the slots.
+        device: device of the slots.
 
     Raises:
         ValueError: the store has a record that the device cannot read, or an expert does not begin at a multiple of
@@ -35,7 +35,7 @@ class AddressTable:
     ) -> None:
         experts = max(store.num_experts(layer) for layer in range(store.num_layers))
         self._homes = np.zeros((len(pieces), store.num_layers, experts), dtype=np.int64)
-        """Of the backing copies."""
+        """Addresses of the backing copies, `[pieces, layers, experts]`."""
         self._bases = np.zeros((len(pieces), store.num_layers), dtype=np.int64)
         self._strides = np.zeros_like(self._bases)
         for layer, pool in enumerate(pool_of):
@@ -55,19 +55,19 @@ class AddressTable:
                 raise ValueError(f"an expert's {' or '.join(pieces)} does not begin at a multiple of {ALIGNMENT} bytes")
         self._published: np.ndarray | None = None
         self.table = torch.from_numpy(self._homes).to(device, copy=True)
-        """int64 `[pieces, layers, experts]`."""
+        """Addresses for the kernels, int64 `[pieces, layers, experts]`."""
 
     def publish(self, slots: np.ndarray) -> None:
-        """Lets kernels that are launched from here on read experts in these slots.
+        """Updates the table, so that kernels launched from here on read experts in these slots.
 
         Args:
-            slots: int32 `[layers, experts]`, -1 for an expert that is read where its backing copy is.
+            slots: int32 `[layers, experts]`, -1 for an expert to read from its backing copy.
         """
         if self._published is not None and np.array_equal(slots, self._published):
             return
         addresses = self._bases[..., None] + self._strides[..., None] * slots
         table = torch.from_numpy(np.where(slots >= 0, addresses, self._homes))
         if self.table.is_cuda:
-            table = table.pin_memory()  # or the copy would wait for what is on the stream
+            table = table.pin_memory()  # or the copy would wait for the work on the stream
         self.table.copy_(table, non_blocking=True)
-        self._published = slots.copy()  # what the table holds, now that the copy is on its way
+        self._published = slots.copy()  # only now: set once the copy has been issued

@@ -1,4 +1,4 @@
-"""Fetch first, or read in place: measured on the machine's own link, with the model's own experts."""
+"""Measures decoding with `fetch` against `in_place`, on the machine's link and with the model's experts."""
 
 import time
 from dataclasses import dataclass
@@ -14,29 +14,29 @@ ROUNDS = 5
 
 @dataclass(frozen=True)
 class DecodeTimes:
-    """Of one layer and one token, by how many of its experts are absent; seconds, medians."""
+    """Decode times of one layer and one token by number of missing experts: medians in seconds."""
 
     misses: list[int]
-    """Ascending, from none to all."""
+    """Numbers of missing experts measured, ascending, from none to all."""
     fetch: list[float]
     in_place: list[float]
 
     def at(self, misses: float) -> tuple[float, float]:
-        """Both times for a mean number of misses, between those that were measured."""
+        """Returns both times for a mean number of misses, interpolated."""
         fetch, in_place = (float(np.interp(misses, self.misses, times)) for times in (self.fetch, self.in_place))
         return fetch, in_place
 
 
 def time_decode(cache: ExpertCacheManager, in_place: InPlaceDecode, top_k: int, dtype: torch.dtype) -> DecodeTimes:
-    """Measures both ways on a cache that nobody has used yet; it has to be restarted afterwards.
+    """Measures both ways on an unused cache, which has to be restarted afterwards.
 
-    Both run `experts_by_address`, so that what differs is where the experts are and who waits.
+    Both run `experts_by_address`, so that they differ only in where the experts are and whether the host waits.
 
     Args:
-        cache: with page-locked backing copies.
-        in_place: on that cache.
-        top_k: experts of a token.
-        dtype: of the model.
+        cache: cache with a page-locked backing store.
+        in_place: in-place decoding on that cache.
+        top_k: experts per token.
+        dtype: dtype of the model.
     """
     layers = [layer for layer in range(cache.store.num_layers) if cache.store.num_experts(layer) >= top_k]
     device = in_place.addresses.table.device
@@ -78,7 +78,7 @@ def _run_in_place(
 def _run_fetched(
     cache: ExpertCacheManager, in_place: InPlaceDecode, layer: int, x: torch.Tensor, *routing: torch.Tensor
 ) -> None:
-    experts = sorted(routing[1].cpu().view(-1).tolist())  # the host reads what was chosen
+    experts = sorted(routing[1].cpu().view(-1).tolist())  # the host reads the routing
     cache.acquire(layer, experts)
     _run_in_place(cache, in_place, layer, x, *routing)
     cache.release(layer, experts)

@@ -1,4 +1,4 @@
-"""Routing that nobody waited for: kept on the device while a step runs, and taken in when it has."""
+"""DeferredRouting: routing that is kept on the device while a step runs, and read by the host afterwards."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -11,30 +11,30 @@ import torch
 from vllm_adapmoe.cache.host_copy import HostCopy
 
 UNSEEN = -2
-"""In a buffer, where no layer has written yet."""
+"""Buffer value where no layer has written yet."""
 
 
 class RoutingUnseen(RuntimeError):
-    """A layer has run without leaving its routing: the CUDA graph that was replayed does not hold what it should."""
+    """A layer that did not record its routing: the replayed CUDA graph does not contain its experts."""
 
 
 @dataclass(frozen=True)
 class PassedStep:
-    """What layers chose in a step that has run."""
+    """Routing of a step that has run."""
 
     layers: list[int]
-    """Those that did not wait."""
+    """Layers that ran in place, without waiting."""
     ids: np.ndarray
-    """int32 `[all layers, tokens, top_k]`; -1: dropped, or padding."""
+    """Selected experts, int32 `[all layers, tokens, top_k]`; -1: dropped, or padding."""
     costs: np.ndarray
-    """float64 `[all layers, tokens]`: what gating dropped, as in `Gated.cost`."""
+    """Cost of what gating dropped, as in `Gated.cost`, float64 `[all layers, tokens]`."""
     slots: np.ndarray
-    """int32 `[all layers, experts]`: where each expert was; -1: not in a slot."""
+    """Slot of each expert during the step, int32 `[all layers, experts]`; -1: not in a slot."""
     about: Any
-    """What `close_step` was told."""
+    """The caller's object passed to `close_step`."""
 
     def events(self) -> Iterator[tuple[int, list[int], set[int]]]:
-        """Of each layer that did not wait: its distinct experts, and which of them were in slots."""
+        """Yields each layer that ran in place: its index, its distinct experts, and those that were in slots."""
         for layer in self.layers:
             ids = self.ids[layer]
             experts = np.unique(ids[ids >= 0])
@@ -42,15 +42,15 @@ class PassedStep:
 
 
 class DeferredRouting:
-    """Buffers that layers write their routing into, and copies of it on their way to the host.
+    """Device buffers that layers write their routing into, and the copies of it in flight to the host.
 
     The buffers keep their addresses, so that a CUDA graph can write to them.
 
     Args:
-        layers: MoE layers.
-        tokens: most of a step.
-        top_k: experts of a token.
-        device: of the routing.
+        layers: number of MoE layers.
+        tokens: maximum tokens of a step.
+        top_k: experts per token.
+        device: device of the routing.
     """
 
     def __init__(self, layers: int, tokens: int, top_k: int, device: torch.device) -> None:
@@ -58,21 +58,21 @@ class DeferredRouting:
         self.ids = torch.full((layers, tokens, top_k), UNSEEN, dtype=torch.int32, device=device)
         self.costs = torch.zeros((layers, tokens), dtype=torch.float64, device=device)
         self.layers: set[int] = set()
-        """That have written in the step under way."""
+        """Layers that have recorded routing in the current step."""
         self._flights: deque[tuple[HostCopy, list[int], np.ndarray, Any]] = deque()
-        """Copies of ids and costs, and what `close_step` was told."""
+        """Copies in flight of ids and costs, with the arguments of `close_step`."""
 
     def begin_step(self) -> None:
-        """A step is about to be launched in which every layer has to write."""
+        """Resets the buffer before a step in which every layer has to record its routing."""
         self.ids.fill_(UNSEEN)
 
     def record(self, layer: int, ids: torch.Tensor, costs: torch.Tensor | None) -> None:
-        """A layer has chosen, in a step of at most `tokens`.
+        """Records the routing of a layer, in a step of at most `tokens` tokens.
 
         Args:
             layer: MoE layer index.
-            ids: integer `[tokens, top_k]`; -1: dropped, or padding.
-            costs: `[tokens]`, of gating; None: nothing is gated.
+            ids: selected experts, integer `[tokens, top_k]`; -1: dropped, or padding.
+            costs: costs of gating, `[tokens]`; None: no gating.
         """
         self.layers.add(layer)
         self.ids[layer, : len(ids), : ids.shape[1]].copy_(ids)
@@ -80,13 +80,13 @@ class DeferredRouting:
             self.costs[layer, : len(costs)].copy_(costs)
 
     def close_step(self, tokens: int, slots: np.ndarray, about: Any, layers: list[int] | None = None) -> None:
-        """The step has been launched.
+        """Starts copying the routing of a step that has been launched to the host.
 
         Args:
-            tokens: of the step.
-            slots: int32 `[layers, experts]`, as the step found them.
-            about: given back with it.
-            layers: that have written; None: those that called `record`, which a graph that is replayed does not.
+            tokens: tokens of the step.
+            slots: slot of each expert during the step, int32 `[layers, experts]`.
+            about: returned with the step.
+            layers: layers that record; None: those that called `record`, which a replayed graph does not.
         """
         layers = sorted(self.layers) if layers is None else layers
         self.layers = set()
@@ -96,10 +96,10 @@ class DeferredRouting:
         self._flights.append((copy, layers, slots, about))
 
     def finished(self) -> Iterator[PassedStep]:
-        """Steps that have run and were not taken in yet, the oldest first. Waits for none.
+        """Yields steps that have run since the last call, oldest first, without waiting for any.
 
         Raises:
-            RoutingUnseen: a layer of `layers` has not written: its output was not that of its experts.
+            RoutingUnseen: a layer of `layers` has not recorded its routing, so its output was wrong.
         """
         while self._flights and self._flights[0][0].arrived:
             copy, layers, slots, about = self._flights.popleft()

@@ -1,11 +1,11 @@
-"""SwiGLU experts wherever the device can read them: a grouped kernel that takes a table of addresses.
+"""Grouped SwiGLU kernel that reads each expert at an address from a table: in its slot or in host memory.
 
 A resident expert's address is that of its slot, an absent one's that of its page-locked host copy, which the kernel
-then reads over the link. Nobody on the host has to know which is which, so a decode step needs no round trip, and a
-CUDA graph can hold all of it.
+then reads over the link. The host need not know which is which, so a decode step needs no round trip to the host and
+fits into one CUDA graph.
 
-Grouping needs no kernel of its own: every pair of token and expert starts a row of programs, and only the first pair of
-an expert goes on, with all pairs of that expert. So each weight is read once, however many tokens want it.
+Grouping needs no kernel of its own: every pair of token and expert starts a row of programs, and only that of an
+expert's first pair continues, with all pairs of that expert. So each weight is read once for all tokens that use it.
 """
 
 import torch
@@ -18,12 +18,12 @@ from vllm_adapmoe.device import MAX_TOKENS
 ALIGNMENT = tl.constexpr(_ALIGNMENT)
 
 BLOCK_N, BLOCK_K = 32, 128
-"""Of the weights' tile: `BLOCK_K` values in a row are what one reads over the link at a time, 256 bytes of bf16."""
+"""Tile of the weights: `BLOCK_K` consecutive values are read over the link at a time, 256 bytes of bf16."""
 
 
 @triton.jit
 def _rows_of_first_pair(ids, pairs, PAIRS: tl.constexpr, ROWS: tl.constexpr):
-    """The expert of this program's pair, -1 if another program works for it; its pairs `[ROWS]`, `pairs` for none."""
+    """Returns this pair's expert, -1 if another program computes it, and its pairs `[ROWS]`, padded by `pairs`."""
     mine = tl.program_id(0)
     expert = tl.load(ids + mine)
     index = tl.arange(0, PAIRS)
@@ -36,7 +36,7 @@ def _rows_of_first_pair(ids, pairs, PAIRS: tl.constexpr, ROWS: tl.constexpr):
     return tl.where(first == mine, expert, -1), rows
 
 
-# By the number of pairs nothing is compiled anew: it changes from step to step.
+# Not specialised on the number of pairs, which changes from step to step and would recompile the kernel.
 @triton.jit(do_not_specialize=["pairs"])
 def _gate_and_up(
     x, ids, addresses, out,
@@ -46,7 +46,8 @@ def _gate_and_up(
     expert, rows = _rows_of_first_pair(ids, pairs, PAIRS, ROWS)
     if expert < 0:
         return
-    # A pointer out of memory has no known alignment, and would be read value by value; said of the integer, it is lost.
+    # A pointer loaded from memory has no known alignment, and would be read value by value. The hint has to be on the
+    # pointer: on the integer it is lost.
     weight = tl.multiple_of(tl.load(addresses + expert).to(tl.pointer_type(x.dtype.element_ty)), ALIGNMENT)
     some = rows < pairs
     token = tl.where(some, rows, 0) // top_k
@@ -118,20 +119,20 @@ def experts_by_address(
     down: torch.Tensor,
     inner: int,
 ) -> torch.Tensor:
-    """SwiGLU experts of a step of few tokens. Launches three kernels, and waits for nothing.
+    """Computes the SwiGLU experts of a step of few tokens. Launches three kernels and waits for nothing.
 
     Args:
         x: `[tokens, hidden]`, bf16 or float16, as are the weights; at most `MAX_TOKENS` tokens.
         topk_weights: float32 `[tokens, top_k]`.
-        topk_ids: int32 `[tokens, top_k]`; -1: dropped, and no work. The ids of a token differ.
+        topk_ids: int32 `[tokens, top_k]`, distinct within a token; -1: dropped, not computed.
         gate_up: int64 `[experts]`: address, a multiple of `ALIGNMENT`, of each expert's contiguous
             `[2 * inner, hidden]`.
-        down: int64 `[experts]`: of its `[hidden, inner]`, likewise.
-        inner: size between the projections.
+        down: int64 `[experts]`: likewise of its `[hidden, inner]`.
+        inner: intermediate size.
 
     Returns:
-        `[tokens, hidden]`, dtype of `x`; a token's experts are summed in float32 in the order of its ids, so that
-        neither the tokens beside it nor where its experts are change its output.
+        `[tokens, hidden]`, dtype of `x`. A token's experts are summed in float32 in the order of its ids, so its output
+        depends neither on the other tokens nor on where its experts are.
 
     Raises:
         ValueError: more tokens than `MAX_TOKENS`.

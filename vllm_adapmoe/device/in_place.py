@@ -1,4 +1,4 @@
-"""Decode steps that wait for nothing: experts are read where they are, and the cache catches up behind them."""
+"""InPlaceDecode: decode steps that read missing experts from host memory; the cache loads some of them afterwards."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,20 +12,20 @@ from vllm_adapmoe.device.addresses import AddressTable
 from vllm_adapmoe.device.deferred import UNSEEN, DeferredRouting
 
 GATE_UP, DOWN = "w13_weight", "w2_weight"
-"""vLLM's names of an expert's two pieces."""
+"""vLLM's names of an expert's two weight tensors."""
 
 
 class InPlaceDecode:
-    """Runs steps of few tokens without the host.
+    """Runs steps of few tokens without waiting for the host.
 
-    While a step is launched, nobody leaves a slot, and a table of addresses says where each expert is. Which experts
-    it used is read when it has run; some of those that it read over the link are then loaded, in the place of others
-    that are wanted less.
+    While a step is launched, no expert is evicted, and a table holds the address of each expert. The routing is read
+    when the step has run; some of the experts that it read over the link are then loaded, in place of experts with
+    lower scores.
 
     Args:
-        cache: of bf16 or float16 experts with the pieces `GATE_UP` and `DOWN`, whose store the device can read.
-        top_k: experts of a token.
-        device: of the slots.
+        cache: cache of bf16 or float16 experts with the pieces `GATE_UP` and `DOWN`, whose store the device can read.
+        top_k: experts per token.
+        device: device of the slots.
 
     Raises:
         ValueError: the device cannot read the store.
@@ -42,18 +42,18 @@ class InPlaceDecode:
         self.routing = DeferredRouting(store.num_layers, MAX_TOKENS, top_k, device)
         shapes = [{piece.name: piece.shape for piece in layout.pieces} for layout in store.layouts]
         self.inner = [shape[DOWN][1] for shape in shapes]
-        """Of each layer: size between the projections."""
+        """Intermediate size of each layer's experts."""
         self.running = False
-        """The step that is being launched reads in place."""
+        """Whether an in-place step is being launched."""
 
     def follow_pools(self) -> None:
-        """Learns where the slots are: at first, and when the cache has been given others."""
+        """Rebuilds the address table: at the start, and after the cache's pools were replaced."""
         cache = self.cache
         self.addresses = AddressTable(cache.store, cache.pools, cache.pool_of_layer, (GATE_UP, DOWN), self.device)
 
     @contextmanager
     def step(self, tokens: int, about: Any) -> Iterator[None]:
-        """A step of at most `MAX_TOKENS` tokens is launched within; `about` is given back with what it has used."""
+        """Opens a context to launch a step of at most `MAX_TOKENS` tokens in; its routing is returned with `about`."""
         with self.cache.frozen() as slots:
             self.addresses.publish(slots)
             self.routing.begin_step()
@@ -67,16 +67,16 @@ class InPlaceDecode:
     def experts(
         self, layer: int, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, costs: torch.Tensor | None
     ) -> torch.Tensor:
-        """`experts_by_address` for one layer of the step; `costs` are those of gating, `[tokens]`."""
+        """Runs one layer of the step with `experts_by_address`; `costs` are those of gating, `[tokens]`."""
         self.routing.record(layer, ids, costs)
         return self._run(layer, x, weights, ids)
 
     def warm_up(
         self, layer: int, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, costs: torch.Tensor | None
     ) -> torch.Tensor:
-        """Compiles and loads what a step of that many tokens runs; no expert is read, and the output is zero.
+        """Compiles and loads the kernels of a step of this many tokens; reads no expert, and the output is zero.
 
-        No routing is left: a graph of this in the place of a step would show.
+        Records routing as unseen, so that a graph of this replayed instead of a step raises `RoutingUnseen`.
         """
         self.routing.record(layer, torch.full_like(ids, UNSEEN), costs)
         return self._run(layer, x, weights, torch.full_like(ids, -1))

@@ -1,1 +1,1 @@
-"""Adaptive top-k: how many of the experts that the router chose a token keeps."""
+"""Adaptive top-k: drops some of the experts that the router selected for a token."""

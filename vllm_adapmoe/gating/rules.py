@@ -1,8 +1,8 @@
-"""Adaptive top-k: which of the experts that the router chose a token keeps, and with which weights.
+"""Gating rules: which of the experts selected by the router a token keeps, and with which weights.
 
 Pure functions on `weights` and `ids`, `[tokens, top_k]`, in any order along top_k. Weights may sum to one (renormalised
-routers), to less (plain softmax) or to a scaling factor; what is kept always sums to what the router gave, which
-renormalises where the router does and leaves the token's share of the block's output alone where it does not.
+routers), to less (plain softmax) or to a scaling factor. The kept weights are scaled to the same sum, which
+renormalises where the router does and keeps the token's share of the block's output where it does not.
 
 **The price of dropping experts.** Let the kept weights be w_i, the dropped ones v_j, K and W their sums. Rescaling what
 is kept moves the block's output by `W * (mean of kept experts - mean of dropped experts)`, each mean weighted within
@@ -21,47 +21,47 @@ import torch
 
 
 class Gated(NamedTuple):
-    """What a rule leaves of a step's routing."""
+    """Routing of a step after gating."""
 
     keep: torch.Tensor
-    """Bool `[tokens, top_k]`, at least one in each row."""
+    """Mask of kept experts, bool `[tokens, top_k]`, at least one in each row."""
     weights: torch.Tensor
-    """`[tokens, top_k]`: zero where not kept, the rest scaled to the sum that the router gave."""
+    """Weights `[tokens, top_k]`: zero where dropped, the rest scaled to the router's sum."""
     cost: torch.Tensor
-    """float64 `[tokens]`: c of what each token dropped."""
+    """Cost c of what each token dropped, float64 `[tokens]`."""
 
 
 def drop_costs(sorted_weights: torch.Tensor) -> torch.Tensor:
-    """The cost c of keeping the first 1, 2, .. top_k experts; the last is zero.
+    """Returns the cost c of keeping the first 1, 2, .. top_k experts; the last is zero.
 
     Args:
         sorted_weights: `[tokens, top_k]`, descending.
 
     Returns:
-        float64 `[tokens, top_k]`, not increasing along the last dimension but for rounding.
+        float64 `[tokens, top_k]`, non-increasing along the last dimension, except for rounding.
     """
     exact = sorted_weights.double()
     return _costs(exact.cumsum(-1), exact.square().cumsum(-1))
 
 
 def _costs(kept: torch.Tensor, kept_squares: torch.Tensor) -> torch.Tensor:
-    """From float64: what is dropped is a difference of sums near one, where float32 loses a weight of 1e-4 squared."""
+    """Needs float64: the dropped part is a difference of sums near one, where float32 loses the square of 1e-4."""
     moved = kept[:, -1:] / kept - 1  # W / K
     return 0.5 * (moved.square() * kept_squares + (kept_squares[:, -1:] - kept_squares))
 
 
 def gate_tokens(weights: torch.Tensor, sensitivity: float, threshold: float) -> Gated:
-    """Each token keeps as few experts as cost less than the threshold, at least one.
+    """Keeps, for each token, the fewest experts whose dropping cost is below the threshold, at least one.
 
-    `c * S < T`, as in the authors' code, where the paper writes <=: so a threshold of zero drops nothing. Weights that
-    are not numbers drop nothing either, and go on to the kernel as in stock vLLM.
+    `c * S < T`, as in the authors' code, where the paper writes <=: so a threshold of zero drops nothing. NaN weights
+    drop nothing either, and reach the kernel as in stock vLLM.
 
-    A decode step runs this once in every layer, so it is written for few operations, not for beauty.
+    A decode step runs this in every layer, so it uses few operations at the expense of readability.
 
     Args:
         weights: `[tokens, top_k]`.
-        sensitivity: of the layer, nats per token.
-        threshold: loss that one token may lose in one layer, nats.
+        sensitivity: S of the layer, nats per token.
+        threshold: T, maximum loss of one token in one layer, nats.
     """
     ordered, order = weights.double().sort(dim=-1, descending=True, stable=True)
     kept = ordered.cumsum(-1)
@@ -74,7 +74,7 @@ def gate_tokens(weights: torch.Tensor, sensitivity: float, threshold: float) -> 
 
 
 def settle(weights: torch.Tensor, keep: torch.Tensor) -> Gated:
-    """The kept weights scaled to the sum that the router gave, and what the rest cost; rows that keep all unchanged."""
+    """Scales the kept weights to the router's sum, and computes the cost of the rest; full rows stay unchanged."""
     kept, dropped = weights * keep, weights * ~keep
     scale = weights.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True)
     sums = [one.sum(-1) for part in (kept.double(), dropped.double()) for one in (part, part.square())]
@@ -82,21 +82,21 @@ def settle(weights: torch.Tensor, keep: torch.Tensor) -> Gated:
 
 
 def keep_most(weights: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Mask `[tokens, top_k]` of the `counts` (`[tokens]`) largest weights; of equal ones the first."""
+    """Returns a mask `[tokens, top_k]` of the `counts` (`[tokens]`) largest weights; of equal ones the first."""
     order = weights.argsort(dim=-1, descending=True, stable=True)
     ranks = torch.arange(weights.shape[-1], device=weights.device)
     return torch.zeros_like(weights, dtype=torch.bool).scatter_(-1, order, ranks < counts.unsqueeze(-1))
 
 
 def gate_by_weight(weights: torch.Tensor, threshold: float) -> Gated:
-    """The naive rule: drops the smallest experts while their share of the weight is below `threshold`, in any layer."""
+    """Drops the smallest experts while their share of the weight is below `threshold`, in any layer: the naive rule."""
     kept = weights.sort(dim=-1, descending=True).values.cumsum(-1)
     dropped = 1 - kept[:, :-1] / kept[:, -1:]
     return settle(weights, keep_most(weights, 1 + (~(dropped < threshold)).sum(-1)))
 
 
 def gate_to_count(weights: torch.Tensor, experts: float, generator: torch.Generator) -> Gated:
-    """A fixed smaller top-k; a fraction is the share of tokens, drawn at random, that keep one more."""
+    """Keeps a fixed smaller top-k; the fractional part is the share of tokens, drawn at random, that keep one more."""
     whole = int(experts)
     more = torch.rand(weights.shape[0], generator=generator) < experts - whole
     return settle(weights, keep_most(weights, whole + more.to(weights.device).long()))
@@ -105,20 +105,19 @@ def gate_to_count(weights: torch.Tensor, experts: float, generator: torch.Genera
 def gate_batch(
     weights: torch.Tensor, ids: torch.Tensor, sensitivity: float, threshold: float, resident: torch.Tensor
 ) -> Gated:
-    """What a batch keeps: an expert that is not resident is dropped, by every token, while that costs less than the
-    threshold in all.
+    """Drops non-resident experts from the whole batch where that costs all its tokens together less than the threshold.
 
     A fetch is saved only if no token of the batch keeps the expert, so its price is the loss summed over the batch.
-    Experts leave cheapest first, and prices follow: a token that lost one expert pays more for the next, and its last
-    expert has no price. Resident experts cost no fetch and stay. At batch 1 this drops what `gate_tokens` drops, where
-    it is not resident.
+    Experts are dropped cheapest first, and prices are updated: a token that lost one expert pays more for the next, and
+    its last expert is never dropped. Resident experts need no fetch and are kept. At batch 1 this drops what
+    `gate_tokens` drops, where that is not resident.
 
     Args:
         weights: `[tokens, top_k]`, float32, on the host.
         ids: `[tokens, top_k]`, expert ids, on the host.
-        sensitivity: of the layer, nats per token.
-        threshold: loss that saving one fetch may cost, nats.
-        resident: `[experts]`, bool.
+        sensitivity: S of the layer, nats per token.
+        threshold: maximum loss for saving one fetch, nats.
+        resident: bool `[experts]`.
     """
     ids = ids.long()
     keep = torch.ones_like(ids, dtype=torch.bool)
@@ -139,8 +138,8 @@ def gate_batch(
         price = torch.zeros(resident.shape[0], dtype=exact.dtype)
         price.index_add_(0, ids[candidates], prices[candidates])
         price[_untouched(ids, candidates, resident.shape[0])] = torch.inf
-        # All experts that are the cheapest of every token they share leave at once: the same as one by one, since
-        # none of them changes another's price.
+        # Drops at once all experts that are the cheapest of each of their tokens: the same as one by one, since none
+        # of them changes another's price.
         rank = torch.empty_like(price, dtype=torch.int64)
         rank[price.argsort(stable=True)] = torch.arange(len(price))
         ranks = torch.where(candidates, rank[ids], len(price))
@@ -159,5 +158,5 @@ def _cost(
 
 
 def _untouched(ids: torch.Tensor, candidates: torch.Tensor, experts: int) -> torch.Tensor:
-    """Mask `[experts]` of those that no candidate pair names."""
+    """Returns a mask `[experts]` of those without a candidate pair."""
     return torch.bincount(ids[candidates], minlength=experts) == 0

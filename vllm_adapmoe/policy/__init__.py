@@ -1,1 +1,1 @@
-"""Decisions about experts: eviction, residency, allocation, prefetch. They see ids, counts and costs, no tensors."""
+"""Cache policies: eviction, residency, allocation, prefetch. They work on ids, counts and costs, never on tensors."""

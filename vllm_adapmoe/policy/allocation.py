@@ -1,4 +1,4 @@
-"""How many slots each layer deserves: expected loads by slots, and the split that makes their sum least."""
+"""Splits slots among layers so that the sum of their expected loads is minimal."""
 
 import heapq
 from collections.abc import Sequence
@@ -9,21 +9,20 @@ import numpy as np
 def expected_loads(
     num_experts: int, mean_experts: float, precision: Sequence[float] = (), max_experts: int = 1
 ) -> np.ndarray:
-    """Demand loads of one layer in one step of one token, by the layer's slots; every expert is as likely as another.
+    """Returns the expected demand loads of one layer per one-token step, by its slots, with all experts equally likely.
 
     `E[D] = k (1 - s/N) - sum_j b_j sum_{u < min(p, j)} Hyp(u; N, x, j-1) (x - u) / (N - j + 1)`, with `x = N - s`
-    absent experts, of which the j-th best predicted is one that speculation may still fetch when u of the better ones
-    were absent too. Ours; with p = 1 and b_j = recall x share of tokens that keep j experts, it is the cost of the
-    released code.
+    absent experts: the j-th best predicted one can still be prefetched when u < p of the better ones were absent too.
+    Ours; with p = 1 and b_j = recall x share of tokens that keep j experts, it is the cost of the released code.
 
     Args:
         num_experts: N.
-        mean_experts: k, experts that a token keeps, on average.
+        mean_experts: k, mean experts that a token keeps.
         precision: b_j, how often the j-th best predicted expert is used.
-        max_experts: p, most experts that are fetched ahead.
+        max_experts: p, maximum number of experts prefetched.
 
     Returns:
-        float64 `[num_experts + 1]`.
+        float64 `[num_experts + 1]`, for s = 0, 1, .. N slots.
     """
     slots = np.arange(num_experts + 1)
     absent = num_experts - slots
@@ -36,7 +35,7 @@ def expected_loads(
 
 
 def _hypergeometric(hits: int, population: int, marked: np.ndarray, draws: int) -> np.ndarray:
-    """Probability that `draws` of a population, without putting back, give `hits` of those marked."""
+    """Returns the chance that `draws` from a population without replacement contain `hits` marked ones."""
     chance = np.zeros(len(marked))
     for index, count in enumerate(marked.tolist()):
         if max(0, draws - (population - count)) <= hits <= min(draws, count):
@@ -52,17 +51,17 @@ def _choose(n: int, k: int) -> float:
 
 
 class StackDistances:
-    """Loads of a layer with its own least-recently-used slots, for every number of slots, in one pass."""
+    """LRU stack distances: counts a layer's misses for every number of LRU slots of its own, in one pass."""
 
     def __init__(self, num_experts: int, memory: float = float("inf")) -> None:
         self.order: list[int] = []
-        """Experts, the most recently used first."""
+        """Experts, most recently used first."""
         self.misses = np.zeros(num_experts + 1)
-        """By slots."""
+        """Misses with 0, 1, .. slots."""
         self.keep = float(np.exp(-1 / memory))
 
     def record(self, experts: Sequence[int]) -> None:
-        """One event: the layer asks for distinct experts together."""
+        """Records one event, a request for distinct experts."""
         self.misses *= self.keep
         for expert in experts:
             rank = self.order.index(expert) if expert in self.order else len(self.misses) - 1
@@ -72,19 +71,19 @@ class StackDistances:
 
 
 def is_convex(curve: np.ndarray) -> bool:
-    """Whether each slot more saves no more than the one before."""
+    """Returns whether each additional slot saves no more than the one before."""
     return bool((np.diff(curve, 2) >= -1e-12).all())
 
 
 def allocate(curves: Sequence[np.ndarray], slots: int) -> list[int]:
-    """Shares of layers that add up to `slots` and make the sum of their expected loads least.
+    """Returns the slots of each layer, adding up to `slots`, that minimise the sum of their expected loads.
 
-    Greedy, which is optimal, where every curve is convex; dynamic programming otherwise. A layer may get none. Where
-    straight curves do not care, shares are as equal as can be.
+    Greedy, which is optimal, where every curve is convex; dynamic programming otherwise. A layer may get none. Ties of
+    straight curves are broken towards equal shares.
 
     Args:
-        curves: of each layer, expected loads with 0, 1, .. slots.
-        slots: at most as many as all layers have experts.
+        curves: expected loads of each layer with 0, 1, .. slots.
+        slots: at most the number of experts of all layers.
     """
     assert slots <= sum(len(curve) - 1 for curve in curves)
     if all(map(is_convex, curves)):
@@ -94,7 +93,7 @@ def allocate(curves: Sequence[np.ndarray], slots: int) -> list[int]:
 
 def _allocate_greedily(curves: Sequence[np.ndarray], slots: int) -> list[int]:
     shares = [0] * len(curves)
-    # Rounded, or the last bits of a straight line would decide.
+    # Rounded, so that rounding errors in a straight line do not break ties.
     gains = [(round(float(curve[1] - curve[0]), 12), 0, layer) for layer, curve in enumerate(curves) if len(curve) > 1]
     heapq.heapify(gains)
     for _ in range(slots):
@@ -131,7 +130,7 @@ def _allocate_by_programme(curves: Sequence[np.ndarray], slots: int) -> list[int
 
 
 def share_out(curves: Sequence[np.ndarray] | None, num_experts: Sequence[int], slots: int) -> list[int]:
-    """Shares of layers, floors in a pool of `slots`: by their curves, or, without any, as equal as can be."""
+    """Returns the floor of each layer in a pool of `slots`: by the curves, or as equal as possible without any."""
     slots = min(max(slots, 0), sum(num_experts))
     if curves is not None:
         return allocate(curves, slots)

@@ -1,4 +1,7 @@
-"""What an expert cache decides, event by event: the same object in a worker and in the simulator."""
+"""CacheController: all decisions of an expert cache, event by event; the worker and the simulator run the same class.
+
+An event is one MoE layer's request for the distinct experts of one step.
+"""
 
 import math
 from collections.abc import Callable, Collection, Sequence
@@ -17,66 +20,66 @@ if TYPE_CHECKING:  # a cache runs with torch and numpy alone
     from vllm_adapmoe.config import AdapMoEConfig
 
 MEMORY = 1024.0
-"""Events of a layer after which its stack distances have faded to 1/e."""
+"""Events of a layer after which its counted stack distances have faded to 1/e."""
 CATCH_UP = 0.25
-"""Of the experts that a step has read in place, the share that is loaded after it at most."""
+"""Maximum share of the experts that a step has read in place that is loaded after it."""
 REVISION_STEPS = 256
-"""Steps between two revisions of floors that follow the traffic."""
+"""Steps between two revisions of the floors with `allocation=trace`."""
 
 
 @dataclass
 class CacheStats:
-    """Counted over distinct experts of every layer's event, since the engine started."""
+    """Cache counters since the engine started; each event counts its distinct experts."""
 
     hits: int = 0
-    """Experts that were there when they were asked for."""
+    """Experts that were resident or staged when their layer requested them."""
     misses: int = 0
-    """Experts that had to be waited for: loaded on demand, or late."""
+    """Experts that were not: loaded on demand, late, or read in place."""
     late: int = 0
-    """Of the misses, those that were on their way, though nobody had asked for them."""
+    """Misses whose prefetch or background load was in flight when the layer requested them."""
     in_place: int = 0
-    """Of the misses, those that the kernel read where they were: nobody waited for them."""
+    """Misses that the kernel read in host memory, without a wait."""
     caught_up: int = 0
-    """Of those, the ones that were then loaded, in the place of an expert wanted less."""
+    """In-place misses loaded afterwards, in place of an expert with a lower score."""
     prefetches: int = 0
-    """Speculative loads begun."""
+    """Prefetches started."""
     prefetch_hits: int = 0
-    """Of the hits, those that speculation had loaded for this event or an earlier one."""
+    """Hits on experts that a prefetch had loaded, for this event or an earlier one."""
     prefetches_wasted: int = 0
-    """Of the speculative loads, those whose expert came, and left without being asked for."""
+    """Prefetches completed, but evicted before a layer requested the expert."""
     prefetches_cancelled: int = 0
-    """Of the speculative loads, those that the router's word stopped on their way."""
+    """Prefetches cancelled in flight because the router did not select the expert."""
     fetched_bytes: int = 0
-    """Bytes moved, on demand or not."""
+    """Bytes transferred, on demand or speculatively."""
     wasted_bytes: int = 0
-    """Of those, bytes of speculative loads that were cancelled, or whose expert left without being asked for."""
+    """Bytes of loads cancelled or failed, and of prefetches evicted before a layer requested the expert."""
     stall_seconds: float = 0.0
-    """That layers waited."""
+    """Seconds that layers waited for experts."""
     fetch_seconds: float = 0.0
-    """With at least one transfer under way: `fetched_bytes` over it is the bandwidth achieved."""
+    """Seconds with at least one transfer in flight: `fetched_bytes / fetch_seconds` is the bandwidth achieved."""
 
     @property
     def demand_loads(self) -> int:
-        """Experts that were loaded because a layer asked for them."""
+        """Experts loaded because a layer requested them."""
         return self.misses - self.late - self.in_place
 
 
 @dataclass(frozen=True)
 class CacheSetup:
-    """The user's side of a cache."""
+    """The user's settings of a cache."""
 
     slots: Sequence[int]
-    """Of each pool."""
+    """Number of slots of each pool."""
     eviction: str = "lru"
     allocation: str = "pool"
-    """`pool`: no layer has a claim to slots. Floors in the pool otherwise: `uniform`, the same for all; `profile`, by
-    `curves`; `trace`, by the traffic so far, revised as it goes on."""
+    """Floors, the minimum slots per layer protected from eviction. `pool`: none. `uniform`: equal for all layers.
+    `profile`: by `curves`. `trace`: by the traffic so far, revised as it goes on."""
     curves: Sequence[Sequence[float]] | None = None
-    """Of each layer, expected loads with 0, 1, .. slots; for `profile`."""
+    """Expected loads of each layer with 0, 1, .. slots; for `profile`."""
     lookahead: int = 0
-    """Layers to look ahead at most; 0: nothing is fetched ahead."""
+    """Maximum number of layers ahead to prefetch for; 0: no prefetch."""
     max_experts: int = 0
-    """Most that speculation may have under way, and, where there are enough slots, staging slots of each pool."""
+    """Maximum prefetches in flight, and maximum staging slots of each pool (`staging`)."""
 
     @classmethod
     def of(
@@ -86,40 +89,40 @@ class CacheSetup:
         curves: Sequence[Sequence[float]] | None,
         heads: bool = False,
     ) -> Self:
-        """What a configuration asks of a cache with pools of `slots`; `heads`: there are next-token heads."""
+        """Returns the setup for a configuration and pools of `slots`; `heads`: next-token heads are available."""
         prefetch = config.prefetch
         best = "next_token" if heads else "next_use"
         eviction = best if config.eviction == "auto" else config.eviction
         return cls(slots, eviction, config.allocation, curves, prefetch.lookahead, prefetch.max_experts)
 
     def staging(self, slots: int, num_experts: int) -> int:
-        """Staging slots of a pool of `slots` for layers of `num_experts`.
+        """Returns the number of staging slots of a pool of `slots` for layers of `num_experts`.
 
-        No more than an eighth, and only what is beyond one whole layer: with less, steps would run in more waves.
+        At most an eighth of the pool, and only slots beyond one whole layer: with fewer, steps would need more waves.
         """
         return max(0, min(self.max_experts, slots // 8, slots - num_experts)) if self.lookahead else 0
 
 
 class Transfers(Protocol):
-    """Moves experts. Demand goes first, each kind in the order of submission."""
+    """Interface that moves experts: demand loads before speculative ones, each kind in order of submission."""
 
     def demand(self, load: Load) -> None:
         """Loads an expert that a layer waits for."""
 
     def promote(self, key: ExpertKey) -> None:
-        """A layer waits now for what speculation is loading."""
+        """Gives a load in flight demand priority, because a layer now waits for it."""
 
     def speculate(self, key: ExpertKey) -> None:
-        """Loads a queued expert when nothing else is to do: `start_speculation`, then `transfer_ended`."""
+        """Loads a queued expert when no demand load is pending: `start_speculation`, then `transfer_ended`."""
 
 
 class CacheController:
-    """Residency of every pool, what is fetched ahead, and the counters.
+    """Decides for all pools what is resident and what is prefetched, and counts.
 
     Args:
         shape: the model's experts.
         setup: slots and policies.
-        eviction: makes the policy of a pool from layers and experts; None: what the setup names.
+        eviction: makes a pool's policy from the numbers of layers and experts; None: the policy that the setup names.
     """
 
     def __init__(
@@ -130,7 +133,7 @@ class CacheController:
         self.expert_bytes = list(shape.expert_bytes)
         held = [range(count) for count in shape.num_experts] if shape.held is None else shape.held
         self.held = np.zeros((len(held), max(shape.num_experts)), dtype=bool)
-        """`[layers, experts]`: who can be here at all."""
+        """Bool `[layers, experts]`: experts that this rank holds."""
         for row, its in zip(self.held, held, strict=True):
             row[list(its)] = True
         self.num_held = [len(its) for its in held]
@@ -156,30 +159,30 @@ class CacheController:
             self.planner = PrefetchPlanner(shape.num_experts, shape.top_k, setup.lookahead, setup.max_experts)
         self.stats = CacheStats()
         self.layer_hits, self.layer_misses = [0] * len(self.pool_of), [0] * len(self.pool_of)
-        """What `stats` counts as hits and misses, of each layer."""
+        """Hits and misses of each layer, counted as in `stats`."""
         self.staged: dict[ExpertKey, int] = {}
-        """Bytes moved for what is staged: without a record's padding, where the store has none."""
+        """Bytes transferred for each staged expert; without the record's padding where the store does not move it."""
         self.transfers: Transfers
 
     def anew(self) -> "CacheController":
-        """The same, with nothing resident and nothing counted."""
+        """Returns a controller of the same setup, with nothing resident and all counters at zero."""
         return CacheController(self.shape, self.setup)
 
     def residency(self, layer: int) -> Residency:
-        """Of the pool that holds the experts of `layer`."""
+        """Returns the residency of the pool that holds the experts of `layer`."""
         return self.pools[self.pool_of[layer]]
 
     def layer_residents(self) -> list[int]:
-        """Experts of each layer that are resident or on their way on demand; staged ones apart."""
+        """Returns the experts of each layer that are resident or loading on demand; staged ones do not count."""
         return np.sum([pool.count for pool in self.pools], axis=0).tolist()
 
     def layer_floors(self) -> list[int]:
-        """Slots that each layer is left with while others have more; empty where no layer has a claim."""
+        """Returns the minimum slots of each layer protected from eviction; empty without floors."""
         shares = [self.residency(layer).shares for layer in range(len(self.pool_of))]
         return [int(share[layer]) for layer, share in enumerate(shares) if share is not None]
 
     def _share_out(self, curves: Sequence[np.ndarray] | None) -> None:
-        """Gives every layer its floor. What one token needs stays free: a layer without a share streams through it."""
+        """Sets every layer's floor; leaves `top_k` slots of each pool unassigned, for layers without a share."""
         shares = [0] * len(self.pool_of)
         for pool, residency in enumerate(self.pools):
             layers = [layer for layer, one in enumerate(self.pool_of) if one == pool]
@@ -204,14 +207,14 @@ class CacheController:
         present: Sequence[int] = (),
         expected: np.ndarray | None = None,
     ) -> Request:
-        """One event, or one wave of it: pins `experts`, and issues the loads of those that are missing.
+        """Handles one event, or one wave of it: pins `experts` and issues the loads of those that are missing.
 
         Args:
             layer: MoE layer index.
             experts: distinct ids, at most the pool's capacity.
-            present: experts of all of the event's waves, if there are several.
+            present: experts of all waves of the event, if there are several.
             expected: float `[experts]`, with the event's first wave: the chance that the layer's next event uses each
-                expert, as predicted by this event's tokens.
+                expert, as predicted from this event's tokens.
         """
         if self.allocation == "trace" and (not present or experts[0] == present[0]):
             self._follow_traffic(layer, present or experts)
@@ -237,15 +240,15 @@ class CacheController:
         return request
 
     def record_in_place(self, layer: int, experts: Sequence[int], there: Collection[int]) -> list[Load]:
-        """One event that has run without waiting (`DeferredRouting`).
+        """Records one event that has run without waiting (`DeferredRouting`).
 
         Args:
             layer: MoE layer index.
             experts: distinct ids.
-            there: those that it found in slots; the others it read where they were.
+            there: those that it found in slots; it read the others in host memory.
 
         Returns:
-            What speculation had staged, and is resident now.
+            Experts that were staged and are resident now.
         """
         if self.allocation == "trace":
             self._follow_traffic(layer, experts)
@@ -264,9 +267,9 @@ class CacheController:
         return promoted
 
     def backfill(self, missed: Sequence[ExpertKey]) -> None:
-        """Begins to load some of the experts that a step has read where they were, the soonest needed first.
+        """Queues loads of some of the experts that a step has read in place, the highest scores first.
 
-        Their copies share the link with what later steps read in place, so it is not all of them.
+        Not of all: the copies share the link with what later steps read in place.
         """
         most = math.ceil(len(missed) * CATCH_UP)
         scores = [pool.policy.scores() for pool in self.pools]
@@ -276,18 +279,22 @@ class CacheController:
                 most -= 1
 
     def release(self, layer: int, experts: Sequence[int]) -> None:
-        """The kernel that read these experts has run: they may leave."""
+        """Unpins these experts: the kernel that reads them has been launched, and they may be evicted."""
         self.residency(layer).release(layer, experts)
 
     def prefetch(
         self, layer: int, routing: tuple[np.ndarray, np.ndarray] | None, predict_experts: PredictExperts
     ) -> list[ExpertKey]:
-        """Takes in what a router chose, and begins to fetch what its layer's input says of later layers.
+        """Records what a layer's router selected, and queues prefetches of the experts predicted for later layers.
 
         Args:
-            layer: MoE layer index; -1: before the step.
-            routing: ids, integer `[tokens, top_k]`, and bool of the same shape, what was kept; None for layer -1.
+            layer: MoE layer index; -1: between two steps.
+            routing: ids, integer `[tokens, top_k]`, and the mask of those kept, bool of the same shape; None for
+                layer -1.
             predict_experts: gives the predictions.
+
+        Returns:
+            The queued experts.
         """
         assert self.planner is not None
         if routing is not None:
@@ -302,16 +309,15 @@ class CacheController:
         return self._speculate(lambda request: planner.plan(layer, predict_experts, request, under_way))
 
     def begin_step(self, prompt_tokens: int, chances: Sequence[np.ndarray]) -> None:
-        """A step is about to run: begins to fetch for its first layers (`PrefetchPlanner.begin_step`)."""
+        """Queues prefetches for the first layers of a step that is about to run (`PrefetchPlanner.begin_step`)."""
         if self.planner is not None:
             planner = self.planner
             self._speculate(lambda request: planner.begin_step(prompt_tokens, chances, request))
 
     def _speculate(self, plan: Callable[[RequestPrefetch], object]) -> list[ExpertKey]:
-        """Begins to fetch what a plan wants, and returns it.
+        """Queues the experts that a plan requests, and returns them.
 
-        A plan that fails midway has queued some: they are fetched all the same, for a layer that asks for one of them
-        would wait for it.
+        What a plan queues before it fails is loaded all the same: a layer that requests it would wait for it.
         """
         queued: list[ExpertKey] = []
 
@@ -332,7 +338,7 @@ class CacheController:
         return bool(self.held[key]) and self.residency(key[0]).request_prefetch(key, sure)
 
     def start_speculation(self, key: ExpertKey) -> Load | None:
-        """A transfer is free for a queued expert: its slot, or None if it is not to be loaded any more."""
+        """Assigns a slot to a queued expert whose transfer can start; None if it is not to be loaded any more."""
         residency = self.residency(key[0])
         load = residency.start(key)
         if load is not None:
@@ -343,13 +349,13 @@ class CacheController:
         return load
 
     def _left(self, key: ExpertKey | None) -> None:
-        """An expert has left its slot; what speculation had brought for nobody was of no use."""
+        """Counts an evicted expert as a wasted prefetch if it was still staged."""
         if key in self.staged:
             self.stats.prefetches_wasted += 1
             self.stats.wasted_bytes += self.staged.pop(key)
 
     def transfer_ended(self, key: ExpertKey, moved: int, complete: bool) -> State:
-        """A transfer has moved `moved` bytes, and all of them if `complete`; returns what the expert is now."""
+        """Records the end of a transfer of `moved` bytes, the whole record if `complete`; returns the new state."""
         residency = self.residency(key[0])
         self.stats.fetched_bytes += moved
         self.stats.prefetches_cancelled += residency.entries[key].cancelled

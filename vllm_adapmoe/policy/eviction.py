@@ -1,7 +1,7 @@
-"""Who leaves when a slot is wanted: pure policies over what layers have asked for.
+"""Eviction policies: which resident expert to evict when a slot is needed.
 
-A policy gives every expert of every layer a score; of those that may leave, the least leaves. It sees requests and
-predictions, and never a tensor, a clock or a thread, so that the simulator and the worker run the same object.
+A policy scores every expert of every layer; the evictable expert with the lowest score is evicted. It sees requests
+and predictions, never a tensor, clock or thread, so that the simulator and the worker run the same object.
 """
 
 from abc import ABC, abstractmethod
@@ -11,22 +11,22 @@ import numpy as np
 
 
 class EvictionPolicy(ABC):
-    """Scores for `[layers, experts]`."""
+    """An eviction policy: scores experts by the requests recorded so far."""
 
-    def expect(self, layer: int, chances: np.ndarray) -> None:  # noqa: B027 - most policies look back only
-        """The chance, `[experts]`, that the event of `layer` after the coming one uses each expert."""
+    def expect(self, layer: int, chances: np.ndarray) -> None:  # noqa: B027 - most policies need no predictions
+        """Takes the chance, `[experts]`, that the event of `layer` after the coming one uses each expert."""
 
     @abstractmethod
     def record(self, layer: int, experts: Sequence[int]) -> None:
-        """One event: `layer` asks for these distinct experts at once."""
+        """Records one event: `layer` requests these distinct experts together."""
 
     @abstractmethod
     def scores(self) -> np.ndarray:
-        """float64 `[layers, experts]`; the least leaves first. Only read until the next `record`."""
+        """Returns float64 `[layers, experts]`; the lowest is evicted first. Read only until the next `record`."""
 
 
 class LRU(EvictionPolicy):
-    """Least recently used leaves first, over all layers."""
+    """Evicts the least recently used expert of all layers."""
 
     def __init__(self, layers: int, experts: int) -> None:
         self.last = np.full((layers, experts), -1.0)
@@ -41,7 +41,7 @@ class LRU(EvictionPolicy):
 
 
 class LFRU(EvictionPolicy):
-    """Frequency over age, `f / (age + 1)`: uses so far over events since the last of them."""
+    """Evicts by frequency over age, `f / (age + 1)`: uses so far over events since the last use."""
 
     def __init__(self, layers: int, experts: int) -> None:
         self.uses = np.zeros((layers, experts))
@@ -58,7 +58,7 @@ class LFRU(EvictionPolicy):
 
 
 class MRS(EvictionPolicy):
-    """Recent share of requests, an exponential mean by layer (HybriMoE's score, on requested experts)."""
+    """Evicts by recent share of requests, an exponential mean per layer (HybriMoE's score, on requested experts)."""
 
     DECAY = 0.9
 
@@ -74,11 +74,11 @@ class MRS(EvictionPolicy):
 
 
 class NextUse(EvictionPolicy):
-    """The farthest expected next use leaves first: Belady's rule with estimates in place of the future.
+    """Evicts the expert whose expected next use is farthest: Belady's rule with estimates in place of the future.
 
-    Layers come in turn, so the next event of layer j is `d = (j - l) mod L` events ahead of layer l's. An expert is
-    used in an event of its layer with probability p, estimated by two exponential means of its uses, a quick and a
-    slow one. The expected distance to its next use is `d + L (1 / p - 1)` (ours).
+    Layers run in turn, so the next event of layer j is `d = (j - l) mod L` events after layer l's. An expert is used in
+    an event of its layer with probability p, estimated by two exponential means of its uses, a fast and a slow one. The
+    expected distance to its next use is `d + L (1 / p - 1)` (ours).
     """
 
     QUICK, SLOW = 0.5, 0.05
@@ -108,10 +108,10 @@ class NextUse(EvictionPolicy):
 
 
 class NextToken(NextUse):
-    """`NextUse` that also knows what the next tokens are expected to use (`heads.NextTokenHeads`).
+    """Evicts like `NextUse`, with the next tokens' predicted experts included in p (`heads.NextTokenHeads`).
 
-    Half of an expert's chance is its recent use, half what the layer's head says of the coming tokens. The mean of
-    the two was better than either in replays of both bundled models, and the share hardly matters (0.3 to 0.7).
+    p is the mean of the estimate from recent use and the prediction of the layer's next-token head. The mean was better
+    than either in replays of both bundled models, and the share hardly matters (0.3 to 0.7).
     """
 
     SHARE = 0.5
@@ -119,7 +119,7 @@ class NextToken(NextUse):
     def __init__(self, layers: int, experts: int) -> None:
         super().__init__(layers, experts)
         self.expected: np.ndarray | None = None
-        """Of the coming event."""
+        """Chances to mix in at the coming event, `[experts]`."""
 
     def expect(self, layer: int, chances: np.ndarray) -> None:
         self.expected = chances

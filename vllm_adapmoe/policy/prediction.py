@@ -1,4 +1,4 @@
-"""What the next layers' gates, applied to an earlier layer's input, say: pure functions and counters on arrays."""
+"""Predicts a later layer's experts by applying its gate to an earlier layer's input, and tracks the precision."""
 
 import math
 from collections.abc import Sequence
@@ -7,20 +7,20 @@ from dataclasses import dataclass
 import numpy as np
 
 PRIOR = 0.6
-"""Chance that a predicted expert is used, before anything was counted; worth `PRIOR_WEIGHT` observations."""
+"""Prior chance that a predicted expert is used; weighted as `PRIOR_WEIGHT` observations."""
 PRIOR_WEIGHT = 8.0
 MEMORY = 512.0
-"""Observations after which old ones have faded to 1/e: precision follows the traffic."""
+"""Observations after which an old one has faded to 1/e, so that precision follows the traffic."""
 
 
 @dataclass(frozen=True)
 class PredictedExperts:
-    """Experts that a later layer is predicted to choose, token by token, the best first."""
+    """Experts that a later layer is predicted to choose for each token, best first."""
 
     ids: np.ndarray
-    """Integer `[tokens, top_k]`."""
+    """Predicted expert ids, integer `[tokens, top_k]`."""
     kept: np.ndarray
-    """Bool `[tokens, top_k]`, False for what gating would drop."""
+    """Bool mask `[tokens, top_k]`, False where gating is predicted to drop the expert."""
 
 
 def predict_experts(
@@ -31,15 +31,15 @@ def predict_experts(
     by_batch: bool = False,
     correction: np.ndarray | None = None,
 ) -> PredictedExperts:
-    """Ranks a gate's logits, and predicts what gating will keep (`gating`).
+    """Ranks a gate's logits and predicts which experts gating will keep (`gating`).
 
     Args:
         logits: `[tokens, experts]`, of the later layer's gate on this layer's input.
-        top_k: experts of a token.
-        sensitivity: of the later layer; with `threshold`, the rule `c * S < T`.
-        threshold: 0 keeps all.
-        by_batch: gating by batch, which drops an absent expert if that costs all its tokens less than the threshold;
-            else by token.
+        top_k: experts per token.
+        sensitivity: S of the later layer in the rule `c * S < T`.
+        threshold: T in that rule; 0 keeps all.
+        by_batch: gating by batch, which drops an absent expert if that costs all its tokens together less than the
+            threshold; else by token.
         correction: `[experts]`, added to sigmoid scores before ranking, where the router does so.
     """
     rank = logits if correction is None else 1 / (1 + np.exp(-logits)) + correction
@@ -62,10 +62,10 @@ def predict_experts(
 
 
 class Precision:
-    """How often the best, second best, .. predicted expert is used, counted as the model runs.
+    """Running precision of the predictions: how often the best, second best, .. predicted expert is used.
 
     Args:
-        top_k: ranks: experts of a token, in the layer that chooses most.
+        top_k: number of ranks: experts per token, the maximum where layers differ.
     """
 
     def __init__(self, top_k: int) -> None:
@@ -74,15 +74,15 @@ class Precision:
 
     @property
     def by_rank(self) -> list[float]:
-        """`[top_k]`."""
+        """Returns the precision of each rank, `[top_k]`."""
         return [right / self.seen for right in self.right]
 
     def record(self, predicted: PredictedExperts, used: Sequence[set[int]]) -> None:
-        """Compares a prediction with the event it was of.
+        """Updates the precision with one predicted event.
 
         Args:
-            predicted: of the event's tokens.
-            used: of each token, the experts that it used.
+            predicted: experts predicted for the event's tokens.
+            used: experts that each token used.
         """
         fade = math.exp(-len(used) / MEMORY)
         ids = predicted.ids.tolist()
@@ -95,17 +95,17 @@ class Precision:
 
 
 def chances(predicted: PredictedExperts, precision: Sequence[float]) -> dict[int, float]:
-    """Probability that any token of the batch uses an expert: `1 - prod (1 - b_rank)` over the tokens that rank it.
+    """Returns the chance that any token of the batch uses an expert: `1 - prod (1 - b_rank)` over tokens that rank it.
 
-    Plain Python: in a decode step it sees a few numbers, for which arrays are slow.
+    Plain Python, because arrays are slow for the few numbers of a decode step.
 
     Args:
-        predicted: of every token of the step.
-        precision: by rank. A prediction may have fewer ranks, where layers differ in top-k; of more, the rest is left
-            out.
+        predicted: experts predicted for every token of the step.
+        precision: b by rank. A prediction may have fewer ranks, where layers differ in top-k; ranks beyond `precision`
+            are ignored.
 
     Returns:
-        By expert; those that no token is predicted to keep are left out.
+        Chance by expert id, without experts that no token is predicted to keep.
     """
     unused: dict[int, float] = {}
     for row, kept in zip(predicted.ids.tolist(), predicted.kept.tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""What to fetch ahead: pure decisions of one worker."""
+"""Plans prefetches: which experts of later layers to load, and in which order."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,49 +8,50 @@ from vllm_adapmoe.experts import ExpertKey
 from vllm_adapmoe.policy.prediction import Precision, PredictedExperts, chances
 
 RequestPrefetch = Callable[[ExpertKey, bool], bool]
-"""Asked of an expert, and told whether speculation is sure of it; True if it has to be loaded."""
+"""Requests a prefetch of an expert; the flag says whether its use is near-certain. Returns True if it was queued."""
 PredictExperts = Callable[[int], PredictedExperts | None]
-"""Gives the prediction of the layer that is so many layers later; None: it cannot be foretold."""
+"""Predicts the experts of the layer that many layers later; None: no prediction."""
 
 LEAST_CHANCE = 0.5
-"""Below it a prefetch is more likely wasted than used."""
+"""Minimum chance of use of a prefetched expert: below it a prefetch is more likely wasted than used."""
 CERTAIN_PROB = 0.9
-"""From here on a prefetch is as good as asked for: it counts for no limit, and may displace what is resident."""
+"""Chance from which a prefetch is near-certain: it is exempt from `max_experts`, and may evict resident experts."""
 SWEEP_MISSES = 0.01
-"""A step whose prompts leave out no more than this share of a layer's experts is a sweep over all of them."""
+"""Maximum share of a layer's experts that a step may be expected not to use and still count as a sweep over all."""
 
 
 class PrefetchPlanner:
-    """Looks ahead from layer to layer, and ranks what is missing by the chance that it is used.
+    """Plans prefetches for later layers, ranking missing experts by their chance of use.
 
     Experts of a pool have one size, so the chance also ranks the stall that a prefetch is expected to save.
 
     Args:
-        num_experts: of each MoE layer.
-        top_k: experts of a token, in the layer that chooses most.
-        lookahead: layers to look ahead at most: further only while there is nothing to fetch for the nearer ones.
-        max_experts: most that speculation may have under way.
+        num_experts: number of experts of each MoE layer.
+        top_k: experts per token; the maximum where layers differ.
+        lookahead: maximum number of layers ahead; a farther layer is considered only when nothing has to be fetched
+            for the nearer ones.
+        max_experts: maximum prefetches in flight, near-certain ones not counted.
     """
 
     def __init__(self, num_experts: Sequence[int], top_k: int, lookahead: int, max_experts: int) -> None:
         self.num_experts = list(num_experts)
         self.top_k = top_k
         self.prompt_tokens = 0
-        """Of the step under way."""
+        """Prompt tokens of the current step."""
         self.lookahead = lookahead
         self.max_experts = max_experts
         layers = len(num_experts)
         self.precision = [[Precision(top_k) for _ in range(lookahead)] for _ in range(layers)]
         self.pending: list[dict[int, PredictedExperts]] = [{} for _ in range(layers)]
-        """Of each layer, by lookahead, what was predicted for its next event."""
+        """Predictions for each layer's next event, by lookahead."""
 
     def record(self, layer: int, ids: np.ndarray, kept: np.ndarray) -> None:
-        """The router of `layer` has spoken.
+        """Updates the precision of the predictions for `layer` with what its router selected.
 
         Args:
             layer: MoE layer index.
-            ids: integer `[tokens, top_k]`.
-            kept: bool `[tokens, top_k]`.
+            ids: selected experts, integer `[tokens, top_k]`.
+            kept: mask of those that gating kept, bool `[tokens, top_k]`.
         """
         pending = self.pending[layer]
         said = [(distance, predicted) for distance, predicted in pending.items() if len(predicted.ids) == len(ids)]
@@ -65,9 +66,9 @@ class PrefetchPlanner:
             self.precision[layer][distance - 1].record(predicted, used)
 
     def is_sweep(self, layer: int) -> bool:
-        """Whether the step's prompts, with `top_k` of the experts at random, need nearly all of a layer's.
+        """Returns whether the step's prompts need nearly all experts of a layer, if tokens choose `top_k` at random.
 
-        Real routing is uneven: it leaves out a few more. Gating drops next to nothing that a whole prompt wants.
+        Real routing is uneven and leaves out a few more. Gating drops hardly any expert for a whole prompt.
         """
         left_out = (1 - min(1.0, self.top_k / self.num_experts[layer])) ** self.prompt_tokens
         return left_out <= SWEEP_MISSES
@@ -75,12 +76,12 @@ class PrefetchPlanner:
     def begin_step(
         self, prompt_tokens: int, chances: Sequence[np.ndarray], request: RequestPrefetch
     ) -> list[ExpertKey]:
-        """What to fetch before a step, the first layer's first.
+        """Requests prefetches before a step, for the first layer first; returns those queued.
 
         Args:
-            prompt_tokens: of the step.
-            chances: of the first layers, float `[experts]`: that the step uses each expert.
-            want: `plan`.
+            prompt_tokens: prompt tokens of the step.
+            chances: for each of the first layers, the chance that the step uses each expert, float `[experts]`.
+            request: as in `plan`.
         """
         self.prompt_tokens = prompt_tokens
         if self.is_sweep(0):
@@ -93,7 +94,7 @@ class PrefetchPlanner:
         return chosen
 
     def _sweep(self, layer: int, request: RequestPrefetch) -> list[ExpertKey]:
-        """All of the next layer that is not there: while one layer computes, another one's experts arrive."""
+        """Requests all missing experts of the next layer that has any, so that they arrive while this one computes."""
         for target in range(layer + 1, min(layer + 1 + self.lookahead, len(self.num_experts))):
             keys = [(target, expert) for expert in range(self.num_experts[target])]
             if chosen := [key for key in keys if request(key, True)]:
@@ -101,7 +102,7 @@ class PrefetchPlanner:
         return []
 
     def _choose(self, layer: int, chance: dict[int, float], request: RequestPrefetch, chosen: list[ExpertKey]) -> None:
-        """Adds experts of a layer to `chosen`."""
+        """Requests the likeliest experts of a layer, and adds those queued to `chosen`."""
         room = self.max_experts
         for expert in sorted(chance, key=lambda expert: (-chance[expert], expert)):
             sure = chance[expert] >= CERTAIN_PROB
@@ -114,15 +115,15 @@ class PrefetchPlanner:
     def plan(
         self, layer: int, predict_experts: PredictExperts, request: RequestPrefetch, under_way: int
     ) -> list[ExpertKey]:
-        """What to fetch while `layer` runs, the likeliest first.
+        """Requests prefetches while `layer` runs, the likeliest experts first; returns those queued.
 
-        Looking costs time in every layer, so nothing is predicted that could not be fetched.
+        A prediction costs time in every layer, so none is made while prefetches are in flight.
 
         Args:
-            layer: whose input the predictions are made from; -1: the step has ended.
-            predict_experts: asked for predictions, the nearest first.
-            want: asked of each candidate, and told whether it is sure; True if it has to be loaded.
-            under_way: speculative loads that have not ended.
+            layer: layer whose input the predictions are made from; -1: between two steps.
+            predict_experts: called for predictions, nearest layer first.
+            request: called for each candidate, with whether its use is near-certain; True if it was queued.
+            under_way: prefetches queued or in flight.
         """
         if 0 <= layer < len(self.num_experts) - 1 and self.is_sweep(layer + 1):
             return self._sweep(layer, request)

@@ -1,4 +1,4 @@
-"""Which expert is in which slot, or on its way there: the state machine of a pool, without weights and threads."""
+"""Residency of a pool: the state machine of which expert is in, or loading into, which slot. No weights, no threads."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,38 +11,38 @@ from vllm_adapmoe.policy.eviction import EvictionPolicy
 
 
 class State(Enum):
-    """Of one expert. One that is `ABSENT` has no entry."""
+    """State of one expert. `ABSENT` experts have no entry."""
 
     ABSENT = "absent"
     QUEUED = "queued"
-    """Wanted by speculation, without a slot yet."""
+    """Requested by a prefetch or background load, without a slot yet."""
     LOADING = "loading"
     STAGED = "staged"
-    """Loaded by speculation, not asked for yet."""
+    """Prefetched, not requested by its layer yet."""
     RESIDENT = "resident"
 
 
 @dataclass
 class Entry:
-    """An expert that is not absent."""
+    """Entry of an expert that is not absent."""
 
     state: State
     slot: int = -1
     speculative: bool = False
     sure: bool = False
-    """Of speculation: as good as asked for."""
+    """Prefetch of near-certain use, which may evict resident experts."""
     used: bool = False
-    """Queued because it was used where it was: a load that nobody waits for, and no guess."""
+    """Background load of an expert that was read in place: not a prediction, and no layer waits for it."""
     cancelled: bool = False
-    """A load under way that nobody wants any more; it ends at its next tile."""
+    """Load in flight that is not needed any more; it ends at its next tile."""
     stale: bool = False
-    """Staged, but its layer has come and gone without it."""
+    """Staged, but not selected by its layer's router: a mispredicted prefetch."""
     pins: int = 0
 
 
 @dataclass(frozen=True)
 class Load:
-    """`key` goes into `slot`, from which `evicted` has left."""
+    """A load of `key` into `slot`, from which `evicted` was evicted."""
 
     key: ExpertKey
     slot: int
@@ -51,40 +51,41 @@ class Load:
 
 @dataclass
 class Request:
-    """What one event of a layer came to."""
+    """Outcome of one event of a layer."""
 
     loads: list[Load] = field(default_factory=list)
     """Demand loads to issue."""
     hits: list[ExpertKey] = field(default_factory=list)
-    """Resident already."""
+    """Experts that were resident."""
     promoted: list[Load] = field(default_factory=list)
-    """Staged by speculation, now resident; `evicted` left for them."""
+    """Experts that were staged and are resident now; `evicted` was evicted for them."""
     awaited: list[Load] = field(default_factory=list)
-    """Being loaded by speculation; from now on with demand's priority."""
+    """Experts whose load was in flight; it has demand priority from now on."""
     cancelled: list[ExpertKey] = field(default_factory=list)
-    """Speculation for this layer that turned out wrong; stop it at the next tile."""
+    """Mispredicted prefetches of this layer; loads in flight stop at the next tile."""
 
 
 def waves(experts: Sequence[int], capacity: int) -> list[Sequence[int]]:
     """Splits a layer's distinct experts, ascending, into groups that fit the slots.
 
-    A function of the routing and the slot count alone: what happens to be resident must not change an output.
+    Depends on the routing and the slot count alone: what happens to be resident must not change an output.
     """
     return [experts[start : start + capacity] for start in range(0, len(experts), capacity)]
 
 
 class Residency:
-    """Residency of one pool.
+    """Residency of one pool: assigns slots, pins, evicts and stages.
 
-    Of the `num_slots` slots, `staging` are for speculation: it makes no resident expert leave, unless it is sure of
-    what it loads. When a staged expert is asked for, it becomes resident where it is, and the slot of the expert that
-    leaves for it becomes free.
+    Of the `num_slots` slots, `staging` are for prefetches, which evict no resident expert unless their use is
+    near-certain. When a staged expert is requested, it becomes resident in its slot, and the slot of the expert evicted
+    for it becomes free.
 
     Args:
         num_slots: slots of the pool.
-        staging: slots that only speculation uses, fewer than `num_slots`.
-        policy: the order of leaving.
-        shares: slots that each layer is left with while others have more than theirs; None: no layer has a claim.
+        staging: slots that only prefetches use, fewer than `num_slots`.
+        policy: eviction policy.
+        shares: floors, the minimum slots per layer protected from eviction while another layer exceeds its floor; None:
+            no floors.
     """
 
     def __init__(
@@ -98,45 +99,45 @@ class Residency:
         self.free = list(range(num_slots - 1, -1, -1))
         layers, experts = policy.scores().shape
         self.most_speculating = num_slots - experts
-        """Slots that speculation may hold when it is sure: a whole layer always finds room."""
+        """Maximum slots of near-certain prefetches and background loads, so that a whole layer always fits."""
         self.evictable = np.zeros((layers, experts), dtype=bool)
-        """Resident and without pins."""
+        """Bool `[layers, experts]`: resident and not pinned."""
         self.count = np.zeros(layers, dtype=np.int64)
-        """Residents of each layer, loads on demand included."""
+        """Resident experts of each layer, demand and background loads in flight included."""
         self.residents = 0
         self.speculative: dict[ExpertKey, Entry] = {}
-        """Queued, loading or staged for nobody yet."""
+        """Entries queued, loading or staged that no layer has requested yet."""
         self.speculating = 0
-        """Slots that those hold."""
+        """Slots held by those entries."""
         self.catching_up = 0
-        """Loads under way of experts that were used where they were."""
+        """Background loads in flight of experts that were read in place."""
         self.most_catching_up = self.capacity - experts
         self.set_shares(shares)
 
     @property
     def capacity(self) -> int:
-        """Experts that can be resident together: the most that one event may ask for."""
+        """Maximum number of experts resident together, and so of one request."""
         return self.num_slots - self.staging
 
     def set_shares(self, shares: Sequence[int] | None) -> None:
-        """New claims of the layers; nobody leaves for them at once."""
+        """Sets the floors of the layers; evicts nothing by itself."""
         self.shares = None if shares is None else np.asarray(shares)
 
     def state(self, key: ExpertKey) -> State:
-        """State of an expert; a cancelled load counts as absent, for nothing will come of it."""
+        """Returns the state of an expert; a cancelled load counts as absent, as it will be dropped."""
         entry = self.entries.get(key)
         return State.ABSENT if entry is None or entry.cancelled else entry.state
 
     def request(self, layer: int, experts: Sequence[int], present: Iterable[int] = ()) -> Request:
-        """One event: `layer` asks for distinct `experts` at once, at most `capacity`. Pins them until `release`.
+        """Handles one event: assigns slots to distinct `experts`, at most `capacity`, and pins them until `release`.
 
-        None of them leaves for another of them, so a layer's experts are together when its kernel runs.
-        A load counts as resident from here on.
+        None of them is evicted for another, so all are resident when the layer's kernel runs. A load counts as resident
+        from here on.
 
         Args:
             layer: MoE layer index.
-            experts: of this event, or of this wave of it.
-            present: experts of all waves of the event: speculation for them is not wrong.
+            experts: experts of this event, or of this wave of it.
+            present: experts of all waves of the event; prefetches of them are not mispredicted.
         """
         assert len(experts) <= self.capacity, f"{len(experts)} experts requested of {self.capacity} slots"
         self.policy.record(layer, experts)
@@ -150,11 +151,11 @@ class Residency:
                 request.hits.append(key)
             elif entry is not None and entry.slot >= 0 and entry.speculative:
                 missing.append((key, entry))
-                continue  # pinned when it has become a resident
+                continue  # pinned below, once it is resident
             elif entry is not None and entry.state is State.LOADING:
                 request.awaited.append(Load(key, entry.slot))
             else:
-                if entry is not None:  # queued: demand loads it instead
+                if entry is not None:  # queued: a demand load replaces it
                     self._unqueue(key)
                 missing.append((key, None))
                 continue
@@ -177,10 +178,10 @@ class Residency:
         return request
 
     def record_in_place(self, layer: int, experts: Sequence[int]) -> list[Load]:
-        """One event that has run without waiting, with absent experts read where they were. Pins nothing.
+        """Records one event that has run without waiting, with missing experts read in place. Pins nothing.
 
         Returns:
-            Those that speculation had staged, and are resident now.
+            Experts that were staged and are resident now.
         """
         self.policy.record(layer, experts)
         promoted = []
@@ -200,13 +201,13 @@ class Residency:
         return promoted
 
     def is_whole(self, layer: int, experts: int) -> bool:
-        """Whether all `experts` of `layer` are resident, and none is in use."""
+        """Returns whether all `experts` of `layer` are resident and none is pinned."""
         return bool(self.evictable[layer, :experts].all())
 
     def want_used(self, key: ExpertKey) -> bool:
-        """An expert was used where it was: returns whether it is queued now, for the slot of one that is wanted less.
+        """Queues a background load of an expert that was read in place; returns False if it already has an entry.
 
-        Whether there is such a one is seen when its load starts.
+        Whether a slot can be freed for it is decided when its load starts.
         """
         if key in self.entries:
             return False
@@ -214,7 +215,7 @@ class Residency:
         return True
 
     def release(self, layer: int, experts: Sequence[int]) -> None:
-        """The kernel that read these experts has run."""
+        """Unpins these experts, as the kernel that reads them has been launched."""
         for expert in experts:
             entry = self.entries.get((layer, expert))
             if entry is None:  # its load failed
@@ -223,11 +224,11 @@ class Residency:
             self.evictable[layer, expert] = entry.pins == 0 and entry.state is State.RESIDENT
 
     def request_prefetch(self, key: ExpertKey, sure: bool = False) -> bool:
-        """Speculation wants an expert; returns whether it has to be loaded: it was absent, and is queued now.
+        """Queues a prefetch; returns whether the expert was absent. Otherwise keeps what is loaded or in flight.
 
         Args:
-            key: of the expert.
-            sure: it may take the slot of a resident one.
+            key: the expert.
+            sure: near-certain use: it may take the slot of a resident expert.
         """
         entry = self.entries.get(key)
         if entry is None:
@@ -239,7 +240,7 @@ class Residency:
         return False
 
     def start(self, key: ExpertKey) -> Load | None:
-        """Gives a queued expert a staging slot; None if there is none, or it is no longer queued. Then it is absent."""
+        """Assigns a slot to a queued expert; None, and it is absent, if there is no slot or it is no longer queued."""
         entry = self.entries.get(key)
         if entry is None or entry.state is not State.QUEUED:
             return None
@@ -285,7 +286,7 @@ class Residency:
         return held < self.most_speculating and (bool(self.free) or bool(self.evictable.any()))
 
     def loaded(self, key: ExpertKey) -> State:
-        """A load has ended well; returns what the expert is now."""
+        """Records that a load has completed; returns the expert's new state."""
         entry = self.entries[key]
         assert entry.state is State.LOADING
         if entry.cancelled:
@@ -298,7 +299,7 @@ class Residency:
         return entry.state
 
     def failed(self, key: ExpertKey) -> None:
-        """A load has failed, or has ended because it was cancelled: its slot is free again."""
+        """Frees the slot of a load that has failed or was cancelled."""
         assert self.entries[key].state is State.LOADING
         self._drop(key)
 
@@ -307,13 +308,13 @@ class Residency:
         self.evictable[key] = False
 
     def _claim(self, key: ExpertKey, entry: Entry) -> None:
-        """What speculation holds a slot for has been asked for."""
+        """Turns a prefetch that holds a slot into a requested expert."""
         self.speculating -= 1
         del self.speculative[key]
         entry.speculative = entry.cancelled = entry.stale = False
 
     def _withdraw(self, layer: int, wanted: set[int], request: Request) -> None:
-        """The router has spoken: speculation for others of this layer was wrong."""
+        """Withdraws mispredicted prefetches: those of this layer for experts that its router did not select."""
         for key, entry in list(self.speculative.items()):
             if key[0] != layer or key[1] in wanted or entry.cancelled:
                 continue
@@ -330,17 +331,17 @@ class Residency:
         del self.entries[key], self.speculative[key]
 
     def _make_room(self, layer: int, slot: bool) -> ExpertKey | None:
-        """Sees to it that one more expert may be resident, and that a `slot` is free for it; returns who left."""
+        """Makes room for one more resident, with a free slot if `slot`; returns the evicted expert, if any."""
         may_grow = self.residents < self.capacity
         if may_grow and (self.free or not slot):
             return None
-        # Without a free slot speculation holds more than its own: what it holds for nobody goes first.
+        # No slot is free, so prefetches hold more than their staging slots: evict a mispredicted one first.
         key = (self._stale() if may_grow else None) or self._victim(layer)
         self._drop(key)
         return key
 
     def _victim(self, layer: int, spared: int | None = None) -> ExpertKey:
-        """Who leaves for an expert of `layer`; of the layer `spared`, nobody if anyone else can."""
+        """Returns the victim for an expert of `layer`; one of the layer `spared` only if there is no other."""
         candidates = self.evictable
         if spared is not None:
             candidates = candidates.copy()

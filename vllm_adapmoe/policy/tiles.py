@@ -1,21 +1,21 @@
-"""How much of a record is moved between two looks at what has become more urgent, or unwanted."""
+"""Tile sizes: bytes of a record moved between two checks for cancellation and for more urgent loads."""
 
 TILE_BYTES = 1 << 20
 DEMAND_TILE_BYTES = 16 << 20
-"""Of a read that nothing overtakes. Between two tiles the disk waits for its reader: of what a plain sequential read of
-48 MiB gets, one reader gets 0.6 to 0.8 with tiles of 1 MiB, 0.96 with these (`python -m benchmarks transfer`)."""
+"""Tile of a demand read, which nothing overtakes. The disk idles between two tiles: relative to a plain sequential read
+of 48 MiB, one reader gets 0.6 to 0.8 with tiles of 1 MiB, 0.96 with these (`python -m benchmarks transfer`)."""
 LEAST_TILE_BYTES = 1 << 16
 SPECULATIVE_TILE_SECONDS = 0.25e-3
-"""That demand waits at most for a tile of speculation, where the link's speed is known."""
+"""Maximum time a demand load waits for a speculative tile, where the link's speed is known."""
 
 
 def tile_bytes(record_bytes: int, urgent: bool, bandwidth: float | None) -> int:
-    """Bytes of a tile.
+    """Returns the bytes of a tile.
 
     Args:
-        record_bytes: of the expert.
+        record_bytes: size of the expert's record.
         urgent: a layer waits for the load; nothing overtakes it.
-        bandwidth: of a link that several records share tile by tile, bytes per second; None: as fast as it goes.
+        bandwidth: bandwidth of a link that several records share tile by tile, bytes per second; None: no limit.
     """
     if bandwidth is None:
         return DEMAND_TILE_BYTES if urgent else max(TILE_BYTES, _whole_blocks(record_bytes // 16))
@@ -25,5 +25,5 @@ def tile_bytes(record_bytes: int, urgent: bool, bandwidth: float | None) -> int:
 
 
 def _whole_blocks(nbytes: int) -> int:
-    """What direct I/O can read."""
+    """Rounds down to whole blocks of 4096 bytes, as direct I/O requires."""
     return nbytes // 4096 * 4096

@@ -1,1 +1,1 @@
-"""Who is needed next: predictions from the next layers' own gates, and what to fetch for them."""
+"""Predictions of the experts that each request's next token uses: next-token heads and their per-request state."""

@@ -13,26 +13,26 @@ from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.files import HEADER_BYTES, BadFile, parse_arrays, read_bytes
 
 MIN_PROB, MAX_PROB = 0.005, 0.995
-"""Chances are never surer than that: a head is linear, and may leave [0, 1]."""
+"""Bounds that predicted chances are clipped to: a head is linear, and may leave [0, 1]."""
 FIRST = "first"
 
 
 @dataclass(frozen=True)
 class NextTokenHeads:
-    """One head a layer, and one for the first layer from the end of the model.
+    """One head per layer, and one that predicts the first layer from the model's last hidden state.
 
     The head of a layer maps the input of its experts to the chance that the *next* token of the sequence uses each of
-    them. A cache wants to know that when it lets an expert go. (AdapMoE, eq. 9, has a head for the first layer alone;
-    the others are ours.)
+    them, which the cache uses for eviction. (AdapMoE, eq. 9, has a head for the first layer alone; the others are
+    ours.)
     """
 
     layers: list[np.ndarray]
-    """Of each MoE layer, float32 `[hidden + 1, experts]`; the last row is the constant."""
+    """Head of each MoE layer, float32 `[hidden + 1, experts]`; the last row is the constant."""
     first: np.ndarray
-    """float32 `[hidden + 1, experts]`: from the model's last hidden state to the first MoE layer's experts."""
+    """Head from the model's last hidden state to the first MoE layer's experts, float32 `[hidden + 1, experts]`."""
 
     def save(self, path: Path) -> str:
-        """Writes the file, whole or not at all; returns its hash. Equal heads give equal files."""
+        """Writes the file atomically; returns its hash. Equal heads give equal files."""
         data = save({FIRST: self.first} | {f"layer.{index}": weights for index, weights in enumerate(self.layers)})
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_bytes(data)
@@ -41,17 +41,17 @@ class NextTokenHeads:
 
     @classmethod
     def load(cls, path: Path, digest: str, layers: int, hidden: int, experts: int) -> Self:
-        """Reads what a profile belongs with.
+        """Reads the heads of a profile.
 
         Args:
-            path: of the file.
-            digest: what `save` returned when the profile was made.
-            layers: MoE layers of the model.
-            hidden: size of its hidden states; what its experts see may be another, up to twice that.
-            experts: of a layer.
+            path: path of the file.
+            digest: hash that `save` returned when the profile was made.
+            layers: number of MoE layers of the model.
+            hidden: size of its hidden states; the inputs of its experts may have up to twice that size.
+            experts: number of experts of a layer.
 
         Raises:
-            AdapMoEError: unreadable, not the heads of that profile, or not such as that model has.
+            AdapMoEError: unreadable, not the heads of that profile, or not fitting that model.
         """
         name = f"next-token heads {str(path)!r}"
         rows = range(2, 2 * hidden + 2)
@@ -88,11 +88,11 @@ class NextTokenHeads:
         """Refuses heads that do not fit the model as it was built.
 
         Args:
-            inputs: size of the input of each layer's experts.
+            inputs: input size of each layer's experts.
             hidden: size of the last hidden states.
 
         Raises:
-            AdapMoEError: names the first that does not.
+            AdapMoEError: names the first head that does not fit.
         """
         if len(inputs) != len(self.layers):
             raise AdapMoEError(
@@ -110,22 +110,22 @@ class NextTokenHeads:
 
 
 def heads_path(profile: str | Path) -> Path:
-    """Where the heads of a profile are: beside it, under its name.
+    """Returns the path of a profile's heads: beside it, with the suffix `.heads`.
 
-    A safetensors file, but not called so: in the folder of a checkpoint it would be taken for weights.
+    It is a safetensors file without that suffix: in a checkpoint folder it would be taken for weights.
     """
     return Path(profile).expanduser().with_suffix(".heads")
 
 
 def chance_of_any(outputs: np.ndarray) -> np.ndarray:
-    """Chance that the next step of a batch uses each expert: `1 - prod (1 - p)` over its requests.
+    """Returns the chance that the next step of a batch uses each expert: `1 - prod (1 - p)` over its requests.
 
     Args:
         outputs: `[requests, experts]` of a head, or `[requests, layers, experts]` of several.
 
     Returns:
-        float16 `[experts]` or `[layers, experts]`, the precision that a trace keeps it in, so that a replay sees what
-        the cache saw.
+        float16 `[experts]` or `[layers, experts]`: the precision of a trace, so that a replay sees the same values as
+        the cache.
     """
     chances = np.minimum(np.maximum(outputs, MIN_PROB), MAX_PROB)
     if len(chances) == 1:

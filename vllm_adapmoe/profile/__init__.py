@@ -1,1 +1,1 @@
-"""ModelProfile: what calibration learnt of one model, and what follows from it."""
+"""ModelProfile: calibration results of one model, and the thresholds and expected loads derived from them."""

@@ -1,4 +1,4 @@
-"""From what calibration found to the loads that each layer is expected to have, by its slots."""
+"""Derives each layer's expected loads, by number of slots, from a profile."""
 
 import numpy as np
 
@@ -8,22 +8,22 @@ from vllm_adapmoe.profile.model_profile import ModelProfile
 
 
 def curves_of_profile(profile: ModelProfile, threshold: float, max_experts: int) -> list[np.ndarray]:
-    """Expected loads of each layer by slots: `expected_loads` of what calibration found.
+    """Returns the expected loads of each layer by slots (`expected_loads`), from a profile's routing statistics.
 
     Args:
-        profile: with statistics of routing.
-        threshold: of gating; 0: none.
-        max_experts: most experts fetched ahead; 0: none.
+        profile: profile with routing statistics.
+        threshold: gating threshold; 0: no gating.
+        max_experts: maximum number of prefetched experts; 0: no prefetch.
 
     Raises:
-        AdapMoEError: the profile has constants only.
+        AdapMoEError: the profile has no routing statistics.
     """
     curves = []
     for index, layer in enumerate(profile.layers):
         if layer.dropped is None or layer.popularity is None:
             raise AdapMoEError("the profile has no statistics of routing; measure the model with `adapmoe calibrate`")
         limit = threshold / layer.sensitivity if layer.sensitivity > 0 else float("inf")
-        # The share of tokens that keep more than m experts.
+        # Share of tokens that keep more than m experts.
         more = [1.0, *(1 - one.below(limit)[0] for one in layer.dropped)]
         before = profile.layers[index - 1].predictions if index and max_experts else None
         precision = next((one.precision for one in before or () if one.lookahead == 1), [])

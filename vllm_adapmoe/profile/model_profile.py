@@ -1,4 +1,4 @@
-"""ModelProfile: what calibration learnt about one model. A versioned JSON; see `adapmoe calibrate`."""
+"""ModelProfile: calibration results of one model, as versioned JSON; see `adapmoe calibrate`."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -16,49 +16,49 @@ EDGES = np.logspace(-6, 2, 8 * BINS_PER_DECADE + 1)
 """Edges of the histograms of dropping costs: the first bin is below the first edge, the last above the last."""
 
 FILE_BYTES, FILE_VALUES = 64 << 20, 2_000_000
-"""Of a profile at most: 60 layers of 384 experts, 8 of them a token's, take 9 MiB and 500,000 values."""
+"""Maximum bytes and JSON values of a profile: 60 layers of 384 experts with top-8 take 9 MiB and 500,000 values."""
 MOST_LAYERS, MOST_EXPERTS, MOST_TOP_K = 1024, 65_536, 256
-"""Of a model at most. What is computed with a profile takes time and memory with these."""
+"""Maximum sizes of a profiled model: computations on a profile take time and memory in proportion to them."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0, le=1e9)]
-"""Far more than any measurement gives, and products of several still are numbers."""
+"""Non-negative number, bounded far above any measurement so that products of several stay finite."""
 Positive = Annotated[float, Field(ge=1e-9, le=1e9)]
 Count = Annotated[int, Field(ge=0, le=10**15)]
 Text = Annotated[str, Field(max_length=1000)]
 Histogram = Field(max_length=len(EDGES) + 1, fail_fast=True)
 First = Field(fail_fast=True)
-"""One error of a list is enough to refuse it; millions of them would take more memory than the file."""
+"""Stops at the first error of a list: millions of errors would take more memory than the file."""
 
 
 class Strict(BaseModel):
-    """No unknown keys, no NaN, no later changes."""
+    """Base model that refuses unknown keys, NaN and later changes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DropHistogram(Strict):
-    """How the cost c of keeping the first m experts is distributed over tokens (`gating.drop_costs`)."""
+    """Distribution over tokens of the cost c of keeping the first m experts (`gating.drop_costs`)."""
 
     tokens: Annotated[list[Share], Histogram]
     """Share of tokens in each bin of `EDGES`; trailing empty bins are left out."""
     costs: Annotated[list[NotNegative], Histogram]
-    """Mean over all tokens of what c falls by when one more expert is kept, from the tokens in each bin."""
+    """Decrease of c when one more expert is kept: from the tokens in each bin, as a mean over all tokens."""
 
     @model_validator(mode="after")
     def shares(self) -> Self:
-        if sum(self.tokens) > 1.001:  # of what is rounded
+        if sum(self.tokens) > 1.001:  # with a margin for rounding
             raise ValueError(f"shares of tokens add up to {sum(self.tokens):.4g}, more than all")
         return self
 
     @classmethod
     def of(cls, costs: np.ndarray, falls: np.ndarray, tokens: int) -> Self:
-        """Histogram from summed bins `[len(EDGES) + 1]` over `tokens` tokens."""
+        """Returns the histogram from bins `[len(EDGES) + 1]` summed over `tokens` tokens."""
         end = int(np.flatnonzero(costs)[-1]) + 1 if costs.any() else 0
         return cls(tokens=_rounded(costs[:end] / tokens), costs=_rounded(falls[:end] / tokens))
 
     def below(self, limit: float) -> tuple[float, float]:
-        """Share of tokens with c < limit, and the mean over all tokens of c's fall from those; linear within a bin."""
+        """Returns the share of tokens with c < limit, and their part of the mean decrease of c; linear within a bin."""
         if limit <= 0:
             return 0.0, 0.0
         place = float(np.interp(np.log(limit), np.log(EDGES), np.arange(1, len(EDGES) + 1)))
@@ -73,54 +73,56 @@ class DropHistogram(Strict):
 
 
 class Prediction(Strict):
-    """How well a later layer's own gate, applied to this layer's input, predicts that layer's experts."""
+    """Quality of predicting a later layer's experts by applying its gate to this layer's input."""
 
     lookahead: Annotated[int, Field(ge=1, le=MOST_LAYERS)]
     recall: Share
-    """Share of the later layer's experts among the top_k foretold."""
+    """Share of the later layer's experts that are among the top_k predicted."""
     precision: Annotated[list[Share], First]
-    """By rank: how often the best, second best, .. predicted expert is among those that the later layer uses."""
+    """Precision by rank: how often the best, second best, .. predicted expert is used by the later layer."""
 
 
 class LayerProfile(Strict):
-    """One MoE layer. Lists over experts are in the order of their ids."""
+    """Calibration results of one MoE layer. Lists over experts are in the order of their ids."""
 
     sensitivity: NotNegative
-    """S_l, nats per token per unit of dropping cost; `gating` says what that is."""
+    """Sensitivity S_l, nats per token per unit of dropping cost (see `gating`)."""
     sensitivity_stderr: NotNegative | None = None
     loss_change: float | None = None
-    """Mean change of the loss per unit of dropping cost, with the first-order part that S_l leaves out."""
+    """Mean change of the loss per unit of dropping cost, including the first-order part that S_l leaves out."""
     loss_change_stderr: NotNegative | None = None
     dropped: Annotated[list[DropHistogram], First] | None = None
-    """For keeping the first 1, 2, .. top_k - 1 experts."""
+    """Cost histograms for keeping the first 1, 2, .. top_k - 1 experts."""
     popularity: Annotated[list[Share], First] | None = None
-    """Share of tokens that use the expert; sums to top_k."""
+    """Share of tokens that use each expert; sums to top_k."""
     co_use: Annotated[list[tuple[int, int, Share]], First] | None = None
-    """(expert, expert, share of tokens that use both), the most frequent pairs first, at most 4 for each expert."""
+    """Expert pairs used together: (expert, expert, share of tokens that use both), most frequent first, at most 4 times
+    the number of experts."""
     output_norm: Annotated[list[NotNegative], First] | None = None
-    """Root mean square norm of the expert's output, before its weight."""
+    """Root mean square norm of each expert's output, before its weight."""
     reuse: Share | None = None
-    """Share of a token's experts that the previous token of the sequence used too."""
+    """Share of a token's experts that the sequence's previous token also used."""
     predictions: Annotated[list[Prediction], First] | None = None
 
 
 class ModelInfo(Strict):
-    """Which model the profile is of. `hash` is of every byte of it (`SourceFiles`); None: only the shape is known."""
+    """The profiled model. `hash` is the hash of all its bytes (`SourceFiles`); None: only the shape is known."""
 
     name: Text
     hash: Text | None = None
     architecture: Text
     hidden_size: Annotated[int, Field(ge=0, le=1 << 24)]
     num_layers: Annotated[int, Field(ge=0, le=MOST_LAYERS)]
-    """MoE layers. This and the numbers below are 0 before a model is built whose configuration does not tell."""
+    """Number of MoE layers. This and the numbers below are 0 if the configuration lacks them and the model is not built
+    yet."""
     num_experts: Annotated[int, Field(ge=0, le=MOST_EXPERTS)]
     top_k: Annotated[int, Field(ge=0, le=MOST_TOP_K)]
 
     def check_same(self, model: "ModelInfo", path: str) -> None:
-        """Refuses the profile of this model, in the file `path`, for another model.
+        """Checks that a profile of this model, in the file `path`, fits `model`.
 
         Raises:
-            AdapMoEError: names what differs, of what is known of the other model.
+            AdapMoEError: names the first known property that differs.
         """
         keys: tuple[str, ...] = ("architecture", "num_layers", "num_experts", "top_k", "hidden_size")
         if self.hash is not None and model.hash is not None:
@@ -135,41 +137,41 @@ class ModelInfo(Strict):
 
 
 class DataInfo(Strict):
-    """What it was calibrated on."""
+    """Calibration data."""
 
     hash: Text
     sequences: Count
     sequence_length: Count
     tokens: Count
-    """Tokens with a loss."""
+    """Number of tokens with a loss."""
     seed: int
 
 
 class Confirmation(Strict):
-    """One threshold, run on the calibration data with every layer gated."""
+    """Measured loss of one threshold, on the calibration data with every layer gated."""
 
     threshold: float
     mean_experts: float
     predicted_loss_increase: Annotated[float, Field(gt=0, le=1e9)]
-    """Nats per token, the sum over layers of S_l times the mean cost of what was dropped."""
+    """Predicted loss increase, nats per token: the sum over layers of S_l times the mean cost of what was dropped."""
     measured_loss_increase: float
     measured_stderr: NotNegative
 
 
 class ModelProfile(Strict):
-    """Calibration of one model. Losses are in nats per token."""
+    """Calibration results of one model. Losses are in nats per token."""
 
     format: Literal[1] = 1
     method: Literal["fisher", "forward", "published"]
     source: Text
-    """In words: where the figures come from."""
+    """Source of the figures, in words."""
     model: ModelInfo
     data: DataInfo | None = None
     versions: dict[Text, Text] = {}
     base_loss: Positive | None = None
     """Mean loss of the ungated model on the calibration data."""
     loss_scale: Positive = 1.0
-    """Measured over predicted loss increase of `confirmed`; predictions are multiplied by it."""
+    """Factor that predictions are multiplied by: measured over predicted loss increase of `confirmed`."""
     confirmed: Annotated[list[Confirmation], First] = []
     heads: Text | None = None
     """Hash of the next-token heads beside the profile (`heads.NextTokenHeads`); None: there are none."""
@@ -220,13 +222,13 @@ class ModelProfile(Strict):
             ) from None
 
     def save(self, path: Path) -> None:
-        """Writes the JSON, whole or not at all. Equal profiles give equal files."""
+        """Writes the JSON atomically. Equal profiles give equal files."""
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text(self.model_dump_json(indent=1, exclude_none=True) + "\n")
         temporary.replace(path)
 
     def check(self, model: ModelInfo, path: str) -> None:
-        """Refuses a profile of another model; without a hash, the shape has to do.
+        """Checks that the profile is of this model: by its shape, and by its hash if both have one.
 
         Raises:
             AdapMoEError: names what differs.
@@ -236,24 +238,24 @@ class ModelProfile(Strict):
     # Predictions
 
     def layer_experts(self, threshold: float) -> list[float]:
-        """Mean experts that a token keeps in each layer."""
+        """Returns the mean number of experts that a token keeps in each layer."""
         return [
             1 + sum(1 - histogram.below(_limit(threshold, layer))[0] for histogram in self._dropped(layer))
             for layer in self.layers
         ]
 
     def mean_experts(self, threshold: float) -> float:
-        """Mean over layers and tokens of the experts kept."""
+        """Returns the mean number of experts kept, over layers and tokens."""
         return float(np.mean(self.layer_experts(threshold)))
 
     def loss_increase(self, threshold: float) -> float:
-        """Predicted increase of the mean token loss, nats: the sum over layers, times `loss_scale`."""
+        """Returns the predicted increase of the mean token loss, nats: the sum over layers, times `loss_scale`."""
         return self.loss_scale * self.unscaled_loss_increase(threshold)
 
     def unscaled_loss_increase(self, threshold: float) -> float:
-        """Sum over layers of S_l times the mean cost of what tokens drop.
+        """Returns the sum over layers of S_l times the mean cost of what tokens drop.
 
-        A token that keeps m experts pays c_m, the sum of what c falls by from m to top_k; c_j is below the limit for
+        A token that keeps m experts pays c_m, the sum of the decreases of c from m to top_k; c_j is below the limit for
         every j >= m and for no other, so the mean is a sum over the histograms.
         """
         return sum(
@@ -262,10 +264,10 @@ class ModelProfile(Strict):
         )
 
     def threshold_for_experts(self, target: float) -> float:
-        """Least threshold at which no more than `target` experts are kept on average.
+        """Returns the lowest threshold that keeps at most `target` experts on average.
 
         Raises:
-            AdapMoEError: fewer than one or more than top_k, or no histograms in the profile.
+            AdapMoEError: `target` below one or above top_k, or no histograms in the profile.
         """
         if not 1 <= target <= self.model.top_k:
             raise AdapMoEError(
@@ -274,7 +276,7 @@ class ModelProfile(Strict):
         return self._bisect(lambda threshold: self.mean_experts(threshold) > target)[1]
 
     def threshold_for_loss(self, share: float) -> float:
-        """Greatest threshold with a predicted loss increase of at most `share` of the base loss."""
+        """Returns the highest threshold with a predicted loss increase of at most `share` of the base loss."""
         if self.base_loss is None:
             raise AdapMoEError(
                 f"gating max_loss_increase={share} needs a calibrated profile, this one is {self.method}; set threshold"
@@ -303,5 +305,5 @@ def _limit(threshold: float, layer: LayerProfile) -> float:
 
 
 def _rounded(values: np.ndarray) -> list[float]:
-    """Seven digits: more is noise, and would make files large."""
+    """Rounds to seven digits: more is noise, and would make files large."""
     return [float(f"{value:.7g}") for value in values.tolist()]

@@ -1,4 +1,4 @@
-"""Sums over tokens of what one MoE layer does: how it routes, and what its later layers can be predicted to do."""
+"""Routing statistics of one MoE layer as sums over tokens: uses, dropping costs, norms, predictions of later layers."""
 
 import numpy as np
 import torch
@@ -8,10 +8,10 @@ from vllm_adapmoe.profile.model_profile import EDGES, DropHistogram, Prediction
 
 LOOKAHEAD = 4
 CO_USE_PAIRS = 4
-"""Pairs in a profile for each expert."""
+"""Pairs in a profile per expert of the layer."""
 
 Sums = dict[str, np.ndarray]
-"""By name, float64. Sums of two parts of the data are added key by key."""
+"""Sums by name, float64. Those of two parts of the data are added key by key."""
 
 
 def add(total: Sums, part: Sums) -> None:
@@ -21,18 +21,18 @@ def add(total: Sums, part: Sums) -> None:
 
 
 def half(top_k: int) -> int:
-    """Experts kept where a layer is disturbed to measure it: what top-2 keeps when it drops one."""
+    """Returns the number of experts kept when a layer is perturbed to measure it; for top-2, one."""
     return max(1, top_k // 2)
 
 
 def routing_sums(weights: torch.Tensor, ids: torch.Tensor, starts: torch.Tensor, num_experts: int) -> Sums:
-    """Sums of one step of one layer.
+    """Returns the routing sums of one step of one layer.
 
     Args:
         weights: `[tokens, top_k]`, float32.
         ids: `[tokens, top_k]`.
         starts: bool `[tokens]`, True where a sequence begins.
-        num_experts: of the layer.
+        num_experts: experts of the layer.
     """
     tokens, top_k = ids.shape
     costs = drop_costs(weights.sort(dim=-1, descending=True).values)
@@ -58,19 +58,19 @@ def routing_sums(weights: torch.Tensor, ids: torch.Tensor, starts: torch.Tensor,
 
 
 def norm_sums(outputs: torch.Tensor, ids: torch.Tensor, num_experts: int) -> Sums:
-    """Sums of squared norms, by expert.
+    """Returns the sums of squared output norms, by expert.
 
     Args:
         outputs: `[pairs, hidden]`, an expert's output before its weight.
-        ids: `[pairs]`.
-        num_experts: of the layer.
+        ids: expert ids `[pairs]`.
+        num_experts: experts of the layer.
     """
     squares = outputs.double().square().sum(-1).cpu()
     return {"norm_squares": torch.bincount(ids.long(), squares, minlength=num_experts).numpy()}
 
 
 def prediction_sums(predicted: torch.Tensor, ids: torch.Tensor, lookahead: int) -> Sums:
-    """Sums of right predictions by rank, kept by the layer that made them.
+    """Returns the sums of correct predictions by rank, stored with the layer whose input they were made from.
 
     Args:
         predicted: `[tokens, top_k]`, best first.
@@ -82,13 +82,13 @@ def prediction_sums(predicted: torch.Tensor, ids: torch.Tensor, lookahead: int) 
 
 
 def dropped(sums: Sums) -> list[DropHistogram]:
-    """Histograms of dropping costs, for keeping 1 .. top_k - 1."""
+    """Returns the histograms of dropping costs, for keeping 1 .. top_k - 1 experts."""
     tokens = int(sums["tokens"])
     return [DropHistogram.of(*rows, tokens) for rows in zip(sums["dropped"], sums["falls"], strict=True)]
 
 
 def routing_profile(sums: Sums) -> dict[str, object]:
-    """The fields of a LayerProfile that routing gives."""
+    """Returns the fields of a LayerProfile that follow from routing sums."""
     tokens, uses = float(sums["tokens"]), sums["uses"]
     top_k = sums["dropped"].shape[0] + 1
     predictions = [
@@ -120,5 +120,5 @@ def _co_use(co_uses: np.ndarray, tokens: float) -> list[tuple[int, int, float]]:
 
 
 def digits(value: float) -> float:
-    """As many digits as a profile is written with."""
+    """Rounds to six digits, for a profile."""
     return float(f"{value:.6g}")

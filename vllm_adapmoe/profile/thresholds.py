@@ -1,4 +1,4 @@
-"""The threshold of gating that a profile gives for what the user asks."""
+"""Chooses the gating threshold for the user's limit from a profile."""
 
 from vllm_adapmoe.config import AdapMoEError, GatingConfig
 from vllm_adapmoe.gating.plan import GatingPlan
@@ -6,10 +6,10 @@ from vllm_adapmoe.profile.model_profile import ModelProfile
 
 
 def plan_gating(gating: GatingConfig, profile: ModelProfile) -> GatingPlan | None:
-    """Chooses the threshold; None where gating is off.
+    """Returns the gating plan with its threshold; None if gating is off.
 
     Raises:
-        AdapMoEError: the profile cannot answer, or no threshold does what is asked.
+        AdapMoEError: the profile lacks what is needed, or no threshold meets the limit.
     """
     if gating.mode == "off":
         return None
@@ -34,7 +34,7 @@ def plan_gating(gating: GatingConfig, profile: ModelProfile) -> GatingPlan | Non
 
 
 def describe(plan: GatingPlan, profile: ModelProfile) -> str:
-    """One line for the log: the threshold, and what the profile predicts of it."""
+    """Returns one line for the log: the threshold, and the experts and loss that the profile predicts for it."""
     text = f"Adaptive gating ({plan.rule}): threshold {plan.threshold:.4g} nats"
     if plan.rule == "batch":
         text += " for each fetch saved"

@@ -1,1 +1,1 @@
-"""Which requests a step should hold, given what the expert cache holds: pure policy, without clocks and engines."""
+"""Scheduling policies: which requests to run in a step, given the cache's resident experts. No clocks, no engine."""

@@ -1,11 +1,11 @@
-"""Which decoding requests a step should leave out."""
+"""Chooses the decoding requests that a step leaves out, to save expert fetches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 WORTH = 0.9
-"""Of a token's price with everybody, the most that it may be without those held back. Prices are estimates, and a
-request that is held gets its tokens less evenly: for less than a tenth nobody waits."""
+"""Maximum time per token without the delayed requests, relative to that with all. Times are estimates, and a delayed
+request gets its tokens less evenly: for a gain of less than a tenth no request is delayed."""
 
 
 @dataclass(frozen=True)
@@ -14,11 +14,11 @@ class Decoding:
 
     name: str
     expected: int | None
-    """Bits of the experts that the token is expected to use; None: nothing is known."""
+    """Bit mask of the experts that the token is expected to use; None: unknown."""
     waited: float
-    """Seconds since it was last part of a step."""
+    """Seconds since the request was last part of a step."""
     priority: int = 0
-    """vLLM's: less is more urgent."""
+    """vLLM's priority: lower is more urgent."""
 
 
 def held_back(
@@ -29,20 +29,20 @@ def held_back(
     load: float,
     max_delay: float,
 ) -> set[str]:
-    """Requests whose experts are in the way of the others': they wait while the others' are there.
+    """Returns the requests to delay, because their experts would evict those of the others.
 
-    While everything that the batch is expected to use fits, a missing expert is fetched once, and waiting would save
-    nothing. Beyond that, a step with the experts U costs about `compute + load * max(missing, |U| - slots)` seconds:
-    what is missing now, or what has to leave and come back every time. Of the requests ordered by what each of them
-    misses, the step takes as many as give the most tokens a second, or all, if that is not much worse. (Ours.)
+    While all experts that the batch is expected to use fit, a missing one is fetched once, and delaying saves nothing.
+    Beyond that, a step with the experts U costs about `compute + load * max(missing, |U| - slots)` seconds: the missing
+    ones, or those evicted and fetched again in every step. Requests are ordered by their missing experts; the step
+    takes the number with the most tokens per second, or all, if that is not much worse. (Ours.)
 
     Args:
-        decoding: all that could be part of the step, in the scheduler's order.
-        resident: bits of the experts that are there.
-        slots: of the cache.
+        decoding: requests that could be part of the step, in the scheduler's order.
+        resident: bit mask of the resident experts.
+        slots: slots of the cache.
         compute: seconds of a step without fetches.
         load: seconds of one fetch.
-        max_delay: seconds; one that has waited that long is part of the step, whatever it costs.
+        max_delay: seconds after which a request is not delayed any more, whatever it costs.
     """
     everything = 0
     for one in decoding:

@@ -1,4 +1,4 @@
-"""How fast prompts come that could begin to run."""
+"""Arrival rate of prompts that could start to run."""
 
 import math
 
@@ -6,7 +6,7 @@ from vllm_adapmoe.scheduling.prices import Mean
 
 
 class Arrivals:
-    """Mean time between two prompts: of the last ten or so, counted when they come, or when a seat becomes free."""
+    """Mean time between prompts that could start, over the last ten or so: arrivals, or places becoming free."""
 
     def __init__(self) -> None:
         self._gap = Mean()
@@ -14,11 +14,13 @@ class Arrivals:
         self._count: int | None = None
 
     def observe(self, now: float, count: int) -> None:
-        """Args:
-        now: seconds, never less than before.
-        count: prompts so far that could begin, whether they have or not.
+        """Updates the mean with the prompts that could start since the last call.
+
+        Args:
+            now: time in seconds, never decreasing.
+            count: total number of prompts so far that could start, whether they have or not.
         """
-        if self._count is None:  # nobody knows how long those have been there
+        if self._count is None:  # how long those have been waiting is unknown
             self._count, self._last = count, now
         for _ in range(count - self._count):
             self._gap.add(now - self._last)
@@ -26,5 +28,5 @@ class Arrivals:
         self._count = count
 
     def gap(self, now: float) -> float:
-        """Seconds between two, a silence that is longer than the mean included; infinite before any has come."""
+        """Returns the mean gap in seconds, or the time since the last prompt if that is longer; infinite before any."""
         return math.inf if self._gap.value is None else max(self._gap.value, now - self._last)

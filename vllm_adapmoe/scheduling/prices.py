@@ -1,13 +1,13 @@
-"""What steps cost, learnt from the steps that were run."""
+"""Estimates the costs of steps from the steps that were run."""
 
 from vllm_adapmoe.scheduling.report import StepTimes
 
 RATE = 0.1
-"""Of exponential means: the last ten steps or so of a kind."""
+"""Rate of the exponential means: the last ten steps or so of a kind."""
 
 
 class Mean:
-    """Exponential mean that starts as a plain one; None before the first value."""
+    """Exponential mean that starts as an arithmetic one; None before the first value."""
 
     def __init__(self) -> None:
         self.value: float | None = None
@@ -20,22 +20,22 @@ class Mean:
 
 
 class StepPrices:
-    """Means over a worker's steps, in seconds."""
+    """Mean costs of a worker's steps, in seconds."""
 
     def __init__(self) -> None:
         self.compute = Mean()
-        """Of a decode step, waits for experts apart."""
+        """Seconds of a decode step, without waits for experts."""
         self.load = Mean()
-        """Of one expert's fetch."""
+        """Seconds of one expert fetch."""
         self.decode = Mean()
-        """Waits of a decode step after another one."""
+        """Seconds of waits for experts in a decode step after another one."""
         self.sweep = Mean()
-        """Waits of a step with a prompt and of the decode step after it, which finds its experts gone."""
+        """Seconds of waits in a step with a prompt and in the decode step after it, whose experts it has evicted."""
         self._swept: float | None = None
-        """Waits of the step with a prompt that was the last one."""
+        """Seconds of waits of the last step, if it ran a prompt."""
 
     def observe(self, step: StepTimes) -> None:
-        """Takes in one step, in the order in which they ran."""
+        """Updates the means with one step; call in the order in which steps ran."""
         if step.loads:
             self.load.add(step.fetch_seconds / step.loads)
         swept, self._swept = self._swept, step.stall_seconds if step.prefill else None
@@ -52,12 +52,12 @@ class StepPrices:
 
     @property
     def surcharge(self) -> float:
-        """Seconds that a step waits longer for experts because a prompt runs with it; 0 while it is not known."""
+        """Additional seconds that a step waits for experts because it runs a prompt; 0 while unknown."""
         if self.sweep.value is None or self.decode.value is None:
             return 0.0
         return max(0.0, self.sweep.value - self.decode.value)
 
     @property
     def decode_step(self) -> float:
-        """Seconds of a decode step; 0 while it is not known."""
+        """Seconds of a decode step; 0 while unknown."""
         return (self.compute.value or 0.0) + (self.decode.value or 0.0)

@@ -1,4 +1,4 @@
-"""What a worker says of its expert cache after every step."""
+"""StepReport: what a worker reports about its expert cache after every step."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,44 +6,43 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class StepTimes:
-    """How long one step took, and what of that it waited for.
+    """Duration of one step, and its waits and fetches.
 
-    `seconds` is from the first kernel of the step to its last, by the device's clock. The others are the host's. A
-    layer of a step that the host drives waits for experts only after it has read what the router chose, when the
-    device has nothing left to run: such a wait is idle time of the device as well, and part of `seconds`. Steps that
-    read experts in place do not wait.
+    `seconds` is from the first kernel of the step to its last, by the device's clock; the other times are the host's. A
+    layer driven by the host waits for experts after it has read the routing, when the device has nothing left to run:
+    such a wait is idle time of the device too, and part of `seconds`. Steps that read experts in place do not wait.
     """
 
     seconds: float
-    """That the model ran, waits for experts included."""
+    """Seconds that the model ran, waits for experts included."""
     stall_seconds: float
-    """Of those, waiting for experts."""
+    """Seconds of those spent waiting for experts."""
     loads: int
-    """Experts fetched, on demand or ahead."""
+    """Experts fetched, on demand or prefetched."""
     fetch_seconds: float
-    """With a fetch under way, until its bytes were in the slot."""
+    """Seconds with at least one fetch in flight, until its bytes were in the slot."""
     prefill: bool
-    """It ran a prompt, or a part of one."""
+    """Whether the step ran a prompt or a part of one."""
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """Of one step that has been launched.
+    """Report on one step that has been launched.
 
-    Sets of experts are the bits of an integer: the union of a batch is then one operation a request.
+    Sets of experts are bit masks in integers, so that the union over a batch takes one operation per request.
     """
 
     slots: int
-    """Of the cache."""
+    """Number of slots of the cache."""
     resident: int
-    """Experts that need no fetch."""
+    """Bit mask of the experts that need no fetch."""
     expected: dict[str, int]
-    """Of each request of the step, experts that its next token is expected to use, over all layers."""
+    """Bit mask, for each request of the step, of the experts its next token is expected to use, over all layers."""
     times: Sequence[StepTimes] = ()
-    """Of steps that have ended since the last report, in order: of this one on the CPU; on a GPU of earlier ones, for
-    this one has only been launched."""
+    """Times of the steps that have ended since the last report, in order: on the CPU this step, on a GPU earlier ones,
+    since this one has only been launched."""
 
 
 def runs_prompt(rows: Mapping[str, int], drafts: Mapping[str, Sequence[int]]) -> bool:
-    """Whether a step with so many rows of each request, and these draft tokens, runs a prompt or a part of one."""
+    """Returns whether a step with these rows and draft tokens per request runs a prompt or a part of one."""
     return any(count > 1 + len(drafts.get(name, ())) for name, count in rows.items())

@@ -1,1 +1,1 @@
-"""Backing copies of experts: in host memory, or in a packed file. One expert is one contiguous record."""
+"""Backing stores of experts: host memory or a packed file. One expert is one contiguous record."""

@@ -1,4 +1,4 @@
-"""What every store offers, and how one is filled."""
+"""Interfaces of the backing stores: reading (`ExpertStore`) and writing (`StoreWriter`)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
@@ -11,11 +11,11 @@ from vllm_adapmoe.store.record import RecordLayout
 
 
 class StoreError(OneLineError, RuntimeError):
-    """Records that cannot be written or read; the message is one line: the file, what is wrong, the remedy."""
+    """An error of reading or writing records; the message is one line: the file, what is wrong, the remedy."""
 
 
 class ExpertsUnavailable(StoreError):
-    """Experts of one layer could not be read, and nothing was put into their slots."""
+    """Experts of one layer that could not be read; they were not put into slots."""
 
     def __init__(self, message: str, experts: Sequence[int]) -> None:
         super().__init__(message)
@@ -23,52 +23,53 @@ class ExpertsUnavailable(StoreError):
 
 
 class ExpertStore(Protocol):
-    """Backing copies of all experts of a worker; read-only, and read by several threads at once."""
+    """A backing store: read-only copies of all experts of a worker, read by several threads at once."""
 
     @property
     def layouts(self) -> Sequence[RecordLayout]:
-        """Of each MoE layer."""
+        """Record layout of each MoE layer."""
         ...
 
     @property
     def num_layers(self) -> int:
-        """MoE layers."""
+        """Number of MoE layers."""
         ...
 
     def num_experts(self, layer: int) -> int:
-        """Experts of a layer."""
+        """Returns the number of experts of a layer."""
         ...
 
     def read(self, key: ExpertKey, into: Sequence[torch.Tensor]) -> None:
-        """Fills `into`, one contiguous tensor of any dtype per piece in layout order. Blocks; thread-safe.
+        """Reads a record into `into`, one contiguous tensor of any dtype per piece in layout order; thread-safe.
 
         Raises:
-            StoreError: the record cannot be read whole, or is not what was written.
+            StoreError: the record cannot be read completely, or is not what was written.
             ValueError: `into` does not have the sizes of the pieces.
         """
         ...
 
     def read_tiles(self, key: ExpertKey, into: Sequence[torch.Tensor], tile_bytes: int) -> Iterator[int]:
-        """The same in tiles of at most `tile_bytes`, a multiple of 4096; yields the bytes of each.
+        """Reads a record like `read`, in tiles of at most `tile_bytes`, a multiple of 4096; yields the bytes of each.
 
-        The record is whole and checked when the iterator has ended. It may be closed before, and moved between threads.
+        The record is complete and verified when the iterator has ended. The iterator may be closed earlier, and moved
+        between threads.
         """
         ...
 
     def page_locked(self, key: ExpertKey) -> torch.Tensor | None:
-        """A record where the device of the slots can read it itself, uint8 `[record bytes]`; None: it cannot."""
+        """Returns the record in memory that the slots' device can read, uint8 `[record bytes]`; None: it is not."""
         ...
 
     def close(self) -> None:
-        """Lets go of files and memory."""
+        """Releases files and memory."""
         ...
 
 
 class StoreWriter(Protocol):
-    """Fills a store layer by layer, in any order."""
+    """Writes a store layer by layer, in any order."""
 
     def put_layer(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Takes all experts of a layer: one contiguous tensor `[experts, ...]` per parameter, free to be reused after.
+        """Writes all experts of a layer: one contiguous tensor `[experts, ...]` per parameter, reusable afterwards.
 
         Raises:
             StoreError: no space.
@@ -76,9 +77,9 @@ class StoreWriter(Protocol):
         ...
 
     def seal(self) -> ExpertStore:
-        """Ends writing; every layer from 0 on must have been put."""
+        """Ends writing and returns the store; every layer from 0 on must have been put."""
         ...
 
     def abort(self) -> None:
-        """Gives up and leaves nothing behind."""
+        """Abandons writing and removes what was written."""
         ...

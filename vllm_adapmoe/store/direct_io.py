@@ -1,6 +1,6 @@
-"""Reads and writes that bypass the page cache where the file system allows it.
+"""Direct I/O: reads and writes that bypass the page cache where the file system allows it.
 
-A packed file is as big as the model: cached pages of it would crowd out what the memory limit is for.
+A packed file is as big as the model: its cached pages would use up the memory limit.
 """
 
 import errno
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def open_direct(path: Path, flags: int) -> tuple[int, bool]:
-    """Opens `path`, with O_DIRECT if the file system has it; returns the descriptor and whether it does."""
+    """Opens `path`, with O_DIRECT if the file system supports it; returns the descriptor and whether it does."""
     try:
         return open_regular(path, flags | os.O_DIRECT), True
     except OSError as error:
@@ -31,20 +31,20 @@ def open_direct(path: Path, flags: int) -> tuple[int, bool]:
 
 @cache
 def _log_buffered(folder: Path) -> None:
-    """Once for a folder."""
+    """Logs, once per folder, that direct I/O is not available."""
     logger.warning("%s has no direct I/O; experts there pass through the page cache", folder)
 
 
 def is_aligned(buffers: Sequence[torch.Tensor]) -> bool:
-    """Whether each uint8 buffer starts at and fills whole blocks, as direct I/O wants."""
+    """Returns whether each uint8 buffer starts at a block boundary and fills whole blocks, as direct I/O requires."""
     return all(buffer.data_ptr() % ALIGNMENT == 0 and buffer.numel() % ALIGNMENT == 0 for buffer in buffers)
 
 
 def read_full(fd: int, buffers: Sequence[torch.Tensor], offset: int) -> int:
-    """Reads into flat uint8 buffers, one after the other, from `offset` on; the bytes read are fewer only at the end.
+    """Reads into flat uint8 buffers in turn, from `offset` on; returns the bytes read, fewer only at the file's end.
 
     Raises:
-        OSError: as the system says.
+        OSError: the read failed.
     """
     views = [buffer.numpy().data for buffer in buffers]
     wanted = sum(map(len, views))
@@ -65,7 +65,7 @@ def write_full(fd: int, data: torch.Tensor, offset: int) -> None:
     """Writes a uint8 buffer at `offset`.
 
     Raises:
-        OSError: as the system says, among others that the disk is full.
+        OSError: the write failed, e.g. because the disk is full.
     """
     view = data.numpy().data
     while view:
@@ -74,7 +74,7 @@ def write_full(fd: int, data: torch.Tensor, offset: int) -> None:
 
 
 def drop_cached(fd: int, offset: int = 0, nbytes: int = 0) -> None:
-    """Gives back pages that buffered I/O left in the page cache; `nbytes` 0: up to the end.
+    """Drops pages that buffered I/O left in the page cache; `nbytes` 0: up to the end.
 
     Only written-back pages can be dropped.
     """

@@ -1,4 +1,4 @@
-"""Experts in a packed file, read with direct I/O."""
+"""FileStore: experts in a packed file, read with direct I/O."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -18,34 +18,34 @@ from vllm_adapmoe.store.source_files import SourceFiles
 
 
 class PackMissing(StoreError):
-    """There is no pack of that name."""
+    """A pack that does not exist."""
 
 
 class PackInvalid(StoreError):
-    """A pack that is truncated, damaged, or half-written: to be made anew."""
+    """A pack that is truncated, damaged or half-written, and has to be packed again."""
 
 
 class PackOfAnother(StoreError):
-    """A sound pack, but of another model or vLLM version."""
+    """A valid pack of another model or vLLM version."""
 
 
 class PackOutdated(StoreError):
-    """A sound pack of files that have been changed since: to be made anew."""
+    """A valid pack whose source files have changed since; it has to be packed again."""
 
 
 def open_pack(path: Path, identity: dict[str, str]) -> "FileStore":
-    """Opens the pack at `path` if it was made with the settings `identity`, which may be a part of the pack's own.
+    """Opens the pack at `path` if it was made with the settings `identity`, which may be a subset of the pack's own.
 
-    Of which files it was made, `FileStore.check_sources` compares.
+    Source files are compared by `FileStore.check_sources`.
 
     Raises:
         PackMissing: no such file.
-        PackInvalid: not a whole pack. No record is read to find out.
+        PackInvalid: not a complete pack, as far as its size and index show; no record is read.
         PackOfAnother: its identity differs; the message names the first difference.
     """
     try:
         fd, direct = open_direct(path, os.O_RDONLY)
-        file = FileIO(fd)  # closes itself when nobody holds it
+        file = FileIO(fd)  # closes itself when it is not referenced any more
         index = _read_index(fd)
     except FileNotFoundError:
         raise PackMissing(f"{path} does not exist; adapmoe pack, or a start with store=file, writes it") from None
@@ -78,9 +78,9 @@ def _read_index(fd: int) -> PackIndex:
 
 
 class FileStore:
-    """An open pack. Checks each record's checksum the first time it is read.
+    """Backing store in an open pack; verifies each record's checksum the first time it is read.
 
-    The file stays the one that was opened, whatever takes its name later.
+    Keeps reading the opened file even if another one takes its name.
     """
 
     def __init__(self, path: Path, file: FileIO, direct: bool, index: PackIndex) -> None:
@@ -93,7 +93,7 @@ class FileStore:
             (layer, expert) for layer, digests in enumerate(index.digests) for expert in range(len(digests))
         }
         self._aside: list[torch.Tensor] = []
-        """Buffers of a record that no read uses."""
+        """Record buffers not in use by a read."""
 
     @property
     def num_layers(self) -> int:
@@ -103,10 +103,10 @@ class FileStore:
         return len(self._index.digests[layer])
 
     def check_sources(self, sources: SourceFiles) -> None:
-        """Compares the files that the pack was made from with those of a model as it is now.
+        """Compares the files that the pack was made from with a model's current files.
 
         Raises:
-            PackOutdated: files of the same origin were changed.
+            PackOutdated: files of the same origin have changed.
             PackOfAnother: it was made from another model.
             StoreError: a file of the model cannot be read.
         """
@@ -121,7 +121,7 @@ class FileStore:
         )
 
     def record_offset(self, key: ExpertKey) -> int:
-        """Where a record begins in the file."""
+        """Returns the offset of a record in the file."""
         return self._index.offsets[key[0]] + key[1] * self.layouts[key[0]].nbytes
 
     def read(self, key: ExpertKey, into: Sequence[torch.Tensor]) -> None:
@@ -135,10 +135,10 @@ class FileStore:
         if is_aligned(destinations):
             yield from self._read_record(key, destinations, offset, tile_bytes)
             return
-        # Direct I/O needs whole blocks: read the record aside and copy its pieces.
+        # Direct I/O needs whole blocks: read the record into a buffer and copy its pieces.
         try:
             aside = self._aside.pop()
-        except IndexError:  # asking first would be no use: another thread may take the last one in between
+        except IndexError:  # a check before would race: another thread may take the last one in between
             aside = aligned_empty(max(one.nbytes for one in self.layouts))
         try:
             yield from self._read_record(key, [aside[: layout.nbytes]], offset, tile_bytes)
@@ -184,14 +184,14 @@ class FileStore:
         raise StoreError(f"{self.path}: expert {key[1]} of MoE layer {key[0]} is damaged; {self._set_aside()}")
 
     def _set_aside(self) -> str:
-        """Takes the damaged pack out of the way of the next start; returns what is left to do."""
+        """Renames the damaged pack so that the next start does not use it; returns what the user has to do."""
         aside = self.path.with_name(self.path.name + ".corrupt")
         try:
             if os.path.samestat(self.path.stat(), os.fstat(self._file.fileno())):
                 self.path.rename(aside)
                 return f"the pack was moved to {aside.name}, start again to pack anew"
         except FileNotFoundError:
-            pass  # another reader of it was first
+            pass  # another reader has renamed it
         except OSError as error:
             return f"delete the pack ({error.strerror} when moving it aside) and start again to pack anew"
         return "the pack was moved aside or replaced already, start again"
@@ -204,7 +204,7 @@ class FileStore:
 
 
 def _tiles(buffers: Sequence[torch.Tensor], tile_bytes: int) -> Iterator[list[torch.Tensor]]:
-    """Cuts buffers that follow one another in the file; a tile is one read, of parts of several where it can be."""
+    """Yields the tiles of buffers that are consecutive in the file; a tile is one read, which may span buffers."""
     tile: list[torch.Tensor] = []
     room = tile_bytes
     for buffer in buffers:

@@ -1,4 +1,4 @@
-"""Hashes of whole files, each read once on a machine: remembered while size, times and inode of the file stay."""
+"""Hashes of whole files, cached on a machine while size, times and inode of the file are unchanged."""
 
 import fcntl
 import json
@@ -22,17 +22,17 @@ logger = logging.getLogger(__name__)
 
 BLOCK = 1 << 20
 SETTLED_NS = 2_000_000_000
-"""A file's clock ticks in steps of up to two seconds (FAT; ext4 and NFS are finer): a file that was changed within one
-step of being read may change again without another time, so its stamp proves nothing."""
+"""Minimum age of a file's times before its stamp is trusted. Timestamps have a resolution of up to two seconds (FAT;
+ext4 and NFS are finer): a file modified within one step of being read may change again without a new timestamp."""
 HASH_CHARACTERS = 32
 ENTRY_BYTES = 4096
 
 
 @dataclass(frozen=True)
 class Stamp:
-    """What the file system says of a file: any way to change its bytes changes one of these.
+    """File metadata of which at least one field changes whenever the file's bytes change.
 
-    `ctime_ns` cannot be set back, as `cp -p` or rsync set `mtime_ns`.
+    `ctime_ns` cannot be set back, unlike `mtime_ns`, which `cp -p` and rsync set.
     """
 
     nbytes: int
@@ -42,29 +42,29 @@ class Stamp:
 
     @classmethod
     def of(cls, path: Path) -> Self:
-        """The stamp of the file that `path` leads to.
+        """Returns the stamp of the file at `path`, links followed.
 
         Raises:
-            OSError: as the system says.
+            OSError: the file is not accessible.
         """
         stat = path.stat()
         return cls(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
 
     def is_settled(self, now_ns: int) -> bool:
-        """Whether a change after `now_ns` would change the stamp."""
+        """Returns whether a change after `now_ns` would change the stamp."""
         return max(self.mtime_ns, self.ctime_ns) + SETTLED_NS < now_ns
 
 
 def hash_bytes(data: bytes) -> str:
-    """The hash of what is in memory, as that of a file."""
+    """Returns the hash of bytes in memory, equal to that of a file with these bytes."""
     return blake3(data).hexdigest()[:HASH_CHARACTERS]
 
 
 def hash_file(path: Path, count: Callable[[int], object]) -> str:
-    """Hash of every byte of a file, read in blocks; `count` is told the bytes of each.
+    """Hashes every byte of a file, read in blocks; calls `count` with the bytes of each.
 
     Raises:
-        OSError: as the system says, or it is no regular file.
+        OSError: the file cannot be read, or is not a regular file.
     """
     digest, block = blake3(max_threads=1), bytearray(BLOCK)
     view = memoryview(block)
@@ -76,17 +76,17 @@ def hash_file(path: Path, count: Callable[[int], object]) -> str:
 
 
 class HashCache:
-    """Remembers hashes in files of `folder`, one for each hashed file, named by the hash of its path.
+    """Caches hashes in `folder`, in one entry file per hashed file, named by the hash of its path.
 
-    An entry is locked while its file is read: other processes wait, and read it from the entry. Entries that others
-    may write are not believed. Where the folder cannot be used, files are read each time.
+    An entry is locked while its file is read: other processes wait and take the hash from the entry. Entries that other
+    users may write are ignored. If the folder cannot be used, files are read each time.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def hash_of(self, path: Path, stamp: Stamp, count: Callable[[int], object]) -> tuple[str, bool]:
-        """The hash of a file with this stamp, and whether the file was read for it; `count` as in `hash_file`.
+        """Returns the hash of a file with this stamp, and whether the file was read; `count` as in `hash_file`.
 
         Raises:
             OSError: the file cannot be read.
@@ -132,7 +132,7 @@ def _read_entry(fd: int, stamp: Stamp) -> str | None:
         entry.pop("path")
         return value if entry == asdict(stamp) and re.fullmatch("[0-9a-f]{32}", value) else None
     except (OSError, ValueError, KeyError, AttributeError, RecursionError):
-        return None  # new, or torn by a process that was killed
+        return None  # new, or left incomplete by a process that was killed
 
 
 def _write_entry(fd: int, path: Path, stamp: Stamp, value: str) -> None:
@@ -146,7 +146,7 @@ def _write_entry(fd: int, path: Path, stamp: Stamp, value: str) -> None:
 
 @cache
 def _log_unusable(folder: Path, reason: str) -> None:
-    """Once for a folder."""
+    """Logs, once per folder, that hashes cannot be cached in it."""
     logger.warning(
         "%s cannot keep the hashes of weight files (%s): where a pack does not know them they are read at each start; "
         "set VLLM_CACHE_ROOT to a folder of your own", folder, reason,

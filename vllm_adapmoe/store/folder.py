@@ -1,4 +1,4 @@
-"""The folder that packs are in: whether it can be used, and who else may write there."""
+"""Checks of the folder of packed files: whether it is writable, and which other users may write there."""
 
 import os
 import stat
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def why_not_writable(folder: Path) -> str | None:
-    """Makes the folder if it is not there; why no file can be made in it, or None. Writes nothing into it."""
+    """Creates the folder if missing; returns why no file can be created in it, or None. Writes no file."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -18,9 +18,9 @@ def why_not_writable(folder: Path) -> str | None:
 
 
 def others_who_may_write(path: Path) -> str | None:
-    """Says who, beside this user and root, may put other bytes in place of a file's; None: nobody.
+    """Names a user or group, other than this user and root, that could replace a file's content; None: none could.
 
-    That is who owns the file or one of the folders above it, or may write to one of them.
+    That is, one that owns the file or a folder above it, or may write to one of them.
     """
     for place in (path, *path.absolute().parents):
         try:

@@ -1,4 +1,4 @@
-"""Experts in host memory, page-locked beside a CUDA device."""
+"""HostStore: experts in host memory, page-locked for a CUDA device."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,19 +14,19 @@ logger = logging.getLogger(__name__)
 
 
 class HostStore:
-    """One buffer `[experts, record bytes]` a layer. Its own writer.
+    """Backing store in host memory: one buffer `[experts, record bytes]` per layer. It is its own writer.
 
-    A layer that is put again goes where it was: on a device its addresses are known, and there may be no room for two.
+    Putting a layer again overwrites it in place: the device knows its addresses, and two copies may not fit.
 
     Args:
-        device: that the slots will be on.
+        device: device of the slots.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._layers: dict[int, tuple[RecordLayout, torch.Tensor]] = {}
         self._refusals: dict[int, str] = {}
-        """Of layers that are not page-locked beside a CUDA device: why."""
+        """Reasons why layers are not page-locked, by layer, with a CUDA device."""
         self.layouts: list[RecordLayout] = []
 
     def put_layer(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""What the index of a pack claims, against the file that it is in: right checksums do not make a claim possible."""
+"""Validates the index of a pack against its file: a correct checksum does not make its content possible."""
 
 from typing import Any
 
@@ -7,18 +7,18 @@ from vllm_adapmoe.store.pack_index import DIGEST_SIZE, PackIndex
 from vllm_adapmoe.store.record import ALIGNMENT
 
 INDEX_VALUES = 4_000_000
-"""Checksums and all else; a model of 100 layers with 1,024 experts has 100,000 checksums."""
+"""Maximum JSON values of an index; a model of 100 layers with 1,024 experts has 100,000 checksums."""
 
 
 def read_index(data: bytes, end: int) -> PackIndex:
-    """Decodes an index.
+    """Decodes and validates an index.
 
     Args:
-        data: that checks out.
-        end: of the file's records, where the index begins.
+        data: bytes of the index, whose checksum is correct.
+        end: offset where the file's records end and the index begins.
 
     Raises:
-        BadFile: not the index of a pack, or of records that are not within the file, each apart from the others.
+        BadFile: not the index of a pack, or its records overlap or are not within the file.
     """
     content = parse_json(data, INDEX_VALUES)
     if not isinstance(content, dict) or not _is_text(content.get("identity")):

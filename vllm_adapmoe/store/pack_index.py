@@ -1,11 +1,11 @@
-"""The index of a packed file: what it was made from, where each record is, and its checksum.
+"""Index of a packed file: what the pack was made from, and the offset and checksum of each record.
 
-What it was made from are settings (`identity`) and files (`sources`), each with the hash of all its bytes, and with the
-size, times and inode that it had: while those stay, a start need not read it.
+A pack is made from settings (`identity`) and files (`sources`). Each source is recorded with the hash of all its bytes
+and with its size, times and inode: while those are unchanged, a start does not read the file again.
 
 A pack is one block that points to the index, then the records, then the index. The block is written last, with a
-checksum of its own and of the index, and the file gets its name only then: what is truncated, half-written or
-damaged does not check out.
+checksum of its own and of the index, and the file is renamed to its final name only then: truncated, half-written or
+damaged packs fail verification.
 """
 
 import json
@@ -24,27 +24,27 @@ MAGIC = b"adapmoe-experts\x02"
 HEAD = struct.Struct("<16sQQ32s")  # magic, offset and size of the index, its checksum; then a checksum of these
 DIGEST_SIZE = 16
 INDEX_BYTES = 64 << 20
-"""Of an index; that of 100 layers with 1,024 experts has 4 MiB."""
+"""Maximum bytes of an index; that of 100 layers with 1,024 experts has 4 MiB."""
 
 
 def digest(data: Any) -> bytes:
-    """The checksum of a record."""
+    """Returns the checksum of a record."""
     return blake3(data, max_threads=1).digest(DIGEST_SIZE)
 
 
 @dataclass
 class PackIndex:
-    """Layouts, places and checksums of all records of a pack."""
+    """Layouts, offsets and checksums of all records of a pack, and what it was made from."""
 
     identity: dict[str, str]
     origin: str = ""
-    """Where the model was (`SourceFiles.origin`)."""
+    """Location of the model (`SourceFiles.origin`)."""
     sources: list[SourceFile] = field(default_factory=list)
     layouts: list[RecordLayout] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
-    """Of each layer's first record; its records follow one another."""
+    """Offset of each layer's first record; a layer's records are consecutive."""
     digests: list[list[bytes]] = field(default_factory=list)
-    """Per layer, per expert."""
+    """Checksum of each record, per layer, per expert."""
 
     def encode(self) -> bytes:
         layers = [
@@ -73,15 +73,15 @@ class PackIndex:
 
 
 def layer_to_json(layout: RecordLayout, offset: int, digests: Sequence[bytes]) -> dict[str, Any]:
-    """Where the records of a layer are, and what they are."""
+    """Returns the JSON form of a layer: layout, offset and checksums of its records."""
     return {"layout": layout.to_json(), "offset": offset, "digests": [digest.hex() for digest in digests]}
 
 
 def layer_from_json(layer: dict[str, Any]) -> tuple[RecordLayout, int, list[bytes]]:
-    """What `layer_to_json` described.
+    """Returns the layout, offset and checksums that `layer_to_json` described.
 
     Raises:
-        ValueError, KeyError, TypeError: it did not.
+        ValueError, KeyError, TypeError: not such a description.
     """
     return (
         RecordLayout.from_json(layer["layout"]),
@@ -91,16 +91,16 @@ def layer_from_json(layer: dict[str, Any]) -> tuple[RecordLayout, int, list[byte
 
 
 def encode_head(offset: int, index: bytes) -> bytes:
-    """The first block of a pack whose index stands at `offset`."""
+    """Returns the first block of a pack whose index is at `offset`."""
     head = HEAD.pack(MAGIC, offset, len(index), blake3(index).digest())
     return (head + blake3(head).digest()).ljust(ALIGNMENT, b"\0")
 
 
 def decode_head(block: bytes, file_size: int) -> tuple[int, int, bytes]:
-    """Offset, size and checksum of the index.
+    """Returns offset, size and checksum of the index, from the first block of a pack.
 
     Raises:
-        ValueError: not the first block of a whole pack of this format.
+        ValueError: not the first block of a complete pack of this format.
     """
     head, checksum = block[: HEAD.size], block[HEAD.size : HEAD.size + 32]
     if len(block) < ALIGNMENT or blake3(head).digest() != checksum:

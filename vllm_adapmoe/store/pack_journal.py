@@ -1,7 +1,7 @@
-"""The journal beside a pack that is being written: which layers are whole, so that the next writer goes on after them.
+"""PackJournal: records which layers of a partial pack are complete, so that the next writer can resume after them.
 
-One line for what the pack is made from, then one for each layer that has been written; each begins with its own
-checksum. A line that does not check out ends the journal: it was torn, as its writer was killed.
+The first line is what the pack is made from; each further line is one written layer. Each line begins with its own
+checksum. A line with a wrong checksum ends the journal: its writer was killed while writing it.
 """
 
 import json
@@ -19,16 +19,16 @@ from vllm_adapmoe.store.source_files import SourceFiles
 
 FORMAT = 1
 MOST_BYTES = 256 << 20
-"""No journal is longer: a record takes 36 bytes."""
+"""Maximum bytes of a journal; a record takes 36 bytes."""
 Layer = tuple[RecordLayout, int, list[bytes]]
-"""Layout, place of the first record in the file, and the records' checksums."""
+"""Layout, offset of the first record in the file, and the records' checksums."""
 
 
 class PackJournal:
-    """Says what a partial file holds. Only the process that has locked the partial file may use its journal.
+    """Journal of a partial file. Only the process that has locked the partial file may use it.
 
     Args:
-        path: the journal.
+        path: path of the journal.
         identity: settings that the pack is made with.
         sources: files that it is made from.
     """
@@ -37,15 +37,15 @@ class PackJournal:
         self.path = path
         self._temporary = path.with_name(path.name + ".tmp")
         stamps = {name: None if stamp is None else asdict(stamp) for name, stamp in sources.stamps().items()}
-        # The bytes of the files are not known yet. What has no stamp may have other ones the next time: no journal of
-        # it is ever taken up.
+        # The files are not hashed yet. One without a stamp may change unnoticed, so a journal with one is never
+        # resumed.
         self._head = {"format": FORMAT, "identity": dict(identity), "origin": sources.origin, "stamps": stamps}
         self._resumable = all(stamp is not None for stamp in stamps.values())
 
     def read(self) -> dict[int, Layer]:
-        """The layers that a writer of the same pack has noted, in the order in which they were written.
+        """Returns the layers recorded by a writer of the same pack, in the order in which they were written.
 
-        Empty where there is no journal, or one of another pack. What it says of the partial file is yet to be checked.
+        Empty without a journal, or if it is of another pack. The caller has to verify the records themselves.
         """
         try:
             lines = read_bytes(self.path, MOST_BYTES).split(b"\n")
@@ -65,24 +65,24 @@ class PackJournal:
                 content = json.loads(text)
                 layers[int(content["index"])] = layer_from_json(content)
         except (ValueError, KeyError, TypeError, RuntimeError, RecursionError):
-            pass  # right checksums over what no writer wrote: as far as it makes sense
+            pass  # a correct checksum over content that no writer wrote: keep the layers before it
         return layers
 
     def begin(self, layers: Mapping[int, Layer]) -> None:
-        """Starts over, with the layers that are kept.
+        """Starts a new journal with the layers that are kept.
 
         Raises:
-            OSError: as the system says.
+            OSError: it cannot be written.
         """
         lines = [_line(self._head)] + [_line(_content(index, layer)) for index, layer in layers.items()]
         self._temporary.write_bytes(b"".join(lines))
         self._temporary.replace(self.path)
 
     def add(self, index: int, layer: Layer) -> None:
-        """Notes a layer whose records have all been written.
+        """Records a layer whose records have all been written.
 
         Raises:
-            OSError: as the system says.
+            OSError: it cannot be written.
         """
         fd = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         try:
@@ -91,7 +91,7 @@ class PackJournal:
             os.close(fd)
 
     def remove(self) -> None:
-        """Ends it: the pack has its name, or is given up."""
+        """Removes the journal, when the pack is finished or abandoned."""
         self.path.unlink(missing_ok=True)
         self._temporary.unlink(missing_ok=True)
 

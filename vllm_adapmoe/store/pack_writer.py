@@ -1,4 +1,4 @@
-"""Writes a packed file: streamed, synced, named only when it is whole, and gone on with if its writer was killed."""
+"""PackWriter: writes a packed file in a stream, renames it when complete, and resumes after a killed writer."""
 
 import errno
 import fcntl
@@ -28,22 +28,22 @@ PARTIAL = ".partial"
 JOURNAL = ".journal"
 TILE_BYTES = 4 << 20
 PROBE_BYTES = 64 << 20
-"""Written to measure the disk, in pieces, for at most `PROBE_SECONDS`."""
+"""Maximum bytes written to measure the disk, in pieces, for at most `PROBE_SECONDS`."""
 PROBE_SECONDS = 0.5
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class PackWriter:
-    """Packs into `path`, by way of a partial file beside it that is locked while its writer lives.
+    """Writes the pack `path` through a partial file beside it, which is locked while its writer lives.
 
-    There is one writer of a pack at a time. A second one waits; if the first has finished the same pack by then, that
-    one is used and nothing is written. What a killed writer of the same pack left is gone on with after its last whole
-    layer, once every record of it has been checked.
+    A pack has one writer at a time. A second one waits; if the first has then finished the same pack, that one is used
+    and nothing is written. After a killed writer of the same pack, writing resumes after its last complete layer, once
+    every record of it has been verified.
 
     Args:
-        path: the pack to be.
+        path: path of the finished pack.
         identity: settings that it is made with.
-        expected_bytes: of all records together; checked against the free space first.
+        expected_bytes: total bytes of all records; checked against the free space first.
         sources: files that it is made from; None: none.
 
     Raises:
@@ -89,7 +89,7 @@ class PackWriter:
         return StoreError(f"{self.path.parent} cannot be written ({error.strerror}); set another store_dir")
 
     def _find_finished(self) -> bool:
-        """Whether the writer that was waited for made this very pack."""
+        """Returns whether the writer that was waited for has finished the same pack."""
         try:
             store = open_pack(self.path, self._index.identity)
             store.check_sources(self._sources)
@@ -99,7 +99,7 @@ class PackWriter:
         return True
 
     def _resume(self) -> None:
-        """Keeps what is whole of a killed writer's layers, in the order of the file, and cuts off the rest."""
+        """Keeps the complete layers of a killed writer, in the order of the file, and truncates the rest."""
         for index, layer in self._journal.read().items():
             layout, offset, digests = layer
             if offset != self._end or index in self._layers or not self._is_whole(layer):
@@ -114,7 +114,7 @@ class PackWriter:
         fd = self._file.fileno()
         if offset + layout.nbytes * len(digests) > os.fstat(fd).st_size:
             return False
-        tile = aligned_empty(TILE_BYTES)  # what the journal claims of a record is not taken as memory
+        tile = aligned_empty(TILE_BYTES)  # not the record size that the journal claims, which may be anything
         for number, expected in enumerate(digests):
             found = blake3(max_threads=1)
             for start in range(0, layout.nbytes, TILE_BYTES):
@@ -132,28 +132,28 @@ class PackWriter:
 
     @property
     def packed(self) -> Collection[int]:
-        """The layers that need not be put: a killed writer, or one that was waited for, has written them."""
+        """Layers that need not be put: a killed writer, or one that was waited for, has written them."""
         return range(self._finished.num_layers) if self._finished is not None else self._layers.keys()
 
     def layout(self, layer: int) -> RecordLayout:
-        """Of a packed layer."""
+        """Returns the record layout of a packed layer."""
         return self._finished.layouts[layer] if self._finished is not None else self._layers[layer][0]
 
     @property
     def bytes_packed(self) -> int:
-        """Written so far, by this writer and the one before it."""
+        """Bytes written so far, by this writer and a killed one before it."""
         return self._end - ALIGNMENT
 
     @property
     def bytes_left(self) -> int:
-        """To be written, as far as `expected_bytes` tells."""
+        """Bytes still to be written, according to `expected_bytes`."""
         return 0 if self._finished is not None else max(0, self._expected_bytes - self.bytes_packed)
 
     def measure_rate(self) -> float:
-        """Bytes per second that the disk takes, measured on the part of the file that is yet to be written.
+        """Measures the disk's write bandwidth, bytes per second, on the part of the file that is not written yet.
 
         Raises:
-            StoreError: it cannot be written.
+            StoreError: the file cannot be written.
         """
         piece = aligned_empty(TILE_BYTES).zero_()
         start, end = time.monotonic(), self._end
@@ -188,7 +188,7 @@ class PackWriter:
             raise self._failed(error) from None
 
     def _record_of(self, layout: RecordLayout) -> torch.Tensor:
-        # Kept from layer to layer: malloc was seen to hold on to eight records when each layer allocated its own. The
+        # Reused from layer to layer: when each layer allocated its own, malloc was seen to keep eight records. The
         # padding between pieces is never written, so it stays zero.
         if self._record is None or self._record[0] != layout:
             self._record = (layout, aligned_empty(layout.nbytes).zero_())
@@ -200,7 +200,7 @@ class PackWriter:
         try:
             self._index.sources = self._sources.sources()
         except StoreError:
-            self.abort()  # what was packed may be of two models
+            self.abort()  # the packed layers may be of two models
             raise
         if self._layers.keys() != set(range(len(self._layers))):
             self.abort()
@@ -224,7 +224,7 @@ class PackWriter:
             _sync_folder(self.path.parent)
         except OSError as error:
             raise self._failed(error) from None
-        self._file.close()  # only now may a waiting writer look
+        self._file.close()  # releases the lock: a waiting writer now finds the finished pack
         return store
 
     def abort(self) -> None:
@@ -232,13 +232,13 @@ class PackWriter:
         self._give_up()
 
     def _give_up(self) -> None:
-        if not self._file.closed:  # else it is sealed or aborted, and a partial file there is another writer's
+        if not self._file.closed:  # else sealed or aborted: a partial file is then another writer's
             self._journal.remove()
             self._partial.unlink(missing_ok=True)
             self._file.close()
 
     def _failed(self, error: OSError) -> StoreError:
-        """Aborts; what is to be raised."""
+        """Aborts, and returns the exception to raise."""
         free = shutil.disk_usage(self.path.parent).free
         self.abort()
         remedy = "check the disk"
@@ -248,10 +248,10 @@ class PackWriter:
 
 
 def _open_locked(partial: Path) -> tuple[FileIO, bool, bool]:
-    """Opens a partial file for one writer alone; returns it, whether it is direct, and whether it had to be waited for.
+    """Opens and locks a partial file; returns it, whether it has direct I/O, and whether the lock had to be waited for.
 
-    The lock is on the file itself, and goes with the process that holds it: neither a process id, which means nothing
-    in another container, nor a lock file that somebody has to remove.
+    The lock is on the file itself and ends with its process. A process id would mean nothing in another container, and
+    a lock file would have to be removed.
     """
     waited = False
     while True:
@@ -268,7 +268,7 @@ def _open_locked(partial: Path) -> tuple[FileIO, bool, bool]:
                 return file, direct, waited
         except FileNotFoundError:
             pass
-        file.close()  # the writer that was waited for has sealed or aborted: its file is no longer the partial one
+        file.close()  # the other writer has sealed or aborted: this file is no longer the partial file
 
 
 def write_layer(
@@ -277,14 +277,14 @@ def write_layer(
     """Writes the records of a layer from `offset` on; yields the checksum of each once it is written.
 
     Args:
-        fd: of the file.
-        offset: bytes, aligned.
-        tensors: `[experts, ...]`, of each piece.
-        record: aligned memory for one, zero where no piece is.
-        direct: the file is open for direct I/O; else its pages are dropped from the cache.
+        fd: file descriptor.
+        offset: aligned offset in bytes.
+        tensors: one tensor `[experts, ...]` per piece.
+        record: aligned memory for one record, zero between the pieces.
+        direct: the file is open for direct I/O; else its pages are dropped from the page cache.
 
     Raises:
-        OSError: as the system says.
+        OSError: the file cannot be written.
     """
     experts = next(iter(tensors.values())).shape[0]
     pieces = [
@@ -302,7 +302,7 @@ def write_layer(
 
 
 def _block(data: bytes) -> torch.Tensor:
-    """`data` in aligned memory, padded with zeros to whole blocks."""
+    """Copies `data` to aligned memory, padded with zeros to whole blocks."""
     block = aligned_empty(align(len(data))).zero_()
     block[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     return block

@@ -1,4 +1,4 @@
-"""Page-locked host memory: what a GPU copies from at full speed, and reads in place."""
+"""Page-locked host memory, which a GPU can copy from at full speed and read in place."""
 
 import ctypes
 import logging
@@ -9,20 +9,20 @@ import torch
 logger = logging.getLogger(__name__)
 
 USES_HOST_POINTER = 91
-"""`CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM` of the CUDA driver's interface."""
+"""`CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM` of the CUDA driver API."""
 
 
 OUT_OF_MEMORY, ALREADY_REGISTERED, NOT_SUPPORTED = 2, 712, 801
-"""`cudaError_t`, of those that `cudaHostRegister` answers with."""
+"""`cudaError_t` values returned by `cudaHostRegister`."""
 
 
 def page_lock_refusal(memory: torch.Tensor) -> str | None:
-    """Page-locks host memory that exists, for the current CUDA device; returns why that did not work, None: it did.
+    """Page-locks existing host memory for the current CUDA device; returns the reason if that fails, else None.
 
-    PyTorch's own page-locked memory comes in powers of two: twice the memory, for a store of unlucky size.
+    PyTorch's own page-locked memory is rounded up to powers of two, which can double the size of a store.
 
     Args:
-        memory: contiguous, page-aligned at its start; to be given to `page_unlock` before it is freed.
+        memory: contiguous, with a page-aligned start; call `page_unlock` before it is freed.
     """
     if torch.cuda.get_device_properties(torch.cuda.current_device()).is_integrated:
         return "the GPU shares the host's memory"
@@ -35,13 +35,13 @@ def page_lock_refusal(memory: torch.Tensor) -> str | None:
 
 
 def refusal(error: int) -> tuple[str, str]:
-    """What a CUDA error says about memory that cannot be page-locked, and what helps.
+    """Returns the reason and the remedy for a CUDA error of page-locking.
 
-    The limit of locked memory (`ulimit -l`) has no part in it: that is counted for `mlock`, and not for pages that
-    NVIDIA's driver pins (`os_lock_user_pages` in kernel-open/nvidia/os-mlock.c of its open kernel modules).
+    The locked-memory limit (`ulimit -l`) is irrelevant: it applies to `mlock`, not to pages that NVIDIA's driver pins
+    (`os_lock_user_pages` in kernel-open/nvidia/os-mlock.c of its open kernel modules).
     """
     if error == OUT_OF_MEMORY and _is_wsl():
-        # "CUDA on WSL User Guide", known limitations: pinned system memory is limited. Its users report half of the
+        # "CUDA on WSL User Guide", known limitations: pinned system memory is limited. Users report half of the
         # machine's memory at best, and 0.5 to 1 GiB in containers of Docker Desktop (microsoft/WSL issue 14078).
         return (
             "Windows limits what WSL may lock, to half of the machine's memory or less",
@@ -68,7 +68,7 @@ def _is_wsl() -> bool:
 
 
 def _forget_error() -> None:
-    """CUDA reports a failed call once more with the next kernel: to whoever launches it, unless that is here."""
+    """Clears CUDA's last error by launching a kernel, which would otherwise be reported by the next kernel launch."""
     try:
         torch.zeros(1, device="cuda")
     except RuntimeError:
@@ -76,12 +76,12 @@ def _forget_error() -> None:
 
 
 def page_unlock(memory: torch.Tensor) -> None:
-    """Undoes `page_lock_refusal`."""
+    """Unlocks memory that `page_lock_refusal` has page-locked."""
     torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
 
 def readable_in_place() -> bool:
-    """Whether kernels of the current CUDA device may use the host's addresses of page-locked memory."""
+    """Returns whether kernels of the current CUDA device can use the host addresses of page-locked memory."""
     value = ctypes.c_int(0)
     try:
         driver = ctypes.CDLL("libcuda.so.1")

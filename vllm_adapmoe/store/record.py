@@ -1,4 +1,4 @@
-"""The layout of one expert's record: every parameter of it, in the kernel's format, one after the other."""
+"""Layout of one expert's record: all its parameters, in the kernel's format, one after the other."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,16 +7,16 @@ from typing import Any, Self
 import torch
 
 ALIGNMENT = 4096
-"""Records and their pieces start at multiples of this, so that direct I/O can read them into place."""
+"""Alignment in bytes of records and their pieces, so that direct I/O can read them in place."""
 
 
 def align(nbytes: int) -> int:
-    """`nbytes` rounded up to the alignment."""
+    """Returns `nbytes` rounded up to the alignment."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def aligned_empty(nbytes: int, pin: bool = False) -> torch.Tensor:
-    """Uninitialised host memory, uint8 `[nbytes]`, that starts at a multiple of the alignment.
+    """Allocates uninitialised, aligned host memory, uint8 `[nbytes]`.
 
     Its pages are committed when first written. `pin` page-locks it, for copies to a GPU.
     """
@@ -26,7 +26,7 @@ def aligned_empty(nbytes: int, pin: bool = False) -> torch.Tensor:
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The memory of a contiguous tensor, uint8 `[nbytes]`: a view, never a copy.
+    """Returns a view of a contiguous tensor's memory, uint8 `[nbytes]`, never a copy.
 
     Raises:
         ValueError: the tensor is not contiguous.
@@ -38,27 +38,27 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Piece:
-    """One parameter of one expert."""
+    """One parameter of one expert, and its place in the record."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
-    """Bytes from the start of the record."""
+    """Offset in bytes from the start of the record."""
     nbytes: int
 
 
 @dataclass(frozen=True)
 class RecordLayout:
-    """Where the pieces of a record are. Layers of equal layout can share a pool of slots."""
+    """Positions of the pieces of a record. Layers of equal layout can share a pool of slots."""
 
     pieces: tuple[Piece, ...]
     nbytes: int
-    """Size of a record, a multiple of the alignment."""
+    """Size of a record in bytes, a multiple of the alignment."""
 
     @classmethod
     def of(cls, tensors: Mapping[str, torch.Tensor]) -> Self:
-        """The layout of experts given as one tensor `[experts, ...]` per parameter."""
+        """Returns the layout of experts given as one tensor `[experts, ...]` per parameter."""
         pieces = []
         offset = 0
         for name, tensor in tensors.items():
@@ -69,10 +69,10 @@ class RecordLayout:
         return cls(tuple(pieces), offset)
 
     def destinations(self, into: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The bytes of `into`, where the pieces of a record are to go.
+        """Returns the tensors of `into`, the destinations of the pieces, as bytes.
 
         Raises:
-            ValueError: not one contiguous tensor of the piece's size for each piece.
+            ValueError: not one contiguous tensor of the right size for each piece.
         """
         destinations = [as_bytes(tensor) for tensor in into]
         sizes = [destination.numel() for destination in destinations]
@@ -81,13 +81,13 @@ class RecordLayout:
         return destinations
 
     def tiles(self, tile_bytes: int) -> Iterator[tuple[int, int, int]]:
-        """A record in tiles of at most `tile_bytes`, none of two pieces: number of the piece, and where in it."""
+        """Yields tiles of at most `tile_bytes` within one piece: index of the piece, start and end within it."""
         for number, piece in enumerate(self.pieces):
             for start in range(0, piece.nbytes, tile_bytes):
                 yield number, start, min(start + tile_bytes, piece.nbytes)
 
     def read_tiles(self, record: torch.Tensor, into: Sequence[torch.Tensor], tile_bytes: int) -> Iterator[int]:
-        """Copies a record, uint8 `[record bytes]`, within host memory: `ExpertStore.read_tiles`."""
+        """Copies a record, uint8 `[record bytes]`, within host memory, as `ExpertStore.read_tiles` does."""
         destinations = self.destinations(into)
         for number, start, stop in self.tiles(tile_bytes):
             offset = self.pieces[number].offset
@@ -102,10 +102,10 @@ class RecordLayout:
 
     @classmethod
     def from_json(cls, value: list[dict[str, Any]]) -> Self:
-        """The layout that `to_json` described.
+        """Returns the layout that `to_json` described.
 
         Raises:
-            ValueError: a dtype that torch does not have.
+            ValueError: unknown dtype.
         """
         tensors = {}
         for piece in value:

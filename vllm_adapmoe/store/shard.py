@@ -1,4 +1,4 @@
-"""The store of a rank that holds only some experts of every layer, asked by the model's own numbers."""
+"""StoreShard: the store of a rank that holds only some experts of every layer, addressed by global expert ids."""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,11 +10,11 @@ from vllm_adapmoe.store.record import RecordLayout
 
 
 class StoreShard:
-    """Routers, heads and the scheduler number all experts of a model; the store of a rank numbers its own records.
+    """Maps global expert ids, used by routers, heads and the scheduler, to the records of this rank's store.
 
     Args:
-        store: the records.
-        records: of each layer, one entry for each expert of the model: its record, -1 where another rank holds it.
+        store: store of this rank's records.
+        records: for each layer, the record index of each expert of the model; -1 where another rank holds it.
     """
 
     def __init__(self, store: ExpertStore, records: Sequence[Sequence[int]]) -> None:

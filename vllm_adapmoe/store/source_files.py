@@ -1,4 +1,4 @@
-"""The files that a model is loaded from, identified by every byte of them."""
+"""SourceFiles: the files that a model is loaded from, identified by hashes of all their bytes."""
 
 import logging
 import os
@@ -19,31 +19,31 @@ from vllm_adapmoe.units import GiB
 logger = logging.getLogger(__name__)
 
 THREADS = 4
-"""Files that are hashed at once. One thread hashes 2.1 GB/s from the page cache of a cloud machine with AVX-512."""
+"""Number of files hashed at a time. One thread hashes 2.1 GB/s from the page cache of a cloud machine with AVX-512."""
 BAR_SECONDS = 3
-"""Hashing that takes longer has a progress bar, and is said to have happened."""
+"""Duration from which hashing shows a progress bar and is logged."""
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file as it was when its bytes went into a pack."""
+    """A source file of a pack, as it was when the pack was made."""
 
     name: str
     hash: str
     stamp: Stamp | None
-    """None: the file was so new that its stamp would not show a change."""
+    """Stamp of the file; None: it was too new for its stamp to reveal a change."""
 
 
 class SourceFiles:
-    """The files of one model, as they are now: its weights, and the settings that decide what becomes of them.
+    """Current files of one model: its weights, and the settings that determine how they are packed.
 
     Args:
-        origin: where they are, in words that stay the same from start to start: the model's folder.
-        paths: by their names within the model, in the order in which they are loaded.
-        hashes: of files that have been read before.
+        origin: location of the model, the same at every start: its folder.
+        paths: file paths by name within the model, in loading order.
+        hashes: cache of hashes of files read before.
 
     Raises:
-        StoreError: one of them is not there.
+        StoreError: a file is missing.
     """
 
     def __init__(self, origin: str, paths: Mapping[str, Path], hashes: HashCache) -> None:
@@ -66,17 +66,17 @@ class SourceFiles:
 
     @property
     def nbytes(self) -> int:
-        """Of all files."""
+        """Total bytes of all files."""
         return sum(stamp.nbytes for stamp in self._stamps.values())
 
     def stamps(self) -> dict[str, Stamp | None]:
-        """By name, what tells that a file has not changed; None for one that is too new to tell by it."""
+        """Returns the stamp of each file by name; None where it is too new to reveal a change."""
         return {name: stamp if stamp.is_settled(self._now) else None for name, stamp in self._stamps.items()}
 
     def difference(self, recorded: Sequence[SourceFile]) -> str | None:
-        """Names the first file that differs from what a pack was made from; None: every byte is the same.
+        """Describes the first file that differs from a pack's source files; None: all bytes are the same.
 
-        Reads a file only if its stamp is not the recorded one, and nothing of it is remembered.
+        Reads a file only if its stamp differs from the recorded one and its hash is not cached.
 
         Raises:
             StoreError: a file cannot be read.
@@ -97,7 +97,7 @@ class SourceFiles:
         return next((f"{name!r} has other bytes" for name in doubtful if self._hashes[name] != theirs[name].hash), None)
 
     def model_hash(self) -> str:
-        """Hash of all files: names and bytes.
+        """Returns the hash of all files' names and bytes.
 
         Raises:
             StoreError: a file cannot be read.
@@ -106,10 +106,10 @@ class SourceFiles:
         return hash_bytes("".join(f"{self._hashes[name]} {name}\n" for name in sorted(self._hashes)).encode())
 
     def check_unchanged(self) -> None:
-        """Compares every file with what it was when this object was made.
+        """Checks that no file has changed since this object was created.
 
         Raises:
-            StoreError: one has changed since.
+            StoreError: a file has changed.
         """
         for name, stamp in self._stamps.items():
             if self._stamp(name) != stamp:
@@ -120,24 +120,24 @@ class SourceFiles:
     # While the model is loaded
 
     def start_hashing(self, cpus: set[int]) -> None:
-        """Hashes in the background, on `cpus`, in the order of loading: what is read once is in the page cache."""
+        """Starts hashing in the background, on `cpus`, in loading order, so that both share the page cache."""
         assert self._running is None
         threads = ThreadPoolExecutor(THREADS, "hash", lambda: os.sched_setaffinity(0, cpus))
         wanted = [name for name in self._paths if name not in self._hashes]
         self._running = threads, {name: threads.submit(self._hash_one, name, self._count) for name in wanted}
 
     def stop_hashing(self) -> None:
-        """Ends what runs in the background."""
+        """Stops background hashing."""
         if self._running is not None:
             self._stop.set()
             self._running[0].shutdown(cancel_futures=True)
             self._running = None
 
     def sources(self) -> list[SourceFile]:
-        """What a pack records of the files it was made from, sorted by name; waits for the hashes.
+        """Returns the source files to record in a pack, sorted by name; waits for their hashes.
 
         Raises:
-            StoreError: a file cannot be read, or has changed since this object was made.
+            StoreError: a file cannot be read, or has changed since this object was created.
         """
         if self._running is not None:
             threads, futures = self._running
@@ -165,7 +165,7 @@ class SourceFiles:
             raise StoreError(f"{str(self._paths[name])!r} cannot be read ({error.strerror}); check the disk") from None
 
     def _hash(self, names: Sequence[str]) -> None:
-        """Hashes files that have not been yet; the caller waits, and is told for what."""
+        """Hashes those files that are not hashed yet, with a progress bar; blocks."""
         names = [name for name in names if name not in self._hashes]
         if not names:
             return
@@ -179,7 +179,7 @@ class SourceFiles:
 
 @contextmanager
 def _bar(total: int) -> Iterator[Callable[[int], object]]:
-    """A progress bar, if it takes long; gives what to tell it of bytes."""
+    """Shows a progress bar if hashing takes long; yields a function to call with the bytes hashed."""
     lock = threading.Lock()
     with tqdm(total=total, desc="Identifying weights", unit="B", unit_scale=True, delay=BAR_SECONDS) as bar:
 

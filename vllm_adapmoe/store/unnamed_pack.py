@@ -1,4 +1,4 @@
-"""Records of a running process alone: a file without a name, for experts that are replaced while an engine runs."""
+"""UnnamedPack: a file without a name, private to a process, for experts replaced while an engine runs."""
 
 import os
 import tempfile
@@ -17,15 +17,15 @@ from vllm_adapmoe.store.record import ALIGNMENT, RecordLayout, aligned_empty
 
 
 class UnnamedPack:
-    """Takes the experts of a model again and again, and gives a store of what it was given last.
+    """Store writer that can be filled repeatedly; `seal` returns a store of the experts put last.
 
-    Its space is taken at once, and goes back when the process ends, however it ends. A store that it gave before is
-    not to be read any more once the next experts come.
+    Its disk space is allocated at once and released when the process ends, however it ends. Earlier stores must not be
+    read once experts are put again.
 
     Args:
-        folder: that it is in.
-        layouts: of each layer's records.
-        experts: of each layer.
+        folder: folder of the file.
+        layouts: record layout of each layer.
+        experts: number of experts of each layer.
 
     Raises:
         StoreError: the folder cannot be written, or has too little space.
@@ -51,7 +51,7 @@ class UnnamedPack:
         self._file = FileIO(fd, "r+")
 
     def put_layer(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """`StoreWriter.put_layer`, for a layer of the same layout as ever."""
+        """Writes a layer as `StoreWriter.put_layer` does; its layout must not change."""
         record = aligned_empty(self._layouts[layer].nbytes).zero_()
         try:
             self._digests[layer] = list(
@@ -61,7 +61,7 @@ class UnnamedPack:
             raise StoreError(f"replaced experts cannot be written in {self.folder} ({error.strerror})") from None
 
     def seal(self) -> FileStore:
-        """`StoreWriter.seal`: what was put last."""
+        """Returns a store of the experts put last (`StoreWriter.seal`)."""
         fd, direct = open_direct(Path(f"/proc/self/fd/{self._file.fileno()}"), os.O_RDONLY)
         index = PackIndex(
             {}, layouts=self._layouts, offsets=self._offsets, digests=[list(its) for its in self._digests]
@@ -69,5 +69,5 @@ class UnnamedPack:
         return FileStore(self.folder / "replaced experts", FileIO(fd), direct, index)
 
     def abort(self) -> None:
-        """Gives the space back, once no store of it is open."""
+        """Releases the space once no store of it is open."""
         self._file.close()
