@@ -52,7 +52,7 @@ def plan(
     max_loss_increase: Annotated[
         float | None,
         typer.Option(
-            help="Adds columns for gating with at most this relative loss increase, e.g. 0.005; needs --profile."
+            help="Adds columns for gating with this relative loss increase, e.g. 0.005; needs a calibrated --profile."
         ),
     ] = None,
     allocation: Annotated[
