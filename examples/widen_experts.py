@@ -30,7 +30,7 @@ SHARD_BYTES = 2 << 30
 
 
 def widen(name: str, weight: torch.Tensor, factor: int) -> torch.Tensor:
-    """The tensor `name` of the big model: unchanged unless it is a projection of a routed expert."""
+    """Widens the tensor `name`: unchanged unless it is a projection of a routed expert."""
     match = EXPERT.search(name)
     if match is None:
         return weight
@@ -42,7 +42,7 @@ def widen(name: str, weight: torch.Tensor, factor: int) -> torch.Tensor:
 
 
 def tensors(model: Path, factor: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors of the big model, one at a time."""
+    """Yields names and tensors of the big model, one at a time."""
     for path in sorted(model.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
@@ -92,7 +92,7 @@ def main() -> None:
         flush()
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (args.output / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    if args.profile is not None:  # the same function routes and loses the same; only the checkpoint is another
+    if args.profile is not None:  # routing and sensitivities are the same; only the checkpoint's hash changes
         from vllm_adapmoe.integration.loading.identity import checkpoint_hash
 
         profile = ModelProfile.load(args.profile)
