@@ -165,7 +165,7 @@ def log_errors(lines: Iterable[str]) -> dict[str, int]:
 
 
 def verdict(ours: dict[str, Any], stock: dict[str, Any] | None) -> dict[str, bool | None]:
-    """What had to hold, and whether it did; None: so short a soak cannot tell."""
+    """Returns for each requirement whether it held; None: the soak was too short to tell."""
     replayed = ours["replay"]
     limit = WRONG_GAP if stock is None else max(WRONG_GAP, stock["replay"]["largest_gap_nats"])
     memory = ours["growth"]

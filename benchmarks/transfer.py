@@ -105,7 +105,7 @@ def synthetic_pack(path: Path, record_bytes: int, total_bytes: int) -> None:
 
 
 class _Readers:
-    """The read methods to compare, on one pack."""
+    """Read methods to compare, on one pack."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -97,7 +97,7 @@ def fit(sequences: Iterator[Routing]) -> dict[str, list[np.ndarray]]:
 
 
 def chances(routing: Routing, heads: dict[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
-    """Returns by candidate the probability that the sequence's next token uses each expert, `[layers, tokens, experts]`."""
+    """Returns the probability by candidate that the next token uses each expert, `[layers, tokens, experts]`."""
     used = routing.used.numpy()
     history = np.full(used.shape, routing.top_k / used.shape[2])
     for token in range(1, used.shape[1]):
@@ -133,7 +133,7 @@ def steps_of(batch: list[Routing], predicted: list[np.ndarray] | None) -> list[S
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="folder of a checkpoint that transformers runs")
+    parser.add_argument("model", type=Path, help="checkpoint folder of a model that transformers runs")
     parser.add_argument("--fit", type=Path, required=True, help="folder of *.txt to fit on")
     parser.add_argument("--replay", type=Path, required=True, help="folder of *.txt to replay")
     parser.add_argument("--output", "-o", type=Path, required=True, help="JSON file for the result")

@@ -14,9 +14,9 @@ from ray.serve.llm import LLMConfig, LLMServingArgs, build_openai_app
 from vllm_adapmoe.config import AdapMoEConfig
 
 ROUTER = {
-    # Requests that begin alike go to one replica: it has their prefix in its KV cache, and their experts in its slots.
+    # Requests with a common prefix go to the replica that has it in its KV cache, and its experts in slots.
     "request_router_class": "ray.serve.llm.request_router.PrefixCacheAffinityRouter",
-    # Until it has so many requests more than another; from there on, the less busy of two.
+    # Unless that replica has this many more requests than another; then the less busy of two is chosen.
     "request_router_kwargs": {"imbalanced_threshold": 4, "do_eviction": True},
 }
 

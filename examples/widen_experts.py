@@ -53,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder of the small model")
     parser.add_argument("output", type=Path, help="folder to write the big model to")
-    parser.add_argument("--factor", type=int, required=True, help="a power of two")
+    parser.add_argument("--factor", type=int, required=True, help="factor by which experts are widened, a power of two")
     parser.add_argument("--profile", type=Path, help="profile of the small model; written to OUTPUT/profile.json")
     args = parser.parse_args()
     if args.factor < 1 or args.factor & (args.factor - 1):

@@ -107,7 +107,7 @@ class InPlace:
             return self._run(number)
 
     def step_resident(self, number: int) -> torch.Tensor:
-        """Computes one token as if every expert were in a slot; experts share slots, but more than device caches hold."""
+        """Computes one token as if every expert were in a slot; experts share slots, more than device caches hold."""
         size = self.shape.layers, self.shape.experts
         self.decode.addresses.publish(np.arange(np.prod(size), dtype=np.int32).reshape(size) % self.cache.num_slots)
         return self._run(number)

@@ -72,7 +72,7 @@ def render(rows: Sequence[Row], title: str) -> str:
 
 
 class Result:
-    """The rows so far. The file is written after every part, so that an aborted check keeps its results.
+    """Rows of the check so far. The file is written after every part, so that an aborted check keeps its results.
 
     Args:
         output: JSON file to write.

@@ -1,4 +1,4 @@
-"""The `adapmoe` command."""
+"""Implements the `adapmoe` command and most of its subcommands."""
 
 import os
 import sys

@@ -77,8 +77,7 @@ class Step:
     """Predictions for the sampled rows, by (layer whose input they are made from, layers ahead); layer -1: made at the
     end of the step for the first layer of the next step."""
     expected: dict[int, np.ndarray] = field(default_factory=dict)
-    """By layer, the probability that the layer's next event uses each expert, float16 `[experts]`
-    (`heads.chance_of_any`)."""
+    """Probability by layer that its next event uses each expert, float16 `[experts]` (`heads.chance_of_any`)."""
     begin: np.ndarray | None = None
     """Probability, as known before the step, that the step uses each expert of the first layers, float16
     `[layers, experts]`."""
