@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="checkpoint folder")
     parser.add_argument("text", type=Path, help="folder of *.txt to take prompts from")
     parser.add_argument("output", type=Path, help="trace file to write")
-    parser.add_argument("--profile", type=Path, help="profile of the model; also records predictions of its next-token heads")
+    parser.add_argument("--profile", type=Path, help="profile of the model; also records its next-token predictions")
     parser.add_argument("--batch", type=int, default=1, help="requests per batch")
     parser.add_argument("--batches", type=int, default=24, help="number of batches, run one after another")
     parser.add_argument("--prompt-tokens", type=int, default=16)
