@@ -1,4 +1,4 @@
-"""`python -m benchmarks NAME`."""
+"""Runs `python -m benchmarks NAME`."""
 
 from benchmarks.commands import app
 from vllm_adapmoe.cli.app import run

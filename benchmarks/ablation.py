@@ -1,4 +1,4 @@
-"""What each part brings: gating, prefetch and the cache's policy, alone and together, on a link of a stated speed."""
+"""Measures the effect of gating, prefetch and cache policy, alone and together, on a link of a given bandwidth."""
 
 from pathlib import Path
 from statistics import median
@@ -26,7 +26,7 @@ from vllm_adapmoe.simulate.trace_file import read_trace
 PARTS = ("gating", "prefetch", "cache")
 GRID = [[part for bit, part in enumerate(PARTS) if number >> bit & 1] for number in range(8)]
 WITHOUT = ON_DEMAND | {"allocation": "pool"}
-"""On demand: the baseline of `python -m benchmarks residency`."""
+"""Settings for fetch on demand, the baseline of `python -m benchmarks residency`."""
 FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {
         "base": {"allocation": "uniform"},
@@ -35,7 +35,8 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "ours": {"base": {}, "prefetch": {"prefetch": {}}, "cache": {"eviction": "next_token"}},
 }
-"""The paper's: LRU in each layer; the next layer's top experts; shares of layers by dynamic programming. And ours."""
+"""Combinations by family. The paper's: LRU in each layer, prefetch of the next layer's top experts, slots of layers by
+dynamic programming. And ours."""
 GATING = {"paper": "token", "ours": "batch"}
 
 
@@ -53,23 +54,23 @@ def run_ablation(
     max_loss_increase: float,
     loss_tokens: int,
 ) -> dict[str, Any]:
-    """One engine decodes with every combination in turn, and their order moves on by one each round.
+    """Decodes with every combination in turn on one engine; the order rotates by one each round.
 
-    Each starts with an empty cache and warms it with two batches before the clock runs.
+    Each combination starts with an empty cache and warms it with two batches before it is timed.
 
     Args:
-        model: folder of a checkpoint.
-        profile_path: of the model.
+        model: checkpoint folder.
+        profile_path: profile of the model.
         text: folder of `*.txt` for prompts.
-        rounds: of every combination.
-        prompt_tokens: of a request.
-        output_tokens: of a request.
-        batch: requests at a time.
-        batches: of requests, one after the other.
-        resident: share of the experts that have a slot.
-        ratio: time to move one expert over the time of one layer with every expert resident; sets the link's speed.
-        max_loss_increase: of gating, share of the loss.
-        loss_tokens: to measure on what gating costs, without a limit on the link.
+        rounds: measurements of every combination.
+        prompt_tokens: prompt tokens per request.
+        output_tokens: output tokens per request.
+        batch: requests per batch.
+        batches: batches per measurement, one after another.
+        resident: fraction of the experts that have a slot.
+        ratio: time to fetch one expert over the time of one layer with every expert resident; sets the link bandwidth.
+        max_loss_increase: relative loss increase allowed to gating.
+        loss_tokens: tokens on which the loss of gating is measured, with an unlimited link.
     """
     from vllm_adapmoe.integration.measure.engine import Engine, count_experts, describe_model
     from vllm_adapmoe.integration.measure.losses import decode_losses
@@ -78,7 +79,7 @@ def run_ablation(
     profile.check(describe_model(model), str(profile_path))
     prompts = prompts_of(model, text, batch * batches, prompt_tokens + output_tokens)
     groups = [prompts[start : start + batch] for start in range(0, len(prompts), batch)]
-    # On text, not on what so small a model says, which repeats itself, and so its experts.
+    # Decode given text: a model this small repeats itself, and would reuse the same experts.
     arguments: dict[str, Any] = {"max_model_len": prompt_tokens + output_tokens, "forced": True}
     with Engine(model, {"cache_fraction": 1.0}, **arguments) as full:
         measure(full, groups[-1], output_tokens, forced=True)
@@ -181,14 +182,14 @@ def run_ablation(
 
 
 def _trace_of(name: str) -> str:
-    """The combination that records what `name` is replayed from: those of equal routing share one."""
+    """Returns the combination whose trace `name` is replayed from; combinations with the same routing share one."""
     if "gating" not in name:
         return "ours: base"
     return name if name.startswith("ours") else "paper: gating"
 
 
 def _loss_increase(losses: np.ndarray, base: np.ndarray) -> dict[str, float]:
-    """Share of the loss, and its standard error; requests are independent."""
+    """Returns the relative loss increase and its standard error; requests are independent."""
     differences = losses - base
     return {
         "mean": float(differences.sum() / base.sum()),
@@ -199,7 +200,7 @@ def _loss_increase(losses: np.ndarray, base: np.ndarray) -> dict[str, float]:
 def _settings(
     family: str, parts: list[str], profile: ModelProfile, threshold: float
 ) -> tuple[dict[str, Any], list[list[float]] | None]:
-    """`adapmoe_config` of a combination, and its expected loads where its allocation asks for them."""
+    """Returns the `adapmoe_config` of a combination, and expected loads if its allocation needs them."""
     choices = FAMILIES[family]
     settings = WITHOUT | choices["base"] | {"profile": "measured"}
     for part in parts:
@@ -217,25 +218,25 @@ def _setup(family: str, parts: list[str], profile: ModelProfile, threshold: floa
 
 
 def _compute_seconds(rounds: list[dict[str, Any]], steps: int) -> float:
-    """Of a step, without fetches; the one step of a batch's prompts counts as the others."""
+    """Returns the compute time per step, without fetches; the prompt step of a batch counts like the others."""
     return median([(one["seconds"] - one["cache"]["stall_seconds"]) / steps for one in rounds])
 
 
 def _timed_from(steps: list[Step], batches: int) -> int:
-    """First step of a trace after the batch that warms the cache."""
+    """Returns the first step of a trace after the batches that warm the cache."""
     first = [number for number, step in enumerate(steps) if step.positions[0] == 0]
     return first[len(first) - batches]
 
 
 def _predicted_speed(info: TraceInfo, steps: list[Step], setup: CacheSetup, machine: Machine, batches: int) -> float:
-    """Tokens per second of decoding, after the batch that warms the cache."""
+    """Predicts decoded tokens per second, after the batches that warm the cache."""
     seconds = replay(info, steps, setup, machine).step_seconds
     decode = [n for n in range(_timed_from(steps, batches), len(steps)) if (steps[n].positions > 0).all()]
     return sum(len(steps[n].positions) for n in decode) / sum(seconds[n] for n in decode)
 
 
 def _oracle_bytes(info: TraceInfo, steps: list[Step], slots: int) -> float:
-    """That Belady's cache would move per token, the warming included."""
+    """Returns the bytes per token that Belady's cache would move, warm-up included."""
     loads = belady(info, steps, [slots])
     return float(loads @ np.array(info.expert_bytes)) / sum(len(step.positions) for step in steps)
 
@@ -259,7 +260,7 @@ def _point(
 
 
 def print_ablation(result: dict[str, Any], console: Console) -> None:
-    """The result as a table."""
+    """Prints the result as a table."""
     table = Table(
         title=f"{result['resident']:.0%} resident, {result['ratio']:g} layers to move an expert, batch "
         f"{result['batch']}",

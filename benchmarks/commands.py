@@ -1,4 +1,4 @@
-"""The commands of `python -m benchmarks`."""
+"""Commands of `python -m benchmarks`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +23,9 @@ from vllm_adapmoe.results import write
 from vllm_adapmoe.units import parse_bytes
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Side-by-side measurements; each writes a JSON result."
+    no_args_is_help=True,
+    add_completion=False,
+    help="Side-by-side measurements of real engines; each can write a JSON result.",
 )
 app.command()(serve)
 app.command()(soak)
@@ -39,7 +41,7 @@ def overhead(
     prompt_tokens: PromptTokens = 512,
     output_tokens: OutputTokens = 64,
 ) -> None:
-    """Stock vLLM against the plugin when nothing has to be fetched."""
+    """Compares the plugin with stock vLLM when no expert has to be fetched."""
     from benchmarks.overhead import print_overhead, run_overhead
 
     result = run_overhead(model, text, rounds, prompt_tokens, output_tokens, batch)
@@ -58,7 +60,7 @@ def residency(
     prompt_tokens: PromptTokens = 64,
     output_tokens: OutputTokens = 64,
 ) -> None:
-    """25, 50, 75 and 100 % of the experts resident, with the file store and the host store."""
+    """Measures throughput with 25, 50, 75 and 100 % of the experts resident, for the file store and the host store."""
     from benchmarks.residency import print_residency, run_residency
 
     result = run_residency(model, text, rounds, prompt_tokens, output_tokens, batch)
@@ -70,16 +72,16 @@ def residency(
 @app.command()
 def gating(
     model: Model,
-    profile: Annotated[Path, typer.Option(help="What `adapmoe calibrate` wrote.", exists=True)],
+    profile: Annotated[Path, typer.Option(help="Profile written by `adapmoe calibrate`.", exists=True)],
     output: Output = None,
     text: Text = None,
     rounds: Rounds = 5,
     batch: Batch = 1,
     prompt_tokens: PromptTokens = 32,
     output_tokens: OutputTokens = 64,
-    store: Annotated[str, typer.Option(help="host or file.")] = "file",
+    store: Annotated[str, typer.Option(help="Backing store: host or file.")] = "file",
 ) -> None:
-    """Decode speed, kernel time and bytes per token, gating off against on, 25 to 100 % of the experts resident."""
+    """Compares decode speed, kernel time and bytes per token with gating off and on, at 25 to 100 % residency."""
     quieten_vllm()
     from benchmarks.gating import print_gating, run_gating
 
@@ -92,22 +94,23 @@ def gating(
 @app.command()
 def ablation(
     model: Model,
-    profile: Annotated[Path, typer.Option(help="What `adapmoe calibrate` wrote.", exists=True)],
+    profile: Annotated[Path, typer.Option(help="Profile written by `adapmoe calibrate`.", exists=True)],
     output: Output = None,
     text: Text = None,
     rounds: Rounds = 5,
     batch: Batch = 1,
-    batches: Annotated[int, typer.Option(min=1, help="Batches of requests, one after the other.")] = 6,
+    batches: Annotated[int, typer.Option(min=1, help="Batches per measurement, run one after another.")] = 6,
     prompt_tokens: PromptTokens = 16,
     output_tokens: OutputTokens = 40,
-    resident: Annotated[float, typer.Option(min=0.01, max=0.99, help="Share of the experts with a slot.")] = 0.5,
+    resident: Annotated[float, typer.Option(min=0.01, max=0.99, help="Fraction of the experts with a slot.")] = 0.5,
     ratio: Annotated[
-        float, typer.Option(min=0.1, help="Time to move an expert over the link, in layers of the resident model.")
+        float,
+        typer.Option(min=0.1, help="Time to fetch one expert, in layer times of the model with all experts resident."),
     ] = 6.3,
-    max_loss_increase: Annotated[float, typer.Option(help="Of gating, as a share of the loss.")] = 0.005,
-    loss_tokens: Annotated[int, typer.Option(min=0, help="To measure on what gating costs; 0: none.")] = 4096,
+    max_loss_increase: Annotated[float, typer.Option(help="Relative loss increase allowed to gating.")] = 0.005,
+    loss_tokens: Annotated[int, typer.Option(min=0, help="Tokens to measure the loss of gating on; 0: none.")] = 4096,
 ) -> None:
-    """Gating, prefetch and the cache's policy, alone and together: the paper's and ours, over a limited link."""
+    """Measures gating, prefetch and cache policy, alone and together (the paper's and ours), on a limited link."""
     quieten_vllm()
     from benchmarks.ablation import print_ablation, run_ablation
 
@@ -127,25 +130,29 @@ def peers(
     text: Text = None,
     memory: Annotated[
         str | None,
-        typer.Option(help="Limit of a contender's processes, page cache included, like 2.5GiB. Default: none."),
+        typer.Option(help="Memory limit per contender, page cache included, e.g. 2.5GiB. Default: none."),
     ] = None,
     rounds: Rounds = 3,
     prompt_tokens: PromptTokens = 64,
     output_tokens: OutputTokens = 32,
-    slots: Annotated[int | None, typer.Option(min=2, help="Of the plugin; default: what fits.")] = None,
-    files: Annotated[
-        Path | None, typer.Option(help="Folder to keep the GGUF file and the packed experts in; default: temporary.")
+    slots: Annotated[
+        int | None, typer.Option(min=2, help="Expert slots of the plugin; default: as many as fit.")
     ] = None,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds that a contender may take.")] = 900,
+    files: Annotated[
+        Path | None, typer.Option(help="Folder to keep the GGUF file and packed experts in; default: temporary.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Time limit per contender and run, s.")] = 900,
     contenders: Annotated[
-        str, typer.Option(help="Comma-separated; adapmoe always takes part.")
+        str, typer.Option(help="Contenders, comma-separated; adapmoe always takes part.")
     ] = "llama.cpp,transformers,vllm,adapmoe-lru,adapmoe",
-    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="As in `vllm serve`.")] = False,
+    enforce_eager: Annotated[
+        bool, typer.Option("--enforce-eager", help="Run vLLM without CUDA graphs, as in `vllm serve`.")
+    ] = False,
     profile: Annotated[
-        Path | None, typer.Option(help="What `adapmoe calibrate` wrote: the plugin with it, too.", exists=True)
+        Path | None, typer.Option(help="Profile written by `adapmoe calibrate`: adds the plugin with it.", exists=True)
     ] = None,
 ) -> None:
-    """llama.cpp, transformers with disk offload and stock vLLM beside the plugin: same memory, model and tokens."""
+    """Compares the plugin with llama.cpp, transformers (disk offload) and stock vLLM: same memory, model and tokens."""
     quieten_vllm()
     from benchmarks.peers import run_peers
     from benchmarks.peers_table import print_peers
@@ -163,13 +170,13 @@ def peers(
 @app.command()
 def frontier(
     model: Model,
-    profile: Annotated[Path, typer.Option(help="What `adapmoe calibrate` wrote.", exists=True)],
+    profile: Annotated[Path, typer.Option(help="Profile written by `adapmoe calibrate`.", exists=True)],
     data: Annotated[Path, typer.Option(help="Held-out text: a file, or a folder of *.txt.", exists=True)],
-    sequence_length: Annotated[int, typer.Option(min=16, help="Tokens of one sequence.")] = 128,
+    sequence_length: Annotated[int, typer.Option(min=16, help="Tokens per sequence.")] = 128,
     output: Output = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file for the plot.")] = None,
 ) -> None:
-    """Loss against bytes fetched: gating off, by token, by batch, by weight alone, and a fixed smaller top-k."""
+    """Measures loss against bytes fetched: gating off, by token, by batch, by weight alone, and a smaller top-k."""
     quieten_vllm()
     from benchmarks.frontier import plot_frontier, print_frontier, run_frontier
 
@@ -186,20 +193,20 @@ def transfer(
     model: Annotated[
         Path | None,
         typer.Argument(
-            help="Folder of a checkpoint, to read its pack.", exists=True, file_okay=False, callback=check_any_model
+            help="Checkpoint folder whose pack is read.", exists=True, file_okay=False, callback=check_any_model
         ),
     ] = None,
     record_mib: Annotated[
-        str, typer.Option(help="Records of a pack of random bytes, MiB, comma-separated; without MODEL.")
+        str, typer.Option(help="Without MODEL: record sizes of synthetic packs, MiB, comma-separated.")
     ] = "3,24,48",
-    pass_mib: Annotated[int, typer.Option(min=1, help="Size of such a pack, at least.")] = 768,
-    rounds: Annotated[int, typer.Option(min=1, help="Passes over the pack in each way, in turn.")] = 5,
+    pass_mib: Annotated[int, typer.Option(min=1, help="Minimum size of a synthetic pack, MiB.")] = 768,
+    rounds: Annotated[int, typer.Option(min=1, help="Passes over the pack per read method, interleaved.")] = 5,
     store_dir: Annotated[
-        Path | None, typer.Option(help="Folder on the disk to read; default: vLLM's cache, or a temporary one.")
+        Path | None, typer.Option(help="Folder for packs, on the disk to measure; default: vLLM's cache or temporary.")
     ] = None,
     output: Output = None,
 ) -> None:
-    """Bandwidth of the transfer engine against plain sequential reads of the same records."""
+    """Compares the bandwidth of the transfer engine with plain sequential reads of the same records."""
     from benchmarks.transfer import print_transfer, run_transfer
 
     result = run_transfer(model, numbers("--record-mib", record_mib), store_dir, rounds, pass_mib)

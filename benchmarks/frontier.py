@@ -1,4 +1,4 @@
-"""Loss against bytes fetched, decoding the same held-out tokens under every gating rule."""
+"""Measures loss against bytes fetched, decoding the same held-out tokens under every gating rule."""
 
 import os
 from pathlib import Path
@@ -15,16 +15,16 @@ from vllm_adapmoe.calibrate.text import data_hash, read_sequences
 from vllm_adapmoe.profile.model_profile import ModelProfile
 
 BATCHES = {1: 8, 8: 32, 32: 64}
-"""Requests in the engine at once, and how many are decoded in all."""
+"""Batch sizes, and the number of requests decoded with each."""
 PROMPT_TOKENS = 8
 TOKEN_DROPS = (0.1, 0.25, 0.4, 0.6)
-"""Shares of the top_k - 1 experts that a token can lose, which give the thresholds of `token`."""
+"""Points of rule `token`, as shares of the top_k - 1 experts that a token can lose."""
 BATCH_FACTORS = (0.5, 1, 2, 4, 8, 16)
-"""Thresholds of `batch`, over that of `token` at the second of its shares."""
+"""Thresholds of rule `batch`, relative to the `token` threshold at the second share in `TOKEN_DROPS`."""
 
 
 def plans(profile: ModelProfile) -> list[dict[str, Any] | None]:
-    """What is compared; None is no gating."""
+    """Returns the gating plans to compare; None: no gating."""
     top_k = profile.model.top_k
     sensitivity = [layer.sensitivity for layer in profile.layers]
     thresholds = [profile.threshold_for_experts(top_k - share * (top_k - 1)) for share in TOKEN_DROPS]
@@ -38,8 +38,8 @@ def plans(profile: ModelProfile) -> list[dict[str, Any] | None]:
 def run_frontier(model: Path, profile_path: Path, data: Path, sequence_length: int) -> dict[str, Any]:
     """Forces held-out tokens through decode steps at three residencies and three batch sizes.
 
-    Every point decodes the same tokens, so differences of loss are those of the rule; the cache is warm from the point
-    before. Losses are the engine's own, of the forced tokens.
+    Every point decodes the same tokens, so differences in loss come from the rule; the cache is warm from the previous
+    point. Losses are those that the engine reports for the forced tokens.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm_adapmoe.integration.measure.engine import Engine, describe_model
@@ -116,7 +116,7 @@ LABELS = {"off": "off", "token": "token", "batch": "batch", "weight": "weight", 
 
 
 def print_frontier(result: dict[str, Any], console: Console) -> None:
-    """The result as a table."""
+    """Prints the result as a table."""
     table = Table(title=f"Decoding held-out text, {result['model']}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("resident", "batch", "rule", "T", "kept", "MiB/token", "loss", "±", "predicted"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -136,7 +136,7 @@ def print_frontier(result: dict[str, Any], console: Console) -> None:
 
 
 def plot_frontier(result: dict[str, Any], path: Path) -> None:
-    """One panel for each residency and batch: measured loss increase against bytes fetched."""
+    """Plots measured loss increase against bytes fetched, one panel for each residency and batch size."""
     from vllm_adapmoe.plot import figure
 
     name = "fetched, of what is fetched without gating"

@@ -1,4 +1,4 @@
-"""What gating saves: decode speed, kernel time and bytes, with gating off and on in turns on the same engine."""
+"""Measures what gating saves in decode time, kernel time and bytes; gating off and on, interleaved on one engine."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from vllm_adapmoe.profile.model_profile import ModelProfile
 from vllm_adapmoe.results import spread
 
 DROPS = (0.1, 0.25, 0.5, 1.0)
-"""Shares of the top_k - 1 experts that a token can lose; at 1 every token keeps one."""
+"""Gating points, as shares of the top_k - 1 experts that a token can lose; at 1 every token keeps one expert."""
 
 
 def run_gating(
@@ -26,10 +26,10 @@ def run_gating(
     batch: int,
     store: str,
 ) -> dict[str, Any]:
-    """For each residency, one engine decodes in turn without gating and with each threshold.
+    """Decodes without gating and with each threshold in turn, on one engine per residency.
 
-    Kernel time is what the expert kernels take, without fetches; on a GPU it would be the time of their launch, so it
-    is meant for the CPU.
+    Kernel time is the time in expert kernels, without fetches. On a GPU it would be only the time to launch them, so it
+    is meaningful on the CPU only.
     """
     from vllm_adapmoe.integration.measure.engine import Engine, describe_model
 
@@ -45,7 +45,7 @@ def run_gating(
     points = []
     for fraction in (*FRACTIONS, 1.0):
         config = ON_DEMAND | {"cache_fraction": fraction, "store": store}
-        if fraction == 1.0:  # gated from the start, or the layers would be vLLM's own
+        if fraction == 1.0:  # gated from the start, else the layers run vLLM's own code
             config |= {"profile": str(profile_path), "gating": {"mode": "token", "threshold": 0.0}}
         measured: dict[str, list[dict[str, Any]]] = {name: [] for name in settings}
         with Engine(model, config, max_model_len=prompt_tokens + output_tokens) as engine:
@@ -90,7 +90,7 @@ def _point(rounds: list[dict[str, Any]], off: list[dict[str, Any]], tokens: int)
 
 
 def print_gating(result: dict[str, Any], console: Console) -> None:
-    """The result as a table."""
+    """Prints the result as a table."""
     table = Table(
         title=f"Gating by token against none, batch {result['batch']}, {result['model']}",
         box=box.SIMPLE_HEAD,

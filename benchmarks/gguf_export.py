@@ -1,4 +1,4 @@
-"""A Mixtral checkpoint as a GGUF file for llama.cpp: the same weights, unquantised, without a tokenizer."""
+"""Exports a Mixtral checkpoint as a GGUF file for llama.cpp: the same weights, unquantised, without a tokenizer."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.model_folder import read_model_config
 
 SOURCE = "adapmoe.source"
-"""Key of the GGUF file: hash of the checkpoint that it was made from."""
+"""GGUF key that stores the hash of the exported checkpoint."""
 PROJECTIONS = {"w1": "ffn_gate_exps", "w2": "ffn_down_exps", "w3": "ffn_up_exps"}
 OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
@@ -25,9 +25,9 @@ ATTENTION = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj
 
 
 def permute_rotary(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of a q or k projection as llama.cpp's `llama` architecture wants them.
+    """Permutes the rows of a q or k projection into the order of llama.cpp's `llama` architecture.
 
-    The checkpoint rotates a head's first half against its second half; llama.cpp rotates neighbours.
+    In the checkpoint, rotary embedding pairs the first half of a head with the second half; in llama.cpp, neighbours.
 
     Args:
         weight: `[heads * head_dim, hidden]`.
@@ -43,7 +43,7 @@ class Tensor:
 
     name: str
     shape: tuple[int, ...]
-    """Outermost dimension first, as torch counts."""
+    """Shape in torch's order, outermost dimension first."""
     dtype: torch.dtype
     read: Callable[[], torch.Tensor]
 
@@ -56,7 +56,7 @@ def _open(path: Path) -> Any:
 
 
 class Checkpoint:
-    """The tensors of a folder of safetensors files, read when asked for."""
+    """Tensors of a folder of safetensors files, read on access."""
 
     def __init__(self, folder: Path) -> None:
         files = [_open(path) for path in sorted(folder.glob("*.safetensors"))]
@@ -73,10 +73,10 @@ class Checkpoint:
 
 
 def read_config(model: Path) -> dict[str, Any]:
-    """`config.json` of a Mixtral.
+    """Reads the `config.json` of a Mixtral model.
 
     Raises:
-        AdapMoEError: of another architecture, or of a kind of Mixtral that is not exported.
+        AdapMoEError: another architecture, or a variant of Mixtral that cannot be exported.
     """
     config = read_model_config(model)
     if config.get("model_type") != "mixtral":
@@ -95,9 +95,9 @@ def read_config(model: Path) -> dict[str, Any]:
 
 
 def tensors_of(checkpoint: Checkpoint, config: dict[str, Any]) -> Iterator[Tensor]:
-    """Tensors of the GGUF file, each read when it is written; the experts of a layer are merged.
+    """Yields the tensors of the GGUF file, each read when it is written; the experts of a layer are merged.
 
-    Norms and routers are float32, as llama.cpp wants them; everything else stays bfloat16.
+    Norms and routers are float32, as llama.cpp requires; everything else stays bfloat16.
     """
 
     def plain(source: str, name: str, dtype: torch.dtype) -> Tensor:
@@ -115,7 +115,7 @@ def tensors_of(checkpoint: Checkpoint, config: dict[str, Any]) -> Iterator[Tenso
 
     present = set(checkpoint.names())
     for source, name in OUTSIDE.items():
-        if f"{source}.weight" in present:  # without lm_head the embedding serves
+        if f"{source}.weight" in present:  # without lm_head, llama.cpp uses the embedding
             yield plain(f"{source}.weight", name, torch.float32 if name.endswith("norm") else torch.bfloat16)
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     for layer in range(config["num_hidden_layers"]):
@@ -136,15 +136,15 @@ def tensors_of(checkpoint: Checkpoint, config: dict[str, Any]) -> Iterator[Tenso
 
 
 def export(model: Path, path: Path, source: str) -> None:
-    """Writes the GGUF file of a checkpoint, whole or not at all; never more than one tensor of it in memory.
+    """Writes the GGUF file of a checkpoint atomically, with at most one tensor in memory.
 
     Args:
         model: folder of a Mixtral checkpoint in bfloat16.
-        path: of the file.
-        source: hash of the checkpoint, to know the file by (`exported_from`).
+        path: GGUF file to write.
+        source: hash of the checkpoint, which `exported_from` returns.
 
     Raises:
-        AdapMoEError: another architecture; package gguf is missing.
+        AdapMoEError: another architecture, or package gguf is missing.
     """
     config = read_config(model)
     gguf = need("gguf")
@@ -172,7 +172,7 @@ def export(model: Path, path: Path, source: str) -> None:
 
 
 def exported_from(path: Path) -> str | None:
-    """Hash of the checkpoint that a GGUF file was made from; None: no such file, or of someone else's making."""
+    """Returns the hash of the checkpoint that a GGUF file was exported from; None: no file, or not by `export`."""
     with suppress(OSError, ValueError):
         field = need("gguf").GGUFReader(path).get_field(SOURCE)
         return None if field is None else str(field.contents())

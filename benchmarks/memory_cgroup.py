@@ -1,4 +1,4 @@
-"""A memory limit for a process tree, by cgroup v1 or v2, and what the tree used of it."""
+"""Limits the memory of a process tree by cgroup v1 or v2, and reads how much it used."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ V1 = ROOT / "memory"
 
 
 def why_not() -> str | None:
-    """The reason why no limit can be set here; None if it can."""
+    """Returns the reason why no limit can be set here; None if it can."""
     if (V1 / "memory.limit_in_bytes").exists():
         return None if os.access(V1, os.W_OK) else f"{V1} is not writable"
     controllers = ROOT / "cgroup.controllers"
@@ -29,24 +29,24 @@ class MemoryGroup:
 
     @property
     def procs(self) -> Path:
-        """The file that takes a process into the group, and lists those in it."""
+        """File that lists the processes in the group; a process id written to it joins the group."""
         return self.folder / "cgroup.procs"
 
     def pids(self) -> list[int]:
         return [int(line) for line in self.procs.read_text().split()]
 
     def peak_bytes(self) -> int | None:
-        """Most that was ever in use, page cache included; None where the kernel does not tell."""
+        """Returns peak memory use, page cache included; None if the kernel does not report it."""
         path = self.folder / ("memory.max_usage_in_bytes" if self.v1 else "memory.peak")
         return int(path.read_text()) if path.exists() else None
 
     def held_bytes(self) -> int:
-        """Now in use and not to be had back without swapping: anonymous and shared memory."""
+        """Returns memory in use that cannot be reclaimed without swapping: anonymous and shared memory."""
         stat = _numbers(self.folder / "memory.stat")
         return stat["rss"] + stat.get("shmem", 0) if self.v1 else stat["anon"] + stat["shmem"]
 
     def kills(self) -> int:
-        """Processes of the group that the kernel killed because the limit was reached."""
+        """Returns how many processes of the group the kernel killed because the limit was reached."""
         return _numbers(self.folder / ("memory.oom_control" if self.v1 else "memory.events")).get("oom_kill", 0)
 
 
@@ -56,7 +56,7 @@ def _numbers(path: Path) -> dict[str, int]:
 
 @contextmanager
 def limited_memory(nbytes: int) -> Iterator[MemoryGroup]:
-    """A group whose processes together may use `nbytes`, page cache included, and no swap."""
+    """Creates a group whose processes together may use `nbytes`, page cache included, and no swap."""
     v1 = V1.exists()
     group = MemoryGroup((V1 if v1 else ROOT) / f"adapmoe-{os.getpid()}", v1)
     if not v1:

@@ -1,4 +1,4 @@
-"""What the plugin costs when nothing has to be fetched: stock vLLM and the plugin, turn by turn."""
+"""Measures the overhead of the plugin over stock vLLM when no expert has to be fetched, interleaved."""
 
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ def run_overhead(
 ) -> dict[str, Any]:
     """Starts the engines side by side and measures them in turn.
 
-    `all_resident` has a slot for every expert. `one_short` has one slot less, so every step goes through the slot map
-    and the eviction order while next to nothing is fetched: the price of the machinery itself.
+    `all_resident` has a slot for every expert. `one_short` has one slot less, so every step uses the slot map and the
+    eviction policy while almost nothing is fetched: it shows the overhead of the machinery itself.
     """
     from vllm_adapmoe.integration.measure.engine import Engine, count_experts
 
@@ -38,7 +38,7 @@ def run_overhead(
             measure(engine, prompts, output_tokens)
         names = list(engines)
         for number in range(rounds):
-            first = number % len(names)  # whoever goes first finds another machine than the next: take turns at it
+            first = number % len(names)  # rotate: the first engine of a round may be favoured
             for name in names[first:] + names[:first]:
                 results[name].append(measure(engines[name], prompts, output_tokens))
     finally:
@@ -63,7 +63,7 @@ def run_overhead(
 
 
 def print_overhead(result: dict[str, Any], console: Console) -> None:
-    """The result as a table."""
+    """Prints the result as a table."""
     table = Table(title=f"Throughput over stock vLLM, batch {result['batch']}, {result['model']}")
     for column in ("", "prefill", "min .. max", "decode", "min .. max"):
         table.add_column(column, justify="left" if not column else "right")

@@ -1,4 +1,4 @@
-"""The least time that decoding could take under a memory limit: bytes that have to move, and computing."""
+"""Computes the minimum decode time under a memory limit: bytes that have to move, and computing."""
 
 import os
 import time
@@ -15,11 +15,11 @@ from vllm_adapmoe.store.file import open_pack
 from vllm_adapmoe.store.record import aligned_empty
 
 READ_BYTES = 1 << 30
-"""Of the pack, to measure the disk."""
+"""Bytes of the pack to read when measuring the disk."""
 
 
 def pack_shape(pack: Path) -> tuple[int, int]:
-    """Experts in a pack, and bytes of the largest."""
+    """Returns the number of experts in a pack, and the bytes of the largest."""
     store = open_pack(pack, {})
     try:
         experts = sum(store.num_experts(layer) for layer in range(store.num_layers))
@@ -29,7 +29,7 @@ def pack_shape(pack: Path) -> tuple[int, int]:
 
 
 def sequential_bandwidth(pack: Path, record_bytes: int) -> float:
-    """Bytes per second of reading a pack from its start, a record at a time, past the page cache."""
+    """Measures bytes per second of reading a pack from its start with direct I/O, one record at a time."""
     buffer = aligned_empty(record_bytes)
     fd, _ = open_direct(pack, os.O_RDONLY)
     try:
@@ -42,10 +42,10 @@ def sequential_bandwidth(pack: Path, record_bytes: int) -> float:
 
 
 def belady_decode_bytes(trace: Path, slots: int) -> list[float]:
-    """Bytes per decoded token that an optimal cache of so many slots would have moved, for each sequence of a trace.
+    """Returns for each sequence of a trace the bytes per decoded token that an optimal cache would have moved.
 
-    Each sequence starts with an empty cache, and its prompt is one step; what that step needs has to move once in any
-    cache, so the rest is what decoding has to move.
+    Each sequence starts with an empty cache, and its prompt is one step. Any cache has to fetch the experts of that
+    step once; the remaining bytes are those that decoding has to move.
     """
     info, recorded = read_trace(trace)
     steps = list(recorded)

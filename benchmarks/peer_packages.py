@@ -1,4 +1,4 @@
-"""What the peers need beside the plugin's own dependencies; missing, it is one line."""
+"""Checks for the optional packages that the peers need; a missing one is reported in one line."""
 
 from importlib import import_module
 from importlib.util import find_spec
@@ -7,11 +7,11 @@ from typing import Any
 from vllm_adapmoe.config import AdapMoEError
 
 PACKAGES = {"gguf": "gguf", "llama_cpp": "llama-cpp-python", "accelerate": "accelerate"}
-"""Modules, and the distributions that have them."""
+"""Distribution of each module."""
 
 
 def missing(*modules: str) -> str | None:
-    """What to say of the first of these modules that is not installed; None if all are."""
+    """Returns a message about the first of these modules that is not installed; None if all are."""
     for module in modules:
         if find_spec(module) is None:
             return f"{PACKAGES[module]} is not installed; pip install vllm-adapmoe[peers]"
@@ -19,10 +19,10 @@ def missing(*modules: str) -> str | None:
 
 
 def need(module: str) -> Any:
-    """The module, imported.
+    """Imports and returns a module.
 
     Raises:
-        AdapMoEError: it is not installed.
+        AdapMoEError: the module is not installed.
     """
     if (reason := missing(module)) is not None:
         raise AdapMoEError(reason)

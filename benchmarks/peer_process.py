@@ -1,4 +1,4 @@
-"""Runs a contender's process under a memory limit, from a cold page cache, and sees what it took and how it ended."""
+"""Runs a contender's process under a memory limit from a cold page cache; records its memory use and exit."""
 
 import json
 import os
@@ -19,33 +19,33 @@ from benchmarks.peer_worker import Spec
 from vllm_adapmoe.store.direct_io import drop_cached
 
 INTERVAL = 0.02
-"""Seconds between two looks at the memory in use."""
+"""Seconds between samples of the memory in use."""
 OUT_OF_MEMORY = "out of memory"
 
 
 def drop_files(*folders: str) -> None:
-    """Takes the files in these folders out of the page cache."""
+    """Drops the files in these folders from the page cache."""
     for path in (path for folder in folders for path in Path(folder).rglob("*") if path.is_file()):
         fd = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(fd)  # what is not on disk yet stays in the cache
+            os.fsync(fd)  # dirty pages cannot be dropped
             drop_cached(fd)
         finally:
             os.close(fd)
 
 
 def run_worker(spec: Spec, memory: int | None, timeout: float) -> dict[str, Any]:
-    """What the contender printed, and what it took.
+    """Runs a contender and returns its result and resource use.
 
     Args:
-        spec: what it is to do.
+        spec: task of the contender.
         memory: bytes that the whole process tree may use, page cache included; None: no limit.
-        timeout: seconds until it is ended.
+        timeout: seconds after which it is killed.
 
     Returns:
         The worker's result, or `failure`, a few words, and `exit_code`. Also `peak_bytes`, page cache included (None
-        without a limit), `held_bytes`, anonymous and shared memory at its peak, and the machine's `load_average` of
-        the last minute at its end: far above the cores, somebody else was at work.
+        without a limit); `held_bytes`, the peak of anonymous and shared memory; and `load_average`, the machine's at
+        the end, over the last minute: far above the number of cores, other programs were running.
     """
     drop_files(spec.model, spec.files)
     with ExitStack() as stack:
@@ -84,11 +84,11 @@ def run_worker(spec: Spec, memory: int | None, timeout: float) -> dict[str, Any]
 
 
 def _watch(process: subprocess.Popen, group: MemoryGroup | None, timeout: float) -> tuple[str | None, int]:
-    """Waits for the end; returns what was wrong, if anything, and the peak of held memory, bytes."""
+    """Waits for the process to end; returns its failure, if any, and the peak of held memory in bytes."""
     held, ends = 0, time.monotonic() + timeout
     while process.poll() is None:
         held = max(held, _tree_bytes(process.pid) if group is None else group.held_bytes())
-        if group is not None and group.kills():  # what is left of the tree may wait for the dead for ever
+        if group is not None and group.kills():  # other processes of the tree may wait for the killed one forever
             with suppress(subprocess.TimeoutExpired):
                 process.wait(2)
             return OUT_OF_MEMORY, held
@@ -99,7 +99,7 @@ def _watch(process: subprocess.Popen, group: MemoryGroup | None, timeout: float)
 
 
 def _tree_bytes(pid: int) -> int:
-    """Anonymous memory of a process and its children, bytes."""
+    """Returns the anonymous memory of a process and its children in bytes."""
     with suppress(psutil.Error):
         here = psutil.Process(pid)
         infos = [one.memory_info() for one in (here, *here.children(recursive=True))]
@@ -108,7 +108,7 @@ def _tree_bytes(pid: int) -> int:
 
 
 def _end(process: subprocess.Popen, group: MemoryGroup | None) -> None:
-    """Ends what is left of the process tree, and waits until it is gone."""
+    """Kills the rest of the process tree and waits for it to end."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

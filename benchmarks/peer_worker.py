@@ -1,4 +1,4 @@
-"""One contender of `python -m benchmarks peers`, in a process of its own: answers given tokens, prints a line of JSON.
+"""Runs one contender of `python -m benchmarks peers` in its own process: decodes given tokens, prints a line of JSON.
 
 python -m benchmarks.peer_worker SPEC, where SPEC is a JSON object with the fields of `Spec`.
 """
@@ -23,38 +23,38 @@ GGUF = "model.gguf"
 PACK, OFFLOADED = "pack", "offloaded"
 GATED = {"gating": {"mode": "batch", "max_loss_increase": 0.005}}
 KV_BLOCK = 128
-"""Tokens of a block of vLLM's KV cache on the CPU."""
+"""Tokens per block of vLLM's KV cache on the CPU."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a contender is to do."""
+    """Task of a contender."""
 
     contender: str
     model: str
-    """Folder of the checkpoint."""
+    """Checkpoint folder."""
     files: str
-    """Folder of what was made from the checkpoint."""
+    """Folder for files made from the checkpoint."""
     sequences: list[list[int]]
-    """Token ids; answered one after the other, each in an empty context."""
+    """Token ids of the sequences, run one after another, each in an empty context."""
     prompt_tokens: int
-    """Of each sequence; the rest is decoded."""
+    """Prompt tokens of each sequence; the rest is decoded."""
     cache_bytes: int = 0
-    """transformers: weights that may stay in memory."""
+    """Bytes of weights that transformers may keep in memory."""
     slots: int = 0
-    """The plugin's."""
+    """Expert slots of the plugin."""
     enforce_eager: bool = False
-    """As in `vllm serve`."""
+    """Whether vLLM runs without compilation and CUDA graphs, as in `vllm serve`."""
     trace: str | None = None
-    """File for the plugin's routing."""
+    """File for the plugin's routing trace."""
     profile: str | None = None
-    """For `adapmoe-profile` and `adapmoe-gated`."""
+    """Profile for `adapmoe-profile` and `adapmoe-gated`."""
     prepare: bool = False
-    """Only make the files that the contender needs."""
+    """Whether to only make the files that the contender needs."""
 
     @property
     def length(self) -> int:
-        """Tokens of the longest sequence."""
+        """Number of tokens of the longest sequence."""
         return max(map(len, self.sequences))
 
 
@@ -62,23 +62,23 @@ class Contender(Protocol):
     """A loaded model."""
 
     def best_tokens(self, ids: list[int], prompt_tokens: int) -> Iterator[int]:
-        """The most probable next token after the prompt, then after each further id, one step each.
+        """Yields the most probable next token after the prompt, then after each further id, one step each.
 
-        The last id is not decoded: nothing is asked after it.
+        The last id is not decoded, since no token after it is needed.
         """
         ...
 
     def stats(self) -> dict[str, float]:
-        """Counters since the start."""
+        """Returns counters since the start."""
         ...
 
     def close(self) -> None:
-        """Ends its processes."""
+        """Ends the model's processes."""
         ...
 
 
 class LlamaCpp:
-    """llama.cpp with the model mapped into memory, as it does by default."""
+    """llama.cpp with the model file memory-mapped, its default."""
 
     def __init__(self, spec: Spec) -> None:
         self._llama = need("llama_cpp").Llama(
@@ -109,7 +109,7 @@ class LlamaCpp:
 
 
 class Transformers:
-    """transformers with accelerate: what does not fit in `cache_bytes` is read from disk whenever it is used."""
+    """transformers with accelerate: weights beyond `cache_bytes` are read from disk on every use."""
 
     def __init__(self, spec: Spec) -> None:
         need("accelerate")
@@ -142,7 +142,7 @@ class Transformers:
 
 
 def vllm_engine(spec: Spec) -> Any:
-    """Stock vLLM, or the plugin, for one request at a time and no longer than asked for."""
+    """Starts stock vLLM or the plugin, sized for one request at a time and the longest sequence."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process fewer under the limit
     from vllm_adapmoe.integration.measure.engine import Engine
 
@@ -197,13 +197,13 @@ CONTENDERS: dict[str, Callable[[Spec], Contender]] = {
 
 
 def read_bytes() -> int:
-    """Bytes that this process and its children have had read from disk, the page cache's misses included."""
+    """Returns bytes read from disk for this process and its children, page-cache misses included."""
     here = psutil.Process()
     return sum(one.io_counters().read_bytes for one in (here, *here.children(recursive=True)))
 
 
 def answer(contender: Contender, ids: list[int], prompt_tokens: int) -> dict[str, Any]:
-    """One sequence: seconds, bytes read from disk, and the most probable token at each decoded position."""
+    """Runs one sequence; returns times, bytes read from disk, and the most probable token at each decoded position."""
     steps = contender.best_tokens(ids, prompt_tokens)
     start = time.perf_counter()
     best = [next(steps)]
@@ -227,7 +227,7 @@ def answer(contender: Contender, ids: list[int], prompt_tokens: int) -> dict[str
 
 
 def prepare(spec: Spec) -> None:
-    """Makes the GGUF file, or packs the experts, unless they are there and of this checkpoint."""
+    """Makes the GGUF file or packs the experts, unless they exist already for this checkpoint."""
     if spec.contender == "llama.cpp":
         from benchmarks.gguf_export import export, exported_from
         from vllm_adapmoe.integration.loading.identity import checkpoint_hash
@@ -242,7 +242,7 @@ def prepare(spec: Spec) -> None:
 
 
 def run(spec: Spec) -> dict[str, Any]:
-    """Loads the contender and answers all sequences."""
+    """Loads the contender and runs all sequences."""
     if spec.prepare:
         prepare(spec)
         return {}
@@ -255,14 +255,14 @@ def run(spec: Spec) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Prints the result, or the mistake, as the last line."""
+    """Runs the task and prints the result, or the error, as the last line."""
     spec = Spec(**json.loads(sys.argv[1]))
     try:
         result = run(spec)
     except AdapMoEError as error:
         result = {"failure": str(error), "exit_code": 0}
     print(json.dumps(result), flush=True)
-    os._exit(0)  # no engine, no library has anything left to say
+    os._exit(0)  # skip the shutdown messages of engine and libraries
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a user would pick instead: llama.cpp, transformers and stock vLLM beside the plugin, under one memory limit."""
+"""Compares the plugin with the alternatives llama.cpp, transformers and stock vLLM under the same memory limit."""
 
 import shutil
 from contextlib import ExitStack
@@ -24,16 +24,16 @@ OURS = ("adapmoe-lru", "adapmoe", "adapmoe-profile", "adapmoe-gated")
 PROFILED = OURS[2:]
 NEEDS = {"llama.cpp": ("llama_cpp", "gguf"), "transformers": ("accelerate",)}
 REFERENCES = ("vllm", "transformers", "llama.cpp")
-"""Whose most probable tokens the others' are compared with: the first of these that ran."""
+"""Contenders whose most probable tokens are the reference: the first of these that ran."""
 ATTEMPTS = 3
-"""A contender that is killed with what should fit gets a tenth less, so many times in all."""
+"""Number of attempts to fit a contender in memory; each after an out-of-memory kill has a tenth less cache."""
 MARGIN = 32
-"""Part of the memory that is left free when what fits is worked out."""
+"""Divisor of the memory limit that gives the part left free when caches are sized."""
 
 
 @dataclass
 class Field:
-    """The contenders of one run, and what has become of them."""
+    """Contenders of one run with their settings and results."""
 
     model: Path
     files: Path
@@ -43,10 +43,10 @@ class Field:
     timeout: float
     enforce_eager: bool
     names: list[str]
-    """Who takes part, in order."""
+    """Names of the contenders, in order."""
     progress: tqdm
     settings: dict[str, dict[str, Any]] = field(default_factory=lambda: {name: {} for name in CONTENDERS})
-    """Fields of `Spec` of each contender."""
+    """Fields of `Spec` for each contender."""
     failures: dict[str, dict[str, Any]] = field(default_factory=dict)
     rounds: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {name: [] for name in CONTENDERS})
 
@@ -59,7 +59,7 @@ class Field:
         return replace(spec, enforce_eager=self.enforce_eager)
 
     def run(self, spec: Spec, what: str) -> dict[str, Any]:
-        """Runs a contender; one that fails is out from here on."""
+        """Runs a contender; one that fails is not measured any more."""
         self.progress.set_description(f"{what} {spec.contender}")
         result = run_worker(spec, None if spec.prepare else self.memory, self.timeout)
         self.progress.update()
@@ -68,7 +68,7 @@ class Field:
         return result
 
     def prepare(self) -> None:
-        """Makes the GGUF file and the pack, without a limit."""
+        """Makes the GGUF file and the pack, without a memory limit."""
         for name in self.names:
             if (reason := missing(*NEEDS.get(name, ()))) is not None:
                 self.failures[name] = {"failure": reason}
@@ -79,7 +79,7 @@ class Field:
             raise AdapMoEError(f"{self.model} cannot be packed: {self.failures['adapmoe']['failure']}")
 
     def fit_transformers(self, spare: int) -> None:
-        """Gives transformers what memory it does not need itself, or `spare` bytes where there is no limit."""
+        """Gives transformers the memory beyond its own needs for weights, or `spare` bytes without a limit."""
         name = "transformers"
         if name in self.failures or name not in self.names:
             return
@@ -93,7 +93,7 @@ class Field:
         self._settle(name, "cache_bytes", few)
 
     def fit_slots(self, slots: int | None, experts: int, expert_bytes: int) -> None:
-        """Gives the plugin the slots that fit beside its own needs; half of the experts where there is no limit."""
+        """Gives the plugin the slots that fit beyond its own needs, or half of the experts without a limit."""
         name = "adapmoe"
         if slots is None and self.memory is not None:
             config = read_model_config(self.model)
@@ -113,7 +113,7 @@ class Field:
             self.settings[other] = self.settings[other] | self.settings[name]
 
     def _settle(self, name: str, key: str, sequences: list[list[int]]) -> None:
-        """Tries a contender with a setting, and with less of it while it is killed."""
+        """Runs a contender with a setting, and retries with less of it while it runs out of memory."""
         for attempt in range(ATTEMPTS):
             self.failures.pop(name, None)
             if attempt:
@@ -122,7 +122,7 @@ class Field:
                 return
 
     def measure(self, number: int) -> None:
-        """A round: every contender that is not out, once; they take turns at being first."""
+        """Measures one round: every contender that has not failed, once; the order rotates by round."""
         first = number % len(self.names)
         for name in self.names[first:] + self.names[:first]:
             if name not in self.failures:
@@ -145,25 +145,25 @@ def run_peers(
     enforce_eager: bool,
     profile: Path | None,
 ) -> dict[str, Any]:
-    """Every contender answers the same tokens in a process of its own, from a cold page cache, in turn, one at a time.
+    """Runs the same tokens on every contender, each in its own process from a cold page cache, one at a time.
 
     Args:
-        model: folder of a checkpoint.
+        model: checkpoint folder.
         text: folder of `*.txt` for prompts.
-        rounds: of every contender; each round has a text of its own.
-        prompt_tokens: of a request.
-        output_tokens: of a request, forced one by one.
+        rounds: measurements of every contender; each round has its own text.
+        prompt_tokens: prompt tokens per request.
+        output_tokens: output tokens per request, forced one by one.
         memory: bytes that a contender's processes may use, page cache included; None: no limit.
-        slots: of the plugin; None: what fits.
-        files: folder for what is made from the checkpoint, to be found there again; None: a temporary one.
-        timeout: seconds that a contender may take.
-        names: of the contenders; the plugin is always one.
-        enforce_eager: vLLM and the plugin do not compile.
-        profile: of the model: the plugin also takes part with its next-token heads, and with gating by batch at a loss
-            of half a percent.
+        slots: expert slots of the plugin; None: as many as fit.
+        files: folder that keeps files made from the checkpoint for later runs; None: a temporary folder.
+        timeout: time limit per contender and run, seconds.
+        names: names of the contenders; the plugin always takes part.
+        enforce_eager: vLLM and the plugin run without compilation.
+        profile: profile of the model: adds the plugin with its next-token heads, and with gating by batch at a loss
+            increase of half a percent.
 
     Raises:
-        AdapMoEError: no such contender, memory cannot be limited here, or the experts cannot be packed.
+        AdapMoEError: unknown contender, memory cannot be limited here, or the experts cannot be packed.
     """
     if memory is not None and (reason := memory_cgroup.why_not()) is not None:
         raise AdapMoEError(f"--memory cannot be limited here ({reason}); run as root, or leave --memory out")
@@ -213,7 +213,7 @@ def run_peers(
 
 
 def _points(contenders: Field) -> dict[str, dict[str, Any]]:
-    """Figures of every contender."""
+    """Returns the figures of every contender."""
     ran = {name: contenders.rounds[name] for name in contenders.names if name not in contenders.failures}
     speeds = {name: [1 / _token_seconds(one) for one in rounds] for name, rounds in ran.items()}
     best = max((name for name in ran if name not in OURS), key=lambda name: median(speeds[name]), default=None)
@@ -252,7 +252,7 @@ def _token_seconds(one: dict[str, Any]) -> float:
 
 
 def _agreement(rounds: list[dict[str, Any]], reference: list[dict[str, Any]]) -> float:
-    """Share of positions with the same most probable token."""
+    """Returns the share of positions with the same most probable token."""
     pairs = [
         pair
         for one, other in zip(rounds, reference, strict=True)
@@ -262,10 +262,10 @@ def _agreement(rounds: list[dict[str, Any]], reference: list[dict[str, Any]]) ->
 
 
 def _floor(contenders: Field, moved: list[float], bandwidth: list[float]) -> dict[str, Any]:
-    """The least seconds per token, first moving and then computing, and how many times that each takes.
+    """Returns the minimum seconds per token, moving and then computing, and each contender's time relative to it.
 
-    Prefetch can do both at once: `overlapped_ms_per_token` is the longer of the two alone. Computing is what the plugin
-    takes on demand with LRU, less its waits: nothing is looked ahead for, nothing read beside it.
+    Prefetch can overlap both: `overlapped_ms_per_token` is the longer of the two. Computing is the decode time of the
+    plugin on demand with LRU, minus its stalls: it makes no predictions and reads nothing in the background.
     """
     compute = [
         (one["decode_seconds"] - one["cache"]["stall_seconds"]) / len(one["step_seconds"])

@@ -1,4 +1,4 @@
-"""The result of `python -m benchmarks peers` for people."""
+"""Prints the result of `python -m benchmarks peers`."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from vllm_adapmoe.units import GiB, MiB
 
 
 def print_peers(result: dict[str, Any], console: Console) -> None:
-    """The result as a table, and the floor under it."""
+    """Prints the result as a table, and the lower bound of the time per token."""
     memory = result["memory_bytes"]
     limit = "no memory limit" if memory is None else f"{memory / GiB:.2f} GiB for everything"
     size = result["experts"] * result["expert_bytes"]

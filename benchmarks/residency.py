@@ -1,4 +1,4 @@
-"""What a smaller cache costs without any foresight: 25, 50 and 75 % of the experts resident, against all of them."""
+"""Measures fetch on demand without prefetch: 25, 50 and 75 % of the experts resident, against all of them."""
 
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,13 @@ from vllm_adapmoe.results import spread
 FRACTIONS = (0.25, 0.5, 0.75)
 STORES = ("file", "host")
 ON_DEMAND = {"eviction": "lru", "prefetch": {"lookahead": 0}, "decode": "fetch"}
-"""The baseline: nothing is fetched before it is asked for, and the least recently used leaves."""
+"""Settings of the baseline: demand loads only, no prefetch, and LRU eviction."""
 
 
 def run_residency(
     model: Path, text: Path | None, rounds: int, prompt_tokens: int, output_tokens: int, batch: int
 ) -> dict[str, Any]:
-    """For each store and share of resident experts, an engine measured in turn with one that has them all."""
+    """Measures an engine for each store and residency, interleaved with one that has every expert resident."""
     from vllm_adapmoe.integration.measure.engine import Engine
 
     prompts = prompts_of(model, text, batch, prompt_tokens)
@@ -64,7 +64,7 @@ def _point(
 
 
 def print_residency(result: dict[str, Any], console: Console) -> None:
-    """The result as a table."""
+    """Prints the result as a table."""
     table = Table(title=f"Share of experts resident, batch {result['batch']}, {result['model']}")
     for column in ("store", "resident", "decode tok/s", "of all resident", "min .. max", "hit rate", "MiB/token"):
         table.add_column(column, justify="right")

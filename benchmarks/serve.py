@@ -1,4 +1,4 @@
-"""Real servers under vLLM's own load: the plugin beside itself without its scheduler, on demand with LRU, and stock."""
+"""Compares servers under `vllm bench serve`: the plugin with and without its scheduler, on demand with LRU, stock."""
 
 import math
 from contextlib import ExitStack
@@ -19,13 +19,13 @@ from vllm_adapmoe.results import package_version, spread
 
 VLLM_ORDER = {"scheduler": {"enabled": False}}
 CONTENDERS = ("ours", "vllm_order", "ungated", "on_demand_lru", "stock")
-"""`ours`: as configured. `vllm_order`: the same without our scheduler. `ungated`: ours without gating. `on_demand_lru`:
-nothing is fetched ahead, nothing gated, vLLM's order. `stock`: without the plugin."""
+"""Names of the contenders. `ours`: as configured. `vllm_order`: ours without our scheduler. `ungated`: ours without
+gating. `on_demand_lru`: no prefetch, no gating, LRU, vLLM's order. `stock`: without the plugin."""
 BASELINES = ("vllm_order", "on_demand_lru", "stock")
 OVERLOAD = 1.2
-"""Offered load, of what the fastest contender answers when requests wait for it: enough to keep it busy."""
+"""Offered load relative to the fastest contender's throughput under a full queue: enough to keep it busy."""
 SPARE_TOKENS = 32
-"""Of a prompt's length: text that was cut from the middle may come back from the tokenizer as more tokens."""
+"""Tokens added to the maximum prompt length, since an excerpt may be tokenized into more tokens than were cut."""
 COMPARED = ("output_tokens_per_second", "ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "tpot_p99_ms", "itl_p99_ms")
 COUNTED = (
     "hit_rate", "fetched_bytes_per_output_token", "stall_share", "steps_per_output_token", "preemptions",
@@ -36,36 +36,36 @@ BOUND_CONCURRENCY = 16
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked of every contender."""
+    """Load that every contender is measured under."""
 
     concurrency: list[int]
     requests: int
-    """Of one load, for each that may be under way at a time."""
+    """Requests per load and unit of concurrency."""
     rate: float | None
-    """Requests per second that arrive; None: `OVERLOAD`."""
+    """Arrival rate, requests per second; None: see `OVERLOAD`."""
     rounds: int
     output_tokens: int
     prompt_tokens: tuple[int, int]
-    """Least and most of a request."""
+    """Minimum and maximum prompt length."""
     text: Path | None
 
     def count(self, concurrency: int) -> int:
-        """Requests of one load: a lone one at a time needs more turns to say anything."""
+        """Returns the requests of one load; counts as for concurrency 4 at least, for enough samples."""
         return max(4, concurrency) * self.requests
 
 
 def configurations(
     cache: dict[str, Any], gating: dict[str, Any] | None, names: list[str] | None
 ) -> dict[str, dict[str, Any] | None]:
-    """`adapmoe_config` of every contender; None: stock vLLM.
+    """Returns the `adapmoe_config` of every contender; None: stock vLLM.
 
     Args:
-        cache: what all with the plugin have in common: slots, store, link, profile.
-        gating: of those that gate.
-        names: of the contenders; None: those that make sense.
+        cache: settings shared by all contenders with the plugin: slots, store, link, profile.
+        gating: gating settings of the gated contenders; None: off.
+        names: names of the contenders; None: the default for this configuration.
 
     Raises:
-        AdapMoEError: unknown names, or a configuration that does not work.
+        AdapMoEError: unknown names, or an invalid configuration.
     """
     full = cache.get("cache_fraction") == 1.0
     if names is None:
@@ -91,7 +91,7 @@ def configurations(
 
 
 class Field:
-    """The contenders' servers, all started, and all but one stopped."""
+    """The contenders' servers, all started, of which at most one runs while the others are paused."""
 
     def __init__(
         self, model: Path, folder: Path, configs: dict[str, dict[str, Any] | None], flags: list[str], stack: ExitStack
@@ -107,7 +107,7 @@ class Field:
     def measure(
         self, name: str, prompts: list[tuple[str, list[int]]], tokens: int, concurrency: int, rate: float, seed: int
     ) -> dict[str, float]:
-        """Warms a contender, loads it, and stops it again."""
+        """Resumes a contender, warms it, measures it under load, and pauses it again."""
         server = self.servers[name]
         server.resume()
         try:
@@ -125,18 +125,18 @@ def run_serve(
     serve_args: list[str],
     with_bound: bool,
 ) -> dict[str, Any]:
-    """All servers live at once, one runs at a time; each load in each round goes to every contender, in changing order.
+    """Measures all contenders under each load in each round, in rotating order; all servers live, one runs at a time.
 
-    Prompts and arrivals differ from round to round and are the same for all contenders of a round.
+    Prompts and arrivals differ between rounds and are the same for all contenders within a round.
 
     Args:
-        model: folder of a checkpoint.
+        model: checkpoint folder.
         cache: `adapmoe_config` without gating and scheduler.
         gating: `adapmoe_config.gating`; None: off.
-        contenders: of `CONTENDERS`; None: those that make sense.
-        wanted: loads.
-        serve_args: further arguments of every `vllm serve`; those that are given here as well win.
-        with_bound: record the routing in a run of its own, and say what any cache would have had to move.
+        contenders: names from `CONTENDERS`; None: the default for this configuration.
+        wanted: the loads.
+        serve_args: further arguments for every `vllm serve`; they override the ones set here.
+        with_bound: also record the routing in extra runs and compute the bytes that any cache would have to move.
     """
     check_packages()
     configs = configurations(cache, gating, contenders)
@@ -206,13 +206,13 @@ def run_serve(
 
 
 def turned(names: list[str], turn: int) -> list[str]:
-    """The names from another one on each turn, so that none is always measured after the same."""
+    """Rotates the names by `turn`, so that the first place in a round changes."""
     start = turn % len(names)
     return names[start:] + names[:start]
 
 
 def _pilot(field: Field, prompts: list[tuple[str, list[int]]], wanted: Load, concurrency: int) -> float:
-    """Requests per second to offer."""
+    """Measures the arrival rate to use, requests per second."""
     some = prompts[: 2 * max(2, concurrency)]
     done = [
         field.measure(name, some, wanted.output_tokens, concurrency, math.inf, 0)["requests_per_second"]
@@ -222,7 +222,7 @@ def _pilot(field: Field, prompts: list[tuple[str, list[int]]], wanted: Load, con
 
 
 def point(rounds: dict[str, list[dict[str, float]]], name: str) -> dict[str, Any]:
-    """Figures of a contender at one concurrency, and their ratios to the baselines', round by round."""
+    """Returns the figures of a contender at one concurrency, and ratios to the baselines round by round."""
     mine = rounds[name]
     return {
         **{key: spread([one[key] for one in mine]) for key in (*FIGURES, *COUNTED) if key in mine[0]},

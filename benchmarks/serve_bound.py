@@ -1,4 +1,4 @@
-"""The least that a load could take over a link: what any cache with these slots would have had to move."""
+"""Computes a lower bound on the time of a load over a link: bytes that any cache with these slots has to move."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,9 +16,9 @@ from vllm_adapmoe.simulate.trace_file import read_trace
 
 
 def least_bytes(info: TraceInfo, steps: Iterable[Step], slots: int) -> float:
-    """Bytes that any eviction would have to move for these steps, whatever was resident before the first.
+    """Returns the bytes that any eviction policy has to move for these steps, whatever was resident before.
 
-    Belady's cache, without all of a layer's experts having to be there at once, less one fill of the slots.
+    This is Belady's cache without requiring all experts of a layer to be resident at once, minus one fill of the slots.
     """
     pools = slots_of_pools(info, slots)
     moved = float(belady(info, steps, pools, atomic=False) @ np.array(info.expert_bytes))
@@ -26,14 +26,14 @@ def least_bytes(info: TraceInfo, steps: Iterable[Step], slots: int) -> float:
 
 
 def recording(config: dict[str, Any] | None, trace: Path) -> dict[str, Any]:
-    """The configuration of a server that records its routing."""
+    """Returns the configuration of a server that records its routing."""
     return (config or {}) | {"trace_out": str(trace), "trace_mib": 4096}
 
 
 def record(
     server: Server, model: Path, prompts: list[tuple[str, list[int]]], tokens: int, concurrency: int, rate: float
 ) -> dict[str, float]:
-    """Figures of one load of a server that records, and its `slots`; the trace is whole when this returns."""
+    """Measures one load on a recording server; returns figures and `slots`. The trace is complete on return."""
     with server:
         run = measure(server, model, prompts, tokens, concurrency, rate, 0)
         for _ in range(FRAME_STEPS // WARM_TOKENS + 1):  # a frame is written when it is full
@@ -44,18 +44,18 @@ def record(
 def bound(
     trace: Path, run: dict[str, float], rounds: list[dict[str, float]], link_gbps: float | None
 ) -> dict[str, Any]:
-    """What a load that was recorded says of the loads that were timed.
+    """Computes upper bounds of throughput for the timed rounds from a recorded load.
 
     Args:
-        trace: of a server's whole life.
-        run: what `record` returned.
-        rounds: of the same load without recording.
-        link_gbps: 1e9 bytes per second; None: as fast as the recorded run fetched.
+        trace: trace of the recording server's whole life.
+        run: result of `record`.
+        rounds: figures of the same load without recording.
+        link_gbps: link bandwidth, 1e9 bytes per second; None: the bandwidth of the recorded run's fetches.
 
     Returns:
-        `bound_tokens_per_second`: the link moves what it must and nothing else takes time (None: nothing must move).
-        `bound_with_compute_tokens_per_second`: or computing, all that is not waiting for experts, if that takes longer.
-        `one_after_the_other_tokens_per_second`: first moving, then computing.
+        `bound_tokens_per_second`: the link moves the minimum bytes and nothing else takes time (None: nothing to move).
+        `bound_with_compute_tokens_per_second`: limited by the link or by computing (all time but stalls), the longer.
+        `one_after_the_other_tokens_per_second`: moving and computing do not overlap.
     """
     info, steps = read_trace(trace)
 

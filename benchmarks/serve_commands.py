@@ -1,4 +1,4 @@
-"""Commands that load real servers."""
+"""Commands that put load on real servers: `serve` and `soak`."""
 
 import shlex
 from pathlib import Path
@@ -13,18 +13,18 @@ from vllm_adapmoe.results import write
 
 Texts = Annotated[
     Path | None,
-    typer.Option(help="Folder of *.txt, one per domain, for prompts; default: the bundled model's held-out text.",
+    typer.Option(help="Folder of *.txt to take prompts from, one file per domain; default: the bundled held-out text.",
                  exists=True, file_okay=False),
 ]  # fmt: skip
-Slots = Annotated[float, typer.Option(min=0.01, help="Expert slots; at most 1: a share of all experts.")]
-Store = Annotated[str, typer.Option(help="auto, host or file.")]
-LinkGbps = Annotated[float | None, typer.Option(help="Fetch no faster than this, 1e9 bytes per second.")]
-MaxLossIncrease = Annotated[float, typer.Option(help="Of gating, as a share of the loss.")]
-ServeArgs = Annotated[str, typer.Option(help='Further arguments of `vllm serve`, like "--dtype float32".')]
+Slots = Annotated[float, typer.Option(min=0.01, help="Expert slots; values up to 1 are fractions of all experts.")]
+Store = Annotated[str, typer.Option(help="Backing store: auto, host or file.")]
+LinkGbps = Annotated[float | None, typer.Option(help="Limit of the fetch bandwidth, 1e9 bytes/s.")]
+MaxLossIncrease = Annotated[float, typer.Option(help="Relative loss increase allowed to gating.")]
+ServeArgs = Annotated[str, typer.Option(help='Further arguments for `vllm serve`, e.g. "--dtype float32".')]
 
 
 def cache_settings(slots: float, store: str, link_gbps: float | None, profile: Path | None) -> dict[str, Any]:
-    """`adapmoe_config` of the options that the commands have in common."""
+    """Returns the `adapmoe_config` for the options shared by both commands."""
     config: dict[str, Any] = {"cache_fraction": slots} if slots <= 1 else {"cache_experts": int(slots)}
     config |= {"store": store}
     if link_gbps is not None:
@@ -37,32 +37,32 @@ def cache_settings(slots: float, store: str, link_gbps: float | None, profile: P
 def serve(
     model: Model,
     output: Output = None,
-    profile: Annotated[Path | None, typer.Option(help="What `adapmoe calibrate` wrote.", exists=True)] = None,
+    profile: Annotated[Path | None, typer.Option(help="Profile written by `adapmoe calibrate`.", exists=True)] = None,
     slots: Slots = 0.5,
     store: Store = "auto",
     link_gbps: LinkGbps = None,
-    gating: Annotated[str, typer.Option(help="off, token or batch; needs --profile.")] = "off",
+    gating: Annotated[str, typer.Option(help="Gating mode: off, token or batch; needs --profile.")] = "off",
     max_loss_increase: MaxLossIncrease = 0.005,
     contenders: Annotated[
         str | None,
-        typer.Option(help="Of ours, vllm_order, ungated, on_demand_lru, stock. Default: with every expert resident "
-                     "ours,stock; else all but stock."),
+        typer.Option(help="Contenders, comma-separated: ours, vllm_order, ungated, on_demand_lru, stock. Default: "
+                     "ours,stock with --slots 1.0, else all but stock."),
     ] = None,
-    concurrency: Annotated[str, typer.Option(help="Most requests under way, comma-separated.")] = "1,4,16,64",
-    requests: Annotated[int, typer.Option(min=2, help="Of one load, for each that may be under way.")] = 6,
+    concurrency: Annotated[str, typer.Option(help="Maximum concurrent requests, comma-separated.")] = "1,4,16,64",
+    requests: Annotated[int, typer.Option(min=2, help="Requests per load and unit of concurrency.")] = 6,
     rate: Annotated[
         float | None,
-        typer.Option(help="Requests/s that arrive (Poisson). Default: 1.2 times what the fastest contender answers."),
+        typer.Option(help="Arrival rate, requests/s (Poisson). Default: 1.2 times the fastest contender's throughput."),
     ] = None,
     rounds: Rounds = 3,
-    prompt_tokens: Annotated[str, typer.Option(help="Least and most of a prompt: MIN,MAX.")] = "16,512",
+    prompt_tokens: Annotated[str, typer.Option(help="Prompt length range, tokens: MIN,MAX.")] = "16,512",
     output_tokens: OutputTokens = 32,
     text: Texts = None,
     serve_args: ServeArgs = "",
-    bound: Annotated[bool, typer.Option(help="Record the routing in further runs, for the least bytes.")] = True,
+    bound: Annotated[bool, typer.Option(help="Record routing in extra runs for a lower bound on bytes.")] = True,
     plot: Annotated[Path | None, typer.Option(help="PNG file for the plot.")] = None,
 ) -> None:  # fmt: skip
-    """Servers under `vllm bench serve`: the plugin, the same in vLLM's order, on demand with LRU, and stock vLLM."""
+    """Compares servers under `vllm bench serve`: the plugin, without its scheduler, on demand with LRU, stock vLLM."""
     from benchmarks.serve import Load, run_serve
     from benchmarks.serve_table import plot_serve, print_serve
     from benchmarks.server import end_cleanly
@@ -93,24 +93,25 @@ def soak(
     model: Model,
     output: Output = None,
     profile: Annotated[
-        Path | None, typer.Option(help="What `adapmoe calibrate` wrote: gating by token.", exists=True)
+        Path | None, typer.Option(help="Profile written by `adapmoe calibrate`; turns on gating by token.", exists=True)
     ] = None,
-    minutes: Annotated[float, typer.Option(min=0.2, help="Of the plugin.")] = 20,
+    minutes: Annotated[float, typer.Option(min=0.2, help="Duration of the plugin's load, minutes.")] = 20,
     stock_minutes: Annotated[
-        float | None, typer.Option(min=0, help="Of stock vLLM, before it. Default: a fifth of --minutes; 0: none.")
+        float | None,
+        typer.Option(min=0, help="Duration of stock vLLM's load, run first. Default: a fifth of --minutes; 0: none."),
     ] = None,
-    clients: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 32,
+    clients: Annotated[int, typer.Option(min=1, help="Concurrent clients.")] = 32,
     slots: Slots = 0.5,
     store: Store = "auto",
     link_gbps: LinkGbps = None,
     max_loss_increase: MaxLossIncrease = 0.005,
-    replayed: Annotated[int, typer.Option(min=1, help="Requests to ask again, alone, at most.")] = 200,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds in which a request has to end.")] = 180,
-    seed: Annotated[int, typer.Option(help="Of what clients do.")] = 0,
+    replayed: Annotated[int, typer.Option(min=1, help="Maximum requests to repeat alone, to compare tokens.")] = 200,
+    timeout: Annotated[float, typer.Option(min=1, help="Time limit per request, s.")] = 180,
+    seed: Annotated[int, typer.Option(help="Random seed for the clients' behaviour.")] = 0,
     text: Texts = None,
     serve_args: ServeArgs = "",
 ) -> None:
-    """A server under high load, aborts, bad requests and clients that hang up; exit code 1 if something gave way."""
+    """Stresses a server with high load, aborts, bad requests and disconnects; exits with code 1 if a check fails."""
     from benchmarks.server import end_cleanly
     from benchmarks.soak import Plan, print_soak, run_soak
 

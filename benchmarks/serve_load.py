@@ -1,4 +1,4 @@
-"""Load from vLLM's own `vllm bench serve`: prompts of several domains and lengths, Poisson arrivals."""
+"""Generates load with vLLM's own `vllm bench serve`: prompts of several domains and lengths, Poisson arrivals."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.model_folder import read_tokenizer
 
 PACKAGES = ("aiohttp", "pandas")
-"""What `vllm bench serve` needs beside vLLM's own dependencies."""
+"""Packages that `vllm bench serve` needs in addition to vLLM's own dependencies."""
 HELD_OUT = Path(__file__).parents[1] / "examples" / "tiny_mixtral" / "heldout"
 LEAST_DOMAINS = 3
 WARM_TOKENS = 8
@@ -37,11 +37,11 @@ FIGURES = {
     "output_tokens": "total_output_tokens",
     "prompt_tokens": "total_input_tokens",
 }
-"""Figures of one load, and what `vllm bench serve` calls them."""
+"""Figures of one load, and their names in the result of `vllm bench serve`."""
 
 
 def check_packages() -> None:
-    """That `vllm bench serve` can run.
+    """Checks that `vllm bench serve` can run.
 
     Raises:
         AdapMoEError: a package is missing.
@@ -52,10 +52,10 @@ def check_packages() -> None:
 
 
 def domains(model: Path, text: Path | None) -> dict[str, list[int]]:
-    """Token ids of each `*.txt` in a folder, by its name; None: the held-out text of the bundled model.
+    """Returns the token ids of each `*.txt` in a folder by name; None: the held-out text of the bundled model.
 
     Raises:
-        AdapMoEError: fewer than three.
+        AdapMoEError: fewer than three files.
     """
     folder = HELD_OUT if text is None else text
     paths = sorted(folder.glob("*.txt"))
@@ -68,7 +68,7 @@ def domains(model: Path, text: Path | None) -> dict[str, list[int]]:
 
 
 def mixed_lengths(generator: random.Random, count: int, least: int, most: int) -> list[int]:
-    """Lengths drawn log-uniformly: as many from 16 to 32 as from 256 to 512."""
+    """Draws lengths log-uniformly: as many from 16 to 32 as from 256 to 512."""
     return [
         min(most, max(least, round(math.exp(generator.uniform(math.log(least), math.log(most)))))) for _ in range(count)
     ]
@@ -77,7 +77,7 @@ def mixed_lengths(generator: random.Random, count: int, least: int, most: int) -
 def mixed_prompts(
     texts: dict[str, list[int]], count: int, least: int, most: int, seed: int
 ) -> list[tuple[str, list[int]]]:
-    """(domain, token ids) of `count` excerpts, the domains in turn; the same for the same seed."""
+    """Returns (domain, token ids) of `count` excerpts, cycling through the domains; the same for the same seed."""
     generator = random.Random(seed)
     names = list(texts)
     prompts = []
@@ -89,7 +89,7 @@ def mixed_prompts(
 
 
 def write_dataset(path: Path, model: Path, prompts: list[tuple[str, list[int]]], output_tokens: int) -> None:
-    """A file for `vllm bench serve --dataset-name custom`: it sends text, so token ids are decoded."""
+    """Writes a file for `vllm bench serve --dataset-name custom`; it sends text, so token ids are decoded."""
     tokenizer = read_tokenizer(model)
     lines = [
         json.dumps({"prompt": tokenizer.decode(ids, skip_special_tokens=False), "output_tokens": output_tokens})
@@ -99,19 +99,19 @@ def write_dataset(path: Path, model: Path, prompts: list[tuple[str, list[int]]],
 
 
 def load(server: Server, dataset: Path, requests: int, concurrency: int, rate: float, seed: int) -> dict[str, float]:
-    """Runs `vllm bench serve` against a server, and returns its figures (`parse_result`).
+    """Runs `vllm bench serve` against a server and returns its figures (`parse_result`).
 
     Args:
-        server: that answers.
-        dataset: what `write_dataset` wrote.
-        requests: of the dataset to send, in its order.
-        concurrency: most requests at a time; those that arrive while so many are under way wait in the client, and
-            their clocks start when they are sent.
-        rate: requests per second that arrive, exponentially distributed apart; infinite: all at once.
-        seed: of the arrivals.
+        server: server under load.
+        dataset: file from `write_dataset`.
+        requests: number of requests to send, in the order of the dataset.
+        concurrency: maximum concurrent requests; further arrivals wait in the client, and their latency counts from
+            when they are sent.
+        rate: arrival rate, requests per second (Poisson); infinite: all at once.
+        seed: random seed for the arrivals.
 
     Raises:
-        AdapMoEError: it ended with an error, or no request was answered.
+        AdapMoEError: `vllm bench serve` failed, or no request was answered.
     """
     result = dataset.with_name(f"{server.name}.result.json")
     result.unlink(missing_ok=True)
@@ -136,10 +136,10 @@ def load(server: Server, dataset: Path, requests: int, concurrency: int, rate: f
 
 
 def parse_result(result: dict[str, Any]) -> dict[str, float]:
-    """The `FIGURES` of what `vllm bench serve --save-result` wrote, and how full the server and the client were.
+    """Extracts the `FIGURES` from a result of `vllm bench serve --save-result`, mean concurrency and client queue time.
 
     Raises:
-        AdapMoEError: one is not there.
+        AdapMoEError: a figure is missing.
     """
     missing = [key for key in (*FIGURES.values(), "latencies", "queue_times") if key not in result]
     if missing:
@@ -160,7 +160,7 @@ def measure(
     rate: float,
     seed: int,
 ) -> dict[str, float]:
-    """Warms a server with the beginnings of the answers, then loads it: figures, and what its counters say of them."""
+    """Warms a server with the first tokens of some answers, then loads it; returns figures and counters."""
     dataset = server.log.with_name(f"{server.name}.jsonl")
     write_dataset(dataset, model, prompts, tokens)
     with ThreadPoolExecutor(concurrency) as pool:
@@ -177,7 +177,7 @@ def measure(
 
 
 def counted(before: dict[str, float], after: dict[str, float], figures: dict[str, float]) -> dict[str, float]:
-    """What a server's counters say of a load; the cache's are left out where there is none."""
+    """Returns figures from a server's counters before and after a load; those of the cache only with the plugin."""
 
     def of(name: str) -> float | None:
         return after[name] - before.get(name, 0.0) if name in after else None

@@ -1,4 +1,4 @@
-"""The result of `python -m benchmarks serve` for people."""
+"""Prints and plots the result of `python -m benchmarks serve`."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ SHORT = {"ours": "ours", "vllm_order": "order", "ungated": "ungated", "on_demand
 
 
 def print_serve(result: dict[str, Any], console: Console) -> None:
-    """A table of speeds, one of ratios, and the bounds."""
+    """Prints a table of speeds, one of ratios, and the bounds."""
     low, high = result["prompt_tokens"]
     table = Table(
         title=f"{result['model']}, prompts of {low} to {high} tokens, answers of {result['output_tokens']}",
@@ -88,7 +88,7 @@ def _print_ratios(result: dict[str, Any], console: Console) -> None:
     for load in result["loads"]:
         for name, point in load["contenders"].items():
             for base, ratio in point["ratios"].items():
-                if name == "on_demand_lru" and base == "vllm_order":  # the other way round is there
+                if name == "on_demand_lru" and base == "vllm_order":  # the inverse ratio is shown
                     continue
                 speed, slowest = ratio["output_tokens_per_second"], ratio["tpot_p99_ms"]
                 table.add_row(
@@ -106,7 +106,7 @@ def _print_ratios(result: dict[str, Any], console: Console) -> None:
 
 
 def plot_serve(result: dict[str, Any], path: Path) -> None:
-    """Throughput, TTFT and TPOT against concurrency, one line per contender."""
+    """Plots throughput, TTFT and TPOT against concurrency, one line per contender."""
     panels = {"output_tokens_per_second": "tokens/s", "ttft_p99_ms": "TTFT p99, ms", "tpot_p99_ms": "TPOT p99, ms"}
     with figure(path, "requests at once", "", columns=len(panels)) as axes:
         for axis, (key, label) in zip(axes[0], panels.items(), strict=True):

@@ -1,4 +1,4 @@
-"""A real `vllm serve`, to measure: started, paused while others are measured, asked for its counters, ended."""
+"""Runs a `vllm serve` process to measure: starts it, pauses it while others run, reads its counters, ends it."""
 
 import json
 import os
@@ -21,31 +21,31 @@ from prometheus_client.parser import text_string_to_metric_families
 from vllm_adapmoe.config import AdapMoEError
 
 START_SECONDS = 900
-"""That a server may take to answer: it may have to pack its experts and to compile."""
+"""Time limit for a server to start, seconds: it may have to pack experts and compile."""
 KV_CACHE_BYTES = 256 << 20
-"""Of a server, so that several can live at once: vLLM would take nearly all memory."""
+"""KV-cache bytes per server, so that several can live at once: by default vLLM takes nearly all memory."""
 VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Returns a free TCP port."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
 class Server:
-    """`vllm serve` in a process group of its own; ends with the `with` block.
+    """A `vllm serve` process in its own process group, which ends with the `with` block.
 
     Args:
-        name: of its log file.
-        model: folder of a checkpoint.
-        folder: for the log.
+        name: name of the log file.
+        model: checkpoint folder.
+        folder: folder for the log.
         adapmoe: configuration of the expert cache; None: stock vLLM.
-        flags: further arguments of `vllm serve`.
+        flags: further arguments for `vllm serve`.
 
     Raises:
-        AdapMoEError: it does not start, with the first error in its log.
+        AdapMoEError: the server does not start; the message has the first error in its log.
     """
 
     def __init__(
@@ -85,18 +85,18 @@ class Server:
         raise AdapMoEError(f"server {self.name} did not start: {first_error(self.log.read_text(errors='replace'))}")
 
     def processes(self) -> list[psutil.Process]:
-        """The server and what it started, itself first."""
+        """Returns the server's process and its descendants, the server first."""
         with suppress(psutil.Error):
             root = psutil.Process(self.process.pid)
             return [root, *root.children(recursive=True)]
         return []
 
     def pause(self) -> None:
-        """Stops every process of it, until `resume`: idle workers poll, and would take time from the one measured."""
+        """Stops all its processes until `resume`: idle workers poll, and would take CPU time from the one measured."""
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Lets it go on."""
+        """Resumes all its processes."""
         self._signal(signal.SIGCONT)
 
     def _signal(self, number: signal.Signals) -> None:
@@ -107,7 +107,7 @@ class Server:
                 child.send_signal(number)
 
     def close(self) -> None:
-        """Ends it, and all that it started."""
+        """Ends the server and all its descendants."""
         self.resume()
         self.children = self.processes()[1:] or self.children
         self.process.terminate()
@@ -118,12 +118,12 @@ class Server:
         psutil.wait_procs(self.children, timeout=5)
 
     def metrics(self) -> dict[str, float]:
-        """Every sample of `/metrics` by name, summed over its labels."""
+        """Returns every sample of `/metrics` by name, summed over its labels."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as answer:
             return parse_metrics(answer.read().decode())
 
     def complete(self, **fields: Any) -> dict[str, Any]:
-        """The answer of `/v1/completions` to a request, not streamed."""
+        """Sends a request to `/v1/completions` and returns the answer, not streamed."""
         body = json.dumps({"model": self.model, "temperature": 0} | fields).encode()
         request = urllib.request.Request(f"{self.url}/v1/completions", body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=600) as answer:
@@ -131,7 +131,7 @@ class Server:
 
 
 def end_cleanly() -> None:
-    """Lets a command that is terminated end its servers first: they are in sessions of their own, and would stay."""
+    """Turns SIGTERM into KeyboardInterrupt, so that servers, which have their own sessions, are ended too."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -140,14 +140,14 @@ def end_cleanly() -> None:
 
 
 def first_error(log: str) -> str:
-    """What a log first says of an exception: the root cause, which the later ones point back to."""
+    """Returns the first exception in a log: the root cause, to which later ones refer."""
     lines = [line for line in log.splitlines() if " WARNING " not in line and " INFO " not in line]
     found = re.search(r"\b[\w.]*(?:[Ee]rror|Exception): .*", "\n".join(lines))
     return found[0].strip()[:300] if found else f"no answer after {START_SECONDS} s, and no error in its log"
 
 
 def parse_metrics(text: str) -> dict[str, float]:
-    """Samples of a page in Prometheus' format by name, summed over their labels; buckets and dates left out."""
+    """Parses Prometheus' text format: samples by name, summed over labels, without buckets and creation times."""
     sums: dict[str, float] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:

@@ -1,4 +1,4 @@
-"""A server under hours' worth of abuse in minutes: nothing leaks, no request is lost, no token is wrong."""
+"""Stresses a server and checks that nothing leaks, no request is lost and no token is wrong."""
 
 import asyncio
 import re
@@ -26,15 +26,16 @@ from vllm_adapmoe.units import MiB
 
 MAX_MODEL_LEN = 1024
 BLOCKS_PER_CLIENT = 2
-"""Of the KV cache: too few for all of them at once, so that requests are preempted, too."""
+"""KV-cache blocks per client: too few for all clients at once, so that requests are also preempted."""
 REST_SECONDS = 8
-"""That a server is left alone before it is looked at idle: longer than it keeps connections."""
+"""Seconds without requests before an idle sample, longer than the server keeps connections alive."""
 WRONG_GAP = 1.0
-"""Nats by which a replay prefers another token that no rounding explains. bfloat16 logits are up to 0.125 apart."""
+"""Gap in nats between a replay's token and the original that rounding cannot explain; adjacent bfloat16 logits are up
+to 0.125 apart."""
 SHORTEST_SECONDS = 1200
-"""Of a soak whose memory says something: allocators take some four minutes to reach their level."""
+"""Minimum length of a soak whose memory growth is judged: allocators take some four minutes to reach their level."""
 SAID = 20
-"""Outcomes that should not be, in full in the result."""
+"""Maximum number of bad outcomes and of kinds of log errors listed in the result."""
 BAD = ("failed", "wrong", "timeout")
 IDLE = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 COUNTERS = ("vllm:num_preemptions_total", "vllm:request_success_total", "vllm:generation_tokens_total")
@@ -42,12 +43,12 @@ COUNTERS = ("vllm:num_preemptions_total", "vllm:request_success_total", "vllm:ge
 
 @dataclass(frozen=True)
 class Plan:
-    """What is done to a server."""
+    """Parameters of a soak."""
 
     seconds: float
     clients: int
     replayed: int
-    """Greedy requests that are asked again, alone, at most."""
+    """Maximum number of greedy requests that are repeated alone."""
     timeout: float
     seed: int
 
@@ -60,15 +61,15 @@ def run_soak(
     stock_seconds: float,
     serve_args: list[str],
 ) -> dict[str, Any]:
-    """Stock vLLM for a while, as the measure of what a replay can be; then the plugin.
+    """Soaks stock vLLM first, as the reference for how often replays differ, then the plugin.
 
     Args:
-        model: folder of a checkpoint.
+        model: checkpoint folder.
         config: `adapmoe_config`.
         text: folder of `*.txt`; None: the bundled model's held-out text.
-        plan: of the plugin's soak.
-        stock_seconds: of stock vLLM's; 0: none, and only large gaps are held against a replay.
-        serve_args: further arguments of `vllm serve`.
+        plan: parameters of the plugin's soak.
+        stock_seconds: duration of stock vLLM's soak; 0: none, and replays fail only with large gaps.
+        serve_args: further arguments for `vllm serve`.
 
     Raises:
         AdapMoEError: a server does not start, or dies.
@@ -99,7 +100,7 @@ def run_soak(
 
 
 def _soak(server: Server, traffic: Traffic, plan: Plan, seconds: float) -> dict[str, Any]:
-    """Traffic to warm up, rest, traffic, rest; then replays."""
+    """Runs warm-up traffic, a pause, traffic, a pause, then replays."""
     question = {"prompt": next(iter(traffic.texts.values()))[:64], "max_tokens": 32, "return_token_ids": True}
     first = server.complete(**question, cache_salt="first")["choices"][0]["token_ids"]
     clients = Clients(server.url, traffic, plan.clients, plan.timeout, lambda: server.process.poll() is None)
@@ -149,7 +150,7 @@ async def _with_progress(clients: Clients, seconds: float, name: str) -> None:
 
 
 def tally(outcomes: Iterable[Outcome]) -> dict[str, dict[str, int]]:
-    """How many of each kind ended in which way."""
+    """Counts the outcomes of each kind of request."""
     counts: dict[str, Counter[str]] = {}
     for one in outcomes:
         counts.setdefault(one.kind, Counter())[one.ended] += 1
@@ -157,14 +158,14 @@ def tally(outcomes: Iterable[Outcome]) -> dict[str, dict[str, int]]:
 
 
 def log_errors(lines: Iterable[str]) -> dict[str, int]:
-    """Error lines of a server's log, without what differs from one to the next, and how often each came."""
+    """Counts the error lines of a server's log, with numbers and addresses masked."""
     marked = (re.search(r"ERROR [\d-]+ [\d:]+ (.*)", line) for line in lines)
     found = Counter(re.sub(r"0x[0-9a-f]+|[0-9a-f]{8,}|\d+", "#", match[1])[:200] for match in marked if match)
     return dict(found.most_common(SAID))
 
 
 def verdict(ours: dict[str, Any], stock: dict[str, Any] | None) -> dict[str, bool | None]:
-    """What had to hold, and whether it did; None: so short a soak cannot tell."""
+    """Returns for each requirement whether it held; None: the soak was too short to tell."""
     replayed = ours["replay"]
     limit = WRONG_GAP if stock is None else max(WRONG_GAP, stock["replay"]["largest_gap_nats"])
     memory = ours["growth"]
@@ -187,7 +188,7 @@ def verdict(ours: dict[str, Any], stock: dict[str, Any] | None) -> dict[str, boo
 
 
 def print_soak(result: dict[str, Any], console: Console) -> None:
-    """What clients did and how it ended, what the servers held, and the verdict."""
+    """Prints the outcomes of requests, the resources held by the servers, and the verdict."""
     for name, one in result["servers"].items():
         ends = sorted({ended for kind in one["outcomes"].values() for ended in kind})
         table = Table(

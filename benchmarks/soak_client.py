@@ -1,4 +1,4 @@
-"""Clients of a soak: each asks, waits or hangs up, and says how it ended."""
+"""Clients of a soak: each sends requests, waits or disconnects, and records the outcome."""
 
 import asyncio
 import json
@@ -14,7 +14,7 @@ from benchmarks.soak_traffic import GREEDY, Ask, Traffic, wrong_with
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a request ended: as it should (`answered`, `refused`, `hung up`), or `failed`, `wrong` or `timeout`."""
+    """Outcome of a request: as expected (`answered`, `refused`, `hung up`), or `failed`, `wrong` or `timeout`."""
 
     number: int
     kind: str
@@ -25,21 +25,21 @@ class Outcome:
 
 @dataclass
 class Ended:
-    """All outcomes of a while of traffic, and the tokens of what can be replayed, by number of the request."""
+    """Outcomes of all requests, and the tokens of those that can be replayed by request number."""
 
     outcomes: list[Outcome] = field(default_factory=list)
     tokens: dict[int, list[int]] = field(default_factory=dict)
 
 
 class Clients:
-    """So many at a time, each with the next request as soon as its last one has ended.
+    """Concurrent clients, each of which sends its next request as soon as the previous one has ended.
 
     Args:
-        url: of the server.
-        traffic: requests.
-        many: clients.
-        timeout: seconds in which a request has to end.
-        alive: whether the server's process is there.
+        url: URL of the server.
+        traffic: source of requests.
+        many: number of clients.
+        timeout: time limit per request, seconds.
+        alive: returns whether the server's process is running.
     """
 
     def __init__(self, url: str, traffic: Traffic, many: int, timeout: float, alive: Callable[[], bool]) -> None:
@@ -52,7 +52,7 @@ class Clients:
         self.ended = Ended()
 
     async def run(self, seconds: float) -> None:
-        """Traffic for so long; then what is under way ends, and connections are closed."""
+        """Sends requests for `seconds`, then waits for those in flight and closes all connections."""
         import aiohttp
 
         until = time.monotonic() + seconds
@@ -70,7 +70,7 @@ class Clients:
                     ended, detail = await self._send(session, ask)
             except TimeoutError:
                 ended, detail = "timeout", f"no end after {self.timeout:.0f} s"
-            except Exception as error:  # of the connection, or of an answer that cannot be read: a lost request
+            except Exception as error:  # failed connection or unreadable answer: a lost request
                 ended, detail = "failed", f"{type(error).__name__}: {error}"
             took = time.monotonic() - started
             self.ended.outcomes.append(Outcome(ask.number, ask.kind, ended, took, detail))
@@ -105,10 +105,10 @@ class Clients:
             return "wrong", why
         if ask.kind in GREEDY:
             self.ended.tokens[ask.number] = choices[0]["token_ids"]
-        return ask.expected, ""  # a client may mean to hang up, and have the whole answer first
+        return ask.expected, ""  # the whole answer may arrive before a client hangs up
 
     async def _half(self, ask: Ask) -> tuple[str, str]:
-        """Says that a body follows, sends a part of it and goes."""
+        """Announces a body, sends only part of it and disconnects."""
         place = urlsplit(self.url)
         _, writer = await asyncio.open_connection(place.hostname, place.port)
         head = (
@@ -124,10 +124,10 @@ class Clients:
 
 
 async def _streamed(answer: Any, ask: Ask) -> list[dict[str, Any]] | None:
-    """The choice that a stream's chunks add up to; None: time to hang up.
+    """Joins a stream's chunks into one choice; returns None when the client should hang up.
 
     Raises:
-        ValueError: the stream ended before its end, or an error came in it.
+        ValueError: the stream ended without [DONE], or contained an error.
     """
     whole: dict[str, Any] = {"text": "", "token_ids": [], "finish_reason": None}
     chunks = 0

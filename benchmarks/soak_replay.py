@@ -1,4 +1,4 @@
-"""Requests that were answered among others, asked again alone: are the tokens the same, and if not, was it a tie?"""
+"""Repeats requests of a soak one at a time and compares their tokens; a difference should be a near-tie."""
 
 import json
 from collections.abc import Iterable
@@ -14,23 +14,23 @@ from benchmarks.soak_traffic import Traffic
 
 ALTERNATIVES = 5
 CHANCE = 0.01
-"""More replays that differ than stock vLLM's are held against us if chance alone would make so many this seldom."""
+"""Significance level: more differing replays than with stock vLLM count as a failure below this probability."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Where a replay first gave another token."""
+    """First position at which a replay gave another token."""
 
     number: int
     position: int
     gap: float
-    """Nats between the replay's token and the soak's, as the replay has them; a tie is nearly 0."""
+    """Log probability of the replay's token minus that of the soak's token, in the replay, nats; near 0 for a tie."""
     at_least: bool
-    """The soak's token was not among the replay's likeliest; the gap is that to the last of them."""
+    """Whether `gap` is only a lower bound, since the soak's token is not among the replay's most probable tokens."""
 
 
 def spread_out(numbers: Iterable[int], most: int) -> list[int]:
-    """At most so many of these numbers, evenly from first to last."""
+    """Returns at most `most` of these numbers, evenly spread."""
     ordered = sorted(numbers)
     if len(ordered) <= most:
         return ordered
@@ -38,13 +38,13 @@ def spread_out(numbers: Iterable[int], most: int) -> list[int]:
 
 
 def difference(number: int, given: list[int], again: list[int], likeliest: list[dict[str, float]]) -> Difference | None:
-    """Where two answers part; None: nowhere.
+    """Returns the first difference between two answers; None if they are equal.
 
     Args:
-        number: of the request.
-        given: token ids.
+        number: number of the request.
+        given: token ids of the soak's answer.
         again: token ids of the replay.
-        likeliest: for each position of the replay, log probabilities by `token_id:N`.
+        likeliest: log probabilities of the most probable tokens by `token_id:N`, for each position of the replay.
     """
     position = next((at for at, (one, other) in enumerate(zip(given, again, strict=True)) if one != other), None)
     if position is None:
@@ -56,7 +56,7 @@ def difference(number: int, given: list[int], again: list[int], likeliest: list[
 
 
 def replay(server: Server, traffic: Traffic, tokens: dict[int, list[int]], most: int) -> dict[str, Any]:
-    """Asks the server again, one request at a time, and without what its prefix cache holds of the soak."""
+    """Repeats requests one at a time, without using the prefix cache left by the soak, and counts differences."""
     differences = []
     compared = 0
     chosen = spread_out(tokens, most)
@@ -80,7 +80,8 @@ def replay(server: Server, traffic: Traffic, tokens: dict[int, list[int]], most:
 
 
 def chance_of_as_many(ours: dict[str, Any], stock: dict[str, Any]) -> float:
-    """Probability of at least so many differing replays of ours if both differ equally often (Fisher's exact test)."""
+    """Returns the probability that at least as many of our replays differ, if both servers' differ equally often
+    (Fisher's exact test)."""
     total = ours["replayed"] + stock["replayed"]
     differing = total - ours["equal"] - stock["equal"]
     mine = ours["replayed"]

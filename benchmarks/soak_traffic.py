@@ -1,4 +1,4 @@
-"""What clients do to a server in a soak: requests of many kinds, bad ones among them, the same for the same seed."""
+"""Generates the requests of a soak: many kinds, including bad ones; the same for the same seed."""
 
 import json
 import random
@@ -23,9 +23,9 @@ WEIGHTS = {
     "wrong_type": 4,
     "unknown_model": 2,
 }
-"""Kinds of requests, and how many of a hundred or so are of each."""
+"""Kinds of requests and their weights."""
 GREEDY = ("complete", "stream")
-"""Kinds whose tokens can be compared with a replay."""
+"""Kinds of requests whose tokens can be compared with a replay."""
 REFUSED = ("oversized", "too_many_tokens", "malformed", "wrong_type", "unknown_model")
 CHOICES = ["alpha", "beta", "gamma"]
 PATTERN = "[a-z]{3}-[0-9]{2}"
@@ -51,23 +51,23 @@ class Ask:
     expected: Literal["answered", "refused", "hung up"]
     stream: bool = False
     chunks: int = 0
-    """After so many chunks the client hangs up."""
+    """Number of chunks after which the client hangs up."""
     patience: float = 0.0
-    """After so many seconds a client that waits for a whole answer hangs up."""
+    """Seconds after which a client that waits for a whole answer hangs up."""
     tokens: int | None = None
-    """Of every choice; None: fewer are right, too."""
+    """Expected number of tokens in every choice; None: fewer are valid, too."""
     choices: int = 1
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Makes requests.
+    """Generates requests.
 
     Args:
-        model: as the server knows it.
+        model: name under which the server serves the model.
         texts: token ids by domain.
-        max_model_len: of the server.
-        seed: of everything.
+        max_model_len: maximum model length of the server.
+        seed: random seed for everything.
     """
 
     model: str
@@ -76,10 +76,10 @@ class Traffic:
     seed: int
 
     def ask(self, number: int) -> Ask:
-        """The request of a number: what it is does not depend on the others.
+        """Returns the request of a number, independent of the other requests.
 
-        The first ones are one of each kind: servers start threads for some kinds when the first one comes, which is
-        not to look like a leak after the warm-up.
+        The first requests are one of each kind: servers start threads at the first request of some kinds, which must
+        not look like a leak after the warm-up.
         """
         generator = random.Random(f"{self.seed}/{number}")
         kinds = list(WEIGHTS)
@@ -98,7 +98,7 @@ class Traffic:
             return self._made(number, kind, path, body, stream=kind == "stream", tokens=tokens)
         if kind == "several":
             count = generator.randrange(2, 5)
-            # No seed: on the CPU, vLLM 0.32 itself dies of one whose prompt is computed in parts.
+            # No seed: on the CPU, vLLM 0.32 crashes on a seeded request whose prompt is computed in chunks.
             body |= {"n": count, "temperature": 0.8}
             return self._made(number, kind, path, body, tokens=tokens, choices=count)
         if kind == "logprobs":
@@ -149,7 +149,7 @@ class Traffic:
         return Ask(number, kind, path, json.dumps(body).encode(), **({"expected": "answered"} | others))
 
     def _prompt(self, generator: random.Random) -> list[int]:
-        """An excerpt; one in four begins a text, so that prefixes are shared."""
+        """Draws an excerpt; one in four begins at the start of a text, so that prefixes are shared."""
         text = self.texts[generator.choice(list(self.texts))]
         length = min(len(text), int(2 ** generator.uniform(2, 9)), self.max_model_len - 300)
         start = 0 if generator.random() < 0.25 else generator.randrange(len(text) - length + 1)
@@ -166,11 +166,11 @@ def _schema() -> dict[str, Any]:
 
 
 def wrong_with(ask: Ask, choices: list[dict[str, Any]]) -> str | None:
-    """What is wrong with an answer, in words; None: nothing.
+    """Describes what is wrong with an answer; None: nothing.
 
     Args:
         ask: the request.
-        choices: of the answer, each with `finish_reason`, `text` and `token_ids`.
+        choices: choices of the answer, each with `finish_reason`, `text` and `token_ids`.
     """
     if len(choices) != ask.choices:
         return f"{len(choices)} choices, not {ask.choices}"

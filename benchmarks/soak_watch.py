@@ -1,4 +1,4 @@
-"""What a server holds while a soak goes on: memory, threads and files of its processes, and whether they grow."""
+"""Samples memory, threads and open files of a server during a soak, and checks whether they grow."""
 
 import threading
 import time
@@ -14,34 +14,34 @@ from benchmarks.server import Server
 from vllm_adapmoe.units import MiB
 
 EARLY = (0.15, 0.25)
-"""Share of a soak whose memory is what later memory is compared with; before it, everything warms up."""
+"""Part of a soak that later memory is compared with; before it, the server warms up."""
 LATE = (0.9, 1.0)
 GROWTH = 0.02
 GROWTH_BYTES = 20 * MiB
 """Memory may grow by the greater of the two."""
 SPARE_HANDLES = 0
-"""Threads and files that an idle server may have more of after the soak than after it had warmed up."""
+"""Additional threads and open files allowed to the idle server after the soak, compared with after the warm-up."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Of all processes of a server together."""
+    """Resources of all processes of a server together."""
 
     seconds: float
-    """Since the soak began."""
+    """Time since the soak began."""
     anonymous: int
-    """Bytes in memory that are not of a file and not shared."""
+    """Resident bytes that are neither file-backed nor shared."""
     proportional: int
-    """Bytes in memory, those shared divided by their sharers (PSS)."""
+    """Proportional set size (PSS): resident bytes, with shared ones divided by the number of sharers."""
     threads: int
     files: int
     processes: int
     anonymous_of: dict[str, int] = field(default_factory=dict)
-    """`anonymous` by the name of the process."""
+    """`anonymous` by process name."""
 
 
 def sample(server: Server, started: float) -> Sample:
-    """What the server holds now."""
+    """Takes a sample of the server's resources."""
     seconds = time.monotonic() - started
     of: dict[str, int] = {}
     anonymous = proportional = threads = files = processes = 0
@@ -59,7 +59,7 @@ def sample(server: Server, started: float) -> Sample:
 
 
 class Watch:
-    """Takes samples every `interval` seconds, from a thread of its own, while the `with` block lasts."""
+    """Takes samples every `interval` seconds in its own thread for the duration of the `with` block."""
 
     def __init__(self, server: Server, interval: float) -> None:
         self.server = server
@@ -86,11 +86,11 @@ class Watch:
 
 
 def growth(samples: Sequence[Sample], idle: Sequence[Sample]) -> dict[str, Any]:
-    """Whether something leaked.
+    """Computes growth of memory, threads, files and processes, and whether it is within limits.
 
     Args:
-        samples: under load, over the whole soak.
-        idle: without any request: after the warm-up, and at the end.
+        samples: samples under load, over the whole soak.
+        idle: samples without requests: after the warm-up, and at the end.
     """
     total = samples[-1].seconds
     parts = {
@@ -120,7 +120,7 @@ def growth(samples: Sequence[Sample], idle: Sequence[Sample]) -> dict[str, Any]:
 
 
 def _between(parts: dict[str, list[Sample]], name: str, samples: Sequence[Sample]) -> float:
-    """Growth of the processes of a name, bytes."""
+    """Returns the memory growth of all processes of a name, bytes."""
     early, late = (
         median(one.anonymous_of.get(name, 0) for one in parts[part] or samples) for part in ("early", "late")
     )

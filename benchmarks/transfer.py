@@ -1,4 +1,4 @@
-"""What the transfer engine makes of a disk: its bandwidth, against plain sequential reads of the same records."""
+"""Measures the disk bandwidth of the transfer engine against plain sequential reads of the same records."""
 
 import os
 import threading
@@ -30,30 +30,30 @@ from vllm_adapmoe.store.record import ALIGNMENT, align, as_bytes
 from vllm_adapmoe.units import MiB
 
 EXPERTS = 8
-"""Of a layer of a synthetic pack."""
+"""Experts per layer of a synthetic pack."""
 LAYERS = 4
-"""Of a synthetic pack, at least, so that the slots never hold every record."""
+"""Minimum layers of a synthetic pack, so that the slots never hold every record."""
 SLOTS = 16
-"""Of the engine, at least; with fewer records than slots nothing would be read."""
+"""Minimum slots of the engine; with fewer records than slots nothing would be read."""
 PLAIN_THREADS = (1, 2, 4)
 TOGETHER = (1, 2, 4, 8)
-"""Experts that one event asks for."""
+"""Numbers of experts requested per event."""
 AHEAD = 2
-"""Most experts that speculation has under way."""
+"""Maximum prefetches in flight."""
 BASE = "plain, 1 reader"
 
 
 def run_transfer(
     model: Path | None, record_mib: Sequence[float], store_dir: Path | None, rounds: int, pass_mib: int
 ) -> dict[str, Any]:
-    """Reads every record of a pack in every way in turn, and their order moves on by one each round.
+    """Reads every record of a pack with every method in turn; the order rotates by one each round.
 
     Args:
-        model: folder of a checkpoint, whose pack is read; None for synthetic packs of random bytes.
-        record_mib: sizes of a synthetic pack's records.
-        store_dir: where packs are; None: vLLM's cache for a model, a temporary folder for synthetic ones.
-        rounds: of every way.
-        pass_mib: bytes of a synthetic pack, and so of one pass over it, at least; the slots want more for big records.
+        model: checkpoint folder whose pack is read; None: synthetic packs of random bytes.
+        record_mib: record sizes of the synthetic packs, MiB.
+        store_dir: folder for packs; None: vLLM's cache for a model, a temporary folder for synthetic packs.
+        rounds: measurements of every method.
+        pass_mib: minimum size of a synthetic pack, MiB, and so of one pass over it; `LAYERS` may require more.
 
     Raises:
         AdapMoEError: the pack cannot be written.
@@ -80,10 +80,10 @@ def _model_pack(model: Path, store_dir: Path | None) -> Path:
 
 
 def synthetic_pack(path: Path, record_bytes: int, total_bytes: int) -> None:
-    """A pack of random bytes: records of two pieces, 2 to 1, as of experts with a gated activation.
+    """Writes a pack of random bytes: records of two pieces, 2 to 1, like experts with a gated activation.
 
     Raises:
-        AdapMoEError: it cannot be written.
+        AdapMoEError: the pack cannot be written.
     """
     down = align(record_bytes // 3)
     up = max(align(record_bytes) - down, ALIGNMENT)
@@ -91,7 +91,7 @@ def synthetic_pack(path: Path, record_bytes: int, total_bytes: int) -> None:
     generator = torch.Generator().manual_seed(0)
     try:
         writer = PackWriter(path, {"model": "synthetic"}, layers * EXPERTS * (up + down))
-        # The same random bytes for each layer: a disk that is asked for different blocks does not know.
+        # The same random bytes for each layer: they are different blocks on disk, which is what matters.
         sizes = {"w13": up, "w2": down}
         tensors = {
             name: torch.randint(-(2**62), 2**62, (EXPERTS, size // 8), generator=generator)
@@ -105,7 +105,7 @@ def synthetic_pack(path: Path, record_bytes: int, total_bytes: int) -> None:
 
 
 class _Readers:
-    """Everything that reads one pack."""
+    """Read methods to compare, on one pack."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -125,25 +125,25 @@ class _Readers:
             [0] * len(self.events),
             [self.layout.nbytes] * len(self.events),
         )
-        # Staging slots are those beyond a whole layer.
+        # Slots beyond a whole layer are for staging.
         self.setup = CacheSetup([max(SLOTS, most + AHEAD)], "lru", lookahead=1, max_experts=AHEAD)
         if self.setup.slots[0] >= len(self.keys):
             raise AdapMoEError(f"{path} has {len(self.keys)} records, too few to measure; take a bigger model")
         self.shape = shape
         self.cache = ExpertCacheManager(store, CacheController(shape, self.setup), torch.device("cpu"))
-        # The very memory of the slots: in a virtual machine one buffer was seen to take twice the bytes of another.
+        # Read into the slots' own memory: in a virtual machine one buffer was twice as fast as another.
         pool = self.cache.pools[0]
         self.buffers = [[as_bytes(one[slot]) for one in pool.tensors.values()] for slot in range(pool.num_slots)]
 
     def restart(self, checked: bool = True) -> None:
-        """Empties the slots; with `checked` False, of a store that has yet to check every record."""
+        """Empties the slots; with `checked` False, also makes the store verify every record's checksum again."""
         if not checked:
             self.cache.store.close()
             self.cache.store = open_pack(self.path, {})
         self.cache.restart(CacheController(self.shape, self.setup), None)
 
     def plain(self, threads: int) -> None:
-        """Each record with one direct read into the memory of one slot after the other, in the order of the file."""
+        """Reads each record with one direct read into the next slot's memory, in the order of the file."""
         fd, _ = open_direct(self.path, os.O_RDONLY)
         numbers = iter(range(len(self.keys)))
         lock = threading.Lock()
@@ -170,7 +170,7 @@ class _Readers:
             os.close(fd)
 
     def demand(self, together: int) -> None:
-        """Every expert on demand, so many to an event."""
+        """Loads every expert on demand, `together` per event."""
         for layer, experts in enumerate(self.events):
             for start in range(0, len(experts), together):
                 group = experts[start : start + together]
@@ -178,7 +178,7 @@ class _Readers:
                 self.cache.release(layer, group)
 
     def speculate(self, together: int) -> None:
-        """Every expert but the first layer's predicted, waited for until it is staged, and then asked for."""
+        """Prefetches every expert but the first layer's, waits until it is staged, and then requests it."""
         transfers = self.cache.transfers
         for layer, experts in enumerate(self.events[1:], start=1):
             for start in range(0, len(experts), together):
@@ -204,7 +204,7 @@ def _measure(path: Path, rounds: int) -> dict[str, Any]:
         ways[f"speculation, {together} at a time"] = partial(readers.speculate, together)
     ways["first reads, 4 at a time"] = partial(readers.demand, 4)
     names = list(ways)
-    readers.demand(TOGETHER[-1])  # commits the slots, and checks every record
+    readers.demand(TOGETHER[-1])  # commits the slots' memory, and verifies every record
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for number in tqdm(range(rounds), desc=f"Reading records of {readers.layout.nbytes / MiB:g} MiB", unit="round"):
         for name in names[number % len(names) :] + names[: number % len(names)]:
@@ -237,7 +237,7 @@ def _timed(readers: _Readers, name: str, way: Callable[[], None]) -> dict[str, f
 
 
 def print_transfer(result: dict[str, Any], console: Console) -> None:
-    """One table a size of records."""
+    """Prints one table per record size."""
     for pack in result["packs"]:
         title = f"{pack['records']} records of {pack['record_bytes'] / MiB:.4g} MiB, {result['rounds']} rounds"
         table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))

@@ -1,4 +1,4 @@
-"""What the benchmarks ask of an engine: the same prompts, round after round."""
+"""Makes the benchmarks' prompts, the same in every round, and measures engines on them."""
 
 import random
 from pathlib import Path
@@ -21,9 +21,9 @@ COUNTERS = (
 
 
 def prompts_of(model: Path, text: Path | None, count: int, length: int) -> list[list[int]]:
-    """`count` prompts of `length` token ids: excerpts of the files `*.txt` in the folder `text`, or random ids.
+    """Returns `count` prompts of `length` token ids: excerpts of `*.txt` in the folder `text`, or random ids if None.
 
-    Routing has structure only on text like that which the model was trained on.
+    Routing is realistic only on text like the model's training data.
     """
     generator = random.Random(0)
     if text is not None:
@@ -41,14 +41,14 @@ def prompts_of(model: Path, text: Path | None, count: int, length: int) -> list[
 
 
 def measure(engine: Any, prompts: list[list[int]], output_tokens: int, forced: bool = False) -> dict[str, Any]:
-    """Throughput of one round, tokens/s, and what the cache did in it.
+    """Measures the throughput of one round, tokens/s, and the cache's counters in it.
 
     Args:
-        engine: that answers.
-        prompts: token ids.
-        output_tokens: of each answer.
-        forced: the last `output_tokens` of each prompt are not given but decoded, one by one, instead of what the
-            engine would say.
+        engine: the engine to measure.
+        prompts: token ids of each prompt.
+        output_tokens: output tokens per request.
+        forced: the last `output_tokens` of each prompt are decoded one by one, in place of tokens that the engine would
+            generate.
     """
     before = engine.cache_stats()
     answers = [prompt[-output_tokens:] for prompt in prompts] if forced else None
@@ -71,7 +71,7 @@ def measure(engine: Any, prompts: list[list[int]], output_tokens: int, forced: b
 def measure_batches(
     engine: Any, groups: list[list[list[int]]], output_tokens: int, forced: bool = False
 ) -> dict[str, Any]:
-    """`measure` of several batches, one after the other, as one."""
+    """Applies `measure` to several batches, one after another, and merges the results."""
     parts = [measure(engine, group, output_tokens, forced) for group in groups]
     decoded = sum(len(group) * (output_tokens - 1) for group in groups)
     prompt_tokens = sum(len(prompt) for group in groups for prompt in group)
@@ -85,5 +85,5 @@ def measure_batches(
 
 
 def ratios(rounds: list[dict[str, Any]], base: list[dict[str, Any]], key: str) -> dict[str, float]:
-    """Spread of a figure of `rounds` over that of `base`, round by round."""
+    """Returns the spread of a figure of `rounds` divided by that of `base`, round by round."""
     return spread([round[key] / other[key] for round, other in zip(rounds, base, strict=True)])

@@ -27,7 +27,7 @@ console = Console()
 
 
 class DemoServer(Server):
-    """`vllm serve` of the bundled model."""
+    """A `vllm serve` process with the bundled model."""
 
     def __init__(self, name: str, folder: Path, adapmoe: dict[str, Any] | None, *flags: str) -> None:
         said = "" if adapmoe is None else f" --moe-method adapmoe --adapmoe-config '{json.dumps(adapmoe)}'"
@@ -39,7 +39,7 @@ class DemoServer(Server):
         return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
     def stream(self, show: bool) -> tuple[list[int], float]:
-        """Token ids of one streamed completion, and decoded tokens per second."""
+        """Streams one completion; returns its token ids and decoded tokens per second."""
         stream = self.client().completions.create(
             model=NAME, prompt=PROMPT, max_tokens=OUTPUT_TOKENS, temperature=0, stream=True,
             extra_body={"return_token_ids": True, "ignore_eos": True},
@@ -61,13 +61,13 @@ class DemoServer(Server):
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     end_cleanly()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started us with interrupts ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # even if the shell started this with interrupts ignored
     started = time.monotonic()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="adapmoe-demo-")))
         config = {"cache_fraction": 0.5, "store": "file", "store_dir": str(folder / "store")}
         offloaded, stock = DemoServer("vllm-adapmoe", folder, config), DemoServer("stock-vllm", folder, None)
-        for server in (offloaded, stock):  # they start at once, and both end if one of them does not
+        for server in (offloaded, stock):  # both start concurrently, and both end if one fails
             stack.callback(server.close)
         for server in (offloaded, stock):
             with console.status(f"starting {server.name}"):

@@ -1,8 +1,8 @@
-"""Replays what could tell an expert cache which experts the next tokens want: candidates for eviction, side by side.
+"""Compares predictors of the next tokens' experts as eviction policies, by replay.
 
-Each candidate gives, from what a token's layer knows, the chance that the layer's next event uses each expert. It is
-fitted on one text and replayed on another, at half the experts resident: half of the score is what it says, and half
-recent use (`vllm_adapmoe.policy.eviction.NextToken`).
+Each candidate predicts, from the state of a layer at the current token, the probability that the layer's next event
+uses each expert. It is fitted on one text and replayed on another, with half the experts resident: half of the eviction
+score is the prediction, and half recent use (`vllm_adapmoe.policy.eviction.NextToken`).
 
     python -m examples.eviction_candidates examples/tiny_mixtral/model --fit examples/tiny_mixtral/calibration \
         --replay examples/tiny_mixtral/heldout -o examples/benchmarks/candidates_tiny_mixtral.json
@@ -30,29 +30,29 @@ from vllm_adapmoe.simulate.trace import Step, TraceInfo
 
 RESIDENT = 0.5
 FADE = 0.05
-"""Of a request's own history: the slow mean of `NextUse`."""
+"""Fade of a request's own history: that of the slow mean in `NextUse`."""
 
 
 @dataclass
 class Routing:
-    """One sequence, layer by layer."""
+    """Routing of one sequence, layer by layer."""
 
     inputs: torch.Tensor
-    """float32 `[layers, tokens, hidden]`, of each layer's gate."""
+    """Inputs of each layer's gate, float32 `[layers, tokens, hidden]`."""
     scores: torch.Tensor
-    """float32 `[layers, tokens, experts]`, softmax of its logits."""
+    """Softmax of each gate's logits, float32 `[layers, tokens, experts]`."""
     last: torch.Tensor
-    """float32 `[tokens, hidden]`, last hidden states."""
+    """Last hidden states, float32 `[tokens, hidden]`."""
     top_k: int
 
     @property
     def used(self) -> torch.Tensor:
-        """float32 `[layers, tokens, experts]`, one where an expert is used."""
+        """Experts used, float32 `[layers, tokens, experts]`: 1 if used."""
         return torch.zeros_like(self.scores).scatter_(-1, self.scores.topk(self.top_k, -1).indices, 1.0)
 
 
 def watch(model: Path, sequences: list[list[int]], action: str) -> Iterator[Routing]:
-    """Runs the model, and gives what its gates saw and said."""
+    """Runs the model and yields the inputs and scores of its gates for each sequence."""
     from transformers import AutoModelForCausalLM
 
     network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval().requires_grad_(False)
@@ -69,7 +69,7 @@ def watch(model: Path, sequences: list[list[int]], action: str) -> Iterator[Rout
 
 
 def _before(states: torch.Tensor) -> torch.Tensor:
-    """Each token's predecessor's."""
+    """Returns the state of each token's predecessor."""
     return torch.cat([torch.zeros_like(states[:1]), states[:-1]])
 
 
@@ -79,11 +79,11 @@ FEATURES = {
     "the layer's input (next-token heads)": lambda routing, layer: routing.inputs[layer],
     "the layer's input and experts": lambda routing, layer: torch.cat([routing.inputs[layer], routing.used[layer]], 1),
 }
-"""What a linear map is fitted on, `[tokens, features]`: from a token's features to what the next token uses."""
+"""Features by candidate, `[tokens, features]`: a linear map is fitted from them to the experts the next token uses."""
 
 
 def fit(sequences: Iterator[Routing]) -> dict[str, list[np.ndarray]]:
-    """A head for each layer, by candidate."""
+    """Fits a head for each layer, by candidate."""
     fits: dict[str, list[HeadFit]] = {}
     for routing in sequences:
         for name, feature in FEATURES.items():
@@ -97,7 +97,7 @@ def fit(sequences: Iterator[Routing]) -> dict[str, list[np.ndarray]]:
 
 
 def chances(routing: Routing, heads: dict[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
-    """By candidate, `[layers, tokens, experts]`: the chance that the next token of the sequence uses an expert."""
+    """Returns the probability by candidate that the next token uses each expert, `[layers, tokens, experts]`."""
     used = routing.used.numpy()
     history = np.full(used.shape, routing.top_k / used.shape[2])
     for token in range(1, used.shape[1]):
@@ -115,7 +115,7 @@ def chances(routing: Routing, heads: dict[str, list[np.ndarray]]) -> dict[str, n
 
 
 def steps_of(batch: list[Routing], predicted: list[np.ndarray] | None) -> list[Step]:
-    """The sequences decoded together, a token of each in every step."""
+    """Returns the steps of decoding the sequences together, one token of each per step."""
     ids = np.stack([one.scores.topk(one.top_k, -1).indices.numpy() for one in batch], 2)  # layers, tokens, rows, k
     steps = []
     for token in range(ids.shape[1]):
@@ -133,7 +133,7 @@ def steps_of(batch: list[Routing], predicted: list[np.ndarray] | None) -> list[S
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="folder of a checkpoint that transformers runs")
+    parser.add_argument("model", type=Path, help="checkpoint folder of a model that transformers runs")
     parser.add_argument("--fit", type=Path, required=True, help="folder of *.txt to fit on")
     parser.add_argument("--replay", type=Path, required=True, help="folder of *.txt to replay")
     parser.add_argument("--output", "-o", type=Path, required=True, help="JSON file for the result")

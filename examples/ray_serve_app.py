@@ -1,8 +1,8 @@
-"""A Ray Serve LLM application with experts in slots: several replicas of one engine behind one OpenAI endpoint.
+"""Builds a Ray Serve LLM application with expert offloading: replicas of one engine behind one OpenAI endpoint.
 
 serve run examples.ray_serve_app:build model=MODEL adapmoe_config='{"cache_gb": 8}'
 
-What replicas share, how to scale and the Ray executor: examples/ray_serve.md.
+For what replicas share, scaling and the Ray executor see examples/ray_serve.md.
 """
 
 from pathlib import Path
@@ -14,35 +14,35 @@ from ray.serve.llm import LLMConfig, LLMServingArgs, build_openai_app
 from vllm_adapmoe.config import AdapMoEConfig
 
 ROUTER = {
-    # Requests that begin alike go to one replica: it has their prefix in its KV cache, and their experts in its slots.
+    # Requests with a common prefix go to the replica that has it in its KV cache, and its experts in slots.
     "request_router_class": "ray.serve.llm.request_router.PrefixCacheAffinityRouter",
-    # Until it has so many requests more than another; from there on, the less busy of two.
+    # Unless that replica has this many more requests than another; then the less busy of two is chosen.
     "request_router_kwargs": {"imbalanced_threshold": 4, "do_eviction": True},
 }
 
 
 class Arguments(BaseModel):
-    """What `serve run` takes as `key=value`."""
+    """Arguments that `serve run` takes as `key=value`."""
 
     model_config = ConfigDict(extra="forbid")
 
     model: str
-    """Folder or name on the Hub."""
+    """Checkpoint folder, or name on the Hub."""
     name: str = "model"
-    """What clients call it."""
+    """Model name for clients."""
     replicas: int = Field(2, ge=1)
     gpus: int = Field(0, ge=0)
-    """Per replica; 0: on the CPU."""
+    """GPUs per replica; 0: on the CPU."""
     cpus: int = Field(1, ge=1)
-    """Per replica on the CPU: what Ray reserves, and the threads of the kernels."""
+    """Cores per replica on the CPU: reserved in Ray, and used as kernel threads."""
     adapmoe_config: str = "{}"
-    """JSON, or a file with it."""
+    """Expert cache settings, as JSON or a JSON file."""
     engine_kwargs: Json[dict] = {}
-    """More arguments of the engine, as JSON."""
+    """Further engine arguments, as JSON."""
 
 
 def engine(args: Arguments) -> LLMConfig:
-    """The deployment of `replicas` engines."""
+    """Configures the deployment of `replicas` engines."""
     model = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model  # replicas run elsewhere
     if args.gpus:
         # Ray Serve LLM runs the workers of an engine with GPUs by vLLM's Ray executor, on one host or on several.
@@ -71,6 +71,6 @@ def engine(args: Arguments) -> LLMConfig:
 
 
 def build(args: Arguments) -> Application:
-    """The engines, and the OpenAI endpoint before them."""
+    """Builds the engines and the OpenAI endpoint in front of them."""
     endpoint = {"ray_actor_options": {"num_cpus": 0}}
     return build_openai_app(LLMServingArgs(llm_configs=[engine(args)], ingress_deployment_config=endpoint))

@@ -14,12 +14,12 @@ from benchmarks.workload import measure_batches, prompts_of
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="folder of a checkpoint")
-    parser.add_argument("text", type=Path, help="folder of *.txt")
-    parser.add_argument("output", type=Path, help="the trace")
-    parser.add_argument("--profile", type=Path, help="of the model: records what its next-token heads say, too")
-    parser.add_argument("--batch", type=int, default=1, help="requests at a time")
-    parser.add_argument("--batches", type=int, default=24, help="one after the other")
+    parser.add_argument("model", type=Path, help="checkpoint folder")
+    parser.add_argument("text", type=Path, help="folder of *.txt to take prompts from")
+    parser.add_argument("output", type=Path, help="trace file to write")
+    parser.add_argument("--profile", type=Path, help="profile of the model; also records its next-token predictions")
+    parser.add_argument("--batch", type=int, default=1, help="requests per batch")
+    parser.add_argument("--batches", type=int, default=24, help="number of batches, run one after another")
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--output-tokens", type=int, default=64)
     args = parser.parse_args()

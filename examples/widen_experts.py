@@ -30,7 +30,7 @@ SHARD_BYTES = 2 << 30
 
 
 def widen(name: str, weight: torch.Tensor, factor: int) -> torch.Tensor:
-    """The tensor `name` of the big model: unchanged unless it is a projection of a routed expert."""
+    """Widens the tensor `name`: unchanged unless it is a projection of a routed expert."""
     match = EXPERT.search(name)
     if match is None:
         return weight
@@ -42,7 +42,7 @@ def widen(name: str, weight: torch.Tensor, factor: int) -> torch.Tensor:
 
 
 def tensors(model: Path, factor: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors of the big model, one at a time."""
+    """Yields names and tensors of the big model, one at a time."""
     for path in sorted(model.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
@@ -53,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder of the small model")
     parser.add_argument("output", type=Path, help="folder to write the big model to")
-    parser.add_argument("--factor", type=int, required=True, help="a power of two")
+    parser.add_argument("--factor", type=int, required=True, help="factor by which experts are widened, a power of two")
     parser.add_argument("--profile", type=Path, help="profile of the small model; written to OUTPUT/profile.json")
     args = parser.parse_args()
     if args.factor < 1 or args.factor & (args.factor - 1):
@@ -92,7 +92,7 @@ def main() -> None:
         flush()
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (args.output / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    if args.profile is not None:  # the same function routes and loses the same; only the checkpoint is another
+    if args.profile is not None:  # routing and sensitivities are the same; only the checkpoint's hash changes
         from vllm_adapmoe.integration.loading.identity import checkpoint_hash
 
         profile = ModelProfile.load(args.profile)

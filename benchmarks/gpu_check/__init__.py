@@ -1,5 +1,5 @@
-"""One command that checks the device path on a machine with a GPU: `python -m benchmarks.gpu_check`.
+"""Checks the device path on a machine with a GPU with one command: `python -m benchmarks.gpu_check`.
 
-Needs torch, Triton and numpy, and uses vLLM where it is installed. Everything runs on the CPU too, at tiny shapes and
-in Triton's interpreter, so that the check itself is tested without a GPU.
+It needs torch, Triton and numpy, and uses vLLM if installed. Everything also runs on the CPU, at tiny shapes and in
+Triton's interpreter, so that the check itself is tested without a GPU.
 """

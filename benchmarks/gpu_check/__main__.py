@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu_check -o FILE`: checks the device path, prints a table and writes JSON."""
+"""Checks the device path on a GPU (correctness, copies, decode, engines), prints a table and writes JSON."""
 
 import argparse
 import secrets
@@ -8,14 +8,14 @@ from pathlib import Path
 NAME = "gpu-check"
 OLDEST_PYTHON = (3, 11)
 LAST_SECOND = 475
-"""A device path that hangs must not hang the check."""
+"""Seconds after which the check ends itself, in case the device path hangs."""
 
 
 def main() -> int:
-    """Exit status: 0, 1 if correctness failed, 2 if nothing could be run."""
+    """Runs the command; returns exit status 0, 1 if the check failed, 2 if nothing could be run."""
     parser = argparse.ArgumentParser(prog=f"python -m {__package__}", description=__doc__)
-    parser.add_argument("-o", "--output", type=Path, required=True, help="file of the result, JSON")
-    parser.add_argument("--seed", type=int, help="of what is drawn; drawn anew unless given, and written down")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file to write the result to")
+    parser.add_argument("--seed", type=int, help="random seed; drawn if not given; stored in the result")
     options = parser.parse_args()
     problem = _problem()
     if problem is not None:
@@ -26,7 +26,7 @@ def main() -> int:
 
 
 def _problem() -> str | None:
-    """Why nothing can be run."""
+    """Returns why nothing can be run; None if it can."""
     if sys.version_info < OLDEST_PYTHON:
         return f"Python {sys.version.split()[0]} is too old, 3.11 it must be (GPU_PYTHON=...)"
     try:
@@ -39,7 +39,7 @@ def _problem() -> str | None:
 
 
 def run(output: Path, seed: int) -> int:
-    """The check on the CUDA device, at the shapes of real models; returns the exit status."""
+    """Runs the check on the CUDA device at the shapes of real models; returns the exit status."""
     import torch
     import triton
 

@@ -1,4 +1,4 @@
-"""The whole check: its sections one after the other, and what they came to."""
+"""Runs the whole check, section by section."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -21,15 +21,15 @@ from benchmarks.gpu_check.vllm_kernel_rows import WHAT, check_vllm_kernels
 from vllm_adapmoe.store.host_memory import host_memory
 
 SECONDS = 460
-"""In all; what has not begun by then is not run."""
+"""Time limit of the whole check; parts that have not begun by then are not run."""
 TOKENS_SECONDS = 240
-"""By when engines whose tokens are compared have answered: what is right comes before what is fast."""
+"""Seconds from the start by which the engines whose tokens are compared must answer; correctness comes before speed."""
 DECODE_SECONDS = (300, 330)
-"""By when decoding of the first model, and of the second, begins no further variant."""
+"""Seconds from the start after which decoding of the first and of the second model begins no further variant."""
 MOST_HOST_BYTES = 24 << 30
-"""Page-locking is slow."""
+"""Maximum host memory to page-lock, which is slow."""
 SPARE_DEVICE_BYTES = 4 << 30
-"""For anything but slots."""
+"""Device memory kept for anything but slots."""
 
 
 def run_check(
@@ -41,16 +41,16 @@ def run_check(
     warm: int = WARM,
     tokens: int = TOKENS,
 ) -> Iterator[list[Row]]:
-    """Rows of one part of the check after the other.
+    """Yields the rows of each part of the check.
 
     Args:
-        device: that is checked.
-        shapes: of models; the last one is also that of the engines.
-        dtype: of weights.
-        seed: of everything that is drawn.
-        batches: tokens of the kernel's calls.
-        warm: decoded tokens that are not counted.
-        tokens: that are.
+        device: device to check.
+        shapes: shapes of the models; the last one is also used for the engines.
+        dtype: dtype of weights.
+        seed: random seed for everything.
+        batches: numbers of tokens to call the kernel with.
+        warm: decoded tokens that are not timed.
+        tokens: decoded tokens that are timed.
     """
     start = time.monotonic()
     for shape in shapes:
@@ -64,7 +64,7 @@ def run_check(
     if without is not None:
         yield [without]
     else:
-        device.give_back()  # the engines are other processes
+        device.give_back()  # for the engines, which are other processes
         ends = start + TOKENS_SECONDS
         yield attempt(CORRECTNESS, WHAT, lambda: check_vllm_kernels(seed, ends))
         yield attempt(CORRECTNESS, "tokens", lambda: check_tokens(device, seed, ends, plan_for(device)))
@@ -88,6 +88,6 @@ def run_check(
 
 def _limits(device: Device, ends: float) -> Limits:
     host = min(MOST_HOST_BYTES, host_memory().available // 2)
-    if not device.cuda:  # slots are host memory too
+    if not device.cuda:  # slots are in host memory, too
         return Limits(host // 2, host // 2, ends)
     return Limits(host, max(0, device.free_bytes() - SPARE_DEVICE_BYTES), ends)

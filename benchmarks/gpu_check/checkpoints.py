@@ -1,4 +1,4 @@
-"""Checkpoints of random weights for the engines: bf16, FP8 in blocks, and GPTQ with 4 bits, as others store them."""
+"""Writes checkpoints of random weights for the engines in common formats: bf16, block-wise FP8, and 4-bit GPTQ."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -13,14 +13,14 @@ Tensors = dict[str, torch.Tensor]
 BLOCK = 128
 """Side of a block of FP8 weights that share a scale."""
 GROUP = 64
-"""Weights in a row of 4 bits that share a scale."""
+"""Number of 4-bit weights in a row that share a scale."""
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 GAIN = 1.7
-"""Of every weight matrix: logits so far apart that rounding rarely changes the best token."""
+"""Gain of every weight matrix, which spreads logits so that rounding rarely changes the best token."""
 
 
 def fp8_blocks(weight: torch.Tensor) -> Tensors:
-    """A weight `[rows, columns]`, float32, as float8 with a scale for each block."""
+    """Quantises a weight, float32 `[rows, columns]`, to float8 with a scale for each block."""
     blocks = weight.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK))
     scale = blocks.abs().amax((1, 3)) / torch.finfo(torch.float8_e4m3fn).max
     weight = (blocks / scale[:, None, :, None]).reshape(weight.shape)
@@ -28,22 +28,22 @@ def fp8_blocks(weight: torch.Tensor) -> Tensors:
 
 
 def int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values 0 to 15 around 8, `[rows, columns]`, and scales `[rows, groups]`."""
+    """Quantises a weight to values 0 to 15 around 8, `[rows, columns]`, and scales `[rows, groups]`."""
     groups = weight.unflatten(1, (-1, GROUP))
     scale = groups.abs().amax(2, keepdim=True) / 7
     return ((groups / scale).round() + 8).flatten(1).to(torch.int64), scale.squeeze(2).to(torch.bfloat16)
 
 
 def pack(values: torch.Tensor, order: tuple[int, ...] = tuple(range(8))) -> torch.Tensor:
-    """Eight values of four bits to an int32, along the last dimension; `order`: places of the values in it."""
+    """Packs eight 4-bit values into an int32 along the last dimension; `order`: places of the values in it."""
     shifts = torch.tensor([4 * order.index(place) for place in range(8)], device=values.device)
     return (values.unflatten(-1, (-1, 8)) << shifts).sum(-1).to(torch.uint32).view(torch.int32)
 
 
 def gptq(weight: torch.Tensor) -> Tensors:
-    """A weight `[rows, columns]`, float32, in GPTQ's format."""
+    """Quantises a weight, float32 `[rows, columns]`, to GPTQ's format."""
     values, scale = int4(weight)
-    zeros = torch.full_like(scale.t(), 7).to(torch.int64)  # GPTQ stores zero points less one
+    zeros = torch.full_like(scale.t(), 7).to(torch.int64)  # GPTQ stores zero points minus one
     return {
         "qweight": pack(values).t().contiguous(),
         "qzeros": pack(zeros),
@@ -53,7 +53,7 @@ def gptq(weight: torch.Tensor) -> Tensors:
 
 
 def fp8_config(unquantised: list[str]) -> dict[str, Any]:
-    """What a checkpoint in FP8 blocks says of itself; `unquantised`: names of modules."""
+    """Returns the `quantization_config` of a block-wise FP8 checkpoint; `unquantised`: names of modules."""
     return {
         "quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK],
         "ignored_layers": unquantised,
@@ -61,7 +61,7 @@ def fp8_config(unquantised: list[str]) -> dict[str, Any]:
 
 
 def gptq_config() -> dict[str, Any]:
-    """What a GPTQ checkpoint whose attention and router are not quantised says of itself."""
+    """Returns the `quantization_config` of a GPTQ checkpoint with unquantised attention and router."""
     return {
         "quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True, "lm_head": False,
         "dynamic": {r"-:.*self_attn.*": {}, r"-:.*\.gate$": {}},
@@ -69,11 +69,11 @@ def gptq_config() -> dict[str, Any]:
 
 
 QUANTISE: dict[str, Callable[[torch.Tensor], Tensors] | None] = {"bf16": None, "fp8": fp8_blocks, "gptq": gptq}
-"""How each format stores an expert's weight."""
+"""Function that quantises an expert's weight, by format; None: not quantised."""
 
 
 def model_config(shape: Shape, vocabulary: int) -> dict[str, Any]:
-    """`config.json` of a Qwen3-MoE; attention as in Qwen3-30B-A3B, as far as the hidden size allows."""
+    """Returns the `config.json` of a Qwen3-MoE; attention as in Qwen3-30B-A3B, as far as the hidden size allows."""
     return {
         "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "dtype": "bfloat16",
         "hidden_size": shape.hidden, "intermediate_size": 3 * shape.hidden, "moe_intermediate_size": shape.inner,
@@ -88,7 +88,7 @@ def model_config(shape: Shape, vocabulary: int) -> dict[str, Any]:
 
 def write_checkpoint(folder: Path, shape: Shape, kind: str, vocabulary: int, device: torch.device, seed: int) -> Path:
     """Writes a random model whose experts are in the format `kind` of `QUANTISE` into `folder`, and returns it."""
-    from safetensors.torch import save_file  # comes with vLLM, which alone reads the checkpoint
+    from safetensors.torch import save_file  # installed with vLLM, the only reader of the checkpoint
 
     folder.mkdir(parents=True, exist_ok=True)
     config = model_config(shape, vocabulary)

@@ -1,4 +1,4 @@
-"""How fast the cache's copies are, against one plain copy, and whether they run beside kernels."""
+"""Measures the bandwidth of the cache's copies against one plain copy, and whether they overlap with kernels."""
 
 from collections.abc import Callable, Iterator
 
@@ -18,31 +18,31 @@ from vllm_adapmoe.results import spread
 SECTION = "copies"
 ROUNDS = 5
 TARGET = 0.95
-"""Of the plain copy's bandwidth."""
+"""Required share of the plain copy's bandwidth."""
 PLAIN_BYTES = 4 << 30
-"""Of a plain copy, at most."""
+"""Maximum bytes of a plain copy."""
 LAYERS = 3
-"""Of the model that is copied; two of them have slots, so that every request misses."""
+"""Layers of the model that is copied; slots for two of them, so that every request misses."""
 
 
 def pinned_model(shape: Shape, dtype: torch.dtype, device: Device, records: int, seed: int) -> PinnedRecords:
-    """Page-locked records of random weights for all experts of a model."""
+    """Makes page-locked records of random weights for all experts of a model."""
     store = PinnedRecords(shape.layout(dtype), shape.layers, shape.experts, records, device)
-    weights = expert(shape, dtype, device, seed, (0, 0))  # one for all: a copy engine does not look
+    weights = expert(shape, dtype, device, seed, (0, 0))  # the same for all: values do not affect copies
     for index in range(records):
         store.put(index, weights)
     return store
 
 
 def plain_copy(store: PinnedRecords, device: Device) -> Callable[[], float]:
-    """One plain copy of the store's memory, up to `PLAIN_BYTES`: gives its bytes per second, each time anew."""
+    """Returns a function that copies the store's memory once, up to `PLAIN_BYTES`, and returns bytes per second."""
     source = store.memory[:PLAIN_BYTES]
     destination = torch.empty_like(source, device=device.torch)
     return lambda: len(source) / device.seconds(lambda: destination.copy_(source, non_blocking=True))
 
 
 def check_copies(shape: Shape, device: Device, dtype: torch.dtype, seed: int, rounds: int = ROUNDS) -> Iterator[Row]:
-    """Bandwidth of requests of one, `top_k` and all experts at a time, then overlap."""
+    """Measures the bandwidth of requests of one, `top_k` and all experts at a time, then overlap with kernels."""
     shape = shape.with_layers(LAYERS)
     records = min(max(1, PLAIN_BYTES // shape.layout(dtype).nbytes), LAYERS * shape.experts)
     store = pinned_model(shape, dtype, device, records, seed)
@@ -76,7 +76,7 @@ def check_copies(shape: Shape, device: Device, dtype: torch.dtype, seed: int, ro
 
 
 def fetch_all(cache: ExpertCacheManager, shape: Shape, together: int) -> None:
-    """Asks for every expert once, so many at a time."""
+    """Requests every expert once, `together` at a time."""
     for layer in range(shape.layers):
         for start in range(0, shape.experts, together):
             experts = list(range(start, min(start + together, shape.experts)))
@@ -87,7 +87,7 @@ def fetch_all(cache: ExpertCacheManager, shape: Shape, together: int) -> None:
 def _overlap(
     cache: ExpertCacheManager, shape: Shape, device: Device, dtype: torch.dtype, seed: int, rounds: int
 ) -> Row:
-    """Kernels on one layer's experts, and one request for all of another's, alone and together."""
+    """Times kernels on one layer's experts and a request for all of another layer's, alone and together."""
     x, weights, ids = draw(shape, 1, dtype, device, seed, dropped=0.0)
     everyone = list(range(shape.experts))
     cache.acquire(0, everyone)
@@ -105,7 +105,7 @@ def _overlap(
         cache.acquire(layer, everyone)
 
     kernels(1)
-    layers = [1, 2]  # each in turn makes the other leave
+    layers = [1, 2]  # each in turn evicts the other
 
     def other_layer() -> int:
         layers.reverse()
@@ -121,7 +121,7 @@ def _overlap(
     layer = other_layer()
     copy = timed(fetch(layer), layer)
     count = max(1, round(copy / (device.seconds(lambda: kernels(16)) / 16)))
-    busy = device.capture(lambda: kernels(count))  # launched at once, so that the copy need not wait for the host
+    busy = device.capture(lambda: kernels(count))  # one launch, so that the copy is not delayed by the host
     shares, times = [], []
     for _ in range(rounds):
         compute = device.seconds(busy)

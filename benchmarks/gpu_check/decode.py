@@ -1,4 +1,4 @@
-"""Decode of a full-size model, in milliseconds per token: what each part of the plugin brings, against the floor."""
+"""Measures decode of a full-size model, ms per token, as parts of the plugin are added, against a lower bound."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -22,28 +22,28 @@ from vllm_adapmoe.policy.controller import CacheController, CacheSetup
 
 SECTION = "decode"
 FRACTIONS = (0.5, 0.75, 0.25)
-"""In the order of interest, should time run out."""
+"""Residencies to measure, the most interesting first in case time runs out."""
 MOST_OF_FLOOR, JUDGED_AT = 1.25, 0.5
-"""Of all parts together, and of reading in place."""
+"""Maximum time relative to the floor, and the residency at which it is required, with all parts and in place."""
 WARM, TOKENS = 3, 20
 PLAIN_COPIES = 3
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a machine lends to the check."""
+    """Memory and time that the check may use."""
 
     host_bytes: int
-    """To page-lock."""
+    """Host memory to page-lock."""
     device_bytes: int
-    """For slots."""
+    """Device memory for slots."""
     ends: float = float("inf")
-    """When no further variant is begun, of `time.monotonic`."""
+    """Time after which no further variant is begun, of `time.monotonic`."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Of decoding on demand; each adds a part to the one before."""
+    """A variant of decoding on demand; each adds a part to the previous one."""
 
     name: str
     gating: bool = False
@@ -51,7 +51,7 @@ class Variant:
     allocation: bool = False
 
     def setup(self, shape: Shape, slots: int) -> CacheSetup:
-        """As the paper has it: LRU, the next layer's predicted experts, shares of layers by expected loads."""
+        """Returns the cache setup as in the paper: LRU, next-layer prefetch, slots of layers by expected loads."""
         ahead = shape.top_k if self.prefetch else 0
         shares = curves(shape, self.gating, ahead) if self.allocation else None
         allocation = "profile" if self.allocation else "pool"
@@ -65,16 +65,16 @@ PUBLISHED = (
     Variant("+ prefetch", gating=True, prefetch=True),
     Variant("+ allocation", gating=True, prefetch=True, allocation=True),
 )
-"""Where statistics of gating and prefetch are published."""
+"""Variants for models with published statistics of gating and prefetch."""
 
 
 def check_decode(
     shape: Shape, device: Device, dtype: torch.dtype, seed: int, limits: Limits, warm: int = WARM, tokens: int = TOKENS
 ) -> Iterator[Row]:
-    """Every variant at 25, 50 and 75 % of the experts resident, as far as time goes.
+    """Measures every variant at 25, 50 and 75 % of the experts resident, as far as time allows.
 
-    The floor is the greater of two times: of the same kernels with every expert resident, in a graph, and of the
-    variant's bytes, those that it read in place among them, at the bandwidth of a plain copy.
+    The floor is the longer of two times: of the same kernels with every expert resident, in a graph; and of moving the
+    variant's bytes, including those read in place, at the bandwidth of a plain copy.
     """
     if not device.reads_host():
         raise RuntimeError("this device cannot use the host's addresses of page-locked memory")
@@ -88,7 +88,7 @@ def check_decode(
     store = pinned_model(shape, dtype, device, records, seed)
     copy = plain_copy(store, device)
     bandwidth = median([copy() for _ in range(PLAIN_COPIES)])
-    del copy  # and its destination
+    del copy  # frees its destination
     every = draw_tokens(shape, warm + tokens, seed)
     inputs = {gated: Inputs(shape, every, gated, dtype, device) for gated in (False, True)}
     cache = open_cache(store, shape, CacheSetup([_slots(shape, max(FRACTIONS))]), device)
@@ -101,7 +101,7 @@ def check_decode(
         f"of {nbytes / 2**20:.0f} MiB, sharing {records} host records", details=setting,
     )  # fmt: skip
     try:
-        fetch_all(cache, shape, shape.top_k)  # kernels read weights, not what was in the memory before
+        fetch_all(cache, shape, shape.top_k)  # so that kernels read weights, not uninitialised memory
         gated = (False, True) if shape.single is not None else (False,)
         floors = {}
         for one in gated:
@@ -148,7 +148,7 @@ def check_decode(
 
 
 def _by_hit_rate(cache: ExpertCacheManager, shape: Shape, dtype: torch.dtype, device: Device) -> Iterator[Row]:
-    """One layer and token both ways, as `decode: auto` measures it."""
+    """Times one layer and token with fetch and in place, as `decode: auto` does, by hit rate."""
     times = time_decode(cache, InPlaceDecode(cache, shape.top_k, device.torch), shape.top_k, dtype)
     for misses, fetch, read in zip(times.misses, times.fetch, times.in_place, strict=True):
         hits = 1 - misses / shape.top_k
@@ -162,7 +162,7 @@ def _slots(shape: Shape, fraction: float) -> int:
 
 
 def _fill(cache: ExpertCacheManager, shape: Shape, fraction: float, seed: int) -> None:
-    """The share of each layer's experts that the slots are for, drawn at random: no way has to begin empty."""
+    """Fills the slots with random experts, the same fraction of each layer, so that no variant starts empty."""
     order = np.random.default_rng(seed).random((shape.layers, shape.experts)).argsort(1)
     for layer in range(shape.layers):
         chosen = order[layer, : round(fraction * shape.experts)].tolist()
@@ -173,7 +173,7 @@ def _fill(cache: ExpertCacheManager, shape: Shape, fraction: float, seed: int) -
 
 
 def _timed(step: Callable[[int], object], device: Device, first: int, count: int) -> list[float]:
-    """Seconds of each token; the host waits for a token's end, as it does to sample."""
+    """Returns the seconds of each token; the host waits for each token to end, as for sampling."""
     seconds = []
     device.synchronize()
     for number in range(first, first + count):

@@ -1,4 +1,4 @@
-"""One decode step through every MoE layer: on demand through the cache, and in place without asking the host."""
+"""Runs a decode step through every MoE layer: on demand through the cache, or in place without the host."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ from vllm_adapmoe.store.record import aligned_empty
 
 
 class Inputs:
-    """What routers would give, on the device: ids int32 `[tokens, layers, 1, top_k]`, -1 for what is dropped."""
+    """Drawn router outputs on the device: ids int32 `[tokens, layers, 1, top_k]`, -1 if dropped."""
 
     def __init__(self, shape: Shape, tokens: Sequence[Token], gated: bool, dtype: torch.dtype, device: Device) -> None:
         self.tokens = tokens
@@ -28,18 +28,18 @@ class Inputs:
 
 
 class OnDemand:
-    """The path of the plugin: a layer's routing is read by the host, which asks the cache, then launches the kernel.
+    """The plugin's path through the host, which reads a layer's routing, requests the experts and launches the kernel.
 
     Args:
-        cache: the shipped one.
-        shape: of the model.
-        inputs: of the tokens to decode.
-        device: of the slots.
+        cache: the plugin's cache.
+        shape: shape of the model.
+        inputs: router outputs of the tokens to decode.
+        device: device of the slots.
     """
 
     def __init__(self, cache: ExpertCacheManager, shape: Shape, inputs: Inputs, device: Device) -> None:
         self.cache, self.shape, self.inputs = cache, shape, inputs
-        self.ahead = cache.controller.planner is not None  # with few slots there is no room for speculation
+        self.ahead = cache.controller.planner is not None  # None with too few slots for prefetch
         tensors = cache.pool(0).tensors
         self.places = np.stack(
             [
@@ -48,19 +48,19 @@ class OnDemand:
             ]
         )
         size = (shape.layers, 2, shape.experts)
-        # Page-locked, so that a table is sent without waiting. A layer's is written again only after the host has read
-        # the routing of a later one, and so after it has arrived.
+        # Page-locked, so that copying a table does not wait. A layer's table is overwritten only after the host has
+        # read the routing of a later layer, and so after it was copied.
         rows = aligned_empty(8 * shape.layers * 2 * shape.experts, pin=device.cuda)
         self.host_table = rows.view(torch.int64).view(size)
         self.table = torch.zeros(size, dtype=torch.int64, device=device.torch)
 
     def step(self, number: int) -> torch.Tensor:
-        """Output of one token; launches are not waited for, but for what routing and transfers need."""
+        """Computes one token's output; waits only where routing and transfers require it."""
         inputs, cache = self.inputs, self.cache
         token, x = inputs.tokens[number], inputs.x
         for layer in range(self.shape.layers):
             ids = inputs.ids[number, layer]
-            experts = sorted(one for one in ids.view(-1).tolist() if one >= 0)  # waits for the layers before
+            experts = sorted(one for one in ids.view(-1).tolist() if one >= 0)  # waits for the previous layers
             cache.acquire(layer, experts, meanwhile=(lambda: self._look_ahead(layer, token)) if self.ahead else None)  # noqa: B023
             self.host_table[layer].numpy()[:] = self.places[:, cache.slot_maps[layer].numpy()]
             self.table[layer].copy_(self.host_table[layer], non_blocking=True)
@@ -78,13 +78,13 @@ class OnDemand:
 
 
 class InPlace:
-    """The plugin's other path, without the host: experts are read where they are, and a graph holds all layers.
+    """The plugin's path without the host: experts are read in slots or host memory, with all layers in one graph.
 
     Args:
-        cache: the shipped one, idle.
-        shape: of the model.
-        inputs: of the tokens to decode.
-        device: of the slots.
+        cache: the plugin's cache, idle.
+        shape: shape of the model.
+        inputs: router outputs of the tokens to decode.
+        device: device of the slots.
     """
 
     def __init__(self, cache: ExpertCacheManager, shape: Shape, inputs: Inputs, device: Device) -> None:
@@ -100,14 +100,14 @@ class InPlace:
         self.output = x
 
     def step(self, number: int) -> torch.Tensor:
-        """Output of one token, until the next one's; the cache first takes in what the tokens before it have used."""
+        """Computes one token's output, valid until the next step; first records the previous tokens' experts."""
         for passed in self.decode.routing.finished():
             self.cache.record_in_place(list(passed.events()))
         with self.decode.step(1, None):
             return self._run(number)
 
     def step_resident(self, number: int) -> torch.Tensor:
-        """One token as if every expert were in a slot; several share one, which no cache of the device profits from."""
+        """Computes one token as if every expert were in a slot; experts share slots, more than device caches hold."""
         size = self.shape.layers, self.shape.experts
         self.decode.addresses.publish(np.arange(np.prod(size), dtype=np.int32).reshape(size) % self.cache.num_slots)
         return self._run(number)

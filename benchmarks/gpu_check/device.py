@@ -1,4 +1,4 @@
-"""All that the check asks of CUDA itself, and what takes its place on the CPU."""
+"""Wraps the CUDA functions that the check uses, with substitutes on the CPU."""
 
 import subprocess
 import time
@@ -12,31 +12,31 @@ from vllm_adapmoe.store.host_memory import host_memory
 from vllm_adapmoe.store.page_lock import readable_in_place
 
 BUSY_PRODUCTS = 48
-"""Queued by `keep_busy`; each takes at least a millisecond on any GPU up to now."""
+"""Number of matrix products queued by `keep_busy`; each takes at least a millisecond on any GPU so far."""
 BUSY_SIZE = 8192
 QUERY = ("driver_version", "pcie.link.gen.max", "pcie.link.width.current")
-"""Of `nvidia-smi`; an idle link reports a lower generation than it has."""
+"""Properties to query from `nvidia-smi`; the maximum link generation, since an idle link reports a lower one."""
 
 
 class Device:
-    """A CUDA device, or the CPU, where nothing is asynchronous."""
+    """A CUDA device; or the CPU, where nothing is asynchronous."""
 
     def __init__(self, name: str) -> None:
         self.torch = torch.device(name)
         self.cuda = self.torch.type == "cuda"
 
     def synchronize(self) -> None:
-        """Waits for everything that was launched."""
+        """Waits for all launched work."""
         if self.cuda:
             torch.cuda.synchronize()
 
     def finish(self) -> None:
-        """Waits for what was launched, as a sampler does, but not for copies on other streams."""
+        """Waits for work on the current stream, as a sampler does, but not for copies on other streams."""
         if self.cuda:
             torch.cuda.current_stream().synchronize()
 
     def seconds(self, action: Callable[[], Any]) -> float:
-        """From an idle device to an idle device."""
+        """Times an action, from an idle device to an idle device."""
         self.synchronize()
         start = time.perf_counter()
         action()
@@ -44,7 +44,7 @@ class Device:
         return time.perf_counter() - start
 
     def capture(self, action: Callable[[], Any]) -> Callable[[], Any]:
-        """The action as a CUDA graph: returns what replays it. It runs once before, so that kernels are compiled."""
+        """Captures an action as a CUDA graph and returns its replay; runs it once before, to compile kernels."""
         if not self.cuda:
             return action
         side = torch.cuda.Stream()
@@ -58,14 +58,14 @@ class Device:
         return graph.replay
 
     def keep_busy(self) -> None:
-        """Queues work for some tens of milliseconds or more, and returns at once."""
+        """Queues work for tens of milliseconds or more, and returns at once."""
         if self.cuda:
             square = torch.zeros(BUSY_SIZE, BUSY_SIZE, dtype=torch.bfloat16, device=self.torch)
             for _ in range(BUSY_PRODUCTS):
                 torch.mm(square, square)
 
     def mark(self) -> Callable[[], bool]:
-        """Marks this point of the queue; returns what tells whether the device has passed it."""
+        """Records an event in the queue; returns a function that tells whether the device has passed it."""
         if not self.cuda:
             return lambda: True
         event = torch.cuda.Event()
@@ -73,23 +73,23 @@ class Device:
         return event.query
 
     def free_bytes(self) -> int:
-        """Memory that can be allocated."""
+        """Returns the memory that can be allocated, bytes."""
         if not self.cuda:
             return host_memory().available
         self.give_back()
         return torch.cuda.mem_get_info(self.torch)[0]
 
     def give_back(self) -> None:
-        """Memory that torch keeps for later."""
+        """Releases memory cached by torch."""
         if self.cuda:
             torch.cuda.empty_cache()
 
     def reads_host(self) -> bool:
-        """Whether kernels may use the host's addresses of page-locked memory."""
+        """Returns whether kernels can use host addresses of page-locked memory."""
         return not self.cuda or readable_in_place()
 
     def describe(self) -> dict[str, Any]:
-        """Name, compute capability, memory, and, as far as `nvidia-smi` tells, the driver and the link."""
+        """Returns name, compute capability, memory, and, if `nvidia-smi` reports them, driver and link."""
         if not self.cuda:
             return {"name": "cpu"}
         properties = torch.cuda.get_device_properties(self.torch)

@@ -1,4 +1,4 @@
-"""A vLLM engine in a process of its own, told line by line to decode."""
+"""Runs a vLLM engine in its own process, which decodes on request."""
 
 import json
 import os
@@ -16,23 +16,23 @@ from typing import Any
 
 SPEED, TOKENS = "vllm_adapmoe.integration.measure.gpu_check", "vllm_adapmoe.integration.measure.gpu_check_tokens"
 KERNELS = "vllm_adapmoe.integration.measure.gpu_check_kernels"
-"""Modules to run: an engine that decodes for the clock, one whose tokens are compared, vLLM's kernels on slots."""
+"""Modules to run: an engine that is timed, one whose tokens are compared, and vLLM's kernels on slots."""
 MARK = "gpu-check: "
-"""Before an answer; the same as there, where this package must not look: only `integration` imports vLLM."""
+"""Prefix of an answer line. Duplicated from those modules: this package must not import them, as they import vLLM."""
 ROOT = Path(__file__).parents[2]
 
 
 class EngineFailed(RuntimeError):
-    """It ended, or did not answer in time."""
+    """Raised when an engine process ends or does not answer in time."""
 
 
 class EngineProcess:
-    """Starts at once; several may start beside each other.
+    """An engine process, which starts on construction; several may start concurrently.
 
     Args:
         module: `SPEED`, `TOKENS` or `KERNELS`.
-        arguments: of the module.
-        ends: until when it may answer, of `time.monotonic`.
+        arguments: command-line arguments of the module.
+        ends: deadline for its answers, of `time.monotonic`.
     """
 
     def __init__(self, module: str, arguments: Sequence[str], ends: float) -> None:
@@ -55,10 +55,10 @@ class EngineProcess:
         self.answers.put(None)
 
     def answer(self) -> Any:
-        """Waits for its next answer; the first says that it is ready.
+        """Waits for the next answer; the first one says that the engine is ready.
 
         Raises:
-            EngineFailed: with the last line that it wrote to its errors.
+            EngineFailed: the process ended, with an error line of its stderr, or ran out of time.
         """
         try:
             answer = self.answers.get(timeout=max(0.0, self.ends - time.monotonic()))
@@ -72,10 +72,10 @@ class EngineProcess:
         return answer
 
     def decode(self) -> float:
-        """Tokens per second.
+        """Lets the engine decode once; returns tokens per second.
 
         Raises:
-            EngineFailed: `answer`.
+            EngineFailed: as `answer`.
         """
         assert self.process.stdin is not None
         with suppress(OSError):  # it has ended, and `answer` says why
@@ -84,7 +84,7 @@ class EngineProcess:
         return float(self.answer())
 
     def close(self) -> None:
-        """Ends the process and its children, and waits for that."""
+        """Kills the process and its children, and waits for it to end."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

@@ -1,4 +1,4 @@
-"""Whole engines: adapmoe against stock vLLM, and, at equal device memory, against vLLM's own ways of offloading."""
+"""Compares engines: adapmoe with stock vLLM, and, at equal device memory, with vLLM's own offloading."""
 
 import importlib.util
 import json
@@ -17,22 +17,22 @@ from benchmarks.gpu_check.shapes import Shape
 from vllm_adapmoe.results import spread
 
 LAYERS = (8, 4)
-"""Of the reduced model, as many as fit: groups of vLLM's prefetch offloading are of four."""
+"""Layers of the reduced model, the first that fits; multiples of four, the group size of vLLM's prefetch offloading."""
 VOCABULARY = 32768
 OVERHEAD_BYTES = 1792 << 20
-"""Of the device for one engine besides weights: CUDA's context, KV cache, graphs, and what a step allocates."""
+"""Device memory per engine besides weights: CUDA context, KV cache, graphs, and allocations of a step."""
 SPARE_BYTES = 1 << 30
-"""That are left to others."""
+"""Memory left free, on device and host."""
 ROUNDS, TOKENS = 5, 65
 FRACTIONS = (0.5, 0.25, 0.75)
-"""In the order of interest, should time run out."""
+"""Residencies to measure, the most interesting first in case time runs out."""
 LEAST_OF_STOCK, LEAST_OF_OTHERS = 0.97, 1.0
-"""Of stock vLLM's decode, with every expert resident; of its own ways of offloading, in the same device memory."""
+"""Minimum decode speed relative to stock vLLM with every expert resident, and to vLLM's offloading in equal memory."""
 OTHERS = {"uva": "cpu_offload_gb", "prefetch": "prefetch offloading"}
 
 
 def obstacle() -> Row | None:
-    """Says why there are no engines to run: without vLLM they are skipped, with it that is a failure."""
+    """Returns a row saying why no engines can run: skipped without vLLM, a failure with it; None if they can."""
     if importlib.util.find_spec("vllm") is None:
         return Row(ENGINES, "adapmoe in vLLM", "vLLM not importable", "", SKIPPED)
     if not any(one.name == "adapmoe" for one in entry_points(group="vllm.general_plugins")):
@@ -42,31 +42,31 @@ def obstacle() -> Row | None:
 
 
 def expert_bytes(shape: Shape) -> int:
-    """Of all layers, bf16."""
+    """Returns the bytes of all experts of all layers, bf16."""
     return shape.layers * shape.experts * 3 * shape.hidden * shape.inner * 2
 
 
 def engine_bytes(shape: Shape, resident: float, vocabulary: int = VOCABULARY) -> int:
-    """Of the device, for one engine with that share of its experts."""
+    """Returns the device memory of one engine with this fraction of its experts resident."""
     attention = shape.layers * 6 * shape.hidden**2 * 2
     return int(resident * expert_bytes(shape)) + 2 * vocabulary * shape.hidden * 2 + attention + OVERHEAD_BYTES
 
 
 def contenders_of(fraction: float) -> dict[str, str]:
-    """Engines that run beside the plugin's, and their names."""
+    """Returns the engines to compare the plugin with at a residency, and their names."""
     return {"stock": "stock vLLM"} if fraction == 1.0 else OTHERS
 
 
 def fitting(shape: Shape, device_bytes: int, host_bytes: int, fractions: Sequence[float] = FRACTIONS) -> Shape:
-    """The shape with as many layers as let every comparison's engines run beside each other.
+    """Returns the shape with as many layers as allow the engines of every comparison to run side by side.
 
     Raises:
-        MemoryError: not even the fewest do.
+        MemoryError: the fewest layers do not fit.
     """
     for layers in LAYERS:
         reduced = replace(shape, layers=layers)
         device = max((1 + len(contenders_of(one))) * engine_bytes(reduced, one) for one in (1.0, *fractions))
-        # All experts of the plugin's, and what each of the others has offloaded.
+        # All experts of the plugin's engine, and the offloaded ones of each other engine.
         host = int(expert_bytes(reduced) * (1 + max(len(contenders_of(one)) * (1 - one) for one in (1.0, *fractions))))
         if device + SPARE_BYTES <= device_bytes and host + SPARE_BYTES <= host_bytes:
             return reduced
@@ -82,15 +82,15 @@ def check_engines(
     shape: Shape, ends: float, rounds: int = ROUNDS, tokens: int = TOKENS, fractions: Sequence[float] = FRACTIONS,
     vocabulary: int = VOCABULARY,
 ) -> Iterator[Row]:  # fmt: skip
-    """Engines that are compared run beside each other and decode in turn, weights are random, batch 1.
+    """Compares engines that live side by side and decode in turn, with random weights at batch 1.
 
     Args:
-        shape: of the model.
-        ends: until when, of `time.monotonic`.
-        rounds: of every engine.
-        tokens: decoded in a round.
-        fractions: of experts on the device.
-        vocabulary: of the model.
+        shape: shape of the model.
+        ends: deadline, of `time.monotonic`.
+        rounds: measurements of every engine.
+        tokens: tokens decoded per round.
+        fractions: fractions of the experts on the device.
+        vocabulary: vocabulary size of the model.
     """
     with TemporaryDirectory(prefix="adapmoe-gpu-check-") as folder:
         (Path(folder) / "config.json").write_text(json.dumps(model_config(shape, vocabulary)))
@@ -110,7 +110,7 @@ def check_engines(
 def _measure(
     kinds: list[str], arguments: Callable[[str], list[str]], ends: float, rounds: int
 ) -> dict[str, list[float] | EngineFailed]:
-    """Tokens per second of each engine, round by round, or why there are none."""
+    """Returns the tokens per second of each engine round by round, or its failure."""
     speeds: dict[str, list[float] | EngineFailed] = {}
     with ExitStack() as stack:
         engines = {kind: stack.enter_context(closing(EngineProcess(SPEED, arguments(kind), ends))) for kind in kinds}

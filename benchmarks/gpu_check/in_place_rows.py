@@ -1,4 +1,4 @@
-"""Decode steps that read experts in place, from a graph, while the cache catches up, against those that wait."""
+"""Checks decode steps that read experts in place, from a graph, against steps that fetch them first."""
 
 from collections.abc import Iterator
 
@@ -16,7 +16,7 @@ TOKENS = 12
 
 
 def check_in_place(shape: Shape, device: Device, dtype: torch.dtype, seed: int) -> Iterator[Row]:
-    """The same tokens twice through two layers with slots for three quarters of the experts, then in place."""
+    """Checks the same tokens on demand and in place, in two layers with slots for three quarters of the experts."""
     if not device.reads_host():
         raise RuntimeError("this device cannot use the host's addresses of page-locked memory")
     shape = shape.with_layers(2)

@@ -1,4 +1,4 @@
-"""The kernel on a table of addresses, some in slots and some in page-locked host memory, against float64."""
+"""Checks the kernel on a table of addresses, in slots and in page-locked host memory, against float64."""
 
 from collections.abc import Callable, Iterator
 
@@ -13,21 +13,22 @@ from vllm_adapmoe.device.in_place import DOWN, GATE_UP
 
 BATCHES = (1, 4, 16, 64)
 DROPPED = 0.2
-"""Share of the pairs of token and expert that are dropped."""
+"""Share of (token, expert) pairs that are dropped."""
 
 Weights = Callable[[int], dict[str, torch.Tensor]]
-"""Gives the pieces of an expert, on the device."""
+"""Function that returns the pieces of an expert on the device."""
 Routing = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""`[tokens, hidden]`, float32 weights and int32 ids `[tokens, top_k]`."""
+"""Inputs `[tokens, hidden]`, float32 weights and int32 ids `[tokens, top_k]`."""
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Of the largest output: values are rounded to `dtype` between the two projections, and at the end."""
+    """Returns the error allowed relative to the largest output, for two roundings to `dtype`: between the projections
+    and at the end."""
     return 2 * torch.finfo(dtype).eps
 
 
 def draw(shape: Shape, tokens: int, dtype: torch.dtype, device: Device, seed: int, dropped: float = DROPPED) -> Routing:
-    """Random tokens and where they go; distinct experts for each, -1 for what is dropped."""
+    """Draws random tokens and their routing; distinct experts for each token, -1 if dropped."""
     generator = torch.Generator(device.torch).manual_seed(seed)
 
     def uniform(*size: int) -> torch.Tensor:
@@ -41,7 +42,7 @@ def draw(shape: Shape, tokens: int, dtype: torch.dtype, device: Device, seed: in
 
 
 def reference(routing: Routing, weights_of: Weights) -> torch.Tensor:
-    """The layer's output in float64, computed on the device expert by expert, without any kernel of ours."""
+    """Computes the layer's output in float64 on the device, expert by expert, without our kernels."""
     x, weights, ids = routing
     output = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     for one in sorted(set(ids.view(-1).tolist()) - {-1}):
@@ -54,7 +55,7 @@ def reference(routing: Routing, weights_of: Weights) -> torch.Tensor:
 
 
 def difference(output: torch.Tensor, expected: torch.Tensor) -> float:
-    """Greatest difference, of the greatest expected value; infinite where the output is not a number."""
+    """Returns the greatest difference relative to the greatest expected value; infinite if any output is not finite."""
     error = (output.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-30)
     return float(error) if bool(output.isfinite().all()) else float("inf")
 
@@ -62,7 +63,7 @@ def difference(output: torch.Tensor, expected: torch.Tensor) -> float:
 def check_kernel(
     shape: Shape, device: Device, dtype: torch.dtype, seed: int, batches: tuple[int, ...] = BATCHES
 ) -> Iterator[Row]:
-    """Every second expert is read from page-locked memory, the others from slots."""
+    """Checks the kernel with every second expert in page-locked memory and the others in slots."""
     if not device.reads_host():
         raise RuntimeError("this device cannot use the host's addresses of page-locked memory")
     layout = shape.layout(dtype)

@@ -1,6 +1,6 @@
-"""What the authors of AdapMoE published of Mixtral-8x7B's routing, layer by layer (ICCAD 2024, arXiv 2408.10284).
+"""Routing statistics of Mixtral-8x7B per layer, published by the authors of AdapMoE (ICCAD 2024, arXiv 2408.10284).
 
-The same figures as in `tests/data/adapmoe_published.json`, where a test compares them: tests are not installed.
+They duplicate `tests/data/adapmoe_published.json`, since tests are not installed; a test compares both.
 """
 
 PREFETCH_RECALL = (
@@ -12,8 +12,8 @@ PREFETCH_RECALL = (
     0.9217687074829932, 0.9132653061224489, 0.8860544217687075, 0.8996598639455783, 0.9030612244897959,
     0.8503401360544217,
 )  # fmt: skip
-"""How often an expert that the layer uses is among the top 2 that its gate says of the previous layer's input; the
-first layer has no such prediction."""
+"""Share of a layer's used experts that are among the top 2 of its gate applied to the previous layer's input; the first
+layer has no such prediction."""
 
 SINGLE_EXPERT_RATIO = (
     1.901311971939101e-05, 0.03475535161783361, 0.004884125918519905, 0.0009399270927619579, 0.0003762266347225816,

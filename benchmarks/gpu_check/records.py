@@ -1,4 +1,4 @@
-"""Experts whose values are known, and a store of few page-locked records for many experts."""
+"""Experts with known values, and a store with few page-locked records for many experts."""
 
 from collections.abc import Iterator, Sequence
 
@@ -13,7 +13,7 @@ from vllm_adapmoe.store.record import RecordLayout, aligned_empty
 
 
 def expert(shape: Shape, dtype: torch.dtype, device: Device, seed: int, key: ExpertKey) -> dict[str, torch.Tensor]:
-    """The weights of an expert, on the device; the same each time."""
+    """Makes the weights of an expert on the device; the same each time."""
     generator = torch.Generator(device.torch).manual_seed(seed + key[0] * shape.experts + key[1])
     return {
         piece.name: (torch.randn(piece.shape, generator=generator, device=device.torch) / piece.shape[-1] ** 0.5).to(
@@ -24,7 +24,7 @@ def expert(shape: Shape, dtype: torch.dtype, device: Device, seed: int, key: Exp
 
 
 def pieces_of(layout: RecordLayout, record: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The pieces of a record, uint8 `[record bytes]`: views."""
+    """Returns the pieces of a record, uint8 `[record bytes]`, as views."""
     return {
         piece.name: record[piece.offset : piece.offset + piece.nbytes].view(piece.dtype).view(piece.shape)
         for piece in layout.pieces
@@ -32,15 +32,15 @@ def pieces_of(layout: RecordLayout, record: torch.Tensor) -> dict[str, torch.Ten
 
 
 def addresses(places: Sequence[dict[str, torch.Tensor]], device: Device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Table of the kernel, two times int64 `[experts]` on the device: where each expert's pieces are."""
+    """Makes the kernel's address table, two int64 `[experts]` on the device: addresses of each expert's pieces."""
     gate_up, down = ([place[name].data_ptr() for place in places] for name in (GATE_UP, DOWN))
     return torch.tensor(gate_up, device=device.torch), torch.tensor(down, device=device.torch)
 
 
 class PinnedRecords:
-    """An `ExpertStore` of `records` page-locked records; where there are fewer than experts, experts share them.
+    """An `ExpertStore` of `records` page-locked records; if there are fewer than experts, experts share them.
 
-    A model bigger than the host's memory can be copied from it: the bytes that move are real, their values repeat.
+    It can stand for a model larger than host memory: as many bytes move, only their values repeat.
 
     Raises:
         MemoryError: the memory cannot be page-locked.
@@ -50,7 +50,7 @@ class PinnedRecords:
         self.layouts = [layout] * layers
         self.experts = experts
         self.memory = aligned_empty(records * layout.nbytes)
-        """All records, one after the other."""
+        """Memory of all records, one after another."""
         self.records = self.memory.view(records, layout.nbytes)
         self._locked = device.cuda
         if device.cuda and (refusal := page_lock_refusal(self.memory)) is not None:
@@ -63,7 +63,7 @@ class PinnedRecords:
             piece.copy_(weights[name])
 
     def page_locked(self, key: ExpertKey) -> torch.Tensor:
-        """The record of an expert, uint8 `[record bytes]`."""
+        """Returns the record of an expert, uint8 `[record bytes]`."""
         return self.records[(key[0] * self.experts + key[1]) % len(self.records)]
 
     @property

@@ -1,4 +1,4 @@
-"""Rows of the check: what was looked at, what came of it, what was expected."""
+"""Collects the check's rows: what was measured, the result, and the target."""
 
 import faulthandler
 import os
@@ -26,23 +26,23 @@ class Row:
     figure: str
     target: str = ""
     verdict: str = NO_TARGET
-    """Empty where there is no target: the figure is for the reader to judge."""
+    """Verdict on the target; empty if there is none, and the reader judges the figure."""
     details: dict[str, Any] = field(default_factory=dict)
-    """For the JSON only."""
+    """Details for the JSON result only."""
 
 
 def verdict(met: bool) -> str:
-    """Of a row with a target."""
+    """Returns the verdict of a row with a target."""
     return MET if met else MISSED
 
 
 def attempt(section: str, what: str, action: Callable[[], Iterable[Row]]) -> list[Row]:
-    """The rows of an action, up to where it fails: that becomes a row of one line, and others go on."""
+    """Returns the rows of an action; a failure becomes a last row, so that the other parts still run."""
     rows: list[Row] = []
     try:
         for row in action():
             rows.append(row)
-    except Exception as error:  # whatever it is, it belongs to this part of the check alone
+    except Exception as error:  # any failure concerns only this part of the check
         place = traceback.extract_tb(error.__traceback__)[-1]
         lines = str(error).strip().splitlines() or [f"line {place.lineno} of {Path(place.filename).name}"]
         rows.append(Row(section, what, f"{type(error).__name__}: {lines[0]}"[:160], "", NOT_RUN))
@@ -50,9 +50,9 @@ def attempt(section: str, what: str, action: Callable[[], Iterable[Row]]) -> lis
 
 
 def failed(rows: Iterable[Row]) -> bool:
-    """Whether the check has failed: a row of correctness is not met, or it or one of vLLM's engines could not be run.
+    """Returns whether the check failed: a correctness row was missed or not run, or a vLLM engine could not be run.
 
-    What a row says was skipped is no failure: there is no vLLM, or no room or no time for a comparison of speed.
+    A skipped row is not a failure: there is no vLLM, or no memory or time for a comparison of speed.
     """
     return any(
         (row.section == CORRECTNESS and row.verdict not in (MET, SKIPPED))
@@ -62,7 +62,7 @@ def failed(rows: Iterable[Row]) -> bool:
 
 
 def render(rows: Sequence[Row], title: str) -> str:
-    """A table in plain text."""
+    """Renders the rows as a plain-text table."""
     cells = [("section", "what", "figure", "target", "verdict")]
     cells += [(row.section, row.what, row.figure, row.target or "-", row.verdict or "-") for row in rows]
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
@@ -72,13 +72,13 @@ def render(rows: Sequence[Row], title: str) -> str:
 
 
 class Result:
-    """The rows so far. The file is written after every part: whatever ends the check, what it found is there.
+    """Rows of the check so far. The file is written after every part, so that an aborted check keeps its results.
 
     Args:
-        output: the file.
-        title: of the table.
-        made: what the environment has besides, for the JSON.
-        seed: of everything drawn.
+        output: JSON file to write.
+        title: title of the table.
+        made: further entries of `environment` in the JSON.
+        seed: random seed of the check.
     """
 
     def __init__(self, output: Path, title: str, made: dict[str, Any], seed: int) -> None:
@@ -87,7 +87,7 @@ class Result:
         self.rows: list[Row] = []
 
     def add(self, rows: Sequence[Row]) -> None:
-        """One part's."""
+        """Adds the rows of one part."""
         self.rows += rows
         for row in rows:
             print(f"gpu-check: {row.what}: {row.figure}", file=sys.stderr, flush=True)
@@ -113,7 +113,7 @@ class Result:
 
     @contextmanager
     def ended_after(self, seconds: float) -> Iterator[None]:
-        """Ends the process, with the table, if what is within takes longer: it hangs, and nobody could tell it so."""
+        """Prints the table and ends the process if the body takes longer: a hanging device cannot be interrupted."""
         timer = threading.Timer(seconds, self._give_up, [seconds])
         timer.daemon = True
         timer.start()

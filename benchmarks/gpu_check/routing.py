@@ -1,4 +1,4 @@
-"""Decode steps drawn from published statistics: who is used, who is kept, who is foretold."""
+"""Draws decode steps from published statistics: which experts are used, kept by gating, and predicted."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,22 +15,22 @@ class Token:
     """One decode step at batch 1; arrays `[layers, top_k]`."""
 
     ids: np.ndarray
-    """Integer: what the router chose."""
+    """Experts chosen by the router, integer."""
     kept: np.ndarray
-    """Bool: what gating keeps."""
+    """Whether gating keeps each expert, bool."""
     said: np.ndarray
-    """Integer: what is predicted of the layer from the one before."""
+    """Experts predicted for the layer from the previous layer, integer."""
 
     def predicted(self, layer: int, gated: bool) -> PredictedExperts:
-        """Of one layer; that gating drops an expert is predicted rightly, since nothing is published of that."""
+        """Returns the prediction for one layer; which experts gating drops is assumed known, for lack of statistics."""
         kept = self.kept[layer] if gated else np.ones_like(self.kept[layer])
         return PredictedExperts(self.said[layer, None], kept[None])
 
 
 def draw_tokens(shape: Shape, count: int, seed: int) -> list[Token]:
-    """Experts are uniform and independent, for nothing is published of their popularity or of reuse between tokens.
+    """Draws tokens with uniform, independent experts, since no statistics of popularity or reuse are published.
 
-    A prediction names an expert that is used as often as the layer's recall says, and else one that is not.
+    With the probability of the layer's recall, a prediction names an expert that is used; otherwise one that is not.
     """
     chance = np.random.default_rng(seed)
     layers, top_k = shape.layers, shape.top_k
@@ -48,7 +48,7 @@ def draw_tokens(shape: Shape, count: int, seed: int) -> list[Token]:
 
 
 def curves(shape: Shape, gated: bool, max_experts: int) -> list[Sequence[float]]:
-    """Expected loads of each layer by its slots, for `allocation=profile`, from the same statistics."""
+    """Returns the expected loads of each layer by slots, for `allocation=profile`, from the same statistics."""
     single = shape.single if gated and shape.single is not None else [0.0] * shape.layers
     recall = shape.recall if max_experts and shape.recall is not None else [0.0] * shape.layers
     return [

@@ -1,4 +1,4 @@
-"""Models by their experts, and what routing is drawn from."""
+"""Shapes of models' experts, and the statistics that routing is drawn from."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from vllm_adapmoe.store.record import RecordLayout
 
 @dataclass(frozen=True)
 class Shape:
-    """The MoE layers of a model."""
+    """Shape of the MoE layers of a model."""
 
     name: str
     layers: int
@@ -21,17 +21,17 @@ class Shape:
     hidden: int
     inner: int
     recall: Sequence[float] | None = None
-    """Of each layer: how often an expert that is used was predicted; None: nothing is published."""
+    """Share of used experts that were predicted, for each layer; None: not published."""
     single: Sequence[float] | None = None
-    """Of each layer: share of tokens that gating leaves with one expert; None: nothing is published."""
+    """Share of tokens that gating leaves with one expert, for each layer; None: not published."""
 
     def layout(self, dtype: torch.dtype) -> RecordLayout:
-        """Of one expert's record."""
+        """Returns the layout of one expert's record."""
         pieces = {GATE_UP: (1, 2 * self.inner, self.hidden), DOWN: (1, self.hidden, self.inner)}
         return RecordLayout.of({name: torch.empty(size, dtype=dtype, device="meta") for name, size in pieces.items()})
 
     def with_layers(self, count: int) -> "Shape":
-        """Fewer layers, evenly spread, with their statistics."""
+        """Returns the shape with fewer layers, evenly spread, and their statistics."""
         chosen = [round(index * (self.layers - 1) / max(1, count - 1)) for index in range(count)]
         recall, single = (
             None if values is None else [values[layer] for layer in chosen] for values in (self.recall, self.single)

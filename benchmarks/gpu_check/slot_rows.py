@@ -1,4 +1,4 @@
-"""The expert cache with real transfers: what is in its slots, steps in waves, and slots that are still being read."""
+"""Checks the expert cache with real transfers: slot contents, steps in waves, and refills of slots in use."""
 
 import random
 from collections.abc import Iterator
@@ -28,13 +28,13 @@ REFILLS = 4
 
 
 def cache_shape(shape: Shape, record_bytes: int) -> CacheShape:
-    """The model's side of a cache with one pool."""
+    """Returns the shape of a cache with one pool."""
     layers = shape.layers
     return CacheShape([shape.experts] * layers, shape.top_k, [0] * layers, [record_bytes] * layers)
 
 
 def host_store(shape: Shape, device: Device, dtype: torch.dtype, seed: int) -> HostStore:
-    """The shipped store, filled with experts whose values are known."""
+    """Makes the plugin's host store, filled with experts of known values."""
     store = HostStore(device.torch)
     for layer in range(shape.layers):
         pieces: dict[str, torch.Tensor] = {}
@@ -46,19 +46,19 @@ def host_store(shape: Shape, device: Device, dtype: torch.dtype, seed: int) -> H
 
 
 def open_cache(store: ExpertStore, shape: Shape, setup: CacheSetup, device: Device) -> ExpertCacheManager:
-    """The shipped cache."""
+    """Opens the plugin's cache on a store."""
     return ExpertCacheManager(store, CacheController(cache_shape(shape, store.layouts[0].nbytes), setup), device.torch)
 
 
 def slot_addresses(cache: ExpertCacheManager, layer: int, device: Device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Table of the kernel by the layer's slot map; an absent expert has no address that may be used."""
+    """Makes the kernel's address table from the layer's slot map; addresses of absent experts are invalid."""
     tensors, slots = cache.pool(layer).tensors, cache.slot_maps[layer].to(device.torch).long()
     gate_up, down = (tensors[name].data_ptr() + slots * tensors[name][0].nbytes for name in (GATE_UP, DOWN))
     return gate_up, down
 
 
 def check_slots(shape: Shape, device: Device, dtype: torch.dtype, seed: int) -> Iterator[Row]:
-    """Random events with speculation beside them: after each, and at the end, slots hold what the store was given."""
+    """Checks that slots hold the store's bytes after random events with prefetch, and at the end."""
     shape = shape.with_layers(2)
     store = host_store(shape, device, dtype, seed)
     setup = CacheSetup([shape.experts + max(2, shape.experts // 4)], "lru", lookahead=1, max_experts=shape.top_k)
@@ -108,7 +108,7 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def check_waves(shape: Shape, device: Device, dtype: torch.dtype, seed: int) -> Iterator[Row]:
-    """A step that wants more experts than there are slots, against one kernel on all of them."""
+    """Checks a step with more experts than slots, run in waves, against one kernel on all of them."""
     shape = shape.with_layers(1)
     store = host_store(shape, device, dtype, seed)
     x, weights, ids = draw(shape, WAVE_TOKENS, dtype, device, seed)
@@ -137,7 +137,7 @@ def check_waves(shape: Shape, device: Device, dtype: torch.dtype, seed: int) -> 
 
 
 def check_refills(shape: Shape, device: Device, dtype: torch.dtype, seed: int) -> Iterator[Row]:
-    """A kernel that has yet to run reads the only slot, whose expert leaves for another meanwhile."""
+    """Checks that a slot read by a queued kernel is refilled only after that kernel."""
     shape = replace(shape, layers=1, experts=2, top_k=1)
     cache = open_cache(host_store(shape, device, dtype, seed), shape, CacheSetup([1]), device)
     x, weights, _ = draw(shape, WAVE_TOKENS, dtype, device, seed)

@@ -1,15 +1,15 @@
-"""Whole engines by their tokens: adapmoe against stock vLLM with the same kernel, in three formats.
+"""Compares the tokens of engines: adapmoe against stock vLLM with the same kernel, in three formats.
 
-What is promised of each engine, and so what its row asks for:
+Each engine has a promise, which its row checks:
 
-- `SAME_BITS`: eager, every step's experts in one wave. Tokens and log probabilities are stock's, to the last bit.
+- `SAME_BITS`: eager, every step's experts in one wave. Tokens and log probabilities equal stock's to the last bit.
 - `SAME_TOKENS`: with CUDA graphs. The model is compiled in other pieces than stock's, so that rounding between the MoE
-  layers is the compiler's; its tokens are stock's.
+  layers may differ; tokens equal stock's.
 - `ROUNDING`: in several waves, or read in place by another kernel. A MoE layer's output then is the sum of the same
-  products, rounded at other places: `ROUNDINGS` times at most, each by half a unit in the last place. How much that may
-  change is measured on stock vLLM itself: each value of each MoE layer's output is moved by as much as all of them
-  together, up or down at random, while the same tokens are forced. Their log probabilities may move no further, in the
-  mean, than by that. A prompt that is too long to be read in place gives stock's first token.
+  products, rounded at other places: at most `ROUNDINGS` times, each by half a unit in the last place. The allowed
+  effect is measured on stock vLLM itself: each value of each MoE layer's output is moved by the sum of these roundings,
+  up or down at random, while the same tokens are forced. The mean change of the log probabilities must not exceed the
+  one measured. A prompt that is too long to be read in place gives stock's first token.
 """
 
 import json
@@ -35,23 +35,23 @@ from vllm_adapmoe.device import MAX_TOKENS
 
 SAME_BITS, SAME_TOKENS, ROUNDING = "tokens and log probabilities of stock", "tokens of stock", "stock but for rounding"
 ROUNDINGS = 4
-"""Between the sums: activations, each expert's output, a wave's or all experts' sum, the total."""
+"""Number of roundings in a MoE layer: activations, each expert's output, a wave's or all experts' sum, the total."""
 SHAPE = Shape("Qwen3-MoE", 4, 64, 4, 1024, 256)
 VOCABULARY = 4096
 PROMPTS = (7, 40, 90, 150)
-"""Lengths; beyond 64 tokens every expert of a layer is used, and no step is read in place."""
+"""Prompt lengths; beyond 64 tokens every expert of a layer is used, and no step is read in place."""
 ANSWER = 24
 ENGINE_BYTES = 2560 << 20
-"""Of the device for one engine: weights 0.5 GiB, CUDA's context 0.5, graphs and what a step allocates."""
+"""Device memory per engine: weights 0.5 GiB, CUDA context 0.5 GiB, graphs and allocations of a step."""
 SPARE_BYTES = 1 << 30
 MOST_TOGETHER = 6
 OLDEST_FP8 = (8, 9)
-"""Compute capability whose tensor cores take FP8, as Triton's kernel wants; before, Marlin widens it."""
+"""Oldest compute capability with FP8 tensor cores, required by Triton's kernel; before it, Marlin widens FP8."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """An engine of the plugin, and what is promised of it."""
+    """An engine of the plugin, and its promise."""
 
     kind: str
     """Format of the experts."""
@@ -68,7 +68,7 @@ class Contender:
 
 CONTENDERS = (
     *(Contender("bf16", share, SAME_BITS) for share in (0.25, 0.5, 0.75, 1.0)),
-    Contender("bf16", 0.125, ROUNDING),  # a prompt wants every expert of a layer, and half as many have a slot
+    Contender("bf16", 0.125, ROUNDING),  # a prompt uses every expert of a layer, and there are slots for half of them
     *(Contender("bf16", share, SAME_TOKENS, eager=False) for share in (0.5, 1.0)),
     *(Contender("bf16", share, ROUNDING, "in_place", eager=False) for share in (0.25, 0.5)),
     *(Contender(kind, share, SAME_BITS) for kind in ("fp8", "gptq") for share in (0.25, 0.5, 0.75)),
@@ -78,7 +78,7 @@ CONTENDERS = (
 
 @dataclass
 class Plan:
-    """What is run, and on what."""
+    """Engines to run, their model and prompts."""
 
     shape: Shape = SHAPE
     vocabulary: int = VOCABULARY
@@ -86,13 +86,13 @@ class Plan:
     answer: int = ANSWER
     contenders: Sequence[Contender] = CONTENDERS
     backends: dict[str, str] = field(default_factory=dict)
-    """By format: vLLM's kernel, for stock and plugin; the platform's own choice where there is none."""
+    """vLLM's kernel by format, for stock and plugin; formats without an entry use the platform's choice."""
     together: int = 1
-    """Engines at a time."""
+    """Maximum engines at a time."""
 
 
 def plan_for(device: Device) -> Plan:
-    """The plan for a machine: kernels by compute capability, as many engines at a time as it can carry."""
+    """Returns the plan for a machine: kernels by compute capability, as many engines at a time as fit."""
     if not device.cuda:
         return Plan()
     fp8 = "triton" if torch.cuda.get_device_capability(device.torch) >= OLDEST_FP8 else "marlin"
@@ -101,10 +101,10 @@ def plan_for(device: Device) -> Plan:
 
 
 def engines_together(free_bytes: int, cores: int) -> int:
-    """Engines that run beside each other: each needs `ENGINE_BYTES` of the device, and two cores to start.
+    """Returns how many engines can run side by side: each needs `ENGINE_BYTES` of the device, and two cores to start.
 
     Raises:
-        MemoryError: not one fits.
+        MemoryError: no engine fits.
     """
     fit = (free_bytes - SPARE_BYTES) // ENGINE_BYTES
     if fit < 1:
@@ -114,13 +114,13 @@ def engines_together(free_bytes: int, cores: int) -> int:
 
 
 def check_tokens(device: Device, seed: int, ends: float, plan: Plan) -> Iterator[Row]:
-    """Rows of every contender, stock vLLM first.
+    """Runs stock vLLM, then every contender, and yields their rows.
 
     Args:
-        device: whose engines are checked.
-        seed: of weights and prompts.
-        ends: until when, of `time.monotonic`.
-        plan: `plan_for`.
+        device: device of the engines.
+        seed: random seed for weights and prompts.
+        ends: deadline, of `time.monotonic`.
+        plan: result of `plan_for`.
     """
     chance = random.Random(seed)
     prompts = [[chance.randrange(2, plan.vocabulary) for _ in range(length)] for length in plan.prompts]
@@ -162,7 +162,7 @@ def check_tokens(device: Device, seed: int, ends: float, plan: Plan) -> Iterator
 
 
 def _reference(one: Contender) -> tuple[str, str, bool]:
-    """Which engine of stock vLLM a contender is compared with: graphs of the same mode."""
+    """Returns the stock engine to compare a contender with: the one with the same mode of graphs."""
     return one.kind, one.decode, one.eager
 
 
@@ -173,8 +173,8 @@ def _rounds(plan: Plan, kind: str) -> bool:
 def _spec(
     model: Path, kind: str, plan: Plan, prompts: list[list[int]], eager: bool, in_pieces: bool, **others: Any
 ) -> dict[str, Any]:
-    """`Spec` of the process. `in_pieces`: CUDA graphs of what is between attention layers, as the plugin has them where
-    steps ask the host, and not of whole steps."""
+    """Returns the `Spec` of the process. `in_pieces`: piecewise CUDA graphs between attention layers, as in the plugin
+    when steps need the host, instead of graphs of whole steps."""
     arguments: dict[str, Any] = {"enforce_eager": eager}
     if kind in plan.backends:
         arguments["moe_backend"] = plan.backends[kind]
@@ -237,7 +237,7 @@ def _row(plan: Plan, one: Contender, found: Any, stock: Any, eager: Any) -> Row:
 
 
 def _agreement(in_place: list[tuple[Contender, Any]]) -> Iterator[Row]:
-    """Engines that read in place, with other experts resident: the same bits, each twice."""
+    """Checks that engines that read in place give the same bits at different residencies, each run twice."""
     found = [engine for _, engine in in_place]
     if len(found) < 2:
         return
@@ -256,13 +256,13 @@ def _agreement(in_place: list[tuple[Contender, Any]]) -> Iterator[Row]:
 
 
 def _until_differs(mine: list[int], theirs: list[int]) -> int:
-    """Tokens before the first that differs."""
+    """Returns the number of tokens before the first difference."""
     pairs = zip(mine, theirs, strict=True)
     return next((number for number, (one, other) in enumerate(pairs) if one != other), len(mine))
 
 
 def distance(ones: Sequence[Any], others: Sequence[Any]) -> float:
-    """Mean distance of the log probabilities of the same tokens, nats; infinite where the tokens are others."""
+    """Returns the mean distance of the log probabilities of the same tokens, nats; infinite if the tokens differ."""
     if [tokens for tokens, _ in ones] != [tokens for tokens, _ in others]:
         return float("inf")
     steps = [
@@ -274,7 +274,7 @@ def distance(ones: Sequence[Any], others: Sequence[Any]) -> float:
 
 
 def agreement(ones: Sequence[Any], others: Sequence[Any]) -> float:
-    """Share of the steps that find the same token most probable."""
+    """Returns the share of steps with the same most probable token."""
     steps = [
         one[2] == other[2]
         for (_, mine), (_, theirs) in zip(ones, others, strict=True)

@@ -1,4 +1,4 @@
-"""VLLM's own experts kernel on pools of slots: its bits without slots, and float64."""
+"""Checks vLLM's own experts kernel on pools of slots against its bits without slots, and against float64."""
 
 import time
 from collections.abc import Iterator
@@ -13,11 +13,11 @@ from benchmarks.gpu_check.report import CORRECTNESS, NOT_RUN, Row, verdict
 
 WHAT = "vLLM's Triton experts on slots"
 SECONDS = 90
-"""Of the process, at most."""
+"""Time limit of the process."""
 
 
 def check_vllm_kernels(seed: int, ends: float) -> Iterator[Row]:
-    """Runs them in a process of their own, for this package must not import vLLM; `ends`, of `time.monotonic`."""
+    """Runs the kernels in their own process, since this package must not import vLLM; `ends`: of `time.monotonic`."""
     try:
         with closing(EngineProcess(KERNELS, [str(seed)], min(ends, time.monotonic() + SECONDS))) as process:
             cases = process.answer()
@@ -28,7 +28,7 @@ def check_vllm_kernels(seed: int, ends: float) -> Iterator[Row]:
 
 
 def rows_of(cases: list[dict[str, Any]], dtype: torch.dtype) -> Iterator[Row]:
-    """A row for each size of pool, of the cases with it."""
+    """Yields a row for each size of pool, over its cases."""
     limit = tolerance(dtype)
     for slots in dict.fromkeys(case["slots"] for case in cases):
         mine = [case for case in cases if case["slots"] == slots]

@@ -1,1 +1,1 @@
-"""Measures what gating, allocation and prefetch need to know of a model, and writes its ModelProfile."""
+"""Measures the statistics of a model that gating, allocation and prefetch need, and writes its ModelProfile."""

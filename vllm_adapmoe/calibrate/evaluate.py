@@ -1,4 +1,4 @@
-"""What gating costs in accuracy: by sensitivity, by weight alone, and a fixed smaller top-k, on held-out text."""
+"""Measures the accuracy cost of gating on held-out text: by sensitivity, by weight alone, and a smaller fixed top-k."""
 
 import os
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from vllm_adapmoe.calibrate.text import data_hash, read_sequences
 from vllm_adapmoe.profile.model_profile import ModelProfile
 
 DROPS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
-"""Without --thresholds: shares of the top_k - 1 experts that a token can lose."""
+"""Default thresholds, as shares of the top_k - 1 experts that a token can lose."""
 GROUP = 32
-"""Sequences that are in the engine at once."""
+"""Number of sequences in the engine at once."""
 DECODE_SEQUENCES, DECODE_PROMPT = 16, 8
 
 
 def points(profile: ModelProfile, thresholds: Sequence[float] | None) -> list[dict[str, Any]]:
-    """Gating plans to compare, each with its name and the number that sets it."""
+    """Returns the gating plans to compare, each with its rule and the number that sets it."""
     top_k = profile.model.top_k
     if thresholds is None:
         thresholds = [profile.threshold_for_experts(top_k - share * (top_k - 1)) for share in DROPS]
@@ -42,12 +42,12 @@ def run_evaluate(
     sequence_length: int,
     cache: dict[str, Any],
 ) -> dict[str, Any]:
-    """Runs the held-out text through the serving engine once for each point, as prompts, and a part of it as decode.
+    """Runs the held-out text through the serving engine as prompts, once per point, and part of it as decode steps.
 
     Raises:
-        AdapMoEError: a profile of another model, or no text.
+        AdapMoEError: the profile is of another model, or there is no text.
     """
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the same steps, and so the same sums, in every run
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # same steps, hence same sums, in every run
     from vllm_adapmoe.integration.measure.engine import Engine, describe_model
     from vllm_adapmoe.integration.measure.losses import decode_losses, prefill_losses
 
@@ -103,7 +103,7 @@ def _row(
     stats: dict[str, float],
     profile: ModelProfile,
 ) -> dict[str, Any]:
-    """Figures of one point; the error is that of the mean over sequences."""
+    """Returns the figures of one point; the error is that of the mean over sequences."""
     changes = (nats - base).mean(axis=1)
     predicted = None
     if plan["rule"] == "token":
@@ -124,7 +124,7 @@ def _row(
 def _decode(
     engine: Any, plan: dict[str, Any], sequences: list[list[int]], decode_losses: Any, prefill_losses: Any
 ) -> dict[str, Any]:
-    """The same tokens, gated in decode steps and gated as prompts."""
+    """Compares the losses of the same tokens, gated in decode steps and gated as prompts."""
     engine.call("set_gating", plan)
     decoded = decode_losses(engine, sequences, DECODE_PROMPT)
     experts = engine.cache_stats()
@@ -143,7 +143,7 @@ def _decode(
 
 
 def _compare(rows: list[dict[str, Any]], top_k: int) -> None:
-    """Adds to each `token` point what the other rules lose at the same mean count, between their nearest points."""
+    """Adds to each `token` point the loss of the other rules at the same mean expert count, interpolated linearly."""
     for rule in ("weight", "count"):
         found = [(row["mean_experts"], row["loss_increase"]) for row in rows if row["rule"] == rule]
         experts, increases = zip(*sorted([*found, (float(top_k), 0.0)]), strict=True)
@@ -158,7 +158,7 @@ RULES = {"token": "sensitivity", "weight": "weight", "count": "fixed k"}
 
 
 def print_evaluate(result: dict[str, Any], console: Console) -> None:
-    """The result as a table."""
+    """Prints the result as a table."""
     base = result["base"]
     table = Table(
         box=box.SIMPLE_HEAD,
@@ -190,7 +190,7 @@ def print_evaluate(result: dict[str, Any], console: Console) -> None:
 
 
 def plot_evaluate(result: dict[str, Any], path: Path) -> None:
-    """Loss increase against mean experts per token, one line a rule."""
+    """Plots loss increase against mean experts per token, one line per rule."""
     from vllm_adapmoe.plot import figure
 
     with figure(path, "experts per token", "increase of the mean token loss, %") as axes:

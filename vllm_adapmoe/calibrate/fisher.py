@@ -1,4 +1,4 @@
-"""Sensitivities by back-propagation, with transformers."""
+"""Measures sensitivities by back-propagation with transformers."""
 
 import inspect
 from collections.abc import Callable
@@ -16,22 +16,22 @@ from vllm_adapmoe.store.host_memory import host_memory
 
 EXPERT_ARGUMENTS = ("top_k_index", "top_k_weights")
 BATCH = 4
-"""Sequences in one backward pass."""
+"""Sequences per backward pass."""
 
 
 class Fisher:
-    """A transformers model whose MoE layers are watched while its loss is differentiated.
+    """A transformers model with hooks on its MoE layers that record the gradient of the loss at their outputs.
 
-    Where every token keeps only its `half(top_k)` best experts, a layer's output moves by d. With g the gradient of the
-    loss at that output, the loss changes by `g.d + 1/2 d.H.d`, and the Hessian H is taken for the Fisher matrix, the
-    mean of g g^T:  S_l = sum 1/2 (g.d)^2 / sum c  over tokens, c being the cost of that dropping (`gating`). With
+    When every token keeps only its `half(top_k)` best experts, a layer's output moves by d. With g the gradient of the
+    loss at that output, the loss changes by `g.d + 1/2 d.H.d`, and the Hessian H is approximated by the Fisher matrix,
+    the mean of g g^T:  S_l = sum 1/2 (g.d)^2 / sum c  over tokens, c being the cost of that dropping (`gating`). With
     top-2 that is half the mean squared derivative along E1 - E2, tokens weighted by W^2 as in eq. 8 of AdapMoE.
 
     Args:
         model: folder of a checkpoint.
 
     Raises:
-        AdapMoEError: a model whose experts transformers does not call with `top_k_index` and `top_k_weights`.
+        AdapMoEError: transformers does not call the model's experts with `top_k_index` and `top_k_weights`.
     """
 
     def __init__(self, model: Path) -> None:
@@ -68,7 +68,7 @@ class Fisher:
         return watched
 
     def sums(self, sequences: list[list[int]]) -> Sums:
-        """Sums over tokens, `[layers]` each: `second` of 1/2 (g.d)^2, `first` of g.d, `cost` of c."""
+        """Returns sums over tokens, `[layers]` each: `second` of 1/2 (g.d)^2, `first` of g.d, `cost` of c."""
         result = {key: np.zeros(self.num_layers) for key in ("first", "second", "cost")}
         for start in range(0, len(sequences), BATCH):
             ids = torch.tensor(sequences[start : start + BATCH])
@@ -84,7 +84,7 @@ class Fisher:
 
 
 def fits_in_memory(model: Path) -> bool:
-    """Whether the checkpoint can be held in float32 with room for gradients of activations."""
+    """Returns whether the checkpoint fits in host memory in float32, with room for gradients of activations."""
     weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     return 3 * weights < host_memory().available
 

@@ -1,4 +1,4 @@
-"""Where a calibration stands, in a file beside its output: what is done is not done again."""
+"""Progress of a calibration, kept in a file beside its output so that an interrupted one can be resumed."""
 
 import json
 import os
@@ -18,15 +18,15 @@ DIGEST_SIZE = 32
 
 
 class Progress:
-    """Results of finished pieces of work, by name; each is written as soon as it is there.
+    """Results of finished pieces of work, by name; each is written to disk as soon as it is finished.
 
     Args:
-        path: of the file.
-        settings: what the results depend on; a file made with others is not used.
-        most: bytes that the file may have.
+        path: the progress file.
+        settings: everything the results depend on; a file made with other settings is ignored.
+        most: maximum size of the file, bytes.
 
     Raises:
-        AdapMoEError: the file is damaged, or something else.
+        AdapMoEError: the file is damaged, is not a progress file, or belongs to another user.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], most: int) -> None:
@@ -54,7 +54,7 @@ class Progress:
                 self.done.setdefault(piece, {})[key] = value
 
     def add(self, piece: str, sums: Sums) -> None:
-        """Keeps the results of `piece`, on disk before this returns."""
+        """Stores the results of `piece`; they are written to disk before this returns."""
         self.done[piece] = sums
         arrays = {f"{name}/{key}": value for name, part in self.done.items() for key, value in part.items()}
         temporary = self.path.with_name(self.path.name + ".tmp")
@@ -65,7 +65,7 @@ class Progress:
         temporary.replace(self.path)
 
     def finish(self) -> None:
-        """Removes the file."""
+        """Removes the progress file."""
         self.path.unlink(missing_ok=True)
 
 

@@ -1,4 +1,4 @@
-"""`adapmoe calibrate`: from a model and text to a ModelProfile."""
+"""Implements `adapmoe calibrate`: measures a model on text and writes its ModelProfile."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -27,9 +27,9 @@ from vllm_adapmoe.profile.statistics import Sums, digits
 
 Method = Literal["fisher", "forward", "auto"]
 GROUP_TOKENS = 4096
-"""Tokens in one piece of work: what is lost when a calibration is killed, and the unit of standard errors."""
+"""Tokens per piece of work: the most that is lost when a calibration is killed, and the unit of standard errors."""
 CONFIRMED_DROPS = (0.1, 0.2, 0.3, 0.4, 0.55, 0.7)
-"""Where predictions are confirmed: shares of the experts that may be dropped, top_k - 1 of each token."""
+"""Points at which predictions are confirmed, as shares of the top_k - 1 experts that a token can lose."""
 
 
 def calibrate(
@@ -44,24 +44,24 @@ def calibrate(
 ) -> ModelProfile:
     """Measures `model` on `data` and writes the profile to `output`.
 
-    Killed half-way, the same call goes on where it stood; the same arguments give the same file.
+    After an interruption the same call resumes; the same arguments give the same file.
 
     Args:
-        model: folder of a checkpoint.
+        model: checkpoint folder.
         data: a text file, or a folder of `*.txt`.
-        output: the profile.
-        method: `fisher` differentiates the loss with transformers. `forward` moves the weights of one layer at a time
-            in vLLM, and needs no more memory than serving; it also sees that later layers then route differently,
-            which a gradient does not. `auto` is `fisher` where the model fits in memory.
-        tokens: to take from the data.
-        sequence_length: tokens of one sequence.
-        seed: of the choice of sequences.
-        cache: `adapmoe_config` of the engine; default: experts offloaded as memory demands.
+        output: file for the profile.
+        method: `fisher` differentiates the loss with transformers. `forward` perturbs the routing weights of one layer
+            at a time in vLLM and needs no more memory than serving; unlike a gradient, it includes the effect of later
+            layers routing differently. `auto` is `fisher` if the model fits in memory.
+        tokens: maximum number of tokens to use of the data.
+        sequence_length: tokens per sequence.
+        seed: random seed for the choice of sequences.
+        cache: `adapmoe_config` of the engine; default: as many slots as memory allows.
 
     Raises:
-        AdapMoEError: no text, no routed experts, a model that the method cannot watch.
+        AdapMoEError: no text, no routed experts, one expert per token, or a model that the method cannot measure.
     """
-    # In one process the engine sees all requests of a group at once, and the same steps in every run.
+    # In one process the engine sees all requests of a group at once and runs the same steps every time.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm_adapmoe.integration.measure.engine import describe_model
 
@@ -82,7 +82,7 @@ def calibrate(
         seed=seed,
     )
     settings = {"model": info.model_dump(), "data": described.model_dump(), "method": method, "versions": versions}
-    sums = len(groups) * (info.num_experts + 4096)  # of how experts are used together, and of all else
+    sums = len(groups) * (info.num_experts + 4096)  # co-activation counts, and everything else
     most = 8 * (info.num_layers or MOST_LAYERS) * info.num_experts * (2 * info.hidden_size + sums) + (1 << 28)
     progress = Progress(output.with_name(output.name + ".partial"), settings, most)
     if progress.resumed:
@@ -113,7 +113,7 @@ def calibrate(
 
 
 def _pieces(name: str, groups: list, progress: Progress, action: str) -> Iterator[tuple[str, Any]]:
-    """The groups whose piece `name` is not done yet, under a progress bar."""
+    """Yields the groups whose piece `name` is not done yet, under a progress bar."""
     with tqdm(total=len(groups), desc=action, unit="group") as bar:
         for number, group in enumerate(groups):
             piece = f"{name}/{number}"
@@ -139,7 +139,7 @@ def _serve(
     sequence_length: int,
     info: ModelInfo,
 ) -> tuple[list[LayerProfile], ModelInfo]:
-    """Everything that the engine measures: the layers of the profile, and the model with what only it told."""
+    """Runs all measurements in vLLM; returns the profile's layers, and `info` completed by what the engine reports."""
     from vllm_adapmoe.integration.measure.engine import Engine
     from vllm_adapmoe.integration.measure.losses import prefill_losses
 
@@ -213,7 +213,7 @@ def _thresholds(profile: ModelProfile) -> list[float]:
 
 
 def _column(groups: list, progress: Progress, name: str, key: str) -> np.ndarray:
-    """Sums `key` of the pieces `name`, `[groups, ...]`."""
+    """Returns the sums `key` of the pieces `name`, `[groups, ...]`."""
     return np.stack([progress.done[f"{name}/{number}"][key] for number in range(len(groups))])
 
 
@@ -238,7 +238,7 @@ def _layers(groups: list, progress: Progress, method: str, count: int) -> list[L
             change = _column(groups, progress, "forward", "there")[:, index] - base
             back = _column(groups, progress, "forward", "back")[:, index] - base
             sensitivity, error = ratio((change + back) / 2, cost)
-            # A layer too insensitive for so little data may come out negative: what is known is that it is small.
+            # For an insensitive layer and little data the estimate may be negative; all it says is "small".
             sensitivity = max(sensitivity, error)
         loss_change, loss_change_error = ratio(change, cost)
         layers.append(
@@ -254,11 +254,11 @@ def _layers(groups: list, progress: Progress, method: str, count: int) -> list[L
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, float]:
-    """Ratio of two sums over groups, and its standard error (delta method; groups are independent).
+    """Returns the ratio of two sums over groups and its standard error (delta method; groups are independent).
 
     Args:
         numerator: `[groups]`.
-        denominator: `[groups]`, positive; zeros, where a layer uses one expert a token: nothing can be dropped there.
+        denominator: `[groups]`, positive; all zeros for a layer with one expert per token, which cannot drop any.
     """
     if not denominator.any():
         return 0.0, 0.0
@@ -275,7 +275,7 @@ def _base_loss(groups: list, progress: Progress) -> float:
 
 
 def _confirmed(profile: ModelProfile, groups: list, progress: Progress) -> ModelProfile:
-    """The profile with what its predictions were worth when they were run."""
+    """Returns the profile with its predictions compared to measured losses, and scaled to fit them."""
     base = _column(groups, progress, "routing", "loss")
     tokens = np.array([sum(len(ids) - 1 for ids in group) for group in groups], dtype=float)
     confirmed = []
@@ -294,13 +294,13 @@ def _confirmed(profile: ModelProfile, groups: list, progress: Progress) -> Model
 
 
 def loss_scale(confirmed: list[Confirmation]) -> float:
-    """Measured over predicted loss increase, of all confirmations together.
+    """Returns measured over predicted loss increase, over all confirmations together.
 
-    One number, although the ratio rises with the threshold: on the calibration text a curve fits better, on other text
-    worse, for small drops gain or lose by the text.
+    This is one number although the ratio rises with the threshold: a curve fits the calibration text better but other
+    text worse, because whether small drops gain or lose depends on the text.
 
     Raises:
-        AdapMoEError: the loss did not rise at all.
+        AdapMoEError: the measured loss did not rise.
     """
     measured = sum(one.measured_loss_increase for one in confirmed)
     if measured <= 0:
@@ -320,7 +320,7 @@ def _versions(method: str) -> dict[str, str]:
 
 
 def print_profile(profile: ModelProfile, show: Callable[..., None]) -> None:
-    """A table of the layers and of the confirmations."""
+    """Shows a table of the layers and a table of the confirmations."""
     from rich.table import Table
 
     table = Table(title=f"{profile.model.name}: sensitivity by {profile.method}")

@@ -1,4 +1,4 @@
-"""Sequences of token ids from text files."""
+"""Reads sequences of token ids from text files."""
 
 from pathlib import Path
 
@@ -9,14 +9,14 @@ from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.files import BadFile, read_text
 
 TEXT_BYTES = 1 << 30
-"""Of a file of text at most."""
+"""Maximum size of a text file."""
 
 
 def read_sequences(model: Path, data: Path, length: int, count: int, seed: int) -> list[list[int]]:
-    """At most `count` sequences of `length` ids from `data`, a text file or a folder of `*.txt`.
+    """Returns at most `count` sequences of `length` ids from `data`, a text file or a folder of `*.txt`.
 
-    Every file is a document and begins with the tokenizer's own first token, if it has one; sequences do not cross
-    files. Which of them are taken, and their order, depends on the seed and the ids alone.
+    Every file is a document that starts with the tokenizer's BOS token, if it has one; sequences do not cross files.
+    The choice of sequences and their order depend only on the seed and the ids.
 
     Raises:
         AdapMoEError: no tokenizer, no text, or too little for two sequences.
@@ -26,7 +26,7 @@ def read_sequences(model: Path, data: Path, length: int, count: int, seed: int) 
     paths = sorted(data.rglob("*.txt")) if data.is_dir() else [data]
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
-    except Exception as error:  # whatever transformers and tokenizers say of files that they cannot use
+    except Exception as error:  # transformers and tokenizers may raise anything on bad files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise AdapMoEError(
             f"model={str(model)!r} has no tokenizer ({reason}); name the folder of a checkpoint"
@@ -44,10 +44,10 @@ def read_sequences(model: Path, data: Path, length: int, count: int, seed: int) 
 
 
 def text_of(path: Path) -> str:
-    """The text of a file; what is not UTF-8 in it is replaced.
+    """Returns the text of a file, with bytes that are not UTF-8 replaced.
 
     Raises:
-        AdapMoEError: it cannot be read, or is larger than a tokenizer takes at once.
+        AdapMoEError: the file cannot be read, or is larger than `TEXT_BYTES`.
     """
     try:
         return read_text(path, TEXT_BYTES)
@@ -56,5 +56,5 @@ def text_of(path: Path) -> str:
 
 
 def data_hash(sequences: list[list[int]]) -> str:
-    """Hash of the ids: the same wherever the text was read from."""
+    """Returns a hash of the ids, which does not depend on where the text was read from."""
     return blake3(np.array(sequences, dtype=np.int64).tobytes()).hexdigest()[:32]

@@ -1,1 +1,1 @@
-"""The `adapmoe` command."""
+"""Command line of the plugin: `adapmoe`."""

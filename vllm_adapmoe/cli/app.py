@@ -1,4 +1,4 @@
-"""The `adapmoe` command."""
+"""Implements the `adapmoe` command and most of its subcommands."""
 
 import os
 import sys
@@ -31,16 +31,16 @@ app.command()(doctor)
 
 @app.command()
 def pack(
-    model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or the name of a downloaded model.")],
-    store_dir: Annotated[str | None, typer.Option(help="Folder for the packed file; default: vLLM's cache.")] = None,
-    dtype: Annotated[str, typer.Option(help="As in `vllm serve`.")] = "auto",
-    quantization: Annotated[str | None, typer.Option(help="As in `vllm serve`.")] = None,
-    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="As in `vllm serve`.")] = 1,
-    revision: Annotated[str | None, typer.Option(help="As in `vllm serve`.")] = None,
-    download_dir: Annotated[str | None, typer.Option(help="As in `vllm serve`.")] = None,
-    load_format: Annotated[str, typer.Option(help="As in `vllm serve`.")] = "auto",
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, or the name of a downloaded model.")],
+    store_dir: Annotated[str | None, typer.Option(help="Folder for packed files; default: vLLM's cache.")] = None,
+    dtype: Annotated[str, typer.Option(help="Dtype of the model, as in `vllm serve`.")] = "auto",
+    quantization: Annotated[str | None, typer.Option(help="Quantization method, as in `vllm serve`.")] = None,
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks, as in `vllm serve`.")] = 1,
+    revision: Annotated[str | None, typer.Option(help="Revision of the model, as in `vllm serve`.")] = None,
+    download_dir: Annotated[str | None, typer.Option(help="Folder of downloaded models, as in `vllm serve`.")] = None,
+    load_format: Annotated[str, typer.Option(help="Format of the weight files, as in `vllm serve`.")] = "auto",
 ) -> None:
-    """Packs a model's experts into the file that `vllm serve --moe-method adapmoe` reads them from."""
+    """Packs a model's experts into the files that `vllm serve --moe-method adapmoe` reads with store=file."""
     check_named_model(model)
     from vllm_adapmoe.integration.loading.packing import pack_experts
 
@@ -54,17 +54,21 @@ def pack(
 @app.command()
 def calibrate(
     model: Model,
-    data: Annotated[Path, typer.Option(help="Text file, or folder of *.txt.", exists=True)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The profile, JSON.")],
+    data: Annotated[Path, typer.Option(help="Calibration text: a file, or a folder of *.txt.", exists=True)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSON file to write the profile to.")],
     method: Annotated[
-        str, typer.Option(help="fisher: back-propagation. forward: vLLM, experts offloaded. auto: fisher if it fits.")
+        str,
+        typer.Option(
+            help="Sensitivity by back-propagation in transformers (fisher) or by perturbed passes in vLLM (forward); "
+            "auto: fisher if the model fits in memory."
+        ),
     ] = "auto",
-    tokens: Annotated[int, typer.Option(min=512, help="Tokens of the data to use.")] = 65_536,
-    sequence_length: Annotated[int, typer.Option(min=16, help="Tokens of one sequence.")] = 256,
-    seed: Annotated[int, typer.Option(help="Of the choice of sequences.")] = 0,
+    tokens: Annotated[int, typer.Option(min=512, help="Maximum number of tokens to use of --data.")] = 65_536,
+    sequence_length: Annotated[int, typer.Option(min=16, help="Tokens per sequence.")] = 256,
+    seed: Annotated[int, typer.Option(help="Random seed for the choice of sequences.")] = 0,
     adapmoe_config: CacheSettings = None,
 ) -> None:
-    """Measures a model: what its layers lose when experts are dropped, and how it routes."""
+    """Measures a model's routing and how much dropping experts in each layer costs; writes a profile."""
     quieten_vllm()
     from vllm_adapmoe.calibrate.run import calibrate, print_profile
 
@@ -78,18 +82,18 @@ def calibrate(
 @app.command()
 def evaluate(
     model: Model,
-    profile: Annotated[Path, typer.Option(help="What `adapmoe calibrate` wrote.", exists=True)],
+    profile: Annotated[Path, typer.Option(help="Profile written by `adapmoe calibrate`.", exists=True)],
     data: Annotated[Path, typer.Option(help="Held-out text: a file, or a folder of *.txt.", exists=True)],
     thresholds: Annotated[
-        str | None, typer.Option(help="Of sensitivity gating, comma-separated; default: twelve.")
+        str | None, typer.Option(help="Sensitivity-gating thresholds, comma-separated; default: twelve values.")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=512, help="Tokens of the data to use.")] = 65_536,
-    sequence_length: Annotated[int, typer.Option(min=16, help="Tokens of one sequence.")] = 256,
+    tokens: Annotated[int, typer.Option(min=512, help="Maximum number of tokens to use of --data.")] = 65_536,
+    sequence_length: Annotated[int, typer.Option(min=16, help="Tokens per sequence.")] = 256,
     adapmoe_config: CacheSettings = None,
     output: Output = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file for the plot.")] = None,
 ) -> None:
-    """Loss, perplexity and agreement on held-out text, by gating rule and threshold."""
+    """Measures loss, perplexity and top-1 agreement on held-out text for each gating rule and threshold."""
     quieten_vllm()
     from vllm_adapmoe.calibrate.evaluate import plot_evaluate, print_evaluate, run_evaluate
 
@@ -105,27 +109,29 @@ def evaluate(
 
 @app.command()
 def simulate(
-    trace: Annotated[Path, typer.Argument(help="File that `trace_out` wrote.", exists=True, dir_okay=False)],
+    trace: Annotated[Path, typer.Argument(help="Routing trace written by `trace_out`.", exists=True, dir_okay=False)],
     slots: Annotated[
-        str, typer.Option(help="Expert slots, comma-separated; at most 1: a share of all experts.")
+        str, typer.Option(help="Expert slots, comma-separated; values up to 1 are fractions of all experts.")
     ] = "0.25,0.5,0.75",
     policies: Annotated[
-        str, typer.Option(help="EVICTION or EVICTION/ALLOCATION, with +prefetch behind it or not; comma-separated.")
+        str,
+        typer.Option(help="Cache policies to compare, comma-separated: EVICTION, optional /ALLOCATION and +prefetch."),
     ] = "lru,lru/uniform,lfru,mrs,next_use,lru+prefetch,next_use+prefetch",
     bandwidth: Annotated[
-        float | None, typer.Option(help="Of the link, 1e9 bytes per second. Without it, loads are counted, not timed.")
+        float | None, typer.Option(help="Link bandwidth, 1e9 bytes/s; without it, loads are counted but not timed.")
     ] = None,
-    compute: Annotated[float, typer.Option(help="Milliseconds of a layer in a step, fetches apart.")] = 0.5,
-    step: Annotated[float, typer.Option(help="Milliseconds of a step outside its layers.")] = 1.0,
-    lookahead: Annotated[int, typer.Option(min=1, max=8, help="Layers that prefetch looks ahead.")] = 3,
-    max_experts: Annotated[int, typer.Option(min=1, help="Most experts that prefetch has under way.")] = 1,
+    compute: Annotated[float, typer.Option(help="Time per layer and step without fetches, ms.")] = 0.5,
+    step: Annotated[float, typer.Option(help="Time per step outside the MoE layers, ms.")] = 1.0,
+    lookahead: Annotated[int, typer.Option(min=1, max=8, help="Layers ahead to prefetch for.")] = 3,
+    max_experts: Annotated[int, typer.Option(min=1, help="Maximum prefetches in flight.")] = 1,
     profile: Annotated[
-        Path | None, typer.Option(help="What `adapmoe calibrate` wrote; for /profile.", exists=True)
+        Path | None,
+        typer.Option(help="Profile written by `adapmoe calibrate`; for policies with /profile.", exists=True),
     ] = None,
     output: Output = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file for the plot.")] = None,
 ) -> None:
-    """Replays recorded routing against cache policies, beside the best that a cache could do."""
+    """Replays a routing trace against cache policies and compares them with the optimal (Belady) cache."""
     from vllm_adapmoe.simulate.compare import plot_simulate, print_simulate, run_simulate
     from vllm_adapmoe.simulate.replay import Machine
 
@@ -143,12 +149,12 @@ def simulate(
 
 
 def quieten_vllm() -> None:
-    """Leaves vLLM's errors, unless the user asks for more: its lines would cut through progress bars."""
+    """Limits vLLM's log to errors unless the user set a level: log lines would break progress bars."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 
 def run(program: typer.Typer, name: str) -> None:
-    """Runs a command line; a mistake of the user is one line and exit code 1."""
+    """Runs a command line; a `OneLineError` prints one line and exits with code 1."""
     try:
         try:
             program(args=[*fold_keys(sys.argv[1:])], prog_name=name)
@@ -163,5 +169,5 @@ def run(program: typer.Typer, name: str) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Runs the `adapmoe` command."""
     run(app, "adapmoe")

@@ -1,4 +1,4 @@
-"""`adapmoe doctor`."""
+"""Implements `adapmoe doctor`."""
 
 import json
 import os
@@ -19,14 +19,14 @@ from vllm_adapmoe.printable import printable
 
 def doctor(
     model: Annotated[
-        str | None, typer.Option(help="Folder of a checkpoint, or the name of a downloaded model, to check as well.")
+        str | None, typer.Option(help="Checkpoint folder, or the name of a downloaded model, to check as well.")
     ] = None,
-    store_dir: Annotated[Path | None, typer.Option(help="Folder of the packed files; default: vLLM's cache.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    store_dir: Annotated[Path | None, typer.Option(help="Folder for packed files; default: vLLM's cache.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Checks installation, machine, disk and, if named, a model: what will and will not work here, and what helps.
+    """Checks installation, machine, disk and, with --model, a model: what works here, what does not, and how to fix it.
 
-    Exit code 1 if something keeps models from being served.
+    Exits with code 1 if a problem prevents serving.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -44,7 +44,7 @@ def _findings(model: str | None, store_dir: Path | None) -> Iterator[Finding]:
 
     try:
         from vllm_adapmoe.integration.entry.doctor import check_installation, check_model, device_type
-    except Exception as error:  # whatever an installation that does not fit raises
+    except Exception as error:  # a mismatched installation may raise anything
         if isinstance(error, ImportError):
             try:
                 explain_import_error(error)

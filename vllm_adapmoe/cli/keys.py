@@ -1,4 +1,4 @@
-"""Single keys after a dot, as vLLM's own command line takes them."""
+"""Dotted options `--adapmoe-config.KEY VALUE`, as vLLM's own command line accepts them."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ OPTION = "--adapmoe-config"
 def fold_keys(arguments: Sequence[str]) -> Iterator[str]:
     """Yields the arguments, with `--adapmoe-config.a.b VALUE` as `--adapmoe-config '{"a": {"b": VALUE}}'`.
 
-    They come last, as vLLM's parser puts them: of several configurations the last one's keys win.
+    They are moved to the end, as in vLLM's parser: when configurations are merged, later keys win.
     """
     last: list[str] = []
     rest = iter(arguments)

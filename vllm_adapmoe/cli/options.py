@@ -1,4 +1,4 @@
-"""Arguments and options that several commands have."""
+"""Arguments and options shared by several commands."""
 
 import math
 from pathlib import Path
@@ -11,33 +11,33 @@ from vllm_adapmoe.model_folder import check_model_folder
 
 
 def check_any_model(folder: Path | None) -> Path | None:
-    """`check_model_folder`, where a model is named."""
+    """Applies `check_model_folder` unless `folder` is None."""
     return None if folder is None else check_model_folder(folder)
 
 
 Model = Annotated[
-    Path, typer.Argument(help="Folder of a checkpoint.", exists=True, file_okay=False, callback=check_model_folder)
+    Path, typer.Argument(help="Checkpoint folder.", exists=True, file_okay=False, callback=check_model_folder)
 ]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the result.")]
-Rounds = Annotated[int, typer.Option(min=1, help="Measurements of each engine, in turn.")]
-Batch = Annotated[int, typer.Option(min=1, help="Requests in a batch.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write the result to.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Measurements per configuration, interleaved.")]
+Batch = Annotated[int, typer.Option(min=1, help="Requests per batch.")]
 Text = Annotated[
     Path | None, typer.Option(help="Folder of *.txt to take prompts from; default: random tokens.", exists=True)
 ]
 CacheSettings = Annotated[
     list[str] | None,
-    typer.Option(help="Expert cache of the engine: JSON, a file, single keys as in --adapmoe-config.cache_gb 8. "
-                 "Default: as memory demands."),
+    typer.Option(help="Expert cache settings: a JSON object, a JSON file, or single keys as "
+                 "--adapmoe-config.KEY VALUE. Default: as many slots as memory allows."),
 ]  # fmt: skip
 PromptTokens = Annotated[int, typer.Option(min=1)]
 OutputTokens = Annotated[int, typer.Option(min=2)]
 
 
 def numbers(option: str, text: str) -> list[float]:
-    """The numbers of a comma-separated list.
+    """Parses a comma-separated list of finite numbers.
 
     Raises:
-        AdapMoEError: it is not one.
+        AdapMoEError: `text` is not such a list.
     """
     try:
         values = [float(part) for part in text.split(",")]

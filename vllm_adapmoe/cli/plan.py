@@ -1,4 +1,4 @@
-"""`adapmoe plan`."""
+"""Implements `adapmoe plan`."""
 
 import json
 from pathlib import Path
@@ -11,46 +11,65 @@ from vllm_adapmoe.cli.options import Model, numbers
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.results import write
 
-StoreDir = Annotated[Path | None, typer.Option(help="Folder of the packed file; default: vLLM's cache.")]
+StoreDir = Annotated[Path | None, typer.Option(help="Folder for packed files; default: vLLM's cache.")]
 
 
 def plan(
     model: Model,
-    profile: Annotated[Path | None, typer.Option(help="What `adapmoe calibrate` wrote, or one of configs/.")] = None,
-    memory: Annotated[str | None, typer.Option(help="Of the device, or on the CPU of the process: 24GiB.")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Profile written by `adapmoe calibrate`, or one of configs/.")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Total memory for weights, KV cache and slots, e.g. 24GiB (device memory; on the CPU, process memory)."
+        ),
+    ] = None,
     reserve: Annotated[
         str | None,
         typer.Option(
-            help="Of it, for all but weights and slots: 2GiB. Default: what vLLM leaves and takes of a GPU with its "
-            "defaults, CUDA graphs included."
+            help="Part of --memory kept for all but weights and slots, e.g. 2GiB. Default: estimated for a GPU with "
+            "vLLM's defaults: unused share, CUDA context, activations, KV cache of one request, CUDA graphs."
         ),
     ] = None,
     max_model_len: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a request, for the default reserve. Default: the model's most.")
+        int | None,
+        typer.Option(min=1, help="Maximum tokens per request, for the default --reserve. Default: the model's."),
     ] = None,
     link: Annotated[
-        str, typer.Option(help="Bandwidth that experts arrive with, 1e9 bytes/s; auto: measured.")
+        str, typer.Option(help="Bandwidth of expert fetches, 1e9 bytes/s; auto: measured on this machine.")
     ] = "auto",
     compute: Annotated[
-        float | None, typer.Option(min=1e-6, help="Milliseconds of a layer; default: estimated from this machine.")
+        float | None,
+        typer.Option(
+            min=1e-6, help="Compute time per layer, ms; default: estimated from this machine's memory bandwidth."
+        ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights: auto, bfloat16, float16 or float32.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Dtype of the weights: auto, bfloat16, float16 or float32.")] = "auto",
     expert_bits: Annotated[
-        str | None, typer.Option(help="Bits of an expert's weight, comma-separated: 16,8,4.5. Default: the dtype's.")
+        str | None, typer.Option(help="Bits per expert weight, comma-separated, e.g. 16,8,4.5. Default: as --dtype.")
     ] = None,
     max_loss_increase: Annotated[
-        float | None, typer.Option(help="Of gating, as a share of the loss: 0.005. Needs a calibrated profile.")
+        float | None,
+        typer.Option(
+            help="Adds columns for gating with this relative loss increase, e.g. 0.005; needs a calibrated --profile."
+        ),
     ] = None,
-    allocation: Annotated[str, typer.Option(help="As in `adapmoe_config`.")] = "pool",
+    allocation: Annotated[
+        str, typer.Option(help="Slots protected per layer: pool (none), uniform, profile or trace.")
+    ] = "pool",
     trace: Annotated[
-        Path | None, typer.Option(help="What `trace_out` wrote: replayed, in place of the closed form.", exists=True)
+        Path | None,
+        typer.Option(help="Routing trace written by `trace_out`, replayed instead of the closed form.", exists=True),
     ] = None,
     store_dir: StoreDir = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="File for the --adapmoe-config.")] = None,
-    result: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSON file to write for --adapmoe-config.")
+    ] = None,
+    result: Annotated[Path | None, typer.Option(help="JSON file to write the figures to.")] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file for the plot.")] = None,
 ) -> None:
-    """Tokens per second by memory, before anything is bought or downloaded."""
+    """Predicts tokens per second by memory size, before you buy hardware or download weights."""
     from vllm_adapmoe.planning.plan import ALLOCATIONS, Question, config_of, run_plan
     from vllm_adapmoe.planning.table import plot_plan, print_plan
 

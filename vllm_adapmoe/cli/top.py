@@ -1,4 +1,4 @@
-"""`adapmoe top`."""
+"""Implements `adapmoe top`."""
 
 import json
 import time
@@ -13,12 +13,12 @@ from vllm_adapmoe.config import AdapMoEError
 
 
 def top(
-    url: Annotated[str, typer.Argument(help="Of a vLLM server: http://host:port, or host:port.")] = "localhost:8000",
-    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two readings.")] = 2.0,
-    once: Annotated[bool, typer.Option("--once", help="One view over one interval, then the end.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per interval.")] = False,
+    url: Annotated[str, typer.Argument(help="vLLM server: http://host:port or host:port.")] = "localhost:8000",
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between readings.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Show one interval, then exit.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per interval.")] = False,
 ) -> None:
-    """What the expert cache of a running server does, refreshed: hits, bytes, waiting, prefetches, layers."""
+    """Shows the expert cache of a running server live: hit rate, bytes fetched, stalls, prefetches, layers."""
     from vllm_adapmoe.top.render import render
     from vllm_adapmoe.top.sample import read_sample
     from vllm_adapmoe.top.view import make_view

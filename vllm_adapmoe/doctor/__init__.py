@@ -1,1 +1,1 @@
-"""`adapmoe doctor`: what will and will not work on this machine."""
+"""Checks for `adapmoe doctor`: what works on this machine, and what does not."""

@@ -1,4 +1,4 @@
-"""Checks of the folder that packed files are in."""
+"""Checks the folder for packed files."""
 
 import os
 import shutil
@@ -16,15 +16,15 @@ from vllm_adapmoe.units import GiB
 SECTION = "Disk of the packed files"
 RECORD_BYTES = 3 << 20
 SLOW = 0.5e9
-"""Bytes per second below which fetching is likely to be most of what a token takes."""
+"""Bytes per second below which fetching is likely to dominate the time per token."""
 
 
 def check_disk(store_dir: Path | None, needed: bool) -> Iterator[Finding]:
-    """Whether experts can be packed there and read past the page cache, and how fast.
+    """Checks that experts can be packed in the folder and read without the page cache, and measures how fast.
 
     Args:
         store_dir: as in `adapmoe_config`; None: vLLM's cache.
-        needed: packed files are the default here. Otherwise what is wrong is a note.
+        needed: packed files are the default on this device. Otherwise a fault is a note, unless `store_dir` is set.
     """
     folder = packs_root(store_dir).absolute()
     wrong: Level = "problem" if needed or store_dir is not None else "note"
@@ -65,10 +65,10 @@ def check_disk(store_dir: Path | None, needed: bool) -> Iterator[Finding]:
 
 
 def _reads_directly(path: Path) -> bool:
-    """Writes a block and reads it back; whether past the page cache.
+    """Writes a block and reads it back; returns whether direct I/O was used.
 
     Raises:
-        OSError: neither.
+        OSError: writing or reading failed.
     """
     block = aligned_empty(ALIGNMENT).fill_(7)
     fd, direct = open_direct(path, os.O_RDWR | os.O_CREAT)

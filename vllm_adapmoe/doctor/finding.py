@@ -1,4 +1,4 @@
-"""What a check found, and how it is shown."""
+"""Findings of a check, and how they are printed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,25 +14,25 @@ COLOURS = {"ok": "green", "note": "yellow", "problem": "bold red"}
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. A `problem` keeps models from being served; a `note` does not."""
+    """One line of the report. A `problem` prevents serving; a `note` does not."""
 
     section: str
     level: Level
     text: str
     remedy: str = ""
     works: str = ""
-    """What will work for it, if that says something to a user."""
+    """Feature that works because of this finding, for the summary; empty: none to name."""
     fails: str = ""
-    """What will not."""
+    """Feature that does not work because of this finding, for the summary."""
 
 
 def serves(findings: Sequence[Finding]) -> bool:
-    """Whether nothing keeps models from being served."""
+    """Returns whether models can be served: no finding is a `problem`."""
     return all(finding.level != "problem" for finding in findings)
 
 
 def print_findings(findings: Sequence[Finding], console: Console) -> None:
-    """Section by section, then what will and will not work."""
+    """Prints the findings section by section, then a summary of what works and what does not."""
     section = ""
     for finding in findings:
         if finding.section != section:

@@ -1,4 +1,4 @@
-"""Checks of the machine: memory, cores, limits, packages that some commands want."""
+"""Checks the machine: memory, cores, limits, and packages that some commands need."""
 
 import ctypes
 import importlib.util
@@ -19,7 +19,7 @@ from vllm_adapmoe.units import GiB
 SECTION = "Machine"
 PINNED_BYTES = 1 << 26
 SHARED_BYTES = 1 << 28
-"""What vLLM's processes pass to each other through shared memory, at most."""
+"""Shared memory that vLLM's processes need at most."""
 OPEN_FILES = 4096
 EXTRAS = {
     "matplotlib": ("plots of bench, plan, evaluate and simulate", "pip install vllm-adapmoe[plot]"),
@@ -30,7 +30,11 @@ EXTRAS = {
 
 
 def check_machine(device: str) -> Iterator[Finding]:
-    """Args: device: `cpu` or `cuda`, what vLLM runs on."""
+    """Checks device, memory, cores and limits.
+
+    Args:
+        device: what vLLM runs on, `cpu` or `cuda`.
+    """
     yield from _device(device)
     yield from _memory()
     cores, nodes = len(os.sched_getaffinity(0)), len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))
@@ -118,7 +122,7 @@ def _limits() -> Iterator[Finding]:
 
 
 def check_extras() -> Iterator[Finding]:
-    """Packages that single commands want."""
+    """Checks the optional packages that some commands need."""
     for module, (purpose, install) in EXTRAS.items():
         if importlib.util.find_spec(module) is None:
             yield Finding("Extras", "note", f"{module} is not installed, for {purpose}", install)

@@ -1,1 +1,1 @@
-"""From a memory budget to slots and tokens per second."""
+"""Plans memory: from a budget to slots and tokens per second."""

@@ -1,4 +1,4 @@
-"""Sizes of a model, from its configuration alone: it is built without memory for its weights."""
+"""Measures a model's sizes from its configuration alone: it is built without memory for its weights."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,29 +14,30 @@ from vllm_adapmoe.store.record import align
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
-"""What configurations call the experts of a token; vLLM's names for it (`ModelArchConfigConvertorBase`) and Ernie's."""
+"""Names of top-k in model configurations: those vLLM knows (`ModelArchConfigConvertorBase`), and Ernie's."""
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder has more of a checkpoint than its configuration."""
+    """Returns whether a folder contains weight files."""
     return any(next(folder.glob(pattern), None) for pattern in WEIGHT_FILES)
 
 
 def measure_checkpoint(
     folder: Path, dtype: torch.dtype | None, expert_bits: float | None
 ) -> tuple[ModelInfo, ModelSize]:
-    """Measures a model, of a multimodal one the text part, with the weights of the others beside it.
+    """Measures a model; for a multimodal one, experts of the text part, and all other weights together.
 
     Args:
-        folder: with `config.json`; weights need not be there.
-        dtype: of the weights; None: what the configuration says.
-        expert_bits: bits of a weight of a routed expert, scales included; None: those of `dtype`.
+        folder: folder with `config.json`; no weights are needed.
+        dtype: dtype of the weights; None: as the configuration says.
+        expert_bits: bits per weight of a routed expert, scales included; None: those of `dtype`.
 
     Returns:
-        The model as a profile names it, without a hash, and its sizes.
+        The model as a profile describes it, without a hash, and its sizes.
 
     Raises:
-        AdapMoEError: no configuration, or one that transformers cannot build or that has no routed experts.
+        AdapMoEError: no configuration; transformers cannot build it; it is quantised and `expert_bits` is None; or it
+            has no routed experts, or experts of several sizes.
     """
     model, config = _build(folder)
     text = config.get_text_config()
@@ -76,15 +77,15 @@ def measure_checkpoint(
 
 
 def measure_step(folder: Path, dtype: torch.dtype | None, max_model_len: int | None) -> StepSize:
-    """Measures what a step computes with.
+    """Measures the sizes that the memory of a step depends on.
 
     Args:
-        folder: with `config.json`.
-        dtype: of the weights; None: what the configuration says.
-        max_model_len: tokens of a request at most; None: as many as the model takes.
+        folder: folder with `config.json`.
+        dtype: dtype of the weights; None: as the configuration says.
+        max_model_len: maximum tokens per request; None: the model's maximum.
 
     Raises:
-        AdapMoEError: as `measure_checkpoint`; or the configuration does not say how long a request may be.
+        AdapMoEError: transformers cannot build the model, or the maximum length is neither given nor configured.
     """
     model, config = _build(folder)
     dtype = dtype or _dtype(config)
@@ -105,8 +106,8 @@ def measure_step(folder: Path, dtype: torch.dtype | None, max_model_len: int | N
 
 
 def _kv_numbers(layer: Any) -> int:
-    """Returns how many numbers attention keeps of a token in one layer, by the layer's configuration."""
-    if getattr(layer, "kv_lora_rank", None):  # MLA keeps a latent vector and the keys' rotated part
+    """Returns how many KV-cache elements one layer keeps per token."""
+    if getattr(layer, "kv_lora_rank", None):  # MLA keeps a latent vector and the rotary part of the keys
         return layer.kv_lora_rank + layer.qk_rope_head_dim
     heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
     return 2 * heads * (getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
@@ -140,7 +141,7 @@ def _dtype(config: Any) -> torch.dtype:
 
 
 def _find(settings: dict[str, Any], names: tuple[str, ...]) -> int | None:
-    """Returns the first of these numbers that a configuration has, or one of those in it; of a list the largest."""
+    """Returns the first of these settings found in a configuration or one nested in it; of a list, the largest."""
     for name in names:
         if value := settings.get(name):
             return max(value) if isinstance(value, list) else value
@@ -149,11 +150,11 @@ def _find(settings: dict[str, Any], names: tuple[str, ...]) -> int | None:
 
 
 def _expert_layers(model: nn.Module) -> Iterator[tuple[int, int, int]]:
-    """Yields, of each layer with routed experts, how many it has, weights of one, and weights held for all.
+    """Yields for each MoE layer the number of routed experts, the weights of one, and the weights held for all.
 
-    transformers keeps the experts of a layer in one module `experts`: with a tensor `down_proj` `[experts, ...]` and
-    others of that kind, or with a module for each. DBRX's has tensors `[experts * inner, hidden]`. JetMoE's, of
-    its attention, has a router of its own; vLLM does not run it as a fused layer either.
+    transformers keeps the experts of a layer in one module `experts`: with tensors like `down_proj` `[experts, ...]`,
+    or with one submodule per expert. DBRX has tensors `[experts * inner, hidden]`. JetMoE's attention experts, which
+    have a router inside, are skipped; vLLM does not run them as a fused layer either.
     """
     for name, module in model.named_modules():
         if name.rpartition(".")[2] != "experts":
@@ -162,7 +163,7 @@ def _expert_layers(model: nn.Module) -> Iterator[tuple[int, int, int]]:
         fused = getattr(module, "down_proj", None)
         children = [child for child, _ in module.named_children()]
         if isinstance(fused, nn.Parameter) and fused.dim() == 3:
-            # LongCat's gates have rows of experts that compute nothing.
+            # LongCat's gates have more rows than this, for experts that compute nothing.
             yield len(fused), sum(one.numel() // len(one) for one in module.parameters()), sum(held.values())
         elif children and all(child.removeprefix("expert_").isdigit() for child in children):
             yield len(children), sum(held.values()) // len(children), sum(held.values())

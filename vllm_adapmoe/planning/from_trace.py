@@ -1,4 +1,4 @@
-"""What a token costs by number of slots, from a replay of recorded routing."""
+"""Estimates the cost of a token by number of slots from a replay of recorded routing."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from vllm_adapmoe.simulate.trace_file import read_trace
 
 @dataclass
 class TraceReplay:
-    """A trace, replayed with the server's defaults for records and a machine of given sizes and speeds."""
+    """A trace to be replayed with the server's defaults, for given record sizes and speeds."""
 
     info: TraceInfo
     steps: Steps
@@ -37,14 +37,14 @@ class TraceReplay:
         """Reads a trace of the model.
 
         Args:
-            path: file that `trace_out` wrote.
-            model: whose record size replaces the one that was recorded.
-            speed: of link and compute.
-            allocation: of `adapmoe_config`.
-            curves: for allocation `profile`.
+            path: file written by `trace_out`.
+            model: sizes of the model; its record size replaces the recorded one.
+            speed: speed of link and compute.
+            allocation: as in `adapmoe_config`.
+            curves: expected loads of each layer by slots, for allocation `profile`.
 
         Raises:
-            AdapMoEError: no trace, or one of another model.
+            AdapMoEError: not a trace, or one of another model.
         """
         info, steps = read_trace(path)
         found = (len(info.num_experts), max(info.num_experts), info.top_k)
@@ -60,12 +60,12 @@ class TraceReplay:
     def estimates(
         self, slots: Sequence[int], sensitivity: Sequence[float] | None = None, threshold: float = 0.0
     ) -> list[Estimate]:
-        """Means over every row of the trace, prompts included.
+        """Returns means over all rows of the trace, prompts included, for each number of slots.
 
         Args:
-            slots: one replay for each.
-            sensitivity: of each layer; None: the trace as it was recorded.
-            threshold: of gating.
+            slots: numbers of slots, each replayed once.
+            sensitivity: sensitivity of each layer; None: no gating beyond what was recorded.
+            threshold: gating threshold, nats.
         """
         steps: Steps = self.steps
         name = "Replaying"
@@ -86,7 +86,7 @@ class TraceReplay:
         settings = AdapMoEConfig.parse(config)
         made = []
         for count in tqdm(slots, desc=name, unit="replay"):
-            if count == self.model.experts:  # then there is no cache to replay
+            if count == self.model.experts:  # every expert resident: no cache to replay
                 made.append(Estimate(asked / tokens, 0.0, 0.0, tokens / (len(steps) * compute)))
                 continue
             setup = CacheSetup.of(settings, slots_of_pools(self.info, count), self.curves, heads)
@@ -118,12 +118,12 @@ class GatedSteps:
 
 
 def gated(step: Step, sensitivity: Sequence[float], threshold: float) -> Step:
-    """A step after adaptive gating by token; what had been predicted of it stays, dropped experts included.
+    """Returns a step with adaptive gating by token applied; its predictions still include the dropped experts.
 
     Args:
-        step: as the router chose; what it dropped already stays dropped.
-        sensitivity: of each layer, nats per token.
-        threshold: nats.
+        step: the recorded step; experts that were dropped already stay dropped.
+        sensitivity: sensitivity of each layer, nats per token.
+        threshold: gating threshold, nats.
     """
     weights = torch.from_numpy(step.weights.astype(np.float32))
     kept = [gate_tokens(one, value, threshold).weights for one, value in zip(weights, sensitivity, strict=True)]
@@ -131,5 +131,5 @@ def gated(step: Step, sensitivity: Sequence[float], threshold: float) -> Step:
 
 
 def _distinct(step: Step) -> int:
-    """Experts that a step asks for of every layer: each is read once, however many tokens use it."""
+    """Counts the experts that a step needs over all layers; each counts once, however many tokens use it."""
     return sum(len(np.unique(ids[weights > 0])) for ids, weights in zip(step.ids, step.weights, strict=True))

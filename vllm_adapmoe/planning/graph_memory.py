@@ -1,46 +1,47 @@
-"""What CUDA graphs will take of a device, estimated before there is a model to capture: pure arithmetic.
+"""Estimates the device memory of CUDA graphs before the model is loaded: pure arithmetic.
 
 vLLM captures a few and extrapolates, but only once the model is loaded, and so after the slots were counted
-(`determine_available_memory` in `vllm/v1/worker/gpu_worker.py`, `profile_cudagraph_memory` of both model runners). What
-it finds is subtracted from the KV cache, within `gpu_memory_utilization`. So this is an estimate from above; where vLLM
-still finds more, slots give way to it.
+(`determine_available_memory` in `vllm/v1/worker/gpu_worker.py`, `profile_cudagraph_memory` of both model runners). It
+subtracts the result from the KV cache, within `gpu_memory_utilization`. So this is an upper estimate; where vLLM still
+finds more, slots are given up for it.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 PIECE_BYTES = 256 << 10
-"""Of one graph of a piece of the model. An estimate: reported 6 to 8 MiB for each size of Llama 3.1 8B in 33 pieces,
-up to 272 tokens (github.com/vllm-project/vllm/pull/23184), which is 186 to 248 KiB a piece; beyond that size a block of
-the allocator was added, see `BLOCK_BYTES`. A piece between attention and a MoE block has fewer kernels than those."""
+"""Memory of one graph of one piece of the model. An estimate: reported 6 to 8 MiB for each size of Llama 3.1 8B in 33
+pieces, up to 272 tokens (github.com/vllm-project/vllm/pull/23184), which is 186 to 248 KiB a piece; beyond that size an
+allocator block was added, see `BLOCK_BYTES`. A piece between attention and a MoE block has fewer kernels than those."""
 WHOLE_LAYER_BYTES = 512 << 10
-"""Of one layer in a graph of a whole step. An estimate: reported 0.21 GiB for 35 sizes of Llama 3.2 1B with 16 layers
-(github.com/vllm-project/vllm/pull/11349), which is 384 KiB, and 24 MiB a graph of a 27B model with 64 layers
+"""Memory of one layer in a graph of a whole step. An estimate: reported 0.21 GiB for 35 sizes of Llama 3.2 1B with 16
+layers (github.com/vllm-project/vllm/pull/11349), which is 384 KiB, and 24 MiB a graph of a 27B model with 64 layers
 (github.com/vllm-project/vllm/issues/50780), which is 375 KiB; a MoE block has more kernels than a dense one."""
 LEAST_GRAPH_BYTES = 1 << 20
-"""Of a size at least: `_MIN_PER_GRAPH_BYTES` in vLLM's `cudagraph_utils.py`, "driver overhead per graph"."""
+"""Minimum memory per captured size: `_MIN_PER_GRAPH_BYTES` in vLLM's `cudagraph_utils.py`, "driver overhead per
+graph"."""
 BLOCK_BYTES = 20 << 20
-"""Of one size whose tensors are large, for what its graphs do not find free in the pool that all share: the block that
-PyTorch's allocator takes for a tensor above `SMALL_BYTES` (`kLargeBuffer` in `c10/core/AllocatorConfig.h`)."""
+"""Memory added for each size with large tensors, for allocations that find no free block in the shared pool: the block
+that PyTorch's allocator takes for a tensor above `SMALL_BYTES` (`kLargeBuffer` in `c10/core/AllocatorConfig.h`)."""
 SMALL_BYTES = 1 << 20
-"""`kSmallSize` there."""
+"""Largest tensor that PyTorch's allocator counts as small (`kSmallSize` in `c10/core/AllocatorConfig.h`)."""
 WORKSPACE_BYTES = 32 << 20
-"""Of cuBLAS on the stream that captures: ":4096:8" on Hopper, which is more than elsewhere (PyTorch's CUDA notes,
-"cuBLAS workspaces")."""
+"""cuBLAS workspace of the capturing stream: ":4096:8" on Hopper, more than on other GPUs (PyTorch's CUDA notes, "cuBLAS
+workspaces")."""
 
 
 @dataclass(frozen=True)
 class CapturedGraphs:
-    """Which graphs a worker captures."""
+    """CUDA graphs that a worker captures."""
 
     sizes: Sequence[int] = ()
-    """Tokens of the steps whose pieces are captured."""
+    """Token counts of steps that are captured in pieces."""
     pieces: int = 0
-    """Graphs of such a step: the model is split at every attention, and at a MoE block that asks the host."""
+    """Graphs per such step: the model is split at every attention, and at every MoE block that needs the host."""
     whole_sizes: Sequence[int] = ()
-    """Tokens of the steps that are captured whole."""
+    """Token counts of steps that are captured whole."""
     layers: int = 0
-    """Of the model, those without experts too."""
+    """Layers of the model, including those without experts."""
 
     def __str__(self) -> str:
         said = []
@@ -52,16 +53,16 @@ class CapturedGraphs:
 
 
 def graph_bytes(graphs: CapturedGraphs, *, row_bytes: int, pair_bytes: int) -> int:
-    """Memory of CUDA graphs and of the pool they share, estimated from above; 0 where none are captured.
+    """Estimates from above the memory of CUDA graphs and the pool they share; 0 if none are captured.
 
-    All graphs share one pool, captured from the largest size down, so tensors count for the largest, and a block of the
-    allocator for every other size that has large ones. What graphs themselves take counts for each.
+    All graphs share one pool and are captured from the largest size down, so tensors count once, for the largest size,
+    plus one allocator block for each size with large tensors. The graphs' own memory counts for each.
 
     Args:
-        graphs: what is captured.
-        row_bytes: of one token's hidden state.
-        pair_bytes: of all activations of a token, as in `activation_bytes`: only a graph of a whole step has those of
-            experts, but eager steps have as much outside the pool.
+        graphs: the captured graphs.
+        row_bytes: bytes of one token's hidden state.
+        pair_bytes: bytes of all activations of a token, as in `activation_bytes`: only a graph of a whole step has
+            those of experts, but eager steps have as much outside the pool.
     """
     sizes = [*graphs.sizes] if graphs.pieces else []
     sizes_of_all = [*sizes, *graphs.whole_sizes]
@@ -84,20 +85,20 @@ def bookkeeping_bytes(
     heads: bool,
     first_head: bool,
 ) -> int:
-    """Memory of what the cache itself keeps on a device, by the shapes of it.
+    """Returns the device memory of the cache's own tables, computed from their shapes.
 
-    The routing of a step without the host (`DeferredRouting`), the addresses of two pieces of every expert
-    (`AddressTable`), and, for each layer, the gates of the layers after it with their constant (`GateStack`).
+    These are the routing of a step that runs without the host (`DeferredRouting`), the addresses of two pieces of every
+    expert (`AddressTable`), and, for each layer, the gates of the following layers with their bias (`GateStack`).
 
     Args:
-        layers: with experts.
-        experts: of such a layer.
-        top_k: experts of a token.
+        layers: number of MoE layers.
+        experts: experts per layer.
+        top_k: experts per token.
         hidden: hidden size.
-        tokens: of a step without the host at most; 0: there are none, as on the CPU.
-        gates_ahead: later layers that each layer looks at; 0: none does.
+        tokens: maximum tokens of a step that runs without the host; 0: no such steps, as on the CPU.
+        gates_ahead: later layers for which each layer predicts; 0: no prediction.
         heads: each layer has a next-token head.
-        first_head: there is one for the end of the step before.
+        first_head: there is a head that predicts the first layer at the end of the previous step.
     """
     routing = layers * tokens * (4 * top_k + 8)
     addresses = 2 * layers * experts * 8 if tokens else 0

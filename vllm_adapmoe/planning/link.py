@@ -1,4 +1,4 @@
-"""How fast this machine moves records to where they are used, and reads weights that are there."""
+"""Measures how fast this machine fetches expert records, and how fast its device reads weights."""
 
 import os
 import shutil
@@ -17,15 +17,15 @@ from vllm_adapmoe.store.record import aligned_empty
 
 ROUNDS = 5
 COPY_BYTES = 1 << 28
-"""Moved in a round, at least."""
+"""Minimum bytes moved per round."""
 RECORDS = 4
-"""Read or copied in a round, at least."""
+"""Minimum records read or copied per round."""
 WEIGHT_BYTES = 1 << 28
-"""Of the weights that are read, more than caches hold."""
+"""Size of the tensor read by `measure_weights`, larger than processor caches."""
 
 
 def packs_root(store_dir: Path | None) -> Path:
-    """The folder that packed files are in or would be in: vLLM's cache, unless told otherwise."""
+    """Returns the folder for packed files: `store_dir`, or `adapmoe` in vLLM's cache."""
     if store_dir is not None:
         return store_dir
     cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
@@ -33,13 +33,13 @@ def packs_root(store_dir: Path | None) -> Path:
 
 
 def measure_link(record_bytes: int, store_dir: Path | None = None) -> tuple[float, str]:
-    """Bytes per second of moving records of a size, one after the other, and in words what was measured.
+    """Returns bytes per second of moving records of a size one after another, and a description of the measurement.
 
-    Beside a CUDA device: copies from page-locked host memory. On the CPU: direct reads from the disk of the packed
-    files, in a temporary file there.
+    With a CUDA device it measures copies from page-locked host memory; on the CPU, direct reads of a temporary file on
+    the disk of the packed files.
 
     Raises:
-        AdapMoEError: that disk has no room for the temporary file, or cannot be written.
+        AdapMoEError: the disk has no room for the temporary file, or is not writable.
     """
     if torch.cuda.is_available():
         return measure_copies(record_bytes), f"copies to {torch.cuda.get_device_name()} from page-locked memory"
@@ -49,7 +49,7 @@ def measure_link(record_bytes: int, store_dir: Path | None = None) -> tuple[floa
 
 
 def measure_copies(record_bytes: int) -> float:
-    """Bytes per second of copies from page-locked memory to the CUDA device."""
+    """Measures bytes per second of copies from page-locked memory to the CUDA device."""
     count = max(RECORDS, COPY_BYTES // record_bytes)
     source = aligned_empty(record_bytes, pin=True)
     destination = torch.empty(record_bytes, dtype=torch.uint8, device="cuda")
@@ -63,10 +63,10 @@ def measure_copies(record_bytes: int) -> float:
 
 
 def measure_reads(record_bytes: int, folder: Path) -> float:
-    """Bytes per second of direct reads of a temporary file in `folder`.
+    """Measures bytes per second of direct reads of a temporary file in `folder`.
 
     Raises:
-        AdapMoEError: no room for it, or it cannot be written.
+        AdapMoEError: no room for the file, or it cannot be written.
     """
     count = max(RECORDS, COPY_BYTES // record_bytes)
     nbytes = count * record_bytes
@@ -99,7 +99,7 @@ def measure_reads(record_bytes: int, folder: Path) -> float:
 
 
 def measure_weights() -> tuple[float, str]:
-    """Bytes per second that this machine reads weights with where kernels are run, and in words what was measured."""
+    """Returns bytes per second at which the device reads its memory, and a description of the measurement."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     weights = torch.ones(WEIGHT_BYTES // 4, device=device)
 
@@ -111,7 +111,7 @@ def measure_weights() -> tuple[float, str]:
 
 
 def _seconds(action: Callable[[], None], name: str) -> float:
-    """Median of some runs, after one that warms up."""
+    """Returns the median time of `ROUNDS` runs, after a warm-up run."""
     action()
     seconds = []
     for _ in tqdm(range(ROUNDS), desc=name, unit="round"):

@@ -1,4 +1,4 @@
-"""What a memory budget buys: slots, then expected loads of a token, then tokens per second. Pure arithmetic."""
+"""Computes what a memory budget buys: slots, expected loads per token, tokens per second. Pure arithmetic."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,32 +16,33 @@ from vllm_adapmoe.profile.model_profile import ModelProfile
 from vllm_adapmoe.units import GiB
 
 UTILIZATION = 0.92
-"""Of a GPU, what vLLM takes by default (`gpu_memory_utilization`, `vllm/config/cache.py` of 0.32)."""
+"""Share of a GPU's memory that vLLM uses by default (`gpu_memory_utilization`, `vllm/config/cache.py` of 0.32)."""
 STEP_TOKENS, REQUESTS = 2048, 256
-"""Of a step at most, by default: `vllm serve` below 70 GiB (`get_batch_defaults` in `vllm/engine/arg_utils.py`)."""
+"""Default maximum tokens and requests per step: `vllm serve` on GPUs below 70 GiB (`get_batch_defaults` in
+`vllm/engine/arg_utils.py`)."""
 CAPTURE_SIZES = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
-"""Tokens of the steps that are captured by default (`_set_cudagraph_sizes` in `vllm/config/vllm.py`)."""
+"""Token counts of steps that are captured by default (`_set_cudagraph_sizes` in `vllm/config/vllm.py`)."""
 CONTEXT_BYTES = 512 << 20
-"""In use before weights are loaded: CUDA's context and modules. An estimate, from 0.3 to 0.5 GiB on GPUs up to now."""
+"""Memory in use before weights are loaded: CUDA context and modules. An estimate: 0.3 to 0.5 GiB on GPUs so far."""
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A model in numbers. All experts have one size."""
+    """Sizes of a model whose experts all have one size."""
 
     num_layers: int
-    """With experts."""
+    """Layers with routed experts."""
     num_experts: int
-    """Of such a layer."""
+    """Routed experts per such layer."""
     top_k: int
     expert_bytes: int
-    """Of one expert's record."""
+    """Bytes of one expert's record."""
     other_bytes: int
-    """Weights that are no routed experts."""
+    """Bytes of all weights other than routed experts."""
     read_bytes: int
-    """Of those, what a token has to read: all but the table of input embeddings."""
+    """Bytes of `other_bytes` that each token reads: all but the input embedding table, unless the output shares it."""
     all_layers: int
-    """Layers, those without experts too."""
+    """All layers, including those without experts."""
 
     @property
     def experts(self) -> int:
@@ -51,7 +52,7 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class StepSize:
-    """What a step of a model computes with, in numbers."""
+    """Sizes that the memory of a step depends on."""
 
     hidden: int
     inner: int
@@ -59,23 +60,23 @@ class StepSize:
     vocabulary: int
     dtype_bytes: int
     kv_bytes: int
-    """Of the KV cache of one token, all layers together."""
+    """KV-cache bytes per token, all layers together."""
     length: int
-    """Tokens of a request at most."""
+    """Maximum tokens per request."""
 
 
 @dataclass(frozen=True)
 class Reserve:
-    """Memory that is neither weights nor slots: `nbytes`, and `share` of it all."""
+    """Memory for neither weights nor slots: `nbytes`, plus the fraction `share` of all memory."""
 
     nbytes: int = 0
     share: float = 0.0
     parts: Mapping[str, int] = field(default_factory=dict)
-    """What `nbytes` are, by name."""
+    """Parts of `nbytes` by name."""
 
     @classmethod
     def of_gpu(cls, model: ModelSize, step: StepSize) -> Self:
-        """What a GPU has to leave with vLLM's defaults, by the arithmetic that a worker chooses its slots with."""
+        """Returns the reserve of a GPU with vLLM's defaults, by the same arithmetic by which a worker counts slots."""
         row, pair = (
             step.hidden * step.dtype_bytes,
             token_bytes(step.hidden, step.inner, model.top_k, step.dtype_bytes),
@@ -109,21 +110,21 @@ class Reserve:
 
     @property
     def remedy(self) -> str:
-        """What makes it smaller, for a message."""
+        """Advice on how to reduce the reserve, for error messages."""
         return "lower --max-model-len, or " if self.parts else ""
 
     def said(self) -> str:
-        """Its parts, for a message."""
+        """Describes the parts of the reserve, for error messages."""
         parts = ", ".join(f"{nbytes / GiB:.2f} GiB {name}" for name, nbytes in self.parts.items())
         return f" ({self.share:.0%} of it, {parts})" if parts else ""
 
     def slots(self, model: ModelSize, memory: int) -> int:
-        """Expert slots that fit into `memory` bytes in all; below zero: not even the other weights fit."""
+        """Returns the expert slots that fit into `memory` bytes in total; negative: the other weights do not fit."""
         reserved = memory * self.share + self.nbytes
         return min(model.experts, int((memory - reserved - model.other_bytes) // model.expert_bytes))
 
     def memory(self, model: ModelSize, slots: int) -> int:
-        """Least memory in all, bytes, that `slots` fit into."""
+        """Returns the least total memory in bytes that `slots` fit into."""
         taken = model.other_bytes + slots * model.expert_bytes + self.nbytes
         # One byte more than the quotient: `slots` rounds down.
         return int(taken / (1 - self.share)) + 1 if self.share else taken
@@ -131,17 +132,17 @@ class Reserve:
 
 @dataclass(frozen=True)
 class Speed:
-    """What times are made of: experts arrive over a link, one after the other, while nothing is computed."""
+    """Speeds for the time model: experts are fetched one after another, and fetches do not overlap computation."""
 
     link: float
-    """Bytes per second."""
+    """Link bandwidth, bytes per second."""
     layer_seconds: float | None = None
-    """Of computing one layer for one token; None: as long as reading the weights it needs takes."""
+    """Compute time of one layer for one token; None: the time to read the weights it needs."""
     weights: float = 0.0
-    """Bytes per second that weights are read with, where `layer_seconds` is None."""
+    """Bandwidth of reading weights, bytes per second; used if `layer_seconds` is None."""
 
     def compute_seconds(self, model: ModelSize, kept: float) -> float:
-        """Of one token whose layers keep `kept` experts in all, fetches apart."""
+        """Returns the compute time of one token that uses `kept` experts over all layers, without fetches."""
         if self.layer_seconds is not None:
             return model.all_layers * self.layer_seconds
         return (model.read_bytes + kept * model.expert_bytes) / self.weights
@@ -149,33 +150,33 @@ class Speed:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one token, with one number of slots."""
+    """Estimated cost of one token with a given number of slots."""
 
     hits: float
-    """Experts that are there when a layer asks for them, all layers together."""
+    """Experts per token that are resident when their layer needs them, all layers together."""
     loads: float
-    """Experts that a layer waits for."""
+    """Demand loads per token, all layers together."""
     fetched_bytes: float
     tokens_per_second: float
     shares: list[int] | None = None
-    """Slots of each layer, where the estimate gave each its own."""
+    """Slots of each layer, if the estimate assigns slots to layers."""
 
 
 def closed_form(
     model: ModelSize, curves: Sequence[np.ndarray], slots: int, speed: Speed, allocation: str = "profile"
 ) -> Estimate:
-    """A token's expected loads when each layer keeps its share of the slots, without prefetch.
+    """Estimates a token's expected loads if each layer has its own fixed share of the slots, without prefetch.
 
-    `sum over layers of k_l (1 - s_l / N)` (`cache.allocation.expected_loads`): every expert as likely as another, and
-    whatever the token before used. What one token needs in a layer streams through slots of its own, as in the cache,
-    unless everything fits.
+    The loads are `sum over layers of k_l (1 - s_l / N)` (`policy.allocation.expected_loads`): all experts are equally
+    likely, independent of the previous token. As in the cache, top_k of the slots are set aside for the experts that
+    one token needs in the current layer, unless every expert fits.
 
     Args:
-        model: its size.
-        curves: of each layer, expected loads with 0, 1, .. slots.
-        slots: in all, at least top_k.
-        speed: of link and compute.
-        allocation: `uniform`: as equal as can be; anything else: shares with the least loads.
+        model: sizes of the model.
+        curves: expected loads of each layer with 0, 1, .. slots.
+        slots: total slots, at least top_k.
+        speed: speed of link and compute.
+        allocation: `uniform`: shares as equal as possible; anything else: shares with the least loads.
     """
     kept = float(sum(curve[0] for curve in curves))
     if slots >= model.experts:
@@ -191,12 +192,12 @@ def closed_form(
 
 
 def curves_of(model: ModelSize, profile: ModelProfile | None, threshold: float = 0.0) -> list[np.ndarray]:
-    """Expected loads of each layer by slots; without statistics of routing, of top_k experts, each as likely.
+    """Returns the expected loads of each layer by slots.
 
     Args:
-        model: its size.
-        profile: of the model; None, or with constants only: popularity uniform.
-        threshold: of gating, which needs statistics; 0: none.
+        model: sizes of the model.
+        profile: profile of the model; None or without routing statistics: top_k experts per token, all equally likely.
+        threshold: gating threshold, which needs routing statistics; 0: no gating.
     """
     if has_statistics(profile):
         assert profile is not None
@@ -205,17 +206,17 @@ def curves_of(model: ModelSize, profile: ModelProfile | None, threshold: float =
 
 
 def has_statistics(profile: ModelProfile | None) -> bool:
-    """Whether a profile says how its model routes, and not only what its layers mind."""
+    """Returns whether a profile has routing statistics, not only sensitivities."""
     return profile is not None and all(
         layer.dropped is not None and layer.popularity is not None for layer in profile.layers
     )
 
 
 def slots_for(model: ModelSize, memory: int, reserve: Reserve) -> int:
-    """Slots that a memory budget leaves.
+    """Returns the slots that fit into a memory budget.
 
     Raises:
-        AdapMoEError: fewer than one token needs in one layer; says how much memory would do.
+        AdapMoEError: fewer slots than one token needs in one layer; the message says how much memory is enough.
     """
     slots = reserve.slots(model, memory)
     if slots < model.top_k:
@@ -235,7 +236,7 @@ def _round_up(nbytes: int) -> str:
 
 
 def budgets(model: ModelSize, asked: int | None, steps: int = 10) -> list[int]:
-    """Slots to look at: 1/steps, 2/steps .. of all experts, and those asked for; as far as one token fits."""
+    """Returns the slot counts to estimate: 1/steps, 2/steps .. of all experts, and `asked`; at least top_k."""
     chosen = {round(model.experts * step / steps) for step in range(1, steps + 1)}
     if asked is not None:
         chosen.add(asked)

@@ -1,4 +1,4 @@
-"""What to buy: tokens per second by memory, for one model, with its experts in this or that many bits."""
+"""Implements `adapmoe plan`: tokens per second by memory for one model, for each number of bits per expert weight."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -31,7 +31,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True)
 class Question:
-    """What `adapmoe plan` was asked; options as they were given."""
+    """Options of `adapmoe plan` as they were given."""
 
     model: Path
     profile: Path | None = None
@@ -40,27 +40,27 @@ class Question:
     reserve: str | None = None
     dtype: str = "auto"
     expert_bits: Sequence[float] = ()
-    """Empty: those of the dtype."""
+    """Bits per weight of a routed expert, one variant each; empty: those of the dtype."""
     link: str = "auto"
-    """Or 1e9 bytes per second."""
+    """Link bandwidth, 1e9 bytes per second; `auto`: measured."""
     compute: float | None = None
-    """Milliseconds of a layer; None: estimated from this machine's memory bandwidth."""
+    """Compute time per layer, ms; None: estimated from this machine's memory bandwidth."""
     max_loss_increase: float | None = None
     allocation: str = "pool"
     store_dir: Path | None = None
     max_model_len: int | None = None
-    """Tokens of a request; None: as many as the model takes."""
+    """Maximum tokens per request; None: the model's maximum."""
 
 
 def run_plan(question: Question, checkpoint_hash: Callable[[Path], str]) -> dict[str, Any]:
-    """Sizes, speeds and points, for each number of bits in turn.
+    """Computes sizes, speeds and estimates for each number of bits.
 
     Args:
-        question: what was asked.
-        checkpoint_hash: of the model's weights; called where a profile names a hash and the weights are at hand.
+        question: options of the command.
+        checkpoint_hash: hashes the model's weights; called if the profile has a hash and the folder has weights.
 
     Raises:
-        AdapMoEError: an option that is not usable, or a budget that cannot work.
+        AdapMoEError: an unusable option, or a budget that cannot work.
     """
     dtype = _dtype(question.dtype)
     if any(bits <= 0 for bits in question.expert_bits):
@@ -218,7 +218,7 @@ def _link(question: Question, size: ModelSize) -> tuple[float, str]:
 
 
 def _config(question: Question, slots: int) -> dict[str, Any]:
-    """`adapmoe_config` for the memory that was asked about."""
+    """Returns the `adapmoe_config` for the given memory."""
     config: dict[str, Any] = {"cache_experts": slots, "allocation": question.allocation}
     if question.store_dir is not None:
         config["store_dir"] = str(question.store_dir)
@@ -231,6 +231,6 @@ def _config(question: Question, slots: int) -> dict[str, Any]:
 
 
 def config_of(result: dict[str, Any]) -> dict[str, Any]:
-    """What `--adapmoe-config` is to take, with whole paths; for a result with one variant and a memory."""
+    """Returns the `--adapmoe-config` with absolute paths, from a result with one variant and --memory."""
     config = result["variants"][0]["config"]
     return config | {key: str(Path(config[key]).resolve()) for key in ("profile", "store_dir") if key in config}

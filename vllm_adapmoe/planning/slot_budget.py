@@ -1,4 +1,4 @@
-"""How many slots a budget buys: pure arithmetic."""
+"""Computes how many slots fit into a budget: pure arithmetic."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,52 +7,52 @@ from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.units import GiB
 
 RUNTIME_BYTES = 512 << 20
-"""Left for what no formula gives: the allocator's fragments, compiled code, workspaces of kernels."""
+"""Memory left for what no formula covers: allocator fragmentation, compiled code, kernel workspaces."""
 STREAM_ROWS = 8
-"""Rows of the hidden size that a token has at once outside the experts: hidden state, residual, its norm, queries,
-keys, values, and what attention and the layer put out."""
+"""Rows of the hidden size that a token occupies at once outside the experts: hidden state, residual, its norm, queries,
+keys, values, and the outputs of attention and of the layer."""
 LOGIT_BYTES = 4 + 4 + 8 + 4
-"""Of a logit in the sampler: float32, sorted for top-p with its int64 index, and its probability."""
+"""Bytes per logit in the sampler: float32, sorted for top-p with its int64 index, and its probability."""
 
 
 @dataclass(frozen=True)
 class ExpertShape:
-    """All layers whose experts have one shape; they share a pool of slots."""
+    """Layers whose experts have the same shape; they share a pool of slots."""
 
     num_experts: int
     """Routed experts of all these layers together."""
     bytes_per_expert: int
     top_k: int
-    """Slots that one token needs in one layer: the least a pool can work with."""
+    """Slots that one token needs in one layer: the minimum for a pool."""
 
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """What a worker's memory goes to, bytes. What is left is for slots."""
+    """Breakdown of a worker's memory in bytes; the rest is for slots."""
 
     usable: int
-    """What vLLM may use, with what is in use already."""
+    """Memory that vLLM may use, including what is already in use."""
     in_use: int = 0
-    """Counted against `usable` before the weights."""
+    """Memory counted against `usable` before the weights are loaded."""
     other_weights: int = 0
-    """Weights that are no routed experts."""
+    """Bytes of all weights other than routed experts."""
     activations: int = 0
     kv_cache: int = 0
-    """The least that vLLM starts with."""
+    """Minimum KV cache with which vLLM starts."""
     kv_cache_of: str = ""
-    """What that is for."""
+    """Description of what that KV cache holds, for messages."""
     remedy: str = "use a device with more memory"
-    """What leaves more for slots."""
+    """Advice on how to leave more memory for slots, for messages."""
     graphs: int = 0
     """CUDA graphs, which vLLM captures after the KV cache has taken the rest."""
     graphs_of: str = ""
-    """How many those are."""
+    """Description of the captured graphs, for messages."""
     bookkeeping: int = 0
-    """Gates, tables and buffers of the cache itself."""
+    """Memory of the cache's own gates, tables and buffers."""
 
     @property
     def left(self) -> int:
-        """For slots; below zero: not even the rest fits."""
+        """Memory left for slots; negative: the rest alone does not fit."""
         spent = self.in_use + self.other_weights + self.activations + self.kv_cache + self.graphs + self.bookkeeping
         return self.usable - spent
 
@@ -72,42 +72,42 @@ class DeviceMemory:
 def activation_bytes(
     *, tokens: int, logit_rows: int, hidden: int, vocabulary: int, inner: int, top_k: int, dtype_bytes: int
 ) -> int:
-    """Peak memory of a step beside weights and KV cache, estimated from above.
+    """Estimates from above the peak memory of a step without weights and KV cache.
 
     Every token has `STREAM_ROWS` rows. Every pair of token and expert has its input, gate and up projections, their
-    product and its output, and the output once more in float32, for the sum. Every row that is sampled from has logits
-    in the model's dtype, and `LOGIT_BYTES` for each. `RUNTIME_BYTES` beside that.
+    product and its output, and the output once more in float32, for the sum. Every sampled row has logits in the
+    model's dtype, and `LOGIT_BYTES` for each. `RUNTIME_BYTES` are added.
 
     Args:
-        tokens: of a step at most (`max_num_batched_tokens`).
-        logit_rows: rows that are sampled from at most.
+        tokens: maximum tokens per step (`max_num_batched_tokens`).
+        logit_rows: maximum number of sampled rows.
         hidden: hidden size.
-        vocabulary: logits of a row.
-        inner: intermediate size of an expert, as far as this worker has it.
-        top_k: experts of a token.
-        dtype_bytes: of one number of the model's dtype.
+        vocabulary: logits per row.
+        inner: intermediate size of an expert on this worker.
+        top_k: experts per token.
+        dtype_bytes: bytes per element of the model's dtype.
     """
     logits = logit_rows * vocabulary * (dtype_bytes + LOGIT_BYTES)
     return tokens * token_bytes(hidden, inner, top_k, dtype_bytes) + logits + RUNTIME_BYTES
 
 
 def token_bytes(hidden: int, inner: int, top_k: int, dtype_bytes: int) -> int:
-    """What one token adds to `activation_bytes`, logits apart."""
+    """Returns what one token adds to `activation_bytes`, without logits."""
     stream = STREAM_ROWS * hidden * dtype_bytes
     return stream + top_k * ((2 * inner + inner + 2 * hidden) * dtype_bytes + 4 * hidden)
 
 
 def check_budget(config: AdapMoEConfig, most: int | None, top_k: int, memory: DeviceMemory) -> None:
-    """Refuses, before there is a model, what no model can serve that has at most so many routed experts.
+    """Rejects, before the model is loaded, a budget that cannot work for any model with at most `most` routed experts.
 
     Args:
         config: the budget.
-        most: routed experts over all layers, if every layer has them; None: not known.
+        most: upper bound of routed experts over all layers; None: not known.
         top_k: slots that one token needs in one layer.
-        memory: as far as it is known.
+        memory: the memory as far as it is known.
 
     Raises:
-        AdapMoEError: too few slots for one token, more of them than experts, or no memory for any.
+        AdapMoEError: too few slots for one token, more slots than experts, or no memory for any slot.
     """
     slots, key = most or top_k, ""
     if config.cache_experts is not None:
@@ -125,12 +125,12 @@ def check_budget(config: AdapMoEConfig, most: int | None, top_k: int, memory: De
 
 
 def count_slots(config: AdapMoEConfig, shapes: Sequence[ExpertShape], memory: DeviceMemory) -> list[int]:
-    """Slots of each pool under the configured budget, or, where it is `auto`, in what is left of the memory.
+    """Returns the slots of each pool under the configured budget; with `auto`, what fits into the memory left.
 
     Pools share the budget in proportion to their experts' bytes.
 
     Raises:
-        AdapMoEError: the budget is below top-k slots, names more slots than there are experts, or does not fit.
+        AdapMoEError: the budget gives fewer than top-k slots, more slots than experts, or does not fit.
     """
     experts = sum(shape.num_experts for shape in shapes)
     total_bytes = sum(shape.num_experts * shape.bytes_per_expert for shape in shapes)
@@ -167,18 +167,18 @@ def count_slots(config: AdapMoEConfig, shapes: Sequence[ExpertShape], memory: De
 def choose_slots(
     config: AdapMoEConfig, shapes: Sequence[ExpertShape], resident: DeviceMemory, offloaded: DeviceMemory
 ) -> tuple[list[int], DeviceMemory]:
-    """`count_slots` where it matters for the rest of the memory whether every expert is resident.
+    """Applies `count_slots` when the memory left depends on whether every expert is resident.
 
-    A model that is resident as a whole has fewer graphs and no bookkeeping.
+    A fully resident model has fewer graphs and no bookkeeping.
 
     Args:
         config: the budget.
-        shapes: of the experts.
+        shapes: shapes of the experts.
         resident: memory if there is a slot for every expert.
-        offloaded: memory if there is not.
+        offloaded: memory otherwise.
 
     Returns:
-        Slots of each pool, and of the two memories the one that they were counted in.
+        Slots of each pool, and the memory, `resident` or `offloaded`, that they were counted in.
 
     Raises:
         AdapMoEError: as `count_slots`.
@@ -187,18 +187,20 @@ def choose_slots(
     try:
         if count_slots(config, shapes, resident) == everything:
             return everything, resident
-    except AdapMoEError:  # what is missing for the offloaded model is what the user is told
+    except AdapMoEError:  # the error for the offloaded model, below, is the one to report
         pass
     slots = count_slots(config, shapes, offloaded)
-    if slots == everything:  # which would then be resident, and that did not fit
+    if slots == everything:  # then the model would be fully resident, which did not fit
         offloaded = replace(offloaded, graphs=max(offloaded.graphs, resident.graphs))
         slots = count_slots(config, shapes, offloaded)
     return slots, offloaded
 
 
 def slots_without(shapes: Sequence[ExpertShape], slots: Sequence[int], nbytes: int) -> list[int] | None:
-    """Slots of each pool when at least `nbytes` of their memory are given back, in proportion; None: a pool would have
-    fewer than one token needs."""
+    """Returns the slots of each pool after giving back at least `nbytes`, in proportion.
+
+    Returns None if a pool would have fewer slots than one token needs.
+    """
     total = bytes_of(shapes, slots)
     left = [count * max(0, total - nbytes) // total for count in slots]
     return left if all(count >= shape.top_k for shape, count in zip(shapes, left, strict=True)) else None
@@ -216,7 +218,7 @@ def _slots_in(shapes: Sequence[ExpertShape], total_bytes: int, memory: DeviceMem
 
 
 def _least_bytes(shapes: Sequence[ExpertShape], total_bytes: int) -> int:
-    """Budget that gives every pool top-k slots."""
+    """Returns the smallest budget in bytes that gives every pool top-k slots."""
     return max(-(-shape.top_k * total_bytes // shape.num_experts) for shape in shapes)
 
 
@@ -226,17 +228,17 @@ def _missing(nbytes: int, memory: DeviceMemory) -> str:
 
 
 def split_layers(layers: Sequence[int], slots: int, piece_bytes: int, limit: int) -> list[list[int]]:
-    """Divides the layers of a pool among several, so that no tensor of one reaches `limit` bytes.
+    """Splits the layers of a pool into several pools, so that no slot tensor reaches `limit` bytes.
 
-    A kernel that counts in 32 bits reads no further into a tensor. Pools that share its slots in proportion to their
-    layers hold as many experts as one would; what is lost is that layers of different pools cannot lend each other
-    slots. Layers take turns, so that each pool has early ones and late ones.
+    A kernel with 32-bit offsets cannot address a larger tensor. The pools share the slots in proportion to their layers
+    and together hold as many experts as one pool would, but layers of different pools cannot use each other's slots.
+    Layers are interleaved, so that each pool has early and late ones.
 
     Args:
         layers: indices of layers with equal numbers of experts.
-        slots: of the pool.
-        piece_bytes: of the largest tensor of one expert.
-        limit: bytes.
+        slots: slots of the whole pool.
+        piece_bytes: bytes of the largest tensor of one expert.
+        limit: bytes that no tensor may reach.
     """
     parts = 1
     while parts < len(layers):
@@ -248,5 +250,5 @@ def split_layers(layers: Sequence[int], slots: int, piece_bytes: int, limit: int
 
 
 def bytes_of(shapes: Sequence[ExpertShape], slots: Sequence[int]) -> int:
-    """Memory of so many slots in each pool."""
+    """Returns the memory of these numbers of slots in each pool."""
     return sum(count * shape.bytes_per_expert for shape, count in zip(shapes, slots, strict=True))

@@ -1,4 +1,4 @@
-"""The answer of `adapmoe plan` for people: a table for each number of bits, and a plot."""
+"""Prints the result of `adapmoe plan`: a table for each number of bits, and a plot."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ def _size(nbytes: float) -> str:
 
 
 def print_plan(result: dict[str, Any], console: Console) -> None:
-    """One table a variant, and in words what the figures rest on."""
+    """Prints one table per variant, and the assumptions behind the figures."""
     for variant in result["variants"]:
         _print_variant(result, variant, console)
     gating, compute = result["gating"], result["compute"]
@@ -74,7 +74,7 @@ def _cost(estimate: dict[str, Any]) -> list[str]:
 
 
 def plot_plan(result: dict[str, Any], path: Path) -> None:
-    """Tokens/s against memory, a line for each number of bits, dashed where gated; dotted: the memory asked for."""
+    """Plots tokens/s against memory, a line per number of bits, dashed if gated; --memory is a dotted vertical line."""
     from vllm_adapmoe.plot import figure
 
     most = max(point["memory"] for variant in result["variants"] for point in variant["points"])

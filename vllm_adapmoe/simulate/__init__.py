@@ -1,1 +1,1 @@
-"""Routing traces of live traffic, and their replay against policies."""
+"""Records routing traces of live traffic and replays them against cache policies."""

@@ -1,4 +1,4 @@
-"""Compares cache policies on a trace: loads, prefetches, stalls and tokens/s, against the best there could be."""
+"""Compares cache policies on a trace: loads, prefetches, stalls and tokens/s, relative to the optimal cache."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +33,11 @@ class PolicyName:
 
     @classmethod
     def parse(cls, text: str) -> "PolicyName":
-        """Raises AdapMoEError for what is not a policy."""
+        """Parses the name of a policy.
+
+        Raises:
+            AdapMoEError: `text` does not name a policy.
+        """
         rest, plus, tail = text.partition("+")
         eviction, _, allocation = rest.partition("/")
         name = cls(eviction, allocation or "pool", tail == "prefetch")
@@ -46,7 +50,7 @@ class PolicyName:
 
 
 def slots_of_pools(info: TraceInfo, slots: int) -> list[int]:
-    """Slots of each pool, in proportion to its experts."""
+    """Divides slots among the pools in proportion to their experts."""
     experts = [0] * (max(info.pool_of) + 1)
     for pool, count in zip(info.pool_of, info.num_experts, strict=True):
         experts[pool] += count
@@ -65,16 +69,16 @@ def run_simulate(
     """Replays a trace for every number of slots and policy.
 
     Args:
-        trace: file that `trace_out` wrote.
-        shares: slots, as shares of all experts where at most 1, else as counts.
-        policies: names, see `PolicyName`.
-        machine: times of link and compute; without bandwidth, only loads are counted.
-        lookahead: of policies with prefetch.
-        max_experts: of policies with prefetch.
-        profile: for `profile` allocation.
+        trace: file written by `trace_out`.
+        shares: slots; values up to 1 are fractions of all experts, others are counts.
+        policies: names of policies, see `PolicyName`.
+        machine: speed of link and compute; without bandwidth, only loads are counted.
+        lookahead: layers ahead to prefetch for, in policies with prefetch.
+        max_experts: maximum prefetches in flight, in policies with prefetch.
+        profile: profile for `profile` allocation.
 
     Raises:
-        AdapMoEError: no trace, an unknown policy, or too few slots.
+        AdapMoEError: not a trace, an unknown policy, a trace without the predictions it needs, or too few slots.
     """
     names = [PolicyName.parse(text) for text in policies]
     info, steps = read_trace(trace)
@@ -152,7 +156,7 @@ def _point(info: TraceInfo, steps: Steps, setup: CacheSetup, machine: Machine) -
 
 
 def print_simulate(result: dict[str, Any], console: Console) -> None:
-    """The result as a table."""
+    """Prints the result as a table."""
     timed = result["machine"]["bandwidth"] is not None
     table = Table(
         title=f"Replay of {result['steps']} steps, {result['tokens']} tokens, {result['experts']} experts",
@@ -185,14 +189,14 @@ def print_simulate(result: dict[str, Any], console: Console) -> None:
 
 
 def plot_simulate(result: dict[str, Any], path: Path) -> None:
-    """Bytes moved, of the oracle's, against slots; where time was simulated, tokens/s too."""
+    """Plots bytes moved, relative to the oracle's, against slots; if time was simulated, tokens/s too."""
     from vllm_adapmoe.plot import figure
 
     timed = result["machine"]["bandwidth"] is not None
     with figure(path, "slots", "bytes moved, of Belady's", columns=1 + timed) as drawn:
         axes = drawn[0] if timed else [drawn]
         for number, policy in enumerate(dict.fromkeys(point["policy"] for point in result["points"])):
-            style = ("o-", "s--", "^:")[number // 10 % 3]  # there are ten colours
+            style = ("o-", "s--", "^:")[number // 10 % 3]  # matplotlib cycles through ten colours
             points = [point for point in result["points"] if point["policy"] == policy]
             slots = [point["slots"] for point in points]
             ratio = [point["fetched_bytes"] / max(1, point["oracle_bytes"]) for point in points]

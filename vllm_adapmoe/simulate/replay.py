@@ -1,4 +1,4 @@
-"""Replays a routing trace against a cache: the worker's own decisions, on a virtual link and clock."""
+"""Replays a routing trace against a cache, with the worker's own policy code on a virtual link and clock."""
 
 import heapq
 from array import array
@@ -19,20 +19,20 @@ from vllm_adapmoe.simulate.trace import Step, Steps, TraceInfo
 
 @dataclass(frozen=True)
 class Machine:
-    """What a replay's times are made of. Without bandwidth everything arrives at once, and no time passes."""
+    """Speed of the simulated machine. Without bandwidth, loads complete at once and do not take time."""
 
     bandwidth: float | None = None
-    """Bytes per second of the link."""
+    """Link bandwidth, bytes per second."""
     layer_seconds: float = 0.0
-    """Of one layer in a step, fetches apart."""
+    """Time per layer and step, without fetches."""
     step_seconds: float = 0.0
-    """Of a step outside its layers."""
+    """Time per step outside its MoE layers."""
     latency: float = 0.0
-    """Of one load, before its first byte."""
+    """Latency of a load before its first byte."""
 
 
 class VirtualLink:
-    """One transfer at a time; demand overtakes speculation at the end of a tile."""
+    """Simulated link with one transfer at a time; demand loads preempt prefetches at tile boundaries."""
 
     def __init__(self, controller: CacheController, machine: Machine) -> None:
         self.controller = controller
@@ -41,9 +41,9 @@ class VirtualLink:
         self.urgent: deque[ExpertKey] = deque()
         self.idle: deque[ExpertKey] = deque()
         self.left: dict[ExpertKey, int] = {}
-        """Bytes that transfers which have begun have yet to move."""
+        """Bytes left to move for each transfer that has begun."""
         self.under_way: tuple[ExpertKey, int, float] | None = None
-        """Whose tile is on the link, its bytes, and when it will have arrived."""
+        """Tile in flight: its expert, its bytes, and its time of arrival."""
 
     def demand(self, load: Load) -> None:
         self.left[load.key] = self.controller.expert_bytes[load.key[0]]
@@ -75,7 +75,7 @@ class VirtualLink:
         self.controller.transfer_ended(key, self.controller.expert_bytes[key[0]], complete=True)
 
     def _next_tile(self) -> bool:
-        """Puts a tile on the link if there is one to move."""
+        """Starts the next tile; returns False if there is none to move."""
         while queue := self.urgent or self.idle:
             key = queue[0]
             if queue is self.idle and not self._start(key):
@@ -94,7 +94,7 @@ class VirtualLink:
         return False
 
     def run(self, until: float, waiting: Sequence[ExpertKey] = ()) -> None:
-        """Moves tiles up to time `until`; with `waiting`, up to when those have arrived."""
+        """Moves tiles until time `until`, or, with `waiting`, until all of those experts have arrived."""
         if self.machine.bandwidth is None:
             return
         pending = set(waiting)
@@ -117,7 +117,7 @@ class VirtualLink:
 
 @dataclass
 class Replay:
-    """What a replay came to."""
+    """Result of a replay."""
 
     stats: dict[str, float]
     demand_loads: int
@@ -125,8 +125,8 @@ class Replay:
     seconds: float
     step_seconds: list[float]
     foreseen_loads: int
-    """Of the demand loads, those that an earlier layer had predicted: something else was being fetched, or they ranked
-    too low. The others nobody had foretold."""
+    """Demand loads that an earlier layer had predicted but that were not prefetched, because the link was busy or they
+    ranked too low. The other demand loads were not predicted."""
 
 
 def replay(
@@ -136,7 +136,7 @@ def replay(
     machine: Machine | None = None,
     eviction: Callable[[int, int], EvictionPolicy] | None = None,
 ) -> Replay:
-    """Replays every step, layer by layer; all experts that a step's layer keeps are requested at once.
+    """Replays every step, layer by layer; all experts that a layer keeps in a step are requested at once.
 
     `tokens` counts the rows of every step, prompts included.
     """
@@ -170,7 +170,7 @@ def replay(
                     time = max(time, link.now)
                 controller.release(layer, group)
             time += machine.layer_seconds
-        if controller.planner is not None and (-1, 1) in step.predicted:  # what the step's end says of the next one
+        if controller.planner is not None and (-1, 1) in step.predicted:  # prediction for the next step's first layer
             link.run(time)
             controller.prefetch(-1, None, _predict_experts(step, -1))
         time += machine.step_seconds
@@ -188,7 +188,7 @@ def replay(
 
 
 def _foretold_experts(step: Step, layer: int, lookahead: int) -> set[int]:
-    """What earlier layers of the step had predicted of this one."""
+    """Returns the experts that earlier layers of the step predicted for this layer."""
     made = (step.predicted.get((layer - distance, distance)) for distance in range(1, lookahead + 1))
     return {expert for one in made if one is not None for expert in one.ids[one.kept].tolist()}
 
@@ -198,27 +198,27 @@ def _predict_experts(step: Step, layer: int) -> PredictExperts:
 
 
 def belady(info: TraceInfo, steps: Iterable[Step], slots: Sequence[int], atomic: bool = True) -> np.ndarray:
-    """Loads of the optimal cache without prefetch, which knows the future.
+    """Counts the loads of the optimal (Belady) cache, which knows future accesses but does not prefetch.
 
     Args:
-        info: of the trace.
-        steps: of the trace.
-        slots: of each pool.
-        atomic: all experts of an event have to be there together. Without that, one after the other: a lower bound
-            for any cache of that many slots.
+        info: description of the trace.
+        steps: steps of the trace.
+        slots: slots of each pool.
+        atomic: all experts of an event must be resident together. If False, they may come one after another, which
+            gives a lower bound for any cache with that many slots.
 
     Returns:
-        int64 `[layers]`.
+        Loads per layer, int64 `[layers]`.
     """
     layers = len(info.num_experts)
-    uses, ends = array("H"), array("q", [0])  # a trace may be long: flat, not objects
+    uses, ends = array("H"), array("q", [0])  # flat arrays, since a trace may be long
     for step in steps:
         for ids, weights in zip(step.ids, step.weights, strict=True):
             uses.extend(np.flatnonzero(np.bincount(ids[weights > 0], minlength=1)).tolist())
             ends.append(len(uses))
     never = len(ends) - 1
     following = np.full(len(uses), never)
-    """The next event that uses the same expert."""
+    """For each use, the next event that uses the same expert."""
     later: dict[ExpertKey, int] = {}
     for event in range(never - 1, -1, -1):
         for use in range(ends[event], ends[event + 1]):
@@ -245,7 +245,7 @@ def belady(info: TraceInfo, steps: Iterable[Step], slots: Sequence[int], atomic:
                 held.append((-next_use[expert], key))
             while len(here) > slots[pool]:
                 use, key = heapq.heappop(heap)
-                if here.get(key) == -use:  # not what was pushed for an earlier use
+                if here.get(key) == -use:  # else an outdated entry of an earlier use
                     del here[key]
             for item in held:
                 heapq.heappush(heap, item)

@@ -1,6 +1,6 @@
-"""Routing traces: what every step of live traffic asked of every layer, and what was predicted of it.
+"""Writes routing traces: the experts chosen in every step and layer of live traffic, and the predictions made.
 
-A trace is a line of JSON (`TraceInfo`) and then frames, each 4 bytes of length and a zlib-compressed safetensors
+A trace is a line of JSON (`TraceInfo`) followed by frames, each 4 bytes of length and a zlib-compressed safetensors
 container with the arrays of up to `FRAME_STEPS` steps. `trace_file` reads it.
 """
 
@@ -30,9 +30,9 @@ FORMAT: Literal[1] = 1
 FRAME_STEPS = 64
 FRAME_ROWS = 4096
 FRAME_BYTES = 1 << 28
-"""Of a frame's arrays at most: 119,000 tokens of 94 layers that choose 8 experts."""
+"""Maximum size of a frame's arrays: enough for 119,000 tokens of 94 layers that choose 8 experts."""
 SAMPLE = 64
-"""Rows of a step that predictions are made for; of a larger step every n-th."""
+"""Maximum rows per step for which predictions are made; a larger step is sampled at every n-th row."""
 
 
 PerLayer = Field(min_length=1, max_length=MOST_LAYERS, fail_fast=True)
@@ -40,18 +40,18 @@ PerLayer = Field(min_length=1, max_length=MOST_LAYERS, fail_fast=True)
 
 @dataclass(frozen=True)
 class TraceInfo:
-    """What a trace is of; the bounds are those of a file that is read."""
+    """Description of the traced model and cache; the bounds are enforced when a trace is read."""
 
     model: Annotated[str, Field(max_length=4096)]
     num_experts: Annotated[list[Annotated[int, Field(ge=1, le=MOST_EXPERTS)]], PerLayer]
-    """Of each MoE layer."""
+    """Number of experts of each MoE layer."""
     top_k: Annotated[int, Field(ge=1, le=MOST_TOP_K)]
     lookahead: Annotated[int, Field(ge=0, le=MOST_LAYERS)]
-    """Later layers that predictions are recorded for; 0: none are."""
+    """Layers ahead for which predictions are recorded; 0: none."""
     expert_bytes: Annotated[list[Annotated[int, Field(ge=0, le=1 << 50)]], PerLayer]
-    """Bytes of an expert of each MoE layer."""
+    """Bytes per expert of each MoE layer."""
     pool_of: Annotated[list[Annotated[int, Field(ge=0, le=MOST_LAYERS)]], PerLayer]
-    """Pool of each MoE layer: layers whose experts have one shape share one."""
+    """Slot pool of each MoE layer; layers whose experts have the same shape share a pool."""
     format: Literal[1] = FORMAT
 
     @property
@@ -61,37 +61,35 @@ class TraceInfo:
 
 @dataclass
 class Step:
-    """One step of the engine.
-
-    Rows are the tokens of the step, request by request.
-    """
+    """Routing of one engine step. Its rows are the tokens of the step, request by request."""
 
     seconds: float
-    """When it began, of a monotonic clock."""
+    """Start time of the step, seconds of a monotonic clock."""
     requests: list[str]
-    """Id of each row's request."""
+    """Request id of each row."""
     positions: np.ndarray
-    """int32 `[rows]`, in its request."""
+    """Position of each row in its request, int32 `[rows]`."""
     ids: np.ndarray
-    """Integer `[layers, rows, top_k]`, as the router chose."""
+    """Experts chosen by the router, integer `[layers, rows, top_k]`."""
     weights: np.ndarray
-    """float16 `[layers, rows, top_k]`, after gating; 0: dropped."""
+    """Expert weights after gating, float16 `[layers, rows, top_k]`; 0: dropped."""
     predicted: dict[tuple[int, int], PredictedExperts]
-    """(layer, lookahead) -> prediction for the sampled rows from that layer's input; layer -1: from the end of the
-    step, for the first layer of the next."""
+    """Predictions for the sampled rows, by (layer whose input they are made from, layers ahead); layer -1: made at the
+    end of the step for the first layer of the next step."""
     expected: dict[int, np.ndarray] = field(default_factory=dict)
-    """Layer -> float16 `[experts]`: chance that the layer's next event uses each (`heads.chance_of_any`)."""
+    """Probability by layer that its next event uses each expert, float16 `[experts]` (`heads.chance_of_any`)."""
     begin: np.ndarray | None = None
-    """float16 `[layers, experts]`, of the first layers: chance that the step uses each, as known before it began."""
+    """Probability, as known before the step, that the step uses each expert of the first layers, float16
+    `[layers, experts]`."""
 
     @property
     def prompt_tokens(self) -> int:
-        """Rows of requests that have several."""
+        """Number of rows that belong to requests with several rows in the step."""
         return sum(rows for rows in Counter(self.requests).values() if rows > 1)
 
 
 class Steps(Protocol):
-    """Steps in order, as often as they are asked for: a list of them, or those of a file, read anew each time."""
+    """Steps in order, which can be iterated repeatedly: a list, or a file that is read again each time."""
 
     def __len__(self) -> int: ...
 
@@ -99,12 +97,12 @@ class Steps(Protocol):
 
 
 def sample_rows(rows: int) -> slice:
-    """The rows of a step that predictions are made for."""
+    """Returns the rows of a step for which predictions are made."""
     return slice(0, rows, -(-rows // SAMPLE) if rows else 1)
 
 
 class TraceWriter:
-    """Writes a trace to `path`; when it has grown to `max_bytes` it becomes `path.1`, and a new one begins.
+    """Writes a trace to `path`; when it reaches `max_bytes` it is renamed to `path.1` and a new one begins.
 
     Raises:
         AdapMoEError: the file cannot be written.
@@ -127,13 +125,13 @@ class TraceWriter:
         self.file.write(json.dumps(asdict(self.info)).encode() + b"\n")
 
     def add(self, step: Step) -> None:
-        """Adds a step; it reaches the file with its frame."""
+        """Adds a step; it is written when its frame is full or flushed."""
         self.steps.append(step)
         if len(self.steps) >= FRAME_STEPS or sum(len(step.positions) for step in self.steps) >= FRAME_ROWS:
             self.flush()
 
     def flush(self) -> None:
-        """Writes the frame under way."""
+        """Writes the current, incomplete frame."""
         steps, self.steps = self.steps, []
         if steps:
             self._write(steps)

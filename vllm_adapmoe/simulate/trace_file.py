@@ -1,4 +1,4 @@
-"""Reads a trace, a frame at a time: it may be larger than memory, and hold anything."""
+"""Reads a trace frame by frame, since it may be larger than memory; its content is not trusted."""
 
 import logging
 import os
@@ -17,17 +17,17 @@ logger = logging.getLogger(__name__)
 
 INFO_BYTES = 1 << 20
 EXPERTS = 1 << 20
-"""Of all layers at most, as if each had as many as the largest: what is replayed takes memory for each."""
+"""Maximum of layers times the largest layer's experts, since a replay needs memory for each."""
 INFO = TypeAdapter(TraceInfo)
 
 
 def read_trace(path: Path) -> tuple[TraceInfo, "RecordedSteps"]:
-    """Opens a trace, with the older part `path.1` before it if there is one, and reads it through once.
+    """Opens a trace, preceded by its older part `path.1` if that exists, and reads it through once.
 
-    What a kill has cut short at the end of a part is left out. Memory is bounded by a frame, whatever the file's size.
+    An incomplete frame at the end of a part, left by a killed server, is skipped. Memory is bounded by one frame.
 
     Raises:
-        AdapMoEError: not a trace, of another format, or damaged.
+        AdapMoEError: not a trace, of another format, damaged, or without any step.
     """
     older = Path(f"{path}.1")
     parts = [TracePart(part) for part in (older, path) if part == path or os.path.lexists(older)]
@@ -42,7 +42,7 @@ def read_trace(path: Path) -> tuple[TraceInfo, "RecordedSteps"]:
 
 
 class RecordedSteps:
-    """The steps of a trace, read from its files anew whenever they are iterated over."""
+    """Steps of a trace, read from its files again on every iteration."""
 
     def __init__(self, parts: list["TracePart"]) -> None:
         self.parts = parts
@@ -57,7 +57,7 @@ class RecordedSteps:
 
 
 class TracePart:
-    """One file of a trace, up to where it ended when it was opened, whatever takes its name later.
+    """One file of a trace, up to its size when it was opened, even if it is renamed or replaced later.
 
     Raises:
         AdapMoEError: not a trace, or of another format.

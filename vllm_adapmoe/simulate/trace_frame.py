@@ -1,4 +1,4 @@
-"""One frame of a trace: compressed arrays that are to fit each other and the model, and the steps in them."""
+"""Decodes a frame of a trace: checks that its arrays fit each other and the model, and yields its steps."""
 
 import re
 import zlib
@@ -11,7 +11,7 @@ from vllm_adapmoe.policy.prediction import PredictedExperts
 from vllm_adapmoe.simulate.trace import FRAME_BYTES, FRAME_STEPS, Step, TraceInfo
 
 NAMES = 1 << 20
-"""Names of requests at most."""
+"""Maximum number of request names in a frame."""
 ALWAYS = frozenset(("seconds", "rows", "names", "requests", "positions", "ids", "weights"))
 OTHERS = re.compile(
     r"foretold\.(-1|[0-9]{1,4})\.([0-9]{1,4})\.(rows|ids|kept)|expected\.([0-9]{1,4})(?:\.of)?|begin(?:\.of)?"
@@ -21,10 +21,10 @@ Frame = dict[str, np.ndarray]
 
 
 def read_frame(data: bytes, info: TraceInfo) -> Iterator[Step]:
-    """The steps of a frame, which is checked before the first of them.
+    """Returns the steps of a frame, after checking all of it.
 
     Raises:
-        BadFile: damaged, too large, or of another model.
+        BadFile: the frame is damaged, too large, or of another model.
     """
     return _steps(_checked(parse_arrays(_inflate(data)), info))
 
@@ -32,7 +32,7 @@ def read_frame(data: bytes, info: TraceInfo) -> Iterator[Step]:
 def _inflate(data: bytes) -> bytes:
     inflater = zlib.decompressobj()
     try:
-        # Before a megabyte becomes many: how the arrays begin.
+        # Check how the arrays begin before a megabyte is inflated to many.
         if not 2 <= int.from_bytes(zlib.decompressobj().decompress(data, 8), "little") <= HEADER_BYTES:
             raise BadFile("is damaged (no arrays)")
         arrays = inflater.decompress(data, FRAME_BYTES + 1)
@@ -46,10 +46,10 @@ def _inflate(data: bytes) -> bytes:
 
 
 def _checked(arrays: Frame, info: TraceInfo) -> Frame:
-    """A frame whose arrays fit each other and the model.
+    """Checks that the arrays of a frame fit each other and the model, and returns them.
 
     Raises:
-        BadFile: they do not.
+        BadFile: they do not fit.
     """
     layers, most = len(info.num_experts), max(info.num_experts)
 
@@ -64,7 +64,7 @@ def _checked(arrays: Frame, info: TraceInfo) -> Frame:
             raise BadFile(f"has {name!r} from {array.min()} to {array.max()}, which are no chances")
 
     def take(name: str, kinds: str, *shape: int) -> np.ndarray:
-        """An array of one of the `kinds` (numpy's letters), of this shape; -1: any."""
+        """Returns an array after checking its kind (one of numpy's letters in `kinds`) and its shape; -1: any."""
         array = arrays.get(name)
         if array is None:
             raise BadFile(f"has no array {name!r}")
@@ -74,7 +74,7 @@ def _checked(arrays: Frame, info: TraceInfo) -> Frame:
         if not fits or array.dtype.kind not in kinds:
             raise BadFile(f"has an array {name!r} that is {array.dtype} {list(array.shape)}")
         if kinds == "b":
-            within(name, array.view(np.uint8), 0, 2)  # numpy counts any other byte as it comes
+            within(name, array.view(np.uint8), 0, 2)  # numpy does not reject other bytes
         return array
 
     rows = take("rows", "i", -1)
@@ -127,7 +127,7 @@ def _checked(arrays: Frame, info: TraceInfo) -> Frame:
 
 
 def _steps(arrays: Frame) -> Iterator[Step]:
-    """The steps of a checked frame."""
+    """Yields the steps of a checked frame."""
     names = parse_json(arrays["names"].tobytes(), NAMES)
     predicted: list[dict[tuple[int, int], PredictedExperts]] = [{} for _ in arrays["rows"]]
     for name in arrays:

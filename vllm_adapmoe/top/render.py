@@ -1,4 +1,4 @@
-"""The view as text for a terminal."""
+"""Renders the view of `adapmoe top` as text for a terminal."""
 
 import math
 from collections.abc import Callable
@@ -10,16 +10,15 @@ from rich.text import Text
 from vllm_adapmoe.top.view import LayerView, Span, View
 
 BARS = (24, 12, 6, 0)
-"""Characters of a layer's bar, the longest first; shorter ones where there are many layers."""
+"""Lengths of a layer's bar in characters, longest first; shorter ones are used with many layers."""
 GAP = 3
 HEADER_LINES = 13
 
 
 def render(view: View, width: int, height: int | None, note: str = "") -> RenderableType:
-    """For a window of `width` and `height` characters; None: as many lines as it takes.
+    """Renders a view for a window of `width` by `height` characters; `height` None: as many lines as needed.
 
-    Layers stand side by side in as many columns as it takes to show all of them, and those for which there is no room
-    are counted.
+    Layers are laid out in as many columns as needed to show all of them; those that do not fit are counted.
     """
     span = view.interval
     speed = "" if not span.seconds else f"   {span.output_tokens / span.seconds:.1f} tokens/s"
@@ -69,9 +68,9 @@ def _layers(layers: list[LayerView], width: int, height: int | None) -> Renderab
     room = height if height is not None else max(rows_for[-1], 24)
     choice = next((number for number, rows in enumerate(rows_for) if rows <= room), len(BARS) - 1)
     rows, texts = rows_for[choice], cells[choice]
-    shown = rows if rows <= room else room - 1  # the last line says how many there is no room for
+    shown = rows if rows <= room else room - 1  # the last line counts those that do not fit
     columns = [texts[start : start + rows][:shown] for start in range(0, len(texts), rows)]
-    if shown < rows:  # fill the columns that there are with the first layers
+    if shown < rows:  # fill the columns that fit with the first layers
         columns = [texts[start : start + shown] for start in range(0, len(columns) * shown, shown)]
     title = "layer: resident of experts, hit rate" + (", experts per token" if gated else "")
     lines = [Text(title, "bold", no_wrap=True, overflow="ellipsis")]

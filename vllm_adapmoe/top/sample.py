@@ -1,4 +1,4 @@
-"""One reading of a server's `/metrics`."""
+"""Reads a server's `/metrics`."""
 
 import http.client
 import time
@@ -12,33 +12,33 @@ from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.printable import printable
 
 TIMEOUT = 5.0
-"""Seconds for an answer, whole."""
+"""Seconds within which the whole answer must arrive."""
 ANSWER_BYTES = 64 << 20
 MOST = 1e18
-"""Of a counter; a server counts bytes in years."""
+"""Largest value accepted for a counter; bytes fetched would take years to reach it."""
 LAYERS = 4096
-"""More than any model has; each is a line of the view."""
+"""Maximum number of layers accepted, more than any model has; each is a line of the view."""
 CACHE = "vllm:adapmoe_"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Counters and gauges, each summed over the engines of the server."""
+    """One reading of counters and gauges, each summed over the server's engines."""
 
     at: float
-    """Seconds of a monotonic clock."""
+    """Time of the reading, seconds of a monotonic clock."""
     model: str = ""
     values: dict[str, float] = field(default_factory=dict)
-    """By name, without what is said of single layers and without histograms' buckets."""
+    """Values by metric name, without those per layer and without histogram buckets."""
     layers: dict[str, dict[int, float]] = field(default_factory=dict)
-    """Of single layers, by name without `vllm:adapmoe_layer_`."""
+    """Values per layer, by metric name without `vllm:adapmoe_layer_`."""
 
 
 def parse_sample(text: str, at: float) -> Sample:
-    """Reads Prometheus' text format.
+    """Parses Prometheus' text format.
 
     Raises:
-        ValueError: it is not that.
+        ValueError: `text` is not in that format, or names an impossible layer.
     """
     sample = Sample(at)
     model = ""
@@ -62,16 +62,16 @@ def parse_sample(text: str, at: float) -> Sample:
 
 
 def metrics_url(address: str) -> str:
-    """Where the metrics of a server are, whose address may be short: `host:port`."""
+    """Returns the URL of a server's metrics; `address` may be just `host:port`."""
     url = address if "://" in address else f"http://{address}"
     return url.rstrip("/").removesuffix("/metrics").removesuffix("/v1").rstrip("/") + "/metrics"
 
 
 def read_sample(address: str) -> Sample:
-    """Asks the server.
+    """Requests the metrics of a server and parses them.
 
     Raises:
-        AdapMoEError: nobody answers, it is not vLLM, or it serves without the method.
+        AdapMoEError: no answer, not a vLLM server, or one without the expert cache.
     """
     url = metrics_url(address)
     if not url.startswith(("http://", "https://")):
@@ -91,7 +91,7 @@ def read_sample(address: str) -> Sample:
 
 
 def _answer(url: str) -> bytes:
-    """What is at a URL; whoever answers it may do so slowly, or without end."""
+    """Returns the body at a URL; limits time and size, since the server may answer slowly or endlessly."""
     end = time.monotonic() + TIMEOUT
     data = b""
     with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:

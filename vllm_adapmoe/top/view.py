@@ -1,4 +1,4 @@
-"""What two readings say: rates of the time between them, and totals since the start. Pure."""
+"""Computes the view from two readings: rates between them, and totals since the server's start. Pure."""
 
 from dataclasses import dataclass
 
@@ -7,29 +7,29 @@ from vllm_adapmoe.top.sample import CACHE, Sample
 
 @dataclass(frozen=True)
 class Span:
-    """What happened in some time; None where there was nothing to measure."""
+    """Activity during a span of time; None where nothing was measured."""
 
     seconds: float | None
-    """How long it was; None: since the start."""
+    """Length of the span; None: since the server's start."""
     output_tokens: float
     first_token_seconds: float | None
     """Mean time to the first token."""
     token_seconds: float | None
-    """Mean time between two tokens of a request."""
+    """Mean time between tokens of a request."""
     hit_rate: float | None
     fetched_bytes: float
     bytes_per_second: float | None
-    """While fetching."""
+    """Mean bandwidth while fetching."""
     stall_seconds: float
-    """That steps waited for experts."""
+    """Time that steps waited for experts."""
     prefetches: float
     prefetches_used: float
     prefetches_wasted: float
     prefetches_cancelled: float
     experts_per_token: float | None
-    """Kept by gating."""
+    """Mean experts per token and layer kept by gating."""
     loss_per_token: float | None
-    """Nats that gating is predicted to have cost."""
+    """Predicted loss of gating per token, all layers together, nats."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,15 @@ class LayerView:
     resident: float
     experts: float
     floor: float | None
-    """Slots that it is left with while others have more than theirs."""
+    """Minimum slots of the layer protected from eviction."""
     hit_rate: float | None
-    """Between the readings; since the start where nothing was asked in between."""
+    """Hit rate between the readings; since the start if there was no request in between."""
     experts_per_token: float | None
 
 
 @dataclass(frozen=True)
 class View:
-    """What `adapmoe top` shows."""
+    """Everything that `adapmoe top` shows."""
 
     model: str
     running: float
@@ -61,7 +61,7 @@ class View:
 
 
 def make_view(before: Sample, now: Sample) -> View:
-    """Of two readings of one server. Counters that fell are of a server that was started anew."""
+    """Makes the view from two readings of one server. Counters that fell mean that the server was restarted."""
     values = now.values
     layers = sorted({layer for by_layer in now.layers.values() for layer in by_layer})
     return View(
@@ -117,7 +117,7 @@ def _layer(layer: int, before: Sample, now: Sample) -> LayerView:
         return now.layers.get(name, {}).get(layer)
 
     def share(part: str, *whole: str) -> float | None:
-        """Of counters: in between, or else since the start."""
+        """Returns a ratio of counters between the readings, or since the start if they did not change."""
         for start in (before, Sample(0.0)):
             grown = {
                 name: _growth(start.layers.get(name, {}).get(layer, 0.0), value(name) or 0.0) for name in (part, *whole)
