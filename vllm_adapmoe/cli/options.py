@@ -29,8 +29,8 @@ CacheSettings = Annotated[
     typer.Option(help="Expert cache settings: a JSON object, a JSON file, or single keys as "
                  "--adapmoe-config.KEY VALUE. Default: as many slots as memory allows."),
 ]  # fmt: skip
-PromptTokens = Annotated[int, typer.Option(min=1)]
-OutputTokens = Annotated[int, typer.Option(min=2)]
+PromptTokens = Annotated[int, typer.Option(min=1, help="Prompt tokens per request.")]
+OutputTokens = Annotated[int, typer.Option(min=2, help="Output tokens per request.")]
 
 
 def numbers(option: str, text: str) -> list[float]:

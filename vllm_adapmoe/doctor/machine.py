@@ -22,7 +22,7 @@ SHARED_BYTES = 1 << 28
 """Shared memory that vLLM's processes need at most."""
 OPEN_FILES = 4096
 EXTRAS = {
-    "matplotlib": ("plots of bench, plan, evaluate and simulate", "pip install vllm-adapmoe[plot]"),
+    "matplotlib": ("plots of benchmarks, plan, evaluate and simulate", "pip install vllm-adapmoe[plot]"),
     "llama_cpp": ("llama.cpp in python -m benchmarks peers", "pip install vllm-adapmoe[peers]"),
     "accelerate": ("transformers in python -m benchmarks peers", "pip install vllm-adapmoe[peers]"),
     "ray": ("serving with Ray Serve LLM", "pip install ray[serve]"),
