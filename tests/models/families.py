@@ -31,7 +31,6 @@ LATENT = {"topk_method": "noaux_tc"}
 FAMILIES: dict[str, dict[str, Any]] = {
     "AfmoeForCausalLM": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
     "AXK1ForCausalLM": LATENT | {"first_k_dense_replace": 0},
-    "AriaTextForCausalLM": {"num_experts_per_tok": 2},
     "AriaForConditionalGeneration": {
         "text_config": {"moe_num_experts": 8},
         "projector_patch_to_query_dict": {16: 4},

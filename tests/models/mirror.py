@@ -20,6 +20,8 @@ PARTS = {
     "fused_qkv_a_proj": ["q_a_proj", "kv_a_proj_with_mqa"],
 }
 """What vLLM makes one matrix of, unless the model says otherwise."""
+STACKED = {"Step3TextForCausalLM"}
+"""Whose checkpoints have one tensor of all experts of a layer."""
 
 
 def save_mirror(folder: Path) -> None:
@@ -49,7 +51,13 @@ def build(folder: Path) -> nn.Module:
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    args = EngineArgs(model=str(folder), skip_tokenizer_init=True, max_model_len=320, enforce_eager=True)
+    args = EngineArgs(
+        model=str(folder),
+        skip_tokenizer_init=True,
+        max_model_len=320,
+        enforce_eager=True,
+        enable_prefix_caching=False,  # which models with a state and latent attention do not have on the CPU
+    )
     config = args.create_engine_config()
     with set_current_vllm_config(config), set_default_torch_dtype(torch.bfloat16):
         init_distributed_environment(1, 0, f"file://{folder}/meeting", 0, "gloo")
@@ -77,9 +85,7 @@ def checkpoint_tensors(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...],
     from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear
 
-    packed = PARTS | {
-        name: list(parts) for name, parts in getattr(model, "packed_modules_mapping", {}).items() if len(parts) > 1
-    }
+    packed = PARTS | {name: list(parts) for name, parts in getattr(model, "packed_modules_mapping", {}).items()}
     seen = set()
     for path, module in model.named_modules():
         if isinstance(module, RoutedExperts):
@@ -103,9 +109,15 @@ def checkpoint_tensors(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...],
 
 
 def _experts(model: nn.Module, path: str, module: Any) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
-    """The experts of a layer, one by one, named as nearly all checkpoints do."""
+    """The experts of a layer, one by one and named as in nearly all checkpoints."""
     shapes = dict(module.named_parameters())
     parent = path.partition(".experts")[0]
+    if type(model).__name__ in STACKED:
+        experts, both, hidden = shapes["w13_weight"].shape
+        for part in ("gate_proj", "up_proj"):
+            yield f"{parent}.{part}.weight", (experts, both // 2, hidden), shapes["w13_weight"].dtype
+        yield f"{parent}.down_proj.weight", tuple(shapes["w2_weight"].shape), shapes["w2_weight"].dtype
+        return
     for expert in range(module.local_num_experts):
         w13, w2 = shapes["w13_weight"], shapes["w2_weight"]
         for part in ("gate_proj", "up_proj"):

@@ -63,7 +63,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "BailingMoeV3ForCausalLM": LATENT
     | BAILING
     | SIGMOID
-    | {"model_type": "bailing_moe_v3", "layer_group_size": 2, "short_conv_kernel_size": 4, "no_kda_lora": True},
+    | {"model_type": "bailing_hybrid", "layer_group_size": 2, "short_conv_kernel_size": 4, "no_kda_lora": True},
     "DeepseekForCausalLM": {"model_type": "deepseek", "moe_layer_freq": 1},
     "K2HorizonForCausalLM": {
         "model_type": "k2_horizon", "decoder_sparse_step": 1, "mlp_only_layers": [], "attention_gate_func": None,
@@ -73,8 +73,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "MiMoV2ForCausalLM": MIMO | {"model_type": "mimo_v2", "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "PanguProMoEV2ForCausalLM": {"model_type": "pangu_pro_moe_v2"},
     "PanguUltraMoEForCausalLM": LATENT | {"model_type": "pangu_ultra_moe"},
-    "Param2MoEForCausalLM": {"model_type": "param2moe"},
-    "SarvamMLAForCausalLM": LATENT | SIGMOID | BAILING | {"model_type": "sarvam_mla"},
+    "Param2MoEForCausalLM": {"model_type": "param2moe", "rope_scaling": None, "use_qk_norm": True},
+    "SarvamMLAForCausalLM": LATENT | SIGMOID | BAILING | {
+        "model_type": "sarvam_mla", "head_dim": 512 + 64, "q_lora_rank": None,
+    },
     "SarvamMoEForCausalLM": SIGMOID | BAILING | {"model_type": "sarvam_moe"},
     "Step3TextForCausalLM": {
         "model_type": "step3_text", "max_position_embedding": 512, "moe_num_experts": 8, "moe_top_k": 2,
