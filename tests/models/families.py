@@ -90,7 +90,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "pixel_shuffle_ratio": 0.5, "intermediate_size": 512,
         }
     },
-    "LongcatFlashForCausalLM": {"mla_scale_q_lora": True, "mla_scale_kv_lora": True, "zero_expert_type": "identity"},
     "MiniMaxM2ForCausalLM": {"rotary_dim": 16, "scoring_func": "sigmoid", "use_routing_bias": True},
     "MiMoV2FlashForCausalLM": {
         "hybrid_layer_pattern": [0, 1, 1, 0], "moe_layer_freq": [0, 1, 1, 1], "layernorm_epsilon": 1e-6,

@@ -1,4 +1,7 @@
-"""Configurations of architectures that transformers has no class for: every key that vLLM's model asks for."""
+"""Configurations of architectures that transformers has no class for, or saves other tensors of than are published.
+
+Every key that vLLM's model asks for is there.
+"""
 
 import json
 from pathlib import Path
@@ -69,6 +72,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model_type": "k2_horizon", "decoder_sparse_step": 1, "mlp_only_layers": [], "attention_gate_func": None,
         "layernorm_num_groups": 1, "moe_gate_bias": False, "mova_num_experts": 0, "mova_num_experts_per_tok": 0,
         "query_key_norm": True, "rope_head_dim": 32, "router_scaling_factor": 1.0, "router_score_func": "softmax",
+    },
+    "LongcatFlashForCausalLM": LATENT | {
+        "model_type": "longcat_flash", "hidden_size": 256, "num_layers": 4, "moe_topk": 2, "zero_expert_num": 4,
+        "zero_expert_type": "identity", "mla_scale_q_lora": True, "mla_scale_kv_lora": True,
     },
     "MiMoV2ForCausalLM": MIMO | {"model_type": "mimo_v2", "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "PanguProMoEV2ForCausalLM": {"model_type": "pangu_pro_moe_v2"},
