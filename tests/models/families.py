@@ -55,12 +55,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Dots1ForCausalLM": {
         "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1,
     },
-    "Ernie4_5_VLMoeForConditionalGeneration": {
-        "text_config": {
-            "moe_intermediate_size": [64, 64],
-            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0, "mrope_section": [6, 6, 4]},
-        }
-    },
     "Gemma4ForCausalLM": GEMMA4,
     "Gemma4ForConditionalGeneration": {"text_config": GEMMA4},
     "Gemma4UnifiedForConditionalGeneration": {"text_config": GEMMA4},

@@ -4,6 +4,7 @@ vLLM's model says which parameters there are; its loader's rules, turned around,
 has them.
 """
 
+import json
 import os
 import traceback
 from collections.abc import Iterator
@@ -49,13 +50,16 @@ def build(folder: Path) -> nn.Module:
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.model_executor.models.registry import _MULTIMODAL_MODELS
     from vllm.utils.torch_utils import set_default_torch_dtype
 
+    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
     args = EngineArgs(
         model=str(folder),
         skip_tokenizer_init=True,
         max_model_len=320,
         enforce_eager=True,
+        language_model_only=architecture in _MULTIMODAL_MODELS,
         enable_prefix_caching=False,  # which models with a state and latent attention do not have on the CPU
     )
     config = args.create_engine_config()
@@ -111,14 +115,15 @@ def checkpoint_tensors(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...],
 def _experts(model: nn.Module, path: str, module: Any) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
     """The experts of a layer, one by one and named as in nearly all checkpoints."""
     shapes = dict(module.named_parameters())
-    parent = path.partition(".experts")[0]
+    parent, _, kind = path.removesuffix(".routed_experts").rpartition(".")
+    first = module.local_num_experts if kind == "vision_experts" else 0  # Ernie has them after those for text
     if type(model).__name__ in STACKED:
         experts, both, hidden = shapes["w13_weight"].shape
         for part in ("gate_proj", "up_proj"):
             yield f"{parent}.{part}.weight", (experts, both // 2, hidden), shapes["w13_weight"].dtype
         yield f"{parent}.down_proj.weight", tuple(shapes["w2_weight"].shape), shapes["w2_weight"].dtype
         return
-    for expert in range(module.local_num_experts):
+    for expert in range(first, first + module.local_num_experts):
         w13, w2 = shapes["w13_weight"], shapes["w2_weight"]
         for part in ("gate_proj", "up_proj"):
             yield f"{parent}.experts.{expert}.{part}.weight", (w13.shape[1] // 2, w13.shape[2]), w13.dtype

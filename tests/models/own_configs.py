@@ -68,6 +68,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | SIGMOID
     | {"model_type": "bailing_hybrid", "layer_group_size": 2, "short_conv_kernel_size": 4, "no_kda_lora": True},
     "DeepseekForCausalLM": {"model_type": "deepseek", "moe_layer_freq": 1},
+    "Ernie4_5_VLMoeForConditionalGeneration": {
+        "model_type": "ernie4_5_moe_vl", "moe_num_experts": [8, 8], "moe_intermediate_size": [64, 64], "moe_k": 2,
+        "moe_layer_start_index": [1, 1], "moe_layer_end_index": [3, 3], "moe_num_shared_experts": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0, "mrope_section": [6, 6, 4]},
+        "freq_allocation": 4, "im_patch_id": 511, "pixel_hidden_size": 128, "spatial_conv_size": 2,
+        "temporal_conv_size": 2, "use_temporal_conv": True,
+        "vision_config": {
+            "depth": 2, "embed_dim": 128, "hidden_size": 128, "hidden_act": "quick_gelu", "in_channels": 3,
+            "mlp_ratio": 2, "num_heads": 4, "patch_size": 14, "spatial_merge_size": 2,
+        },
+    },
     "K2HorizonForCausalLM": {
         "model_type": "k2_horizon", "decoder_sparse_step": 1, "mlp_only_layers": [], "attention_gate_func": None,
         "layernorm_num_groups": 1, "moe_gate_bias": False, "mova_num_experts": 0, "mova_num_experts_per_tok": 0,
@@ -108,11 +119,20 @@ REASONS = {
 """Why there is none, where there is a better one than that transformers has no class."""
 
 
+class OwnConfig(PretrainedConfig):
+    """Any keys; those of the vision part are attributes, too."""
+
+    def __post_init__(self, vision_config: dict[str, Any] | None = None, **keys: Any) -> None:
+        super().__post_init__(**keys)
+        if vision_config is not None:
+            self.vision_config = PretrainedConfig(**vision_config)
+
+
 def register(architecture: str, folder: Path) -> None:
     """Writes `config.json`, and makes a class for it known to transformers in this process."""
     keys = COMMON | CONFIGS[architecture]
     (folder / "config.json").write_text(
         json.dumps(keys | {"architectures": [architecture], "dtype": "bfloat16"}, indent=1)
     )
-    cls = type("TinyConfig", (PretrainedConfig,), {"model_type": keys["model_type"]})
+    cls = type("TinyConfig", (OwnConfig,), {"model_type": keys["model_type"]})
     AutoConfig.register(keys["model_type"], cls, exist_ok=True)
