@@ -21,6 +21,8 @@ PARTS = {
     "fused_qkv_a_proj": ["q_a_proj", "kv_a_proj_with_mqa"],
 }
 """What vLLM makes one matrix of, unless the model says otherwise."""
+RENAMED = {"DeepseekV4ForCausalLM": {"lm_head.weight": "head.weight"}}
+"""What a model's loader would take for something else by vLLM's own name."""
 STACKED = {"Step3TextForCausalLM"}
 """Whose checkpoints have one tensor of all experts of a layer."""
 
@@ -74,13 +76,16 @@ def save_random(model: nn.Module, folder: Path, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape, dtype in checkpoint_tensors(model):
-        if name.endswith(("correction_bias", "expert_bias")):
+        if not dtype.is_floating_point:  # DeepSeek-V4's table of tokens' experts
+            rows = torch.arange(shape[0])[:, None] * 3
+            tensor = (rows + torch.arange(shape[1])) % 8
+        elif name.endswith(("correction_bias", "expert_bias")):
             tensor = torch.randn(shape, generator=generator) * 0.1
         elif len(shape) < 2:
             tensor = torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
         else:
             tensor = torch.randn(shape, generator=generator) * (1.0 if "embed" in name else 0.15)
-        tensors[name] = tensor.to(dtype)
+        tensors[RENAMED.get(type(model).__name__, {}).get(name, name)] = tensor.to(dtype)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -123,8 +128,10 @@ def _experts(model: nn.Module, path: str, module: Any) -> Iterator[tuple[str, tu
             yield f"{parent}.{part}.weight", (experts, both // 2, hidden), shapes["w13_weight"].dtype
         yield f"{parent}.down_proj.weight", tuple(shapes["w2_weight"].shape), shapes["w2_weight"].dtype
         return
+    names = getattr(model, "packed_modules_mapping", {}).get("gate_up_proj")
+    gate, up, down = ("w1", "w3", "w2") if names == ["w1", "w3"] else ("gate_proj", "up_proj", "down_proj")
     for expert in range(first, first + module.local_num_experts):
         w13, w2 = shapes["w13_weight"], shapes["w2_weight"]
-        for part in ("gate_proj", "up_proj"):
+        for part in (gate, up):
             yield f"{parent}.experts.{expert}.{part}.weight", (w13.shape[1] // 2, w13.shape[2]), w13.dtype
-        yield f"{parent}.experts.{expert}.down_proj.weight", tuple(w2.shape[1:]), w2.dtype
+        yield f"{parent}.experts.{expert}.{down}.weight", tuple(w2.shape[1:]), w2.dtype

@@ -68,6 +68,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | SIGMOID
     | {"model_type": "bailing_hybrid", "layer_group_size": 2, "short_conv_kernel_size": 4, "no_kda_lora": True},
     "DeepseekForCausalLM": {"model_type": "deepseek", "moe_layer_freq": 1},
+    "DeepseekV4ForCausalLM": {
+        "model_type": "deepseek_v4", "num_key_value_heads": 1, "head_dim": 512, "qk_rope_head_dim": 64,
+        "q_lora_rank": 64, "o_lora_rank": 32, "o_groups": 2, "compress_ratios": [0] * 4,
+        "compress_rope_theta": 160000.0,
+        "index_n_heads": 4, "index_head_dim": 128, "index_topk": 64, "sliding_window": 128, "hc_mult": 4,
+        "hc_sinkhorn_iters": 20, "hc_eps": 1e-6, "swiglu_limit": 10.0, "num_hash_layers": 1,
+        "scoring_func": "sqrtsoftplus", "topk_method": "noaux_tc",
+    },
     "Ernie4_5_VLMoeForConditionalGeneration": {
         "model_type": "ernie4_5_moe_vl", "moe_num_experts": [8, 8], "moe_intermediate_size": [64, 64], "moe_k": 2,
         "moe_layer_start_index": [1, 1], "moe_layer_end_index": [3, 3], "moe_num_shared_experts": 1,
