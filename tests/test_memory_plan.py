@@ -22,6 +22,7 @@ from vllm_adapmoe.planning.memory_plan import (
     slots_for,
 )
 from vllm_adapmoe.planning.slot_budget import DeviceMemory, ExpertShape, choose_slots
+from vllm_adapmoe.printable import OneLineError
 from vllm_adapmoe.profile.model_profile import ModelProfile
 from vllm_adapmoe.units import GiB, parse_bytes
 
@@ -42,7 +43,7 @@ def test_sizes(text, expected):
 
 @pytest.mark.parametrize("text", ["24", "GiB", "-1GiB", "24GiBs", "nanGiB", "1e99GiB", ""])
 def test_what_is_no_size_is_refused(text):
-    with pytest.raises(AdapMoEError, match=r"--memory=.* is not a size; write 24GiB"):
+    with pytest.raises(OneLineError, match=r"--memory=.* is not a size; write 24GiB"):
         parse_bytes("--memory", text)
 
 

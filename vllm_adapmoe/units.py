@@ -2,7 +2,7 @@
 
 import re
 
-from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.printable import OneLineError
 
 MiB, GiB = 1 << 20, 1 << 30
 UNITS = {"GiB": GiB, "MiB": MiB, "GB": 10**9, "MB": 10**6}
@@ -15,10 +15,10 @@ def parse_bytes(option: str, text: str) -> int:
         option: name of the option, for the error message.
 
     Raises:
-        AdapMoEError: not such a size.
+        OneLineError: not such a size.
     """
     match = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+) ?([a-z]+)", text.strip(), re.IGNORECASE | re.ASCII)
     size = None if match is None else {unit.lower(): size for unit, size in UNITS.items()}.get(match[2].lower())
     if match is None or size is None or len(match[1]) > 9:
-        raise AdapMoEError(f"{option}={text!r} is not a size; write 24GiB, 512MiB, 24GB or 512MB")
+        raise OneLineError(f"{option}={text!r} is not a size; write 24GiB, 512MiB, 24GB or 512MB")
     return int(float(match[1]) * size)

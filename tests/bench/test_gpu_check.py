@@ -243,7 +243,7 @@ there = {name.partition(".")[0] for name in sys.modules}
 class Nothing:
     def find_spec(self, name, path=None, target=None):
         top = name.partition(".")[0]
-        if top not in sys.stdlib_module_names and top != "vllm_adapmoe" and top not in there:
+        if top not in sys.stdlib_module_names and top not in ("vllm_adapmoe", "benchmarks") and top not in there:
             raise ImportError(f"{name} is not on a bare machine")
 sys.meta_path.insert(0, Nothing())
 assert not there & {"pydantic", "typer", "rich", "vllm", "transformers", "psutil", "blake3"}, there

@@ -12,6 +12,7 @@ from benchmarks import memory_cgroup, peer_packages, peer_process
 from benchmarks.peer_floor import belady_decode_bytes, sequential_bandwidth
 from benchmarks.peer_worker import Spec
 from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.printable import OneLineError
 from vllm_adapmoe.simulate.trace import Step, TraceInfo, TraceWriter
 from vllm_adapmoe.units import parse_bytes
 
@@ -23,7 +24,7 @@ def test_sizes_have_a_unit():
     assert parse_bytes("--memory", "300 MiB") == 300 << 20
     assert parse_bytes("--memory", "1GB") == 10**9
     for wrong in ("3", "1.2.3GiB", "GiB", "4KB", ""):
-        with pytest.raises(AdapMoEError, match="--memory"):
+        with pytest.raises(OneLineError, match="--memory"):
             parse_bytes("--memory", wrong)
 
 

@@ -140,8 +140,14 @@ print(json.dumps([
     assert with_plugin == without_plugin == unpatched["stock"]
     assert registered == []
     assert nothing == []
-    needed = ("", ".integration", ".integration.plugin", ".integration.compat", ".integration.edits")
-    assert set(imported) <= {f"vllm_adapmoe{name}" for name in needed}
+    entry = "vllm_adapmoe.integration.entry"
+    needed = {
+        "vllm_adapmoe",
+        "vllm_adapmoe.integration",
+        entry,
+        *(f"{entry}.{name}" for name in ("plugin", "compat", "edits")),
+    }
+    assert set(imported) <= needed
 
 
 @pytest.mark.parametrize(

@@ -55,12 +55,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Dots1ForCausalLM": {
         "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1,
     },
-    "Ernie4_5_VLMoeForConditionalGeneration": {
-        "text_config": {
-            "moe_intermediate_size": [64, 64],
-            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0, "mrope_section": [6, 6, 4]},
-        }
-    },
     "Gemma4ForCausalLM": GEMMA4,
     "Gemma4ForConditionalGeneration": {"text_config": GEMMA4},
     "Gemma4UnifiedForConditionalGeneration": {"text_config": GEMMA4},
@@ -70,7 +64,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Glm4MoeLiteForCausalLM": LATENT | {"first_k_dense_replace": 1},
     "GraniteMoeSharedForCausalLM": {"shared_intermediate_size": 64},
     "GraniteMoeSWAForCausalLM": {"shared_intermediate_size": 64},
-    "HYV3ForCausalLM": {"first_k_dense_replace": 1},
+    "HYV3ForCausalLM": {
+        "first_k_dense_replace": 1, "expert_hidden_dim": 64, "route_norm": True, "qk_norm": True,
+    },
     "HunYuanMoEV1ForCausalLM": {
         "head_dim": 32, "num_key_value_heads": 2, "num_experts": 8, "moe_topk": 2, "use_mixed_mlp_moe": True,
         "num_shared_expert": 1, "moe_intermediate_size": 128, "use_qk_norm": True, "use_cla": False,
@@ -88,12 +84,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "pixel_shuffle_ratio": 0.5, "intermediate_size": 512,
         }
     },
-    "LongcatFlashForCausalLM": {"mla_scale_q_lora": True, "mla_scale_kv_lora": True, "zero_expert_type": "identity"},
-    "MiniMaxM2ForCausalLM": {"rotary_dim": 16, "scoring_func": "sigmoid"},
+    "MiniMaxM2ForCausalLM": {"rotary_dim": 16, "scoring_func": "sigmoid", "use_routing_bias": True},
     "MiMoV2FlashForCausalLM": {
         "hybrid_layer_pattern": [0, 1, 1, 0], "moe_layer_freq": [0, 1, 1, 1], "layernorm_epsilon": 1e-6,
         "topk_method": "noaux_tc", "scoring_func": "sigmoid", "n_group": 1, "topk_group": 1,
         "n_shared_experts": None, "attention_value_scale": None, "sliding_window_size": 32,
+        "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 32, "swa_v_head_dim": 32,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        "add_swa_attention_sink_bias": True,
     },
     "NemotronH_Omni_Reasoning_V3": {"vision_config": {"video_temporal_patch_size": 2}},
     "Qwen3OmniMoeForConditionalGeneration": {

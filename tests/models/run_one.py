@@ -89,6 +89,8 @@ def start(model: Path, fraction: float | None, kind: str) -> Any:
     args = ENGINE_ARGS | {"enforce_eager": True, "enable_prefix_caching": False, "max_num_seqs": 8}
     if kind == "multimodal":
         args["language_model_only"] = True  # the prompts are text; without it a processor is asked for
+    if kind == "token classification":
+        args["max_num_batched_tokens"] = args["max_model_len"]  # vLLM waits forever with a prompt that needs two steps
     return Engine(model, None if fraction is None else VLLM_STEPS | {"cache_fraction": fraction}, **args)
 
 

@@ -92,16 +92,17 @@ class StreamedExperts(RoutedExperts):
         loaded_weight: torch.Tensor,
         weight_name: str,
         shard_id: str,
-        expert_id: int,
+        expert_id: int | None = None,  # as DBRX's has it
         return_success: bool = False,
     ) -> bool | None:
+        load: Any = super().weight_loader
         if self.serving:  # called by a trainer that loads into the running model's parameters
             if not self.loading.all_resident:
                 raise AdapMoEError(
                     f"{weight_name} cannot be loaded into {self.layer_name}, whose experts are in slots; "
                     "call reload_weights with weights_iterator"
                 )
-            took = super().weight_loader(param, loaded_weight, weight_name, shard_id, expert_id, return_success=True)
+            took = load(param, loaded_weight, weight_name, shard_id, expert_id, return_success=True)
             return took if return_success else None
         if self.expert_map is not None and expert_id is not None and self.expert_map[expert_id] < 0:
             return False if return_success else None  # another rank has it
@@ -115,7 +116,7 @@ class StreamedExperts(RoutedExperts):
                 f"{self.layer_name}: the checkpoint holds {weight_name} beyond what {type(self.quant_method).__name__} "
                 "declares, and after the layer was taken into the cache; remove moe_method"
             )
-        success = super().weight_loader(param, loaded_weight, weight_name, shard_id, expert_id, return_success=True)
+        success: bool = load(param, loaded_weight, weight_name, shard_id, expert_id, return_success=True)
         # Online quantisation first makes a dry run on meta parameters, to count what will be loaded.
         if success and not param.is_meta:
             self._note_arrival(param, loaded_weight, shard_id, expert_id)
