@@ -15,6 +15,7 @@ from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.planning.checkpoint_size import measure_checkpoint, measure_step
 from vllm_adapmoe.planning.from_trace import gated
 from vllm_adapmoe.planning.link import measure_link, measure_weights
+from vllm_adapmoe.printable import OneLineError
 from vllm_adapmoe.simulate.trace import Step, TraceInfo, TraceWriter
 from vllm_adapmoe.store.record import align
 
@@ -42,7 +43,7 @@ def plan(*arguments):
 
 def refusal(*arguments) -> str:
     error = plan(*arguments).exception
-    assert isinstance(error, AdapMoEError), error
+    assert isinstance(error, OneLineError), error
     assert "\n" not in str(error)
     return str(error)
 

@@ -98,7 +98,7 @@ def test_serve_stream_abort_and_metrics(tmp_path, monkeypatch):
 
 def test_the_demo_cleans_up_when_interrupted(tmp_path):
     demo = subprocess.Popen(
-        [sys.executable, ROOT / "examples" / "demo.py"],
+        [sys.executable, "-m", "examples.demo"], cwd=ROOT,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env=os.environ | {"TMPDIR": str(tmp_path)}, start_new_session=True,
     )  # fmt: skip
