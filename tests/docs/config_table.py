@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from tests.generated import write_between
 from vllm_adapmoe.config import AdapMoEConfig
 
 ROOT = Path(__file__).parents[2]
@@ -69,10 +70,7 @@ def docstrings(model: type[BaseModel]) -> dict[str, str]:
 
 
 def main() -> None:
-    text = DOCUMENT.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    DOCUMENT.write_text(f"{before}{BEGIN}\n\n{markdown()}\n\n{END}{after}")
+    write_between(DOCUMENT, BEGIN, END, markdown())
 
 
 if __name__ == "__main__":

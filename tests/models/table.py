@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tests.generated import write_between
 from tests.models.examples import EXAMPLES
 
 ROOT = Path(__file__).parents[2]
@@ -113,10 +114,7 @@ def why_not(row: Row) -> str | None:
 
 
 def main() -> None:
-    text = DOCUMENT.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    DOCUMENT.write_text(f"{before}{BEGIN}\n\n{markdown(json.loads(RESULT.read_text()))}\n\n{END}{after}")
+    write_between(DOCUMENT, BEGIN, END, markdown(json.loads(RESULT.read_text())))
 
 
 if __name__ == "__main__":

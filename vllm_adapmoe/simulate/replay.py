@@ -160,7 +160,7 @@ def replay(
                 if wave == 0 and controller.planner is not None:
                     controller.prefetch(layer, (ids, kept), _predict_experts(step, layer))
                 if controller.planner is not None and request.loads:
-                    said = _foretold_experts(step, layer, setup.lookahead)
+                    said = _predicted_experts(step, layer, setup.lookahead)
                     foreseen += sum(load.key[1] in said for load in request.loads)
                 waiting = [load.key for load in (*request.loads, *request.awaited)]
                 if waiting and machine.bandwidth is not None:
@@ -187,7 +187,7 @@ def replay(
     )
 
 
-def _foretold_experts(step: Step, layer: int, lookahead: int) -> set[int]:
+def _predicted_experts(step: Step, layer: int, lookahead: int) -> set[int]:
     """Returns the experts that earlier layers of the step predicted for this layer."""
     made = (step.predicted.get((layer - distance, distance)) for distance in range(1, lookahead + 1))
     return {expert for one in made if one is not None for expert in one.ids[one.kept].tolist()}

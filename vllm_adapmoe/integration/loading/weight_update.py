@@ -118,6 +118,7 @@ class WeightUpdate:
         """Whether a tensor in the kernel's format has been copied over an old one."""
         self._loaded = False
         """Whether vLLM has finished its part."""
+        self._modules = dict(model.named_modules())
         self.claimed: set[str] = set()
         """Names of the parameters that the model reports as loaded."""
         if cache is not None:
@@ -168,10 +169,9 @@ class WeightUpdate:
             AdapMoEError: the model copied one itself, bypassing vLLM's reloading, which loses the copy.
         """
         self.claimed |= names
-        modules = dict(self.model.named_modules())
         for name in sorted(names):
             path, _, own = name.rpartition(".")
-            module = modules.get(path)
+            module = self._modules.get(path)
             if module is None or isinstance(module, CachedExperts) or own in SKIP_LOAD_TENSORS:
                 continue
             info = get_layerwise_info(module)
