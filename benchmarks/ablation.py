@@ -99,7 +99,7 @@ def run_ablation(
     config = WITHOUT | {"cache_experts": slots, "store": "host", "profile": str(profile_path)}
     with Engine(model, config, **arguments) as engine, TemporaryDirectory() as folder:
         engine.call("time_parts")
-        expert_bytes = engine.call("expert_bytes")
+        expert_bytes = engine.call("largest_expert_bytes")
         link = expert_bytes / (ratio * layer_seconds)
 
         def switch(name: str, **others: Any) -> None:

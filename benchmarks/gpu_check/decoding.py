@@ -61,14 +61,17 @@ class OnDemand:
         for layer in range(self.shape.layers):
             ids = inputs.ids[number, layer]
             experts = sorted(one for one in ids.view(-1).tolist() if one >= 0)  # waits for the previous layers
-            cache.acquire(layer, experts, meanwhile=(lambda: self._look_ahead(layer, token)) if self.ahead else None)  # noqa: B023
+            acquisition = cache.begin(layer, experts)
+            if self.ahead:
+                self._prefetch(layer, token)
+            cache.wait(acquisition)
             self.host_table[layer].numpy()[:] = self.places[:, cache.slot_maps[layer].numpy()]
             self.table[layer].copy_(self.host_table[layer], non_blocking=True)
             x = experts_by_address(x, inputs.weights, ids, self.table[layer, 0], self.table[layer, 1], self.shape.inner)
             cache.release(layer, experts)
         return x
 
-    def _look_ahead(self, layer: int, token: Token) -> None:
+    def _prefetch(self, layer: int, token: Token) -> None:
         kept = token.kept[layer] if self.inputs.gated else np.ones_like(token.kept[layer])
         self.cache.prefetch(
             layer,

@@ -85,7 +85,9 @@ def check_slots(shape: Shape, device: Device, dtype: torch.dtype, seed: int) -> 
         for event in range(EVENTS):
             layer = event % shape.layers
             experts = sorted(chance.sample(range(shape.experts), chance.randint(1, min(shape.experts, 64))))
-            cache.acquire(layer, experts, meanwhile=lambda: ahead(layer, experts))  # noqa: B023 - called at once
+            acquisition = cache.begin(layer, experts)
+            ahead(layer, experts)
+            cache.wait(acquisition)
             compare(layer, experts)
             cache.release(layer, experts)
         for layer in range(shape.layers):

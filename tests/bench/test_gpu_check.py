@@ -110,17 +110,18 @@ def test_host_copy_of_another_expert(monkeypatch):
 
 
 def test_one_byte_of_a_slot_is_wrong(monkeypatch):
-    acquire = ExpertCacheManager.acquire
+    wait = ExpertCacheManager.wait
     events = []
 
-    def spoil(self, layer, experts, **others):
-        slots = acquire(self, layer, experts, **others)
+    def spoil(self, acquisition):
+        slots = wait(self, acquisition)
+        layer, experts = acquisition.layer, acquisition.experts
         events.append(layer)
         if len(events) == 9:
             self.pool(layer).tensors["w2_weight"][slots[experts[0]]].view(torch.uint8).view(-1)[17] ^= 1
         return slots
 
-    monkeypatch.setattr(ExpertCacheManager, "acquire", spoil)
+    monkeypatch.setattr(ExpertCacheManager, "wait", spoil)
     row = next(slot_rows.check_slots(TINY, CPU, torch.float16, 3))
     assert row.verdict == MISSED and not row.figure.startswith("0 of")
 
@@ -439,11 +440,11 @@ if sys.argv[0] == "-m":  # an engine's process: of two experts that are asked fo
 
     arrivals = ExpertCacheManager.arrivals
 
-    def swapped(self, layer, experts, *others):
-        yield from arrivals(self, layer, experts, *others)
-        if len(experts) > 1:
-            one, two = list(experts)[:2]
-            slots = self.slot_maps[layer]
+    def swapped(self, acquisition):
+        yield from arrivals(self, acquisition)
+        if len(acquisition.experts) > 1:
+            one, two = list(acquisition.experts)[:2]
+            slots = self.slot_maps[acquisition.layer]
             slots[one], slots[two] = slots[two].clone(), slots[one].clone()
 
     ExpertCacheManager.arrivals = swapped

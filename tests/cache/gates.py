@@ -134,7 +134,7 @@ class Event(threading.Thread):
         super().__init__(name="asks", daemon=True)
         self.cache, self.gates, self.layer, self.meanwhile = cache, gates, layer, meanwhile
         self.groups = waves(experts, cache.capacity(layer))
-        self.present = experts if len(self.groups) > 1 else ()
+        self.event_experts = experts if len(self.groups) > 1 else ()
         self.group: Sequence[int] = ()
         """Asked for, or held."""
         self.broken: set[int] = set()
@@ -147,7 +147,10 @@ class Event(threading.Thread):
             for group in self.groups:
                 self.group = group
                 meanwhile = self.meanwhile if group is self.groups[0] else None
-                slots = cache.acquire(self.layer, self.group, self.present, meanwhile).tolist()
+                acquisition = cache.begin(self.layer, self.group, self.event_experts)
+                if meanwhile is not None:
+                    meanwhile()
+                slots = cache.wait(acquisition).tolist()
                 self.check(slots)
                 gates.wait(KERNEL)
                 self.check(slots)

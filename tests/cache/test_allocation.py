@@ -128,14 +128,14 @@ def test_floors_follow_the_traffic():
     """By traffic: equal at first, then to the layer whose experts change, and to the other when they do there."""
     shape = CacheShape([6, 6], 1, [0, 0], [1, 1])
     controller = CacheController(shape, CacheSetup([7], "lru", "trace"))
-    controller.transfers = VirtualLink(controller, Machine())
+    link = VirtualLink(controller, Machine())
     pool = controller.pools[0]
     assert pool.shares.tolist() == [3, 3]
     for busy in (0, 1, 0):
         for step in range(4 * REVISION_STEPS):
             for layer in (0, 1):
                 expert = step % 5 if layer == busy else 0
-                controller.begin(layer, [expert])
+                link.submit(controller.begin(layer, [expert]))
                 controller.release(layer, [expert])
         assert pool.shares[busy] == 5 and pool.shares.sum() == 6
 

@@ -132,7 +132,9 @@ class Worker:
     def fetched(self) -> None:
         for layer in range(LAYERS):
             experts = sorted(self.random.sample(range(EXPERTS), self.random.randint(1, TOP_K)))
-            slots = self.cache.acquire(layer, experts, (), lambda layer=layer: self.prefetch(layer))
+            acquisition = self.cache.begin(layer, experts)
+            self.prefetch(layer)
+            slots = self.cache.wait(acquisition)
             self.launch_on_slots(layer, {expert: int(slots[expert]) for expert in experts})
             self.cache.release(layer, experts)
 

@@ -157,7 +157,7 @@ class Interleavings(RuleBasedStateMachine):
     def begin_step(self, data, prompt_tokens):
         """Of tokens alone, or with a prompt that sweeps over all layers."""
         chances = data.draw(st.lists(st.floats(0, 1), min_size=EXPERTS, max_size=EXPERTS))
-        self.cache.begin_step(prompt_tokens, [np.array(chances)])
+        self.cache.prefetch_first_layers(prompt_tokens, [np.array(chances)])
         self.settle()
 
     def predict_experts(self, data: st.DataObject, layer: int) -> dict[int, PredictedExperts]:

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from hypothesis import strategies as st
 
 from tests.store.test_stores import layer, pack
 from vllm_adapmoe.cache.manager import ExpertCacheManager
+from vllm_adapmoe.cache.slot_maps import SlotMaps
 from vllm_adapmoe.cache.transfer import READERS, CacheClosed, LinkLimit, TransferEngine
 from vllm_adapmoe.experts import CacheShape
 from vllm_adapmoe.policy.controller import CacheController, CacheSetup
@@ -128,9 +128,10 @@ def test_threads(tmp_path, failures):
             for distance in (1, 2)
             if index + distance < 3
         }
-        look = partial(cache.prefetch, index, (ids, np.ones(ids.shape, dtype=bool)), predicted.get)
+        acquisition = cache.begin(index, experts)
+        cache.prefetch(index, (ids, np.ones(ids.shape, dtype=bool)), predicted.get)
         try:
-            slot_map = cache.acquire(index, experts, (), look)
+            slot_map = cache.wait(acquisition)
         except StoreError:
             failed += 1
             continue
@@ -226,7 +227,7 @@ def test_a_wasted_prefetch_wastes_what_it_moved():
     for expert in (0, 1):
         with cache.transfers.lock:
             assert controller.residency(3).request_prefetch((3, expert))
-            cache.transfers.speculate((3, expert))
+            cache.transfers.speculate([(3, expert)])
         while controller.residency(3).state((3, expert)) is not State.STAGED:
             time.sleep(0.001)
         cache.acquire(3, [2])  # the prefetch was wrong: the next one takes its slot
@@ -265,7 +266,7 @@ def test_what_is_there_does_not_wait_for_the_rest():
     cache = manager(Flaky(host_store(), lambda: False), [9, 4], readers=1)
     assert_served(cache, 0, [1, 4])
     seen = []
-    for arrived in cache.arrivals(0, [0, 1, 3, 4]):
+    for arrived in cache.arrivals(cache.begin(0, [0, 1, 3, 4])):
         seen.append(arrived)
         slots = cache.slot_maps[0][arrived]
         for name, tensor in cache.pool(0).tensors.items():
@@ -290,7 +291,7 @@ def test_readers_run_where_they_may():
     try:
         experts = [1] * 3
         controller = CacheController(CacheShape(experts, 1, [0] * 3, [1] * 3), CacheSetup([2]))
-        engine = TransferEngine(controller, [], host_store(), readers=2, cpus=allowed)
+        engine = TransferEngine(controller, [], host_store(), SlotMaps(experts), readers=2, cpus=allowed)
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
             found = [sorted(os.sched_getaffinity(thread.native_id)) for thread in engine.threads]
@@ -337,7 +338,7 @@ def assert_broken(cache: ExpertCacheManager) -> None:
         lambda: within(cache.quiet()),
         lambda: cache.record_in_place([]),
         lambda: cache.prefetch(0, None, {}.get),
-        lambda: cache.begin_step(0, ()),
+        lambda: cache.prefetch_first_layers(0, ()),
     ):
         with pytest.raises(torch.AcceleratorError, match="an illegal memory access"):
             ask()

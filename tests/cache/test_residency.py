@@ -29,7 +29,6 @@ class Interleavings(RuleBasedStateMachine):
     def build(self, slots, eviction, max_experts, data):
         self.setup = CacheSetup([slots], eviction, None, 1 if max_experts else 0, max_experts)
         self.controller = CacheController(CacheShape([EXPERTS] * LAYERS, 2, [0] * LAYERS, [BYTES] * LAYERS), self.setup)
-        self.controller.transfers = self
         if max_experts:  # the default is an eighth of the slots: too few here to see anything
             staging = min(max_experts, slots - 2)
             policy = POLICIES[eviction](LAYERS, EXPERTS)
@@ -43,18 +42,6 @@ class Interleavings(RuleBasedStateMachine):
         self.held: list[tuple[int, list[int], dict[int, int]]] = []
         self.moved = self.spoilt = 0
 
-    # Transfers
-
-    def demand(self, load):
-        assert load.slot not in self.under_way.values()
-        self.under_way[load.key] = load.slot
-
-    def promote(self, key):
-        assert key in self.under_way
-
-    def speculate(self, key):
-        self.queue.append(key)
-
     # What may happen
 
     @precondition(lambda self: not self.held)
@@ -65,6 +52,10 @@ class Interleavings(RuleBasedStateMachine):
         for number, group in enumerate(groups):
             before = {entry.slot for entry in self.pool.entries.values() if entry.pins}
             request = self.controller.begin(layer, group, sorted(chosen))
+            assert all(load.key in self.under_way for load in request.awaited)
+            for load in request.loads:
+                assert load.slot not in self.under_way.values()
+                self.under_way[load.key] = load.slot
             for load in (*request.loads, *request.promoted, *request.awaited):
                 assert load.slot not in before, "a pinned slot was given away"
             waiting = [load.key for load in (*request.loads, *request.awaited)]
@@ -95,7 +86,7 @@ class Interleavings(RuleBasedStateMachine):
     @rule(key=st.tuples(st.integers(0, LAYERS - 1), st.integers(0, EXPERTS - 1)), sure=st.booleans())
     def prefetch(self, key, sure):
         if self.pool.staging and self.pool.request_prefetch(key, sure):
-            self.speculate(key)
+            self.queue.append(key)
 
     @precondition(lambda self: not self.held)
     @rule(layer=st.integers(0, LAYERS - 1), chosen=st.sets(st.integers(0, EXPERTS - 1), min_size=1))
@@ -111,7 +102,7 @@ class Interleavings(RuleBasedStateMachine):
         for expert in there:
             entry = entries.get((layer, expert))
             assert entry is None or entry.state is State.RESIDENT, "staged no more; one may have left for another"
-        self.controller.backfill([(layer, expert) for expert in sorted(chosen - there)])
+        self.queue += self.controller.backfill([(layer, expert) for expert in sorted(chosen - there)])
 
     @precondition(lambda self: self.queue)
     @rule()
@@ -301,7 +292,7 @@ def test_no_share_streams_through():
 
 def used(pool: Residency, *key: int) -> tuple[int, int] | str | None:
     """An expert that was read where it was: who left for it, if it came."""
-    if not pool.want_used((key[0], key[1])):
+    if not pool.request_backfill((key[0], key[1])):
         return "there"
     load = pool.start((key[0], key[1]))
     if load is None:

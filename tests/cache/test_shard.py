@@ -46,18 +46,18 @@ def test_experts_have_the_models_numbers(cache):
 
 
 def test_an_event_without_own_experts(cache):
-    assert not list(cache.arrivals(0, []))
+    assert not list(cache.arrivals(cache.begin(0, [])))
     cache.release(0, [])
     assert cache.stats.hits == cache.stats.misses == 0
 
 
 def test_what_others_hold_is_not_fetched_ahead(cache):
     residency = cache.controller.pools[0]
-    cache.begin_step(100, ())  # a prompt that wants all of every layer
+    cache.prefetch_first_layers(100, ())  # a prompt that wants all of every layer
     assert residency.entries and set(residency.entries) <= {(0, expert) for expert in HELD[0]}
     cache.acquire(0, HELD[0])
     cache.release(0, HELD[0])
-    cache.begin_step(0, ())
+    cache.prefetch_first_layers(0, ())
     predicted = PredictedExperts(np.array([[0, 1]]), np.ones((1, 2), dtype=bool))
     cache.prefetch(0, (np.array([[0, 1]]), np.ones((1, 2), dtype=bool)), {1: predicted}.get)
     assert (1, 1) in residency.entries and (1, 0) not in residency.entries

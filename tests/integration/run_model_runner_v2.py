@@ -21,7 +21,7 @@ from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput  # noqa: E
 from vllm.v1.worker.cpu_worker import CPUWorker  # noqa: E402
 
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy, prompts  # noqa: E402
-from vllm_adapmoe.integration.entry.compat import requests_of_step  # noqa: E402
+from vllm_adapmoe.integration.compat import requests_of_step  # noqa: E402
 from vllm_adapmoe.integration.measure.engine import Engine  # noqa: E402
 
 ARGS = ENGINE_ARGS | {"enforce_eager": True}

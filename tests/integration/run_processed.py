@@ -34,6 +34,7 @@ from vllm_adapmoe.config import AdapMoEError  # noqa: E402
 from vllm_adapmoe.integration.layers.expert_tensors import held_tensors  # noqa: E402
 from vllm_adapmoe.integration.loading import expert_loading as loading_module  # noqa: E402
 from vllm_adapmoe.integration.loading.expert_loading import ExpertLoading, expert_loading  # noqa: E402
+from vllm_adapmoe.integration.settings import EngineSettings  # noqa: E402
 
 SLOTS = 5
 torch.cuda.get_device_properties().multi_processor_count = EXPERTS // 4
@@ -134,12 +135,10 @@ def _fill(data: torch.Tensor, generator: torch.Generator, name: str) -> None:
 
 def process(name: str, folder: Path, changed: int | None, **args: Any) -> dict[str, Any]:
     vllm_config = configure(folder, moe_method="adapmoe", adapmoe_config={"cache_fraction": 0.5}, **args)
-    from vllm_adapmoe.config import AdapMoEConfig
-
     loading_module.slots_device = lambda: CPU
     original, loading_module.ExpertLoading = loading_module.ExpertLoading, Captured
     try:
-        with expert_loading(AdapMoEConfig(cache_fraction=0.5), vllm_config) as loading, \
+        with expert_loading(EngineSettings.of(vllm_config), vllm_config) as loading, \
                 set_default_torch_dtype(torch.bfloat16):  # fmt: skip
             layer = build(vllm_config, name)
             with set_current_vllm_config(vllm_config), torch.no_grad():

@@ -10,8 +10,8 @@ from conftest import TINY_MIXTRAL
 from vllm.compilation.caching import aot_compile_hash_factors
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_adapmoe.integration.entry.compile_key import note_what_is_traced
 from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
+from vllm_adapmoe.integration.worker.compile_key import note_what_is_traced
 
 
 @pytest.fixture(scope="module")

@@ -175,7 +175,7 @@ def test_in_place_needs_a_gpu():
 def test_graphs_are_split_at_moe_blocks(monkeypatch, tiny_model):
     """Compiled, with blocks (one with shared experts) as ops that write into memory of the piece before them."""
 
-    def split(vllm_config: Any, layers: Any, cache: Any) -> None:
+    def split(settings: Any, vllm_config: Any, layers: Any, cache: Any) -> None:
         for layer in layers:
             break_graph_at(vllm_config.compilation_config.static_forward_context[layer.layer_name])
 

@@ -10,6 +10,7 @@ from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy
 from vllm_adapmoe.config import AdapMoEConfig
 from vllm_adapmoe.integration.loading import expert_loading as loading
 from vllm_adapmoe.integration.measure.engine import Engine
+from vllm_adapmoe.integration.settings import EngineSettings
 from vllm_adapmoe.planning.slot_budget import DeviceMemory, ExpertShape, count_slots
 from vllm_adapmoe.store.record import RecordLayout
 
@@ -48,7 +49,7 @@ def test_only_a_kernel_with_a_limit_divides(monkeypatch, kernel, pools):
     gate_up, down = torch.empty(8, GATE_UP_BYTES), torch.empty(8, GATE_UP_BYTES // 2)
     big = RecordLayout.of({"w13": gate_up.to(torch.uint8), "w2": down.to(torch.uint8)})
     small = RecordLayout.of({"w13": gate_up[:, :1024].to(torch.uint8)})
-    own = loading.ExpertLoading(AdapMoEConfig(cache_fraction=0.5), None)  # type: ignore[arg-type]
+    own = loading.ExpertLoading(EngineSettings(config=AdapMoEConfig(cache_fraction=0.5)), None)  # type: ignore[arg-type]
     own.layers = [SimpleNamespace(local_num_experts=8)] * 14  # type: ignore[list-item]
     own._groups = [list(range(12)), [12, 13]]
     own._loaded_shapes = [ExpertShape(96, big.nbytes, 2), ExpertShape(16, small.nbytes, 2)]

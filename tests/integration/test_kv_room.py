@@ -16,6 +16,7 @@ from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.integration.loading import kv_room
 from vllm_adapmoe.integration.loading.graph_memory import captured_graphs
 from vllm_adapmoe.integration.measure.engine import Engine
+from vllm_adapmoe.integration.settings import EngineSettings
 from vllm_adapmoe.planning.graph_memory import CapturedGraphs
 from vllm_adapmoe.units import GiB
 
@@ -107,9 +108,8 @@ def test_which_graphs_are_captured(mode, resident, decode, expected):
         scheduler_config=SimpleNamespace(max_num_seqs=256),
         parallel_config=None,
         model_config=SimpleNamespace(get_num_layers=lambda parallel: 48),
-        additional_config={},
     )
-    assert captured_graphs(AdapMoEConfig(decode=decode), config, 48, 48, resident) == expected
+    assert captured_graphs(EngineSettings(config=AdapMoEConfig(decode=decode)), config, 48, 48, resident) == expected
 
 
 @pytest.mark.engine

@@ -1,6 +1,7 @@
 """Counters on `/metrics` are the worker's own, whatever stands between: several API servers, several ranks."""
 
 import json
+import pickle
 import time
 import urllib.request
 
@@ -9,8 +10,9 @@ from demo import DemoServer
 
 from tests.integration.scenarios import ENGINE_ARGS, greedy, prompts
 from vllm_adapmoe.integration.measure.engine import Engine
+from vllm_adapmoe.integration.reported_output import ends_step, report_of, with_report
 from vllm_adapmoe.integration.scheduler.metrics import ExpertCacheStatLogger
-from vllm_adapmoe.integration.worker.worker_stats import with_attributes
+from vllm_adapmoe.scheduling.report import WorkerReport
 
 pytestmark = pytest.mark.engine
 
@@ -113,16 +115,14 @@ def test_an_output_that_is_still_on_its_way():
             return "what is left of a step that failed"
 
     waited: list[object] = []
-    steps = iter(range(10))
-
-    def report() -> dict[str, int]:
-        return {"worker_stats": next(steps)}
-
-    first = with_attributes(OnItsWay(), report)
-    second = with_attributes(ModelRunnerOutput(req_ids=["b"], req_id_to_index={"b": 0}), report)
-    assert with_attributes(None, report) is None, "not the end of a step"
-    third = with_attributes(EMPTY_MODEL_RUNNER_OUTPUT, report)
+    reports = [WorkerReport(failed_requests=(name,)) for name in "abc"]
+    first = with_report(OnItsWay(), reports[0])
+    second = with_report(ModelRunnerOutput(req_ids=["b"], req_id_to_index={"b": 0}), reports[1])
+    third = with_report(EMPTY_MODEL_RUNNER_OUTPUT, reports[2])
+    assert all(map(ends_step, (first, second, third))) and not ends_step(None)
     assert first.get_kv_connector_output() == "what is left of a step that failed"
     assert not waited
-    assert (first.get_output().worker_stats, second.worker_stats, third.worker_stats) == (0, 1, 2)
-    assert not hasattr(EMPTY_MODEL_RUNNER_OUTPUT, "worker_stats")
+    first = first.get_output()
+    assert (first.req_ids, second.req_ids, third.req_ids) == (["a"], ["b"], [])
+    assert [report_of(output) for output in pickle.loads(pickle.dumps([first, second, third]))] == reports
+    assert report_of(EMPTY_MODEL_RUNNER_OUTPUT) == WorkerReport(), "vLLM's shared object stays as it is"

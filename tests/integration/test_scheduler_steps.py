@@ -21,8 +21,9 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from vllm_adapmoe.integration.reported_output import with_report
 from vllm_adapmoe.integration.scheduler import scheduler as ours
-from vllm_adapmoe.scheduling.report import StepReport, StepTimes
+from vllm_adapmoe.scheduling.report import StepReport, StepTimes, WorkerReport
 
 pytestmark = pytest.mark.versions
 
@@ -108,8 +109,8 @@ class Server:
         answer = ModelRunnerOutput(names, {name: index for index, name in enumerate(names)}, sampled)
         expected = {name: CLASSES[self.kinds[name]] for name in names}
         times = StepTimes(seconds, seconds * 0.9, 8, seconds * 0.8, prefill)
-        answer.expert_report = StepReport(SLOTS, self.resident, expected, [times])
-        for one in self.scheduler.update_from_output(output, answer).values():
+        report = WorkerReport(step=StepReport(SLOTS, self.resident, expected, [times]))
+        for one in self.scheduler.update_from_output(output, with_report(answer, report)).values():
             for result in one.outputs:
                 self.tokens[result.request_id] += [self.clock.now] * len(result.new_token_ids)
                 if result.finish_reason is not None:

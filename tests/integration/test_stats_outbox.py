@@ -2,14 +2,15 @@
 
 import pytest
 
-from vllm_adapmoe.integration.worker.stats_outbox import StatsOutbox
+from vllm_adapmoe.integration.scheduler.stats_outbox import StatsOutbox
+from vllm_adapmoe.scheduling.counters import StepCounters
 
 
-def step(hits: int, stall: float = 0.0, nbytes: int = 0, seconds: float = 0.0) -> dict:
-    return {
-        "hits": hits, "stall_seconds": stall, "fetched_bytes": nbytes, "fetch_seconds": seconds, "slots": 8,
-        "layer_hits": [hits, 0], "layer_resident": [hits, 1],
-    }  # fmt: skip
+def step(hits: int, stall: float = 0.0, nbytes: int = 0, seconds: float = 0.0) -> StepCounters:
+    return StepCounters(
+        hits=hits, stall_seconds=stall, fetched_bytes=nbytes, fetch_seconds=seconds, slots=8, layer_hits=[hits, 0],
+        layer_resident=[hits, 1],
+    )  # fmt: skip
 
 
 def test_what_is_sent_adds_up_to_what_was_counted():
@@ -21,7 +22,7 @@ def test_what_is_sent_adds_up_to_what_was_counted():
     assert first["hits"] == 3 and first["stall_seconds"] == [0.5] and first["layer_hits"] == [3, 0]
     outbox.add(step(5, 0.25), 1)
     outbox.add(step(7), 1)
-    outbox.add(None, 1)  # a step without a word of the cache
+    outbox.add(StepCounters(), 1)  # a step in which nothing was counted
     second = outbox.take(idle=False)
     assert second["hits"] == 12 and second["stall_seconds"] == [0.25, 0] and second["slots"] == 8
     assert "layer_hits" not in second, "layers wait for their second"

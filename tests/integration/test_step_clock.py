@@ -11,6 +11,7 @@ import torch
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_adapmoe.config import AdapMoEConfig
+from vllm_adapmoe.integration.worker.current_step import CurrentStep
 from vllm_adapmoe.integration.worker.step_clock import StepClock
 from vllm_adapmoe.integration.worker.worker import ExpertCacheWorker
 from vllm_adapmoe.integration.worker.worker_stats import CounterDelta
@@ -181,9 +182,8 @@ def test_a_worker_reports_what_steps_took_on_the_device_with_later_steps(clock, 
         resident=lambda: np.zeros((1, 4), dtype=bool),
     )  # fmt: skip
     vars(worker).update(
-        predictor=SimpleNamespace(experts=experts, begin_step=lambda rows: None), device_only=None, expert_cache=cache,
-        _loading=SimpleNamespace(in_step=False), _budget=None, _clock=clock, _since=CounterDelta(),
-        _config=AdapMoEConfig(),
+        predictor=SimpleNamespace(experts=experts, begin_step=lambda rows: None), expert_cache=cache,
+        current_step=CurrentStep(None, False), _clock=clock, _since=CounterDelta(), _config=AdapMoEConfig(),
     )  # fmt: skip
 
     def run(milliseconds: float, rows: int, stalled: float) -> list[StepTimes]:

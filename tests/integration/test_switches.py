@@ -140,12 +140,11 @@ print(json.dumps([
     assert with_plugin == without_plugin == unpatched["stock"]
     assert registered == []
     assert nothing == []
-    entry = "vllm_adapmoe.integration.entry"
+    integration = "vllm_adapmoe.integration"
     needed = {
         "vllm_adapmoe",
-        "vllm_adapmoe.integration",
-        entry,
-        *(f"{entry}.{name}" for name in ("plugin", "compat", "edits")),
+        integration,
+        *(f"{integration}.{name}" for name in ("compat", "entry", "entry.plugin", "entry.edits")),
     }
     assert set(imported) <= needed
 
@@ -335,7 +334,7 @@ def test_a_scheduler_that_does_not_listen_is_named():
 import logging
 from vllm.engine.arg_utils import EngineArgs
 from vllm_adapmoe.integration.scheduler.scheduler import ExpertCacheScheduler
-from vllm_adapmoe.integration.entry.switch import is_cache_aware
+from vllm_adapmoe.integration.scheduler.scheduler import is_cache_aware
 class Derived(ExpertCacheScheduler): pass
 for scheduler in ("vllm.v1.core.sched.scheduler.Scheduler", Derived):
     config = EngineArgs(

@@ -15,7 +15,8 @@ from tests.integration.test_switches import assert_one_line, python
 from tests.vllm_scan.__main__ import installed
 from tests.vllm_scan.damage import Scan
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.integration.entry import compat, edits, version_check
+from vllm_adapmoe.integration import compat
+from vllm_adapmoe.integration.entry import edits, version_check
 
 pytestmark = pytest.mark.versions
 
@@ -76,11 +77,11 @@ def test_an_older_one_is_refused_even_if_nothing_is_missing():
 
 
 def test_a_newer_one_that_asks_for_more_is_refused(monkeypatch):
-    from vllm_adapmoe.integration.worker.worker_stats import WithAttributes
+    from vllm_adapmoe.integration.reported_output import ReportedAsyncOutput
 
-    monkeypatch.setattr(WithAttributes, "__abstractmethods__", frozenset({"get_more"}))
+    monkeypatch.setattr(ReportedAsyncOutput, "__abstractmethods__", frozenset({"get_more"}))
     with pytest.raises(
-        AdapMoEError, match=r"vLLM 0\.35\.0 is not supported.*in WithAttributes, vLLM's get_more is missing"
+        AdapMoEError, match=r"vLLM 0\.35\.0 is not supported.*in ReportedAsyncOutput, vLLM's get_more is missing"
     ):
         version_check.check_version("0.35.0")
 
@@ -180,6 +181,7 @@ import torch
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.integration.loading.expert_loading import ExpertLoading, experts_base
+from vllm_adapmoe.integration.settings import EngineSettings
 
 class Substituted(RoutedExperts):
     def forward_modular(self, *args, **kwargs):
@@ -188,7 +190,7 @@ class Substituted(RoutedExperts):
 class Renamed(RoutedExperts):
     pass
 
-loading = ExpertLoading(AdapMoEConfig(), None)
+loading = ExpertLoading(EngineSettings(config=AdapMoEConfig()), None)
 for cls in Renamed, Substituted:
     try:
         type("Cached", (experts_base(), cls), {"loading": loading})()

@@ -10,7 +10,7 @@ from packaging.version import Version
 from tests.integration.test_versions import TREE, other_vllm
 from tests.vllm_scan.damage import Scan
 from tests.vllm_scan.tree import Tree
-from vllm_adapmoe.integration.entry.compat import REBOUND
+from vllm_adapmoe.integration.compat import REBOUND
 from vllm_adapmoe.integration.layers import slot_kernels
 
 
@@ -49,7 +49,7 @@ FAULTS = {
             "    @abstractmethod\n    def get_output(self)",
             "    @abstractmethod\n    def get_more(self): ...\n\n    @abstractmethod\n    def get_output(self)",
         ),
-        "WithAttributes has no AsyncModelRunnerOutput.get_more",
+        "ReportedAsyncOutput has no AsyncModelRunnerOutput.get_more",
     ),
     "parameter of an overridden method": (
         ("vllm/v1/core/sched/scheduler.py", "throttle_prefills: bool", "step: int, throttle_prefills: bool"),

@@ -56,19 +56,19 @@ def test_a_prompt_is_a_sweep_in_layer_order():
     def never(distance: int) -> PredictedExperts:
         raise AssertionError("a sweep asks no gate")
 
-    assert planner.begin_step(100, [], lambda *_: True) == every[0]
+    assert planner.plan_first_layers(100, [], lambda *_: True) == every[0]
     assert planner.plan(0, never, lambda _, sure: sure, under_way=8) == every[1]
     assert planner.plan(1, never, lambda *_: True, under_way=8) == every[2]
     assert planner.plan(-1, {1: said(5, 6)}.get, lambda *_: True, 0) == [(0, 5)]  # the step after it need not be one
-    assert planner.begin_step(0, [], lambda *_: True) == []
+    assert planner.plan_first_layers(0, [], lambda *_: True) == []
     assert planner.plan(0, {1: said(3, 4)}.get, lambda *_: True, 0) == [(1, 3)]
 
 
 def test_a_step_begins_with_what_its_requests_are_expected_to_use():
     planner = PrefetchPlanner([4] * 3, 2, lookahead=2, max_experts=1)
     chances = [np.array([0.2, 0.6, 0.95, 0.0]), np.array([0.7, 0.6, 0.1, 0.0])]
-    assert planner.begin_step(0, chances, lambda *_: True) == [(0, 2), (0, 1)]
-    assert planner.begin_step(0, chances, lambda key, sure: key[0] == 1) == [(1, 0)]
+    assert planner.plan_first_layers(0, chances, lambda *_: True) == [(0, 2), (0, 1)]
+    assert planner.plan_first_layers(0, chances, lambda key, sure: key[0] == 1) == [(1, 0)]
 
 
 def test_never_more_than_max_experts():
@@ -83,4 +83,4 @@ def test_layers_that_differ_in_experts_and_in_how_many_a_token_uses():
     planner.record(1, np.array([[7]]), np.ones((1, 1), dtype=bool))
     assert planner.plan(0, predicted.get, lambda key, _: key[0] == 2, 0) == [(2, 0), (2, 1)]
     planner.record(2, np.array([[1, 0]]), np.ones((1, 2), dtype=bool))
-    assert planner.begin_step(0, [np.array([0.9, 0.0, 0.0, 0.9])], lambda *_: True) == [(0, 0), (0, 3)]
+    assert planner.plan_first_layers(0, [np.array([0.9, 0.0, 0.0, 0.9])], lambda *_: True) == [(0, 0), (0, 3)]

@@ -75,7 +75,7 @@ def serve(max_delay: float, classes: list[int | None], steps: int = 2000):
     """
     shape = CacheShape([EXPERTS] * LAYERS, TOP_K, [0] * LAYERS, [1000] * LAYERS)
     controller = CacheController(shape, CacheSetup([SLOTS], "next_use"))
-    link = controller.transfers = VirtualLink(controller, Machine(1000 / LOAD))
+    link = VirtualLink(controller, Machine(1000 / LOAD))
     chance = random.Random(0)
     now, tokens, begun = 0.0, 0, 0.0
     last, longest = [0.0] * len(classes), [0.0] * len(classes)
@@ -102,6 +102,7 @@ def serve(max_delay: float, classes: list[int | None], steps: int = 2000):
         for layer in range(LAYERS):
             experts = np.flatnonzero(np.any([wanted[index][layer] for index in running], axis=0)).tolist()
             request = controller.begin(layer, experts)
+            link.submit(request)
             link.now = now
             link.run(now, [load.key for load in request.loads])
             now = link.now + COMPUTE / LAYERS

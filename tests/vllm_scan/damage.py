@@ -8,7 +8,7 @@ from inspect import Parameter
 
 from packaging.version import Version
 
-from vllm_adapmoe.integration.entry.compat import REBOUND, SHIMS
+from vllm_adapmoe.integration.compat import REBOUND, SHIMS
 from vllm_adapmoe.integration.entry.edits import EDITED, EngineFields, StatsFields
 from vllm_adapmoe.integration.entry.vllm_names import needs
 

@@ -2,21 +2,32 @@
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from vllm_adapmoe.cache.slot_maps import SlotMaps
 from vllm_adapmoe.cache.slots import SlotPool
 from vllm_adapmoe.cache.transfer import READERS, CacheClosed, TransferEngine
 from vllm_adapmoe.experts import ExpertKey
 from vllm_adapmoe.policy.controller import CacheController, CacheStats
 from vllm_adapmoe.policy.prefetch_planner import PredictExperts
-from vllm_adapmoe.policy.residency import State
+from vllm_adapmoe.policy.residency import Request, State
 from vllm_adapmoe.store.base import ExpertStore, ExpertsUnavailable
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Acquisition:
+    """Experts of one event, or of one wave of it, whose loads have been issued (`ExpertCacheManager.begin`)."""
+
+    layer: int
+    experts: Sequence[int]
+    request: Request
 
 
 class ExpertCacheManager:
@@ -55,11 +66,7 @@ class ExpertCacheManager:
             SlotPool(layout, residency.num_slots, device)
             for layout, residency in zip(layouts, controller.pools, strict=True)
         ]
-        self.slot_maps = [
-            torch.full((store.num_experts(layer),), -1, dtype=torch.int32) for layer in range(store.num_layers)
-        ]
-        """Slot of each expert, -1 if not resident: per layer, on the host, int32 `[num_experts]`."""
-        self._maps = [slot_map.numpy() for slot_map in self.slot_maps]
+        self.slot_maps = SlotMaps([store.num_experts(layer) for layer in range(store.num_layers)])
         self.closed = False
         self._follow(controller, link_gbps)
 
@@ -67,22 +74,15 @@ class ExpertCacheManager:
         self.controller = controller
         self._link_gbps = link_gbps
         link = None if link_gbps is None else link_gbps * 1e9
-        self.transfers = controller.transfers = TransferEngine(
-            controller, self.pools, self.store, self.readers, link, self.reader_cpus, self._left, self._arrived
+        self.slot_maps.clear()
+        self.transfers = TransferEngine(
+            controller, self.pools, self.store, self.slot_maps, self.readers, link, self.reader_cpus
         )
-
-    def _left(self, key: ExpertKey) -> None:
-        self._maps[key[0]][key[1]] = -1
-
-    def _arrived(self, key: ExpertKey, slot: int) -> None:
-        self._maps[key[0]][key[1]] = slot
 
     def restart(self, controller: CacheController, link_gbps: float | None) -> None:
         """Restarts the cache between two steps, with another controller, empty slots and the controller's counters."""
         self._check()
         self.transfers.close()
-        for slot_map in self.slot_maps:
-            slot_map.fill_(-1)
         self._follow(controller, link_gbps)
 
     def resize(self, controller: CacheController, link_gbps: float | None) -> None:
@@ -98,8 +98,6 @@ class ExpertCacheManager:
             torch.cuda.empty_cache()
         for layout, residency in zip(layouts, controller.pools, strict=True):
             self.pools.append(SlotPool(layout, residency.num_slots, device))
-        for slot_map in self.slot_maps:
-            slot_map.fill_(-1)
         self._follow(controller, link_gbps)
 
     def replace_store(self, store: ExpertStore) -> None:
@@ -115,8 +113,6 @@ class ExpertCacheManager:
         before, controller = self.controller, self.controller.anew()
         controller.stats = before.stats
         controller.layer_hits, controller.layer_misses = before.layer_hits, before.layer_misses
-        for slot_map in self.slot_maps:
-            slot_map.fill_(-1)
         self._follow(controller, self._link_gbps)
 
     def _check(self) -> None:
@@ -150,82 +146,85 @@ class ExpertCacheManager:
     def num_resident(self) -> int:
         return sum(pool.num_slots - len(pool.free) for pool in self.controller.pools)
 
-    def acquire(
+    def begin(
         self,
         layer: int,
         experts: Sequence[int],
-        present: Sequence[int] = (),
-        meanwhile: Callable[[], None] | None = None,
+        event_experts: Sequence[int] = (),
         expected: np.ndarray | None = None,
-    ) -> torch.Tensor:
-        """Makes the distinct `experts` of `layer` resident together, and returns the layer's slot map.
-
-        Blocks until all are loaded, and pins them until `release`.
+    ) -> Acquisition:
+        """Pins the distinct `experts` of `layer` until `release`, and issues the loads of those that are missing.
 
         Args:
             layer: MoE layer index.
             experts: at most `capacity(layer)`.
-            present: experts of all waves of the event, if there are several.
-            meanwhile: called once the loads have been issued, before waiting for them.
+            event_experts: experts of all waves of the event, if there are several.
             expected: as in `CacheController.begin`.
+
+        Raises:
+            CacheClosed: the cache is closed.
+            Exception: a fatal error of the transfers, e.g. of CUDA; every later call raises it again.
+            RuntimeError: called within `quiet`.
+        """
+        with self.transfers.lock:
+            self._check()
+            request = self.controller.begin(layer, experts, event_experts, expected)
+            self.transfers.submit(request)
+        for load in (*request.loads, *request.promoted, *request.awaited):
+            self.slot_maps.evict(load.evicted)
+        for load in request.promoted:
+            self.slot_maps.place(load.key, load.slot)
+        return Acquisition(layer, experts, request)
+
+    def arrivals(self, acquisition: Acquisition) -> Iterator[list[int]]:
+        """Yields the experts of an acquisition as they become resident: first those that already were.
+
+        `slot_maps[layer]` holds the slots of those yielded so far. Consume the iterator to its end.
 
         Raises:
             ExpertsUnavailable: records could not be read; their slots are free again, and nothing is pinned.
             CacheClosed: the cache was closed before the experts were loaded.
-            Exception: a fatal error of the transfers, e.g. of CUDA; every later call raises it again.
-            RuntimeError: called within `quiet`.
+            Exception: as in `begin`.
         """
-        for _ in self.arrivals(layer, experts, present, meanwhile, expected):
-            pass
-        return self.slot_maps[layer]
-
-    def arrivals(
-        self,
-        layer: int,
-        experts: Sequence[int],
-        present: Sequence[int] = (),
-        meanwhile: Callable[[], None] | None = None,
-        expected: np.ndarray | None = None,
-    ) -> Iterator[list[int]]:
-        """Acquires experts like `acquire`, but yields them as they become resident: first those that already were.
-
-        `slot_maps[layer]` holds the slots of those yielded so far. Consume the iterator to its end; all experts stay
-        pinned until `release`.
-        """
-        slot_map = self._maps[layer]
-        with self.transfers.lock:
-            self._check()
-            request = self.controller.begin(layer, experts, present, expected)
-        for load in (*request.loads, *request.promoted, *request.awaited):
-            if load.evicted is not None:
-                self._maps[load.evicted[0]][load.evicted[1]] = -1
-        for load in request.promoted:
-            slot_map[load.key[1]] = load.slot
-        if meanwhile is not None:
-            meanwhile()
-        there = [key[1] for key in request.hits] + [load.key[1] for load in request.promoted]
-        if there:
-            yield there
+        request = acquisition.request
+        resident = [key[1] for key in request.hits] + [load.key[1] for load in request.promoted]
+        if resident:
+            yield resident
         waiting = {load.key: load for load in (*request.loads, *request.awaited)}
         failed: dict[int, Exception] = {}
         while waiting:
-            ended = self._wait(waiting)
-            there = []
-            for key, failure in ended.items():
+            arrived = []
+            for key, failure in self._wait(waiting).items():
                 load = waiting.pop(key)
                 if failure is None:
-                    slot_map[key[1]] = load.slot
-                    there.append(key[1])
+                    self.slot_maps.place(key, load.slot)
+                    arrived.append(key[1])
                 else:
                     failed[key[1]] = failure
-            if there and not failed:
-                yield there
+            if arrived and not failed:
+                yield arrived
         if failed:
-            self.release(layer, experts)
+            self.release(acquisition.layer, acquisition.experts)
             first = next(iter(failed.values()))
             if self.closed:
                 raise CacheClosed from first
             raise ExpertsUnavailable(str(first), list(failed)) from first
+
+    def acquire(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        event_experts: Sequence[int] = (),
+        expected: np.ndarray | None = None,
+    ) -> torch.Tensor:
+        """Makes experts resident together, and returns the layer's slot map: `begin`, then all `arrivals`."""
+        return self.wait(self.begin(layer, experts, event_experts, expected))
+
+    def wait(self, acquisition: Acquisition) -> torch.Tensor:
+        """Blocks until all experts of an acquisition are resident; returns the layer's slot map."""
+        for _ in self.arrivals(acquisition):
+            pass
+        return self.slot_maps[acquisition.layer]
 
     def _wait(self, waiting: Collection[ExpertKey]) -> dict[ExpertKey, Exception | None]:
         """Blocks until at least one of those loads has ended; returns the error, or None, of each that has."""
@@ -261,9 +260,7 @@ class ExpertCacheManager:
         with self.transfers.lock:
             self._check()
             self.transfers.frozen += 1
-            slots = np.full((len(self._maps), max(map(len, self._maps))), -1, dtype=np.int32)
-            for row, slot_map in zip(slots, self._maps, strict=True):
-                row[: len(slot_map)] = slot_map
+            slots = self.slot_maps.copy()
             for pool in self.controller.pools:
                 for key, entry in pool.speculative.items():
                     if entry.state is State.STAGED:
@@ -306,8 +303,8 @@ class ExpertCacheManager:
         requested meanwhile start afterwards.
 
         Raises:
-            RuntimeError: when entered within itself; within it, also raised by what requests experts (`acquire`,
-                `arrivals`, `frozen`, `whole_layer`, `restart`), which would wait for transfers or record events.
+            RuntimeError: when entered within itself; within it, also raised by what requests experts (`begin`,
+                `acquire`, `frozen`, `whole_layer`, `restart`), which would wait for transfers or record events.
         """
         transfers = self.transfers
         with transfers.lock:
@@ -331,15 +328,13 @@ class ExpertCacheManager:
         missed = []
         with self.transfers.lock:
             self.transfers.check()
-            for layer, experts, there in events:
-                for load in self.controller.record_in_place(layer, experts, there):
-                    if load.evicted is not None:
-                        self._left(load.evicted)
-                    self._arrived(load.key, load.slot)
-                missed += [(layer, expert) for expert in experts if expert not in there]
-            self.controller.backfill(missed)
-        if not self.transfers.threads:
-            self._speculate_here()
+            for layer, experts, resident in events:
+                for load in self.controller.record_in_place(layer, experts, resident):
+                    self.slot_maps.evict(load.evicted)
+                    self.slot_maps.place(load.key, load.slot)
+                missed += [(layer, expert) for expert in experts if expert not in resident]
+            self.transfers.speculate(self.controller.backfill(missed))
+        self._speculate_here()
 
     def prefetch(
         self, layer: int, routing: tuple[np.ndarray, np.ndarray] | None, predict_experts: PredictExperts
@@ -347,41 +342,37 @@ class ExpertCacheManager:
         """Records routing and queues prefetches (`CacheController.prefetch`)."""
         with self.transfers.lock:
             self.transfers.check()
-            self.controller.prefetch(layer, routing, predict_experts)
-        if not self.transfers.threads:
-            self._speculate_here()
+            self.transfers.speculate(self.controller.prefetch(layer, routing, predict_experts))
+        self._speculate_here()
+
+    def prefetch_first_layers(self, prompt_tokens: int, chances: Sequence[np.ndarray]) -> None:
+        """Queues prefetches for a step that is about to run (`CacheController.prefetch_first_layers`)."""
+        with self.transfers.lock:
+            self.transfers.check()
+            self.transfers.speculate(self.controller.prefetch_first_layers(prompt_tokens, chances))
+        self._speculate_here()
 
     def _speculate_here(self) -> None:
-        while True:
+        """Moves what is queued in this thread, if there are no reader threads."""
+        while not self.transfers.threads:
             with self.transfers.lock:
                 job = self.transfers.next_idle(beside_demand=True)
             if job is None:
                 return
             self.transfers.run(job)
 
-    def begin_step(self, prompt_tokens: int, chances: Sequence[np.ndarray]) -> None:
-        """Queues prefetches for the first layers of a step (`CacheController.begin_step`)."""
-        with self.transfers.lock:
-            self.transfers.check()
-            self.controller.begin_step(prompt_tokens, chances)
-        if not self.transfers.threads:
-            self._speculate_here()
-
     def resident(self) -> np.ndarray:
         """Returns which experts are resident, bool `[layers, experts]`; False beyond the experts of a smaller layer."""
-        resident = np.zeros((len(self._maps), max(map(len, self._maps))), dtype=bool)
-        for row, slot_map in zip(resident, self._maps, strict=True):
-            np.greater_equal(slot_map, 0, out=row[: len(slot_map)])
-        return resident
+        return self.slot_maps.copy() >= 0
 
-    def present(self, layer: int) -> torch.Tensor:
+    def resident_or_loading(self, layer: int) -> torch.Tensor:
         """Returns which experts of a layer are resident, staged or being prefetched, host bool `[num_experts]`."""
         with self.transfers.lock:
             staged = [key[1] for key, entry in self.controller.residency(layer).speculative.items()
                       if key[0] == layer and entry.slot >= 0 and not entry.cancelled]  # fmt: skip
-        present = self.slot_maps[layer] >= 0
-        present[staged] = True
-        return present
+        experts = self.slot_maps[layer] >= 0
+        experts[staged] = True
+        return experts
 
     def close(self) -> None:
         """Ends the readers, and closes the store once no kernel reads it in place any more."""

@@ -5,13 +5,14 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
+from vllm_adapmoe.cache.slot_maps import SlotMaps
 from vllm_adapmoe.cache.slots import SlotPool
 from vllm_adapmoe.experts import ExpertKey
 from vllm_adapmoe.policy.controller import CacheController
-from vllm_adapmoe.policy.residency import Load, State
+from vllm_adapmoe.policy.residency import Request, State
 from vllm_adapmoe.policy.tiles import tile_bytes
 from vllm_adapmoe.store.base import ExpertStore, StoreError
 
@@ -73,11 +74,11 @@ class TransferEngine:
         controller: called when a speculative load starts and when a transfer ends.
         pools: memory of the slots.
         store: backing store.
+        slot_maps: where speculative loads record what they evict, and background loads what they make resident; with
+            `lock` held.
         readers: number of threads; 0: the waiting thread moves everything itself, in order of submission.
         link_bytes_per_second: simulated bandwidth limit of the link; None: no limit.
         cpus: CPUs that the threads run on; None: those of the creating thread.
-        left: called, with `lock` held, with the expert that a speculative load has evicted.
-        arrived: called, with `lock` held, with an expert that a background load has made resident, and its slot.
     """
 
     def __init__(
@@ -85,14 +86,13 @@ class TransferEngine:
         controller: CacheController,
         pools: list[SlotPool],
         store: ExpertStore,
+        slot_maps: SlotMaps,
         readers: int = READERS,
         link_bytes_per_second: float | None = None,
         cpus: Collection[int] | None = None,
-        left: Callable[[ExpertKey], None] | None = None,
-        arrived: Callable[[ExpertKey, int], None] | None = None,
     ) -> None:
         self.controller = controller
-        self.left, self.arrived = left, arrived
+        self.slot_maps = slot_maps
         self.pools = pools
         self.store = store
         self.link = None if link_bytes_per_second is None else LinkLimit(link_bytes_per_second)
@@ -125,12 +125,16 @@ class TransferEngine:
         for thread in self.threads:
             thread.start()
 
-    # Called by the controller
+    # Called by the manager
 
-    def demand(self, load: Load) -> None:
-        self._queue_urgent(Job(load.key, urgent=True, slot=load.slot))
+    def submit(self, request: Request) -> None:
+        """Queues an event's demand loads, and gives the loads in flight that it awaits demand priority."""
+        for load in request.awaited:
+            self._promote(load.key)
+        for load in request.loads:
+            self._queue_urgent(Job(load.key, urgent=True, slot=load.slot))
 
-    def promote(self, key: ExpertKey) -> None:
+    def _promote(self, key: ExpertKey) -> None:
         job = self.jobs[key]
         job.urgent = True
         if job in self.idle:  # between two tiles: no thread runs it
@@ -139,9 +143,11 @@ class TransferEngine:
         else:
             self.demanding += 1
 
-    def speculate(self, key: ExpertKey) -> None:
-        self.idle.append(Job(key, urgent=False))
-        self.changed.notify()
+    def speculate(self, keys: Sequence[ExpertKey]) -> None:
+        """Queues experts to load while no demand load is pending."""
+        for key in keys:
+            self.idle.append(Job(key, urgent=False))
+            self.changed.notify()
 
     def _queue_urgent(self, job: Job) -> None:
         self._count_time()
@@ -170,8 +176,7 @@ class TransferEngine:
                 if load is None:
                     continue
                 job.slot = load.slot
-                if load.evicted is not None and self.left is not None:
-                    self.left(load.evicted)
+                self.slot_maps.evict(load.evicted)
                 self._count_time()
                 self.jobs[job.key] = job
             job.beside = True
@@ -267,8 +272,8 @@ class TransferEngine:
         if job.urgent:
             self.demanding -= 1
         state = self.controller.transfer_ended(job.key, job.moved, complete)
-        if state is State.RESIDENT and not job.urgent and self.arrived is not None:
-            self.arrived(job.key, job.slot)
+        if state is State.RESIDENT and not job.urgent:
+            self.slot_maps.place(job.key, job.slot)
         if error is not None and not isinstance(error, (StoreError, OSError)) and not self.closing:
             self._fail(error)
         elif job.urgent and not complete:

@@ -6,7 +6,7 @@ An event is one MoE layer's request for the distinct experts of one step.
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -103,21 +103,11 @@ class CacheSetup:
         return max(0, min(self.max_experts, slots // 8, slots - num_experts)) if self.lookahead else 0
 
 
-class Transfers(Protocol):
-    """Interface that moves experts: demand loads before speculative ones, each kind in order of submission."""
-
-    def demand(self, load: Load) -> None:
-        """Loads an expert that a layer waits for."""
-
-    def promote(self, key: ExpertKey) -> None:
-        """Gives a load in flight demand priority, because a layer now waits for it."""
-
-    def speculate(self, key: ExpertKey) -> None:
-        """Loads a queued expert when no demand load is pending: `start_speculation`, then `transfer_ended`."""
-
-
 class CacheController:
     """Decides for all pools what is resident and what is prefetched, and counts.
+
+    Every decision is returned; `ExpertCacheManager`, or a replay, carries it out and reports back with
+    `start_speculation` and `transfer_ended`.
 
     Args:
         shape: the model's experts.
@@ -162,7 +152,6 @@ class CacheController:
         """Hits and misses of each layer, counted as in `stats`."""
         self.staged: dict[ExpertKey, int] = {}
         """Bytes transferred for each staged expert; without the record's padding where the store does not move it."""
-        self.transfers: Transfers
 
     def anew(self) -> "CacheController":
         """Returns a controller of the same setup, with nothing resident and all counters at zero."""
@@ -204,24 +193,24 @@ class CacheController:
         self,
         layer: int,
         experts: Sequence[int],
-        present: Sequence[int] = (),
+        event_experts: Sequence[int] = (),
         expected: np.ndarray | None = None,
     ) -> Request:
-        """Handles one event, or one wave of it: pins `experts` and issues the loads of those that are missing.
+        """Handles one event, or one wave of it: pins `experts`, and returns which of them have to be loaded.
 
         Args:
             layer: MoE layer index.
             experts: distinct ids, at most the pool's capacity.
-            present: experts of all waves of the event, if there are several.
+            event_experts: experts of all waves of the event, if there are several.
             expected: float `[experts]`, with the event's first wave: the chance that the layer's next event uses each
                 expert, as predicted from this event's tokens.
         """
-        if self.allocation == "trace" and (not present or experts[0] == present[0]):
-            self._follow_traffic(layer, present or experts)
+        if self.allocation == "trace" and (not event_experts or experts[0] == event_experts[0]):
+            self._follow_traffic(layer, event_experts or experts)
         residency = self.residency(layer)
         if expected is not None:
             residency.policy.expect(layer, expected)
-        request = residency.request(layer, experts, present)
+        request = residency.request(layer, experts, event_experts)
         stats = self.stats
         hits, misses = len(request.hits) + len(request.promoted), len(request.loads) + len(request.awaited)
         stats.hits += hits
@@ -232,20 +221,17 @@ class CacheController:
         stats.late += len(request.awaited)
         for load in request.promoted:
             del self.staged[load.key]
-        for load in request.awaited:
-            self.transfers.promote(load.key)
         for load in request.loads:
-            self._left(load.evicted)
-            self.transfers.demand(load)
+            self._count_wasted(load.evicted)
         return request
 
-    def record_in_place(self, layer: int, experts: Sequence[int], there: Collection[int]) -> list[Load]:
+    def record_in_place(self, layer: int, experts: Sequence[int], resident: Collection[int]) -> list[Load]:
         """Records one event that has run without waiting (`DeferredRouting`).
 
         Args:
             layer: MoE layer index.
             experts: distinct ids.
-            there: those that it found in slots; it read the others in host memory.
+            resident: those that it found in slots; it read the others in host memory.
 
         Returns:
             Experts that were staged and are resident now.
@@ -253,7 +239,7 @@ class CacheController:
         if self.allocation == "trace":
             self._follow_traffic(layer, experts)
         promoted = self.residency(layer).record_in_place(layer, experts)
-        stats, hits = self.stats, len(there)
+        stats, hits = self.stats, len(resident)
         misses = len(experts) - hits
         stats.hits += hits
         stats.misses += misses
@@ -261,22 +247,23 @@ class CacheController:
         self.layer_hits[layer] += hits
         self.layer_misses[layer] += misses
         for load in promoted:
-            self._left(load.evicted)
-            stats.prefetch_hits += load.key[1] in there
+            self._count_wasted(load.evicted)
+            stats.prefetch_hits += load.key[1] in resident
             del self.staged[load.key]
         return promoted
 
-    def backfill(self, missed: Sequence[ExpertKey]) -> None:
-        """Queues loads of some of the experts that a step has read in place, the highest scores first.
+    def backfill(self, missed: Sequence[ExpertKey]) -> list[ExpertKey]:
+        """Queues loads of some of the experts that a step has read in place, and returns these: the highest scores.
 
         Not of all: the copies share the link with what later steps read in place.
         """
+        queued: list[ExpertKey] = []
         most = math.ceil(len(missed) * CATCH_UP)
         scores = [pool.policy.scores() for pool in self.pools]
         for key in sorted(missed, key=lambda key: (-scores[self.pool_of[key[0]]][key], key)):
-            if most and self.residency(key[0]).want_used(key):
-                self.transfers.speculate(key)
-                most -= 1
+            if len(queued) < most and self.residency(key[0]).request_backfill(key):
+                queued.append(key)
+        return queued
 
     def release(self, layer: int, experts: Sequence[int]) -> None:
         """Unpins these experts: the kernel that reads them has been launched, and they may be evicted."""
@@ -306,36 +293,35 @@ class CacheController:
             if entry.state in (State.QUEUED, State.LOADING) and not entry.cancelled
         )
         planner = self.planner
-        return self._speculate(lambda request: planner.plan(layer, predict_experts, request, under_way))
+        return self._queue(lambda request: planner.plan(layer, predict_experts, request, under_way))
 
-    def begin_step(self, prompt_tokens: int, chances: Sequence[np.ndarray]) -> None:
-        """Queues prefetches for the first layers of a step that is about to run (`PrefetchPlanner.begin_step`)."""
-        if self.planner is not None:
-            planner = self.planner
-            self._speculate(lambda request: planner.begin_step(prompt_tokens, chances, request))
+    def prefetch_first_layers(self, prompt_tokens: int, chances: Sequence[np.ndarray]) -> list[ExpertKey]:
+        """Queues prefetches for the first layers of a step that is about to run (`PrefetchPlanner.plan_first_layers`).
 
-    def _speculate(self, plan: Callable[[RequestPrefetch], object]) -> list[ExpertKey]:
-        """Queues the experts that a plan requests, and returns them.
-
-        What a plan queues before it fails is loaded all the same: a layer that requests it would wait for it.
+        Returns:
+            The queued experts; none without prefetch.
         """
+        if self.planner is None:
+            return []
+        planner = self.planner
+        return self._queue(lambda request: planner.plan_first_layers(prompt_tokens, chances, request))
+
+    def _queue(self, plan: Callable[[RequestPrefetch], list[ExpertKey]]) -> list[ExpertKey]:
+        """Returns the experts that a plan queues. If it fails, queues none: a layer would wait for them forever."""
         queued: list[ExpertKey] = []
 
         def request_prefetch(key: ExpertKey, sure: bool) -> bool:
-            if not self._want(key, sure):
+            if not self.held[key] or not self.residency(key[0]).request_prefetch(key, sure):
                 return False
             queued.append(key)
             return True
 
         try:
-            plan(request_prefetch)
-        finally:
+            return plan(request_prefetch)
+        except BaseException:
             for key in queued:
-                self.transfers.speculate(key)
-        return queued
-
-    def _want(self, key: ExpertKey, sure: bool) -> bool:
-        return bool(self.held[key]) and self.residency(key[0]).request_prefetch(key, sure)
+                self.residency(key[0]).unqueue(key)
+            raise
 
     def start_speculation(self, key: ExpertKey) -> Load | None:
         """Assigns a slot to a queued expert whose transfer can start; None if it is not to be loaded any more."""
@@ -345,10 +331,10 @@ class CacheController:
             speculative = residency.entries[key].speculative
             self.stats.prefetches += speculative
             self.stats.caught_up += not speculative
-            self._left(load.evicted)
+            self._count_wasted(load.evicted)
         return load
 
-    def _left(self, key: ExpertKey | None) -> None:
+    def _count_wasted(self, key: ExpertKey | None) -> None:
         """Counts an evicted expert as a wasted prefetch if it was still staged."""
         if key in self.staged:
             self.stats.prefetches_wasted += 1

@@ -73,7 +73,7 @@ class PrefetchPlanner:
         left_out = (1 - min(1.0, self.top_k / self.num_experts[layer])) ** self.prompt_tokens
         return left_out <= SWEEP_MISSES
 
-    def begin_step(
+    def plan_first_layers(
         self, prompt_tokens: int, chances: Sequence[np.ndarray], request: RequestPrefetch
     ) -> list[ExpertKey]:
         """Requests prefetches before a step, for the first layer first; returns those queued.

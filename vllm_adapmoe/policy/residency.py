@@ -128,7 +128,7 @@ class Residency:
         entry = self.entries.get(key)
         return State.ABSENT if entry is None or entry.cancelled else entry.state
 
-    def request(self, layer: int, experts: Sequence[int], present: Iterable[int] = ()) -> Request:
+    def request(self, layer: int, experts: Sequence[int], event_experts: Iterable[int] = ()) -> Request:
         """Handles one event: assigns slots to distinct `experts`, at most `capacity`, and pins them until `release`.
 
         None of them is evicted for another, so all are resident when the layer's kernel runs. A load counts as resident
@@ -137,12 +137,12 @@ class Residency:
         Args:
             layer: MoE layer index.
             experts: experts of this event, or of this wave of it.
-            present: experts of all waves of the event; prefetches of them are not mispredicted.
+            event_experts: experts of all waves of the event; prefetches of them are not mispredicted.
         """
         assert len(experts) <= self.capacity, f"{len(experts)} experts requested of {self.capacity} slots"
         self.policy.record(layer, experts)
         request = Request()
-        self._withdraw(layer, {*experts, *present}, request)
+        self._withdraw(layer, {*experts, *event_experts}, request)
         missing: list[tuple[ExpertKey, Entry | None]] = []
         for expert in experts:
             key = layer, expert
@@ -156,7 +156,7 @@ class Residency:
                 request.awaited.append(Load(key, entry.slot))
             else:
                 if entry is not None:  # queued: a demand load replaces it
-                    self._unqueue(key)
+                    self.unqueue(key)
                 missing.append((key, None))
                 continue
             self._pin(key, entry)
@@ -204,7 +204,7 @@ class Residency:
         """Returns whether all `experts` of `layer` are resident and none is pinned."""
         return bool(self.evictable[layer, :experts].all())
 
-    def want_used(self, key: ExpertKey) -> bool:
+    def request_backfill(self, key: ExpertKey) -> bool:
         """Queues a background load of an expert that was read in place; returns False if it already has an entry.
 
         Whether a slot can be freed for it is decided when its load starts.
@@ -250,7 +250,7 @@ class Residency:
         if self.speculating >= self.staging:
             evicted = self._stale()
             if evicted is None and not (entry.sure and self._may_displace()):
-                self._unqueue(key)
+                self.unqueue(key)
                 return None
             if evicted is None and not self.free:
                 evicted = self._victim(key[0], spared=key[0])
@@ -264,13 +264,13 @@ class Residency:
         evicted = None
         held = self.speculating + self.catching_up
         if self.catching_up >= self.most_catching_up or held >= self.most_speculating:
-            self._unqueue(key)
+            self.unqueue(key)
             return None
         if self.residents >= self.capacity or not self.free:
             scores = self.policy.scores()
             evicted = self._victim(key[0]) if self.evictable.any() else None
             if evicted is None or scores[evicted] >= scores[key]:
-                self._unqueue(key)
+                self.unqueue(key)
                 return None
             self._drop(evicted)
         del self.speculative[key]
@@ -323,11 +323,12 @@ class Residency:
                 continue
             request.cancelled.append(key)
             if entry.state is State.QUEUED:
-                self._unqueue(key)
+                self.unqueue(key)
             else:
                 entry.cancelled = True
 
-    def _unqueue(self, key: ExpertKey) -> None:
+    def unqueue(self, key: ExpertKey) -> None:
+        """Withdraws a queued load."""
         del self.entries[key], self.speculative[key]
 
     def _make_room(self, layer: int, slot: bool) -> ExpertKey | None:

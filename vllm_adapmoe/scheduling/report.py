@@ -1,7 +1,9 @@
-"""StepReport: what a worker reports about its expert cache after every step."""
+"""WorkerReport: what a worker reports to the scheduler with every step's output."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from vllm_adapmoe.scheduling.counters import StepCounters
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,18 @@ class StepReport:
     times: Sequence[StepTimes] = ()
     """Times of the steps that have ended since the last report, in order: on the CPU this step, on a GPU earlier ones,
     since this one has only been launched."""
+
+
+@dataclass(frozen=True)
+class WorkerReport:
+    """Everything that a worker reports with a step's output."""
+
+    counters: StepCounters | None = None
+    """None: nothing was counted."""
+    failed_requests: tuple[str, ...] = ()
+    """Requests to be ended, because experts that they need cannot be read."""
+    step: StepReport | None = None
+    """What the scheduler plans with; None without a cache, or with `scheduler.enabled=false`."""
 
 
 def runs_prompt(rows: Mapping[str, int], drafts: Mapping[str, Sequence[int]]) -> bool:

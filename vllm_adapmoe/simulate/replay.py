@@ -12,7 +12,7 @@ from vllm_adapmoe.experts import ExpertKey
 from vllm_adapmoe.policy.controller import CacheController, CacheSetup
 from vllm_adapmoe.policy.eviction import EvictionPolicy
 from vllm_adapmoe.policy.prefetch_planner import PredictExperts
-from vllm_adapmoe.policy.residency import Load, waves
+from vllm_adapmoe.policy.residency import Request, waves
 from vllm_adapmoe.policy.tiles import tile_bytes
 from vllm_adapmoe.simulate.trace import Step, Steps, TraceInfo
 
@@ -45,20 +45,23 @@ class VirtualLink:
         self.under_way: tuple[ExpertKey, int, float] | None = None
         """Tile in flight: its expert, its bytes, and its time of arrival."""
 
-    def demand(self, load: Load) -> None:
-        self.left[load.key] = self.controller.expert_bytes[load.key[0]]
-        self.urgent.append(load.key)
-        if self.machine.bandwidth is None:
-            self._end(self.urgent, load.key)
+    def submit(self, request: Request) -> None:
+        """Queues an event's demand loads, and gives the loads in flight that it awaits demand priority."""
+        for load in request.awaited:
+            self.idle.remove(load.key)
+            self.urgent.append(load.key)
+        for load in request.loads:
+            self.left[load.key] = self.controller.expert_bytes[load.key[0]]
+            self.urgent.append(load.key)
+            if self.machine.bandwidth is None:
+                self._end(self.urgent, load.key)
 
-    def promote(self, key: ExpertKey) -> None:
-        self.idle.remove(key)
-        self.urgent.append(key)
-
-    def speculate(self, key: ExpertKey) -> None:
-        self.idle.append(key)
-        if self.machine.bandwidth is None and self._start(key):
-            self._end(self.idle, key)
+    def speculate(self, keys: Sequence[ExpertKey]) -> None:
+        """Queues experts to load while no demand load is pending."""
+        for key in keys:
+            self.idle.append(key)
+            if self.machine.bandwidth is None and self._start(key):
+                self._end(self.idle, key)
 
     def _start(self, key: ExpertKey) -> bool:
         if key in self.left:
@@ -142,13 +145,15 @@ def replay(
     """
     machine = machine or Machine()
     controller = CacheController(info.shape, setup, eviction)
-    link = controller.transfers = VirtualLink(controller, machine)
+    link = VirtualLink(controller, machine)
     time = 0.0
     foreseen = tokens = 0
     ends = [0.0]
     for step in steps:
         tokens += len(step.positions)
-        controller.begin_step(step.prompt_tokens, () if step.begin is None else list(step.begin))
+        link.speculate(
+            controller.prefetch_first_layers(step.prompt_tokens, () if step.begin is None else list(step.begin))
+        )
         for layer in range(len(info.num_experts)):
             ids, kept = step.ids[layer], step.weights[layer] > 0
             experts = np.flatnonzero(np.bincount(ids[kept], minlength=1)).tolist()
@@ -157,8 +162,9 @@ def replay(
                 link.run(time)
                 expected = step.expected.get(layer) if wave == 0 else None
                 request = controller.begin(layer, group, experts if len(groups) > 1 else (), expected)
+                link.submit(request)
                 if wave == 0 and controller.planner is not None:
-                    controller.prefetch(layer, (ids, kept), _predict_experts(step, layer))
+                    link.speculate(controller.prefetch(layer, (ids, kept), _predict_experts(step, layer)))
                 if controller.planner is not None and request.loads:
                     said = _predicted_experts(step, layer, setup.lookahead)
                     foreseen += sum(load.key[1] in said for load in request.loads)
@@ -172,7 +178,7 @@ def replay(
             time += machine.layer_seconds
         if controller.planner is not None and (-1, 1) in step.predicted:  # prediction for the next step's first layer
             link.run(time)
-            controller.prefetch(-1, None, _predict_experts(step, -1))
+            link.speculate(controller.prefetch(-1, None, _predict_experts(step, -1)))
         time += machine.step_seconds
         link.run(time)
         ends.append(time)

@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import Field
 from safetensors.numpy import save
 
-from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.config import AdapMoEError, PrefetchConfig
 from vllm_adapmoe.experts import CacheShape
 from vllm_adapmoe.policy.prediction import PredictedExperts
 from vllm_adapmoe.profile.model_profile import MOST_EXPERTS, MOST_LAYERS, MOST_TOP_K
@@ -33,9 +33,15 @@ FRAME_BYTES = 1 << 28
 """Maximum size of a frame's arrays: enough for 119,000 tokens of 94 layers that choose 8 experts."""
 SAMPLE = 64
 """Maximum rows per step for which predictions are made; a larger step is sampled at every n-th row."""
-
+TRACE_LOOKAHEAD = 4
+"""Minimum number of later layers that a trace has predictions for."""
 
 PerLayer = Field(min_length=1, max_length=MOST_LAYERS, fail_fast=True)
+
+
+def layers_ahead(prefetch: PrefetchConfig, tracing: bool) -> int:
+    """Returns the number of later layers to predict; at least `TRACE_LOOKAHEAD` for a trace, as replays may vary it."""
+    return max(TRACE_LOOKAHEAD, prefetch.lookahead) if tracing else prefetch.lookahead
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
-from vllm_adapmoe.integration.entry.compat import adapmoe_settings
+from vllm_adapmoe.integration.compat import is_switched_on
 
 
 @dataclasses.dataclass
@@ -87,7 +87,7 @@ def edit_engine_args(module: ModuleType) -> None:
     @functools.wraps(create_engine_config)
     def with_moe_method(self: Any, *args: Any, **kwargs: Any) -> Any:
         config = create_engine_config(self, *args, **kwargs)
-        if self.moe_method or self.adapmoe_config is not None or adapmoe_settings(config) is not None:
+        if self.moe_method or self.adapmoe_config is not None or is_switched_on(config):
             from vllm_adapmoe.integration.entry.plugin import switch_on
 
             switch_on(self, config)

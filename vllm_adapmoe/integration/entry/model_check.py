@@ -11,12 +11,12 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
-from vllm_adapmoe.integration.entry.compat import old_ray_executor_chosen
-from vllm_adapmoe.integration.entry.model_info import mentions_experts, most_experts
+from vllm_adapmoe.integration.compat import old_ray_executor_chosen
 from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
 from vllm_adapmoe.integration.loading import expert_loading as loading
 from vllm_adapmoe.integration.loading.memory import usable_memory
 from vllm_adapmoe.integration.loading.pack_store import check_store
+from vllm_adapmoe.integration.model_info import mentions_experts, most_experts
 from vllm_adapmoe.planning.slot_budget import DeviceMemory, check_budget
 
 LOAD_FORMATS = {"auto", "hf", "safetensors", "fastsafetensors", "pt", "mistral", "npcache", "dummy", "runai_streamer"}

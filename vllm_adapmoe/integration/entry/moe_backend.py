@@ -5,10 +5,10 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
+from vllm_adapmoe.integration.compat import marlin_takes_mxfp4_with_quantised_activations
 from vllm_adapmoe.integration.entry.backends import AUTO, MXFP4_W4A4, choose_backend
-from vllm_adapmoe.integration.entry.compat import marlin_takes_mxfp4_with_quantised_activations
 from vllm_adapmoe.integration.entry.expert_format import expert_formats
-from vllm_adapmoe.integration.entry.model_info import expert_sizes, most_experts
+from vllm_adapmoe.integration.model_info import expert_sizes, most_experts
 
 logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
 

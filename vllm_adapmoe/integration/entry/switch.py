@@ -5,13 +5,15 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
-from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
+from vllm_adapmoe.integration.compat import METHOD
 from vllm_adapmoe.integration.entry.model_check import check_model
-from vllm_adapmoe.integration.entry.model_info import model_info, profiled
 from vllm_adapmoe.integration.entry.moe_backend import set_moe_backend
 from vllm_adapmoe.integration.loading.identity import model_hash
+from vllm_adapmoe.integration.model_info import model_info
+from vllm_adapmoe.integration.scheduler.scheduler import is_cache_aware
+from vllm_adapmoe.integration.settings import EngineSettings, HeadsFile, ProfiledModel
 from vllm_adapmoe.prefetch.heads import NextTokenHeads, heads_path
 from vllm_adapmoe.profile.expected_loads import curves_of_profile
 from vllm_adapmoe.profile.model_profile import ModelProfile
@@ -19,11 +21,6 @@ from vllm_adapmoe.profile.thresholds import describe, plan_gating
 
 logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
 
-METHOD = "adapmoe"
-GATING = "adapmoe_gating"
-LOADS = "adapmoe_expected_loads"
-HEADS = "adapmoe_heads"
-PROFILED = "adapmoe_profiled"
 WORKERS = {
     "cpu": "vllm_adapmoe.integration.worker.worker.AdapMoECPUWorker",
     "cuda": "vllm_adapmoe.integration.worker.worker.AdapMoEWorker",
@@ -52,12 +49,8 @@ def switch_on(engine_args: Any, vllm_config: VllmConfig) -> None:
     if device == "cuda":
         set_moe_backend(config, vllm_config)
     profile = _profile(config, vllm_config)
-    additional = {**_additional(vllm_config), METHOD: config.transport()}
-    if profile is not None:
-        assert config.profile is not None
-        additional[PROFILED] = profiled(profile, config.profile)
-        _follow_profile(config, profile, additional)
-    vllm_config.additional_config = additional
+    settings = EngineSettings(config=config) if profile is None else _follow_profile(config, profile)
+    settings.write(vllm_config)
     vllm_config.parallel_config.worker_cls = WORKERS[device]
     if device == "cuda":
         _prepare_graphs(vllm_config)
@@ -81,14 +74,6 @@ def _prepare_graphs(vllm_config: VllmConfig) -> None:
         compilation.splitting_ops += [op for op in OPS if op not in compilation.splitting_ops]
 
 
-def is_cache_aware(scheduler_cls: Any) -> bool:
-    """Returns whether a scheduler, given as class or name, handles this worker's reports (`ExpertCacheScheduler`)."""
-    from vllm_adapmoe.integration.scheduler.scheduler import ExpertCacheScheduler
-
-    cls = resolve_obj_by_qualname(scheduler_cls) if isinstance(scheduler_cls, str) else scheduler_cls
-    return isinstance(cls, type) and issubclass(cls, ExpertCacheScheduler)
-
-
 def _profile(config: AdapMoEConfig, vllm_config: VllmConfig) -> ModelProfile | None:
     """Reads and checks the profile in the front end, whose machine has the file."""
     if config.profile is None:
@@ -104,24 +89,22 @@ def _profile(config: AdapMoEConfig, vllm_config: VllmConfig) -> ModelProfile | N
     return profile
 
 
-def _follow_profile(config: AdapMoEConfig, profile: ModelProfile, additional: dict[str, Any]) -> None:
-    """Adds to `additional` what the profile gives: gating plan, expected loads by slots, and next-token heads."""
+def _follow_profile(config: AdapMoEConfig, profile: ModelProfile) -> EngineSettings:
+    """Returns the settings with what the profile gives: gating plan, expected loads by slots, and next-token heads."""
+    assert config.profile is not None
     plan = plan_gating(config.gating, profile)
+    loads = heads = None
     if plan is not None:
         logger.info("%s", describe(plan, profile))
-        additional[GATING] = plan.model_dump()
     if config.allocation == "profile":
         threshold = plan.threshold if plan is not None and plan.rule == "token" else 0.0
         ahead = config.prefetch.max_experts if config.prefetch.lookahead else 0
-        additional[LOADS] = [curve.tolist() for curve in curves_of_profile(profile, threshold, ahead)]
+        loads = [curve.tolist() for curve in curves_of_profile(profile, threshold, ahead)]
     if profile.heads is not None:
-        assert config.profile is not None
-        path = heads_path(config.profile).resolve()
-        model = profile.model
+        path, model = heads_path(config.profile).resolve(), profile.model
         shape = (model.num_layers, model.hidden_size, model.num_experts)
         NextTokenHeads.load(path, profile.heads, *shape)
-        # Heads are too big to send with the configuration: every worker reads the file.
-        additional[HEADS] = {"path": str(path), "hash": profile.heads, "shape": list(shape)}
+        heads = HeadsFile(path=str(path), hash=profile.heads, shape=shape)
     elif config.eviction == "next_token":
         raise AdapMoEError(
             f"eviction=next_token: profile={config.profile!r} has no next-token heads; make it anew with "
@@ -132,6 +115,8 @@ def _follow_profile(config: AdapMoEConfig, profile: ModelProfile, additional: di
             f"profile={config.profile!r} has no next-token heads, so it is of no use while gating.mode=off and "
             f"allocation={config.allocation}; set gating, remove it, or make it anew with adapmoe calibrate"
         )
+    profiled = ProfiledModel(path=config.profile, model=profile.model)
+    return EngineSettings(config=config, gating=plan, expected_loads=loads, heads=heads, profiled=profiled)
 
 
 def _requested(engine_args: Any, vllm_config: VllmConfig) -> AdapMoEConfig:

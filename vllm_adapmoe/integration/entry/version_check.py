@@ -9,7 +9,7 @@ from pathlib import Path
 from packaging.version import InvalidVersion, Version
 
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.integration.entry.compat import NEWEST, OLDEST
+from vllm_adapmoe.integration.compat import NEWEST, OLDEST
 from vllm_adapmoe.integration.entry.edits import EDITED
 from vllm_adapmoe.integration.entry.vllm_names import needs, package_files
 

@@ -1,7 +1,7 @@
 """vLLM's MoE layer with experts in the expert cache: its parameters are replaced by slots."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from vllm import envs
@@ -9,15 +9,12 @@ from vllm.forward_context import ForwardContext, get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from vllm_adapmoe.cache.manager import ExpertCacheManager
+from vllm_adapmoe.integration.layers.collaborators import Collaborators, LayerPrediction, Predictor, Probe, Step
 from vllm_adapmoe.integration.layers.gates import LayerGate
 from vllm_adapmoe.integration.layers.step_routing import StepRouting, read_together
 from vllm_adapmoe.integration.layers.streamed_experts import StreamedExperts
 from vllm_adapmoe.policy.residency import waves
 from vllm_adapmoe.store.base import ExpertsUnavailable
-
-if TYPE_CHECKING:
-    from vllm_adapmoe.integration.measure.probe import LayerProbe
-    from vllm_adapmoe.integration.worker.expert_predictor import ExpertPredictor, LayerPrediction
 
 
 class CachedExperts(StreamedExperts):
@@ -31,11 +28,19 @@ class CachedExperts(StreamedExperts):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.cache: ExpertCacheManager | None = None
         self.gating: LayerGate | None = None
-        self.probe: LayerProbe | None = None
-        self.predictor: ExpertPredictor | None = None
-        self.on_failure: Callable[[torch.Tensor, ExpertsUnavailable], None] | None = None
+        self.probe: Probe | None = None
+        self.predictor: Predictor | None = None
+        self.step: Step | None = None
+        """None until the model is loaded: every step before is a dummy run."""
         self.cache_layer = self.loading.add(self)
         super().__init__(*args, **kwargs)
+
+    def bind(self, collaborators: Collaborators) -> None:
+        """Sets what the layer works with while it serves, once the model is loaded and whenever it changes."""
+        self.step = collaborators.step
+        self.gating = collaborators.gating
+        self.predictor = collaborators.predictor
+        self.probe = collaborators.probe
 
     def use_cache(self, cache: ExpertCacheManager) -> None:
         """Serves from the slots of `cache`. The tensor objects stay the same, because kernels keep references."""
@@ -105,10 +110,10 @@ class CachedExperts(StreamedExperts):
             try:
                 return self._run_step(step)
             except ExpertsUnavailable as error:
-                if self.on_failure is None:
+                if self.step is None or not self.step.fails_requests:
                     raise
                 failed = torch.isin(step.ids, torch.tensor(error.experts, dtype=step.ids.dtype)).any(1)
-                self.on_failure(failed, error)
+                self.step.fail(failed, error)
                 others = step.without(failed)
                 if others is None:
                     return torch.zeros_like(x)
@@ -116,7 +121,7 @@ class CachedExperts(StreamedExperts):
 
     def _is_dummy_run(self, context: ForwardContext) -> bool:
         """Whether this is profiling, warm-up or graph capture, whose ids are arbitrary and must load nothing."""
-        return not context.attn_metadata or not self.loading.in_step
+        return not context.attn_metadata or self.step is None or not self.step.running
 
     def _run_dummy(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         return self._run_kernel(x, topk_weights, torch.zeros_like(topk_ids))
@@ -135,7 +140,7 @@ class CachedExperts(StreamedExperts):
         assert host_ids is not None
         real = None if padding is None else ~padding
         if gate is not None and on_host is not None:
-            batch = gate.with_batch(on_host, host_ids, self._present)
+            batch = gate.with_batch(on_host, host_ids, self._resident_or_loading())
             keep, cost = batch.keep, batch.cost
             weights = batch.weights.to(x.device)
         elif gated is not None:
@@ -164,7 +169,7 @@ class CachedExperts(StreamedExperts):
         self._release(experts)
         return output
 
-    def _predict(self, step: StepRouting) -> "LayerPrediction | None":
+    def _predict(self, step: StepRouting) -> LayerPrediction | None:
         if self.predictor is None:
             return None
         keep = step.all_kept() if step.keep is None else step.keep
@@ -179,31 +184,33 @@ class CachedExperts(StreamedExperts):
         """Number of experts that this layer can have resident at once."""
         return self.local_num_experts if self.cache is None else self.cache.capacity(self.cache_layer)
 
-    def _present(self) -> torch.Tensor:
+    def _resident_or_loading(self) -> torch.Tensor:
         """Returns bool `[local experts]`, on the host: experts that need no fetch."""
         if self.cache is None:
             return torch.ones(self.local_num_experts, dtype=torch.bool)
-        return self.cache.present(self.cache_layer)
+        return self.cache.resident_or_loading(self.cache_layer)
 
     def _acquire(
-        self, experts: Sequence[int], prediction: "LayerPrediction | None", others: Sequence[int] = ()
+        self, experts: Sequence[int], prediction: LayerPrediction | None, event_experts: Sequence[int] = ()
     ) -> torch.Tensor:
         """Waits until all `experts` are resident; returns `_slot_map()`."""
-        for _ in self._arrivals(experts, prediction, others):
+        for _ in self._arrivals(experts, prediction, event_experts):
             pass
         return self._slot_map()
 
     def _arrivals(
-        self, experts: Sequence[int], prediction: "LayerPrediction | None", others: Sequence[int] = ()
+        self, experts: Sequence[int], prediction: LayerPrediction | None, event_experts: Sequence[int] = ()
     ) -> Iterator[Sequence[int]]:
         """Yields experts as they become resident (`ExpertCacheManager.arrivals`); all at once without a cache."""
-        observe, expected = (None, None) if prediction is None else (prediction.observe, prediction.expected)
+        acquisition = None
         if self.cache is not None:
-            yield from self.cache.arrivals(self.cache_layer, experts, others, observe, expected)
-            return
-        if observe is not None:
-            observe()
-        if experts:
+            expected = None if prediction is None else prediction.expected
+            acquisition = self.cache.begin(self.cache_layer, experts, event_experts, expected)
+        if prediction is not None:
+            prediction.prefetch()
+        if self.cache is not None and acquisition is not None:
+            yield from self.cache.arrivals(acquisition)
+        elif experts:
             yield experts
 
     def _slot_map(self) -> torch.Tensor:
@@ -218,7 +225,7 @@ class CachedExperts(StreamedExperts):
         if self.cache is not None:
             self.cache.release(self.cache_layer, experts)
 
-    def _run_kept(self, step: StepRouting, keep: torch.Tensor, prediction: "LayerPrediction | None") -> torch.Tensor:
+    def _run_kept(self, step: StepRouting, keep: torch.Tensor, prediction: LayerPrediction | None) -> torch.Tensor:
         """Runs the kept (token, expert) pairs; `keep`: bool `[tokens, top_k]`, on the host.
 
         CPU kernels accept neither a map nor an absent expert, so each pair becomes a row with one expert, and dropped
@@ -249,7 +256,7 @@ class CachedExperts(StreamedExperts):
         weights: torch.Tensor,
         token: torch.Tensor,
         ids: torch.Tensor,
-        prediction: "LayerPrediction | None",
+        prediction: LayerPrediction | None,
     ) -> Iterator[tuple[torch.Tensor | slice, torch.Tensor]]:
         """Runs (token, expert) pairs, loading each expert once; yields indices of pairs, and their outputs."""
         experts = distinct(ids, self.local_num_experts)
@@ -272,8 +279,8 @@ class CachedExperts(StreamedExperts):
         token: torch.Tensor,
         ids: torch.Tensor,
         experts: Sequence[int],
-        prediction: "LayerPrediction | None",
-        others: Sequence[int],
+        prediction: LayerPrediction | None,
+        event_experts: Sequence[int],
     ) -> torch.Tensor:
         """Returns outputs `[pairs, hidden]` of pairs whose `experts` can be resident together.
 
@@ -281,7 +288,7 @@ class CachedExperts(StreamedExperts):
         result: a pair's output does not depend on the pairs it runs with, and outputs are summed later in fixed order.
         """
         outputs = None
-        for arrived in self._arrivals(experts, prediction, others):
+        for arrived in self._arrivals(experts, prediction, event_experts):
             rows = None if len(arrived) == len(experts) else _where(ids, arrived)
             its = (weights, token, ids) if rows is None else (weights[rows.to(x.device)], token[rows], ids[rows])
             part = self._run_pairs(x[its[1].to(x.device)], its[0], its[2])

@@ -1,10 +1,11 @@
-"""Applies the adaptive gating rules of `vllm_adapmoe.gating` to the experts that vLLM's router chose in a layer."""
+"""Gating: the adaptive gates of a worker's MoE layers, with one plan, one threshold and one loss budget."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
+from vllm_adapmoe.gating.loss_budget import LossBudget
 from vllm_adapmoe.gating.plan import GatingPlan
 from vllm_adapmoe.gating.rules import Gated, gate_batch, gate_by_weight, gate_to_count, gate_tokens
 
@@ -19,21 +20,59 @@ class GateStats:
     """Predicted loss of all dropping so far, in nats, before the profile's scale."""
 
 
+class Gating:
+    """Adaptive gating of all MoE layers of a worker.
+
+    Args:
+        plan: the gating rule and its parameters, for as many layers as the model has.
+    """
+
+    def __init__(self, plan: GatingPlan) -> None:
+        self.plan = plan
+        self.threshold = plan.threshold
+        """Current threshold in nats, of all layers; the loss budget adjusts it, if there is one."""
+        self.layers = [LayerGate(self, layer) for layer in range(len(plan.sensitivity))]
+        self._budget = None
+        if plan.nats_per_token is not None:
+            self._budget = LossBudget(plan.threshold, plan.nats_per_token)
+        self._spent = 0.0
+        """Predicted loss up to the last step, in nats."""
+
+    def end_step(self, rows: Mapping[str, int]) -> None:
+        """Adjusts the threshold by the loss of a step, to keep the loss budget; `rows`: rows of each request."""
+        if self._budget is None:
+            return
+        spent, self._spent = self._spent, sum(gate.stats.loss_spent for gate in self.layers)
+        if rows and max(rows.values()) == 1:  # prompts lose next to nothing, as they need every expert
+            self.threshold = self._budget.spend(self._spent - spent, len(rows))
+
+
 class LayerGate:
     """Adaptive gate of one layer: decides which of the chosen experts each token keeps.
 
     Args:
-        plan: the gating rule and its parameters.
+        gating: plan and threshold, shared by all layers.
         layer: index among the model's MoE layers.
     """
 
-    def __init__(self, plan: GatingPlan, layer: int) -> None:
-        self.plan = plan
-        self.sensitivity = plan.sensitivity[layer]
-        self.threshold = plan.threshold
-        """Current threshold in nats; `LossBudget` adjusts it if a loss budget is set."""
+    def __init__(self, gating: Gating, layer: int) -> None:
+        self.gating = gating
+        self.sensitivity = gating.plan.sensitivity[layer]
         self.stats = GateStats()
         self._generator = torch.Generator().manual_seed(layer)
+
+    @property
+    def plan(self) -> GatingPlan:
+        return self.gating.plan
+
+    @property
+    def threshold(self) -> float:
+        return self.gating.threshold
+
+    @property
+    def needs_residency(self) -> bool:
+        """Whether the rule asks which experts are resident, which only the host knows."""
+        return self.plan.rule == "batch"
 
     def alone(self, weights: torch.Tensor) -> Gated | None:
         """Gates each token by itself, on the device of `weights` `[tokens, top_k]`; None if the rule needs a batch."""
@@ -47,32 +86,27 @@ class LayerGate:
         assert plan.experts is not None
         return gate_to_count(weights, plan.experts, self._generator)
 
-    def with_batch(self, weights: torch.Tensor, ids: torch.Tensor, present: Callable[[], torch.Tensor]) -> Gated:
+    def with_batch(self, weights: torch.Tensor, ids: torch.Tensor, resident: torch.Tensor) -> Gated:
         """Gates the tokens of a batch together, by which experts are resident.
 
         Args:
             weights: `[tokens, top_k]`, float32, on the host.
             ids: `[tokens, top_k]`, on the host.
-            present: returns bool `[experts]`, on the host: experts that need no fetch.
+            resident: bool `[experts]`, on the host: experts that need no fetch.
         """
-        return gate_batch(weights, ids, self.sensitivity, self.threshold, present())
+        return gate_batch(weights, ids, self.sensitivity, self.threshold, resident)
 
-    def count(self, keep: torch.Tensor, cost: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
-        """Adds a step to `stats`; returns `keep` with padding masked out.
+    def count(self, keep_mask: torch.Tensor, cost: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+        """Adds a step to `stats`; returns the mask with padding masked out.
 
         Args:
-            keep: bool `[tokens, top_k]`, on the host.
+            keep_mask: bool `[tokens, top_k]`, on the host.
             cost: float64 `[tokens]`, on the host.
             real: bool `[tokens]`, on the host; False for padding, which keeps nothing. None: no padding.
         """
         if real is not None:
-            keep, cost = keep & real.unsqueeze(1), cost[real]
+            keep_mask, cost = keep_mask & real.unsqueeze(1), cost[real]
         self.stats.gated_tokens += len(cost)
-        self.stats.kept_experts += int(keep.count_nonzero())
+        self.stats.kept_experts += int(keep_mask.count_nonzero())
         self.stats.loss_spent += self.sensitivity * float(cost.sum())
-        return keep
-
-
-def total(stats: Sequence[GateStats]) -> dict[str, float]:
-    """Sums counters over layers: gated tokens (once per layer), kept experts, and predicted loss."""
-    return {key: sum(getattr(one, key) for one in stats) for key in ("gated_tokens", "kept_experts", "loss_spent")}
+        return keep_mask

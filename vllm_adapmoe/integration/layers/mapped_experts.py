@@ -1,7 +1,7 @@
 """Cached experts on a GPU: kernels that skip experts absent from a map, and steps that do not wait for the host."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from vllm.forward_context import ForwardContext, get_forward_context
@@ -13,13 +13,11 @@ from vllm_adapmoe.device import ALIGNMENT
 from vllm_adapmoe.device.deferred import DeferredRouting
 from vllm_adapmoe.device.in_place import DOWN, GATE_UP, InPlaceDecode
 from vllm_adapmoe.integration.layers.cached_experts import CachedExperts, distinct, padding_rows
+from vllm_adapmoe.integration.layers.collaborators import Collaborators, LayerPrediction
 from vllm_adapmoe.integration.layers.graph_break import is_capturing
 from vllm_adapmoe.integration.layers.slot_kernels import run_on_slots, takes_slots
 from vllm_adapmoe.integration.layers.step_routing import StepRouting
 from vllm_adapmoe.policy.residency import waves
-
-if TYPE_CHECKING:
-    from vllm_adapmoe.integration.worker.expert_predictor import LayerPrediction
 
 
 class MappedExperts(CachedExperts):
@@ -41,6 +39,10 @@ class MappedExperts(CachedExperts):
         self._whole: tuple[bytes, torch.Tensor] | None = None
         """Cached device map of a fully resident layer, with the bytes of the slot map it was made from."""
         super().__init__(*args, **kwargs)
+
+    def bind(self, collaborators: Collaborators) -> None:
+        super().bind(collaborators)
+        self.deferred, self.in_place = collaborators.deferred, collaborators.in_place
 
     def use_cache(self, cache: ExpertCacheManager) -> None:
         native = self.global_num_experts
@@ -94,11 +96,11 @@ class MappedExperts(CachedExperts):
         return super().run_experts(x, topk_weights, topk_ids)
 
     def _may_defer(self, tokens: int) -> bool:
-        alone = self.gating is None or self.gating.plan.rule != "batch"
+        alone = self.gating is None or not self.gating.needs_residency
         return (
             self.deferred is not None
             and self.probe is None
-            and (self.predictor is None or self.predictor.trace is None)
+            and (self.predictor is None or not self.predictor.is_tracing)
             and alone
             and tokens <= self.deferred.tokens
         )
@@ -159,7 +161,7 @@ class MappedExperts(CachedExperts):
         prediction = self._predict(step)
         return self._run_kept(step, step.all_kept() if step.keep is None else step.keep, prediction)
 
-    def _run_kept(self, step: StepRouting, keep: torch.Tensor, prediction: "LayerPrediction | None") -> torch.Tensor:
+    def _run_kept(self, step: StepRouting, keep: torch.Tensor, prediction: LayerPrediction | None) -> torch.Tensor:
         """Runs the kept (token, expert) pairs wave by wave, each once all of its experts are resident."""
         x, experts = step.x, distinct(step.ids[keep], self.local_num_experts)
         ids = to_device(torch.where(keep, step.ids, self.local_num_experts), x.device)
@@ -177,10 +179,10 @@ class MappedExperts(CachedExperts):
         weights: torch.Tensor,
         ids: torch.Tensor,
         group: Any,
-        prediction: "LayerPrediction | None",
-        others: Any,
+        prediction: LayerPrediction | None,
+        event_experts: Any,
     ) -> torch.Tensor:
-        slots = self._acquire(group, prediction, others)
+        slots = self._acquire(group, prediction, event_experts)
         chosen = torch.full_like(slots, -1)
         chosen[group] = slots[group]
         output = self._run_mapped(x, weights, ids, self._rows(chosen, x.device))

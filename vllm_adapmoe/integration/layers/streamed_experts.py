@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,13 +11,10 @@ from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExper
 from vllm.platforms import current_platform
 
 from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.integration.layers.collaborators import Loading
 from vllm_adapmoe.integration.layers.expert_tensors import ExpertTensors, held_tensors
 from vllm_adapmoe.integration.layers.expert_writes import on_host
-from vllm_adapmoe.integration.loading.heap import trim_heap
-
-if TYPE_CHECKING:
-    from vllm_adapmoe.integration.loading.expert_loading import ExpertLoading
-
+from vllm_adapmoe.integration.layers.heap import trim_heap
 
 SHAPE = "_weight_shape"
 """Suffix of the shapes that compressed-tensors stores beside packed weights. vLLM's reloading counts elements, and a
@@ -28,7 +25,7 @@ shape shared by two halves twice, so it considers a layer complete before its la
 class StreamedExperts(RoutedExperts):
     """Mixin over `RoutedExperts`, or a model's subclass of it, that hands its experts to `loading` and keeps none."""
 
-    loading: "ExpertLoading"
+    loading: Loading
     cache_layer: int
     """Index among the model's MoE layers."""
     expert_tensors: ExpertTensors

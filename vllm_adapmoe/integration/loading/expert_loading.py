@@ -18,10 +18,8 @@ from vllm.model_executor.model_loader.utils import get_model_architecture
 from vllm.platforms import current_platform
 
 from vllm_adapmoe.cache.manager import ExpertCacheManager
-from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
+from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.experts import CacheShape
-from vllm_adapmoe.integration.entry.compat import expected_loads_settings, heads_settings
-from vllm_adapmoe.integration.entry.model_info import check_profile
 from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
 from vllm_adapmoe.integration.layers.expert_writes import ExpertWrites
 from vllm_adapmoe.integration.layers.mapped_experts import MappedExperts, kernel_of
@@ -39,6 +37,8 @@ from vllm_adapmoe.integration.loading.pack_store import (
     store_kind,
     warn_of_others,
 )
+from vllm_adapmoe.integration.model_info import check_profile
+from vllm_adapmoe.integration.settings import EngineSettings
 from vllm_adapmoe.planning.slot_budget import (
     DeviceMemory,
     ExpertShape,
@@ -73,12 +73,11 @@ class ExpertLoading:
     (`put`) or only compares formats (`check`), and `finish` creates the cache.
     """
 
-    def __init__(self, config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
-        self.config = config
+    def __init__(self, settings: EngineSettings, vllm_config: VllmConfig) -> None:
+        self.settings = settings
+        self.config = settings.config
         self.vllm_config = vllm_config
         self.layers: list[CachedExperts] = []
-        self.in_step = False
-        """Whether the worker is running a step of requests."""
         self.model = ModelWatch()
         self._began = False
         self._slots: list[int] = []
@@ -137,7 +136,8 @@ class ExpertLoading:
         self._began = True
         model = self.vllm_config.model_config
         check_layers(self.layers, model.model, model.quantization)
-        check_profile(self.vllm_config, experts_built(self.layers))
+        if self.settings.profiled is not None:
+            check_profile(self.settings.profiled, model, experts_built(self.layers))
         shapes = self._loaded_shapes = self._shapes()
         self._slots, memory = choose_slots(self.config, shapes, self._memory(resident=True), self._memory(False))
         self._memory_before = memory
@@ -237,7 +237,7 @@ class ExpertLoading:
         weights = self.model.other_weights([p for layer in self.layers for p in layer.expert_parameters().values()])
         kv_cache, kv_cache_of = least_kv_cache(self.vllm_config)
         inner = max(layer.moe_config.intermediate_size_per_partition for layer in self.layers)
-        graphs, graphs_of = graphs_of_worker(self.config, self.vllm_config, self.layers, inner, resident)
+        graphs, graphs_of = graphs_of_worker(self.settings, self.vllm_config, self.layers, inner, resident)
         return replace(
             usable_memory(self.config, self.vllm_config),
             in_use=self.model.bytes_in_use(weights),
@@ -247,7 +247,7 @@ class ExpertLoading:
             kv_cache_of=kv_cache_of,
             graphs=graphs,
             graphs_of=graphs_of,
-            bookkeeping=bookkeeping_of_worker(self.config, self.vllm_config, self.layers, resident),
+            bookkeeping=bookkeeping_of_worker(self.settings, self.vllm_config, self.layers, resident),
         )
 
     def _check_host_room(self) -> None:
@@ -359,9 +359,9 @@ class ExpertLoading:
         held = None
         maps = [layer.expert_map for layer in self.layers]
         if maps[0] is not None:
-            records = [one.tolist() for one in maps if one is not None]
+            records = [expert_map.tolist() for expert_map in maps if expert_map is not None]
             store = StoreShard(store, records)
-            held = [[expert for expert, record in enumerate(its) if record >= 0] for its in records]
+            held = [[expert for expert, record in enumerate(of_layer) if record >= 0] for of_layer in records]
         pool_of = [0] * len(self.layers)
         for pool, group in enumerate(self._groups):
             for index in group:
@@ -383,15 +383,14 @@ class ExpertLoading:
         return cache
 
     def _controller(self, shape: CacheShape) -> CacheController:
-        heads = heads_settings(self.vllm_config) is not None
-        loads = expected_loads_settings(self.vllm_config)
+        loads = self.settings.expected_loads
         of_profile = None if loads is None else [len(curve) - 1 for curve in loads]
         if of_profile is not None and of_profile != list(shape.num_experts):
             raise AdapMoEError(
                 f"allocation=profile: the profile is of {len(of_profile)} MoE layers of {set(of_profile)} experts, the "
                 f"model has {len(shape.num_experts)} of {set(shape.num_experts)}; calibrate it anew"
             )
-        return CacheController(shape, CacheSetup.of(self.config, self._slots, loads, heads))
+        return CacheController(shape, CacheSetup.of(self.config, self._slots, loads, self.settings.heads is not None))
 
     @property
     def expert_bytes(self) -> int:
@@ -434,7 +433,7 @@ class ExpertLoading:
 
 
 @contextmanager
-def expert_loading(config: AdapMoEConfig, vllm_config: VllmConfig) -> Iterator[ExpertLoading]:
+def expert_loading(settings: EngineSettings, vllm_config: VllmConfig) -> Iterator[ExpertLoading]:
     """Builds models with cached experts inside the context.
 
     The layer classes are registered for this one model and removed afterwards, so that another engine in the same
@@ -442,7 +441,7 @@ def expert_loading(config: AdapMoEConfig, vllm_config: VllmConfig) -> Iterator[E
     """
     # Imports the model, so that its own expert classes are known.
     model_class, _ = get_model_architecture(vllm_config.model_config)
-    loading = ExpertLoading(config, vllm_config)
+    loading = ExpertLoading(settings, vllm_config)
     names = []
     base = experts_base()
     for cls in _expert_classes(RoutedExperts):

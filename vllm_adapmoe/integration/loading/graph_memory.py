@@ -7,22 +7,21 @@ from vllm.config import CUDAGraphMode, VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms import current_platform
 
-from vllm_adapmoe.config import AdapMoEConfig
 from vllm_adapmoe.device import MAX_TOKENS
-from vllm_adapmoe.integration.entry.compat import gating_settings, heads_settings
 from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
-from vllm_adapmoe.integration.worker.expert_predictor import layers_ahead
+from vllm_adapmoe.integration.settings import EngineSettings
 from vllm_adapmoe.planning.graph_memory import CapturedGraphs, bookkeeping_bytes, graph_bytes
 from vllm_adapmoe.planning.slot_budget import token_bytes
+from vllm_adapmoe.simulate.trace import layers_ahead
 
 
 def graphs_of_worker(
-    config: AdapMoEConfig, vllm_config: VllmConfig, layers: Sequence[CachedExperts], inner: int, resident: bool
+    settings: EngineSettings, vllm_config: VllmConfig, layers: Sequence[CachedExperts], inner: int, resident: bool
 ) -> tuple[int, str]:
     """Returns the most bytes that CUDA graphs take, and a description of them; 0 with enforce_eager and on the CPU.
 
     Args:
-        config: the method's configuration.
+        settings: the engine's settings of the method.
         vllm_config: resolved by vLLM, with the graphs' mode and sizes.
         layers: the model's MoE layers.
         inner: intermediate size of this worker's part of an expert.
@@ -32,7 +31,7 @@ def graphs_of_worker(
     model, dtype = vllm_config.model_config, cast(Any, vllm_config.model_config.dtype)
     hidden, nbytes = model.get_hidden_size(), int(dtype.itemsize)
     most, said = 0, ""
-    for graphs in captured_graphs(config, vllm_config, len(layers), len(attention), resident):
+    for graphs in captured_graphs(settings, vllm_config, len(layers), len(attention), resident):
         top_k = max(layer.top_k for layer in layers)
         taken = graph_bytes(graphs, row_bytes=hidden * nbytes, pair_bytes=token_bytes(hidden, inner, top_k, nbytes))
         if taken > most:
@@ -41,7 +40,7 @@ def graphs_of_worker(
 
 
 def captured_graphs(
-    config: AdapMoEConfig, vllm_config: VllmConfig, moe_layers: int, attention_layers: int, resident: bool
+    settings: EngineSettings, vllm_config: VllmConfig, moe_layers: int, attention_layers: int, resident: bool
 ) -> list[CapturedGraphs]:
     """Returns the sets of graphs that may be captured; `DeviceOnlySteps.of` decides after the model is loaded.
 
@@ -63,12 +62,12 @@ def captured_graphs(
         whole = whole if mode.has_full_cudagraphs() else []
         return CapturedGraphs(in_pieces, splits + 1 if in_pieces else 0, whole, layers)
 
-    if resident and gating_settings(vllm_config) is None:
+    if resident and settings.gating is None:
         return [of(mode, sizes, attention_layers)]  # vLLM's own blocks: no graph is split at them
     splits = attention_layers + moe_layers
     pieces = mode == CUDAGraphMode.FULL or mode.has_piecewise_cudagraphs()
     choices = [of(CUDAGraphMode.PIECEWISE, sizes, splits)] if pieces else []
-    if not resident and config.decode != "fetch":
+    if not resident and settings.config.decode != "fetch":
         small = [size for size in sizes if size <= MAX_TOKENS] if mode.has_full_cudagraphs() else sizes
         whole_steps = CUDAGraphMode.FULL_AND_PIECEWISE if mode == CUDAGraphMode.FULL else mode
         choices.append(of(whole_steps, small, splits))
@@ -76,15 +75,15 @@ def captured_graphs(
 
 
 def bookkeeping_of_worker(
-    config: AdapMoEConfig, vllm_config: VllmConfig, layers: Sequence[CachedExperts], resident: bool
+    settings: EngineSettings, vllm_config: VllmConfig, layers: Sequence[CachedExperts], resident: bool
 ) -> int:
     """Returns the bytes of gates, tables and buffers that the worker will allocate for these layers."""
+    config, heads = settings.config, settings.heads is not None
     prefetch, tracing = config.prefetch, config.trace_out is not None
     prefetching = not resident and prefetch.lookahead > 0 and prefetch.max_experts > 0
-    heads = heads_settings(vllm_config) is not None
     follows = tracing or prefetching or heads or (not resident and config.scheduler.enabled)
     ahead = layers_ahead(prefetch, tracing) if follows else 0
-    device_only = not current_platform.is_cpu() and not (resident and gating_settings(vllm_config) is None)
+    device_only = not current_platform.is_cpu() and not (resident and settings.gating is None)
     return bookkeeping_bytes(
         layers=len(layers),
         experts=max(layer.local_num_experts for layer in layers),

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms import current_platform
 
 from vllm_adapmoe.config import AdapMoEConfig
-from vllm_adapmoe.integration.entry.compat import kv_cache_counting
+from vllm_adapmoe.integration.compat import kv_cache_counting
 from vllm_adapmoe.planning.slot_budget import DeviceMemory, activation_bytes
 
 

@@ -7,7 +7,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.executor import Executor
 
 from vllm_adapmoe.config import AdapMoEConfig
-from vllm_adapmoe.integration.entry.left_out import check_not_left_out
+from vllm_adapmoe.integration.left_out import check_not_left_out
 from vllm_adapmoe.integration.loading.identity import source_files
 from vllm_adapmoe.integration.loading.pack_store import pack_folder
 

@@ -10,14 +10,15 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.inputs import TokensPrompt
 
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.integration.entry.left_out import check_not_left_out
-from vllm_adapmoe.integration.entry.model_info import model_info
+from vllm_adapmoe.integration.left_out import check_not_left_out
 from vllm_adapmoe.integration.loading.identity import model_hash
 from vllm_adapmoe.integration.measure.forced_tokens import forced_sampling, forcing_arguments
+from vllm_adapmoe.integration.model_info import model_info
 from vllm_adapmoe.planning.checkpoint_size import measure_checkpoint
 from vllm_adapmoe.profile.model_profile import ModelInfo
 
 KV_CACHE_BYTES = 256 << 20
+EXTENSION = "vllm_adapmoe.integration.measure.worker_extension.MeasuredWorker"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,9 @@ class Engine:
         self.cached = adapmoe is not None
         if self.cached:
             check_not_left_out()
-        method = {} if adapmoe is None else {"moe_method": "adapmoe", "adapmoe_config": adapmoe}
+        method: dict[str, Any] = {}
+        if adapmoe is not None:
+            method = {"moe_method": "adapmoe", "adapmoe_config": adapmoe, "worker_extension_cls": EXTENSION}
         defaults = {
             "skip_tokenizer_init": True,
             "kv_cache_memory_bytes": KV_CACHE_BYTES,

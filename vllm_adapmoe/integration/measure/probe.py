@@ -1,20 +1,18 @@
 """Records or perturbs the routing of a serving engine's layers while calibration data runs through it."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from vllm.forward_context import get_forward_context
 
 from vllm_adapmoe.gating.rules import keep_most, settle
+from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
 from vllm_adapmoe.integration.worker.routers import Routers
 from vllm_adapmoe.policy.prediction import predict_experts
 from vllm_adapmoe.profile import statistics
 from vllm_adapmoe.profile.next_token import HeadFit
 from vllm_adapmoe.profile.statistics import LOOKAHEAD, Sums, half
-
-if TYPE_CHECKING:
-    from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
 
 
 class RoutingProbe:
@@ -26,7 +24,7 @@ class RoutingProbe:
         runners: vLLM's MoE runners, by layer name.
     """
 
-    def __init__(self, layers: "list[CachedExperts]", model: torch.nn.Module, runners: dict[str, Any]) -> None:
+    def __init__(self, layers: list[CachedExperts], model: torch.nn.Module, runners: dict[str, Any]) -> None:
         self.layers = layers
         self.recording = True
         self.disturbed: int | None = None
@@ -44,8 +42,7 @@ class RoutingProbe:
             dtypes = [layer.moe_config.in_dtype for layer in layers]
             self.gates = [self.routers.linear(index, dtype, device) for index, dtype in enumerate(dtypes)]
         self.routers.report()
-        for index, layer in enumerate(layers):
-            layer.probe = LayerProbe(self, index)
+        self.of_layers = [LayerProbe(self, index) for index in range(len(layers))]
 
     def read(self) -> list[Sums]:
         """Returns the sums of each layer since the last call."""
@@ -137,7 +134,7 @@ class LayerProbe:
         return weights + probe.step * (settle(weights, keep_most(weights, counts)).weights - weights)
 
     def _record(
-        self, layer: "CachedExperts", x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, starts: torch.Tensor
+        self, layer: CachedExperts, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, starts: torch.Tensor
     ) -> None:
         probe, experts = self.probe, layer.local_num_experts
         sums = probe.sums[self.index]

@@ -5,17 +5,19 @@ from collections.abc import Collection
 from itertools import islice
 from typing import Any
 
+from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_adapmoe.config import AdapMoEConfig
-from vllm_adapmoe.integration.entry.compat import adapmoe_settings
-from vllm_adapmoe.integration.worker.stats_outbox import StatsOutbox
+from vllm_adapmoe.integration.reported_output import report_of
+from vllm_adapmoe.integration.scheduler.stats_outbox import StatsOutbox
+from vllm_adapmoe.integration.settings import EngineSettings
 from vllm_adapmoe.scheduling.affinity import Decoding, held_back
 from vllm_adapmoe.scheduling.arrivals import Arrivals
+from vllm_adapmoe.scheduling.counters import StepCounters
 from vllm_adapmoe.scheduling.prefill import Waiting, hold_prefill
 from vllm_adapmoe.scheduling.prices import StepPrices
 from vllm_adapmoe.scheduling.report import StepReport
@@ -35,7 +37,7 @@ class ExpertCacheScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.outbox = StatsOutbox()
-        self.holding = AdapMoEConfig.parse(adapmoe_settings(self.vllm_config)).scheduler
+        self.holding = EngineSettings.of(self.vllm_config).config.scheduler
         self.prices = StepPrices()
         self.arrivals = Arrivals()
         self._begun = 0
@@ -76,7 +78,7 @@ class ExpertCacheScheduler(Scheduler):
         self.held_prefill_steps += hold
         self.held_tokens += tokens
         if self.log_stats and (hold or tokens):
-            self.outbox.add({"held_prefill_steps": int(hold), "held_tokens": tokens}, 0)
+            self.outbox.add(StepCounters(held_prefill_steps=int(hold), held_tokens=tokens), 0)
         return hold
 
     def _waiting(self, now: float, seats: int) -> list[Waiting]:
@@ -130,16 +132,15 @@ class ExpertCacheScheduler(Scheduler):
     # Output of the worker
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        if self.log_stats:
-            stats = getattr(model_runner_output, "worker_stats", None)
-            self.outbox.add(stats, scheduler_output.total_num_scheduled_tokens)
-        report = getattr(model_runner_output, "expert_report", None)
-        if report is not None:
-            self._report = report
-            self._expected |= {name: bits for name, bits in report.expected.items() if name in self.requests}
-            for times in report.times:
+        report = report_of(model_runner_output)
+        if self.log_stats and report.counters is not None:
+            self.outbox.add(report.counters, scheduler_output.total_num_scheduled_tokens)
+        if report.step is not None:
+            self._report = report.step
+            self._expected |= {name: bits for name, bits in report.step.expected.items() if name in self.requests}
+            for times in report.step.times:
                 self.prices.observe(times)
-        failed = self._finish_failed(getattr(model_runner_output, "failed_requests", ()))
+        failed = self._finish_failed(report.failed_requests)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for request in failed:
             of_client = outputs.setdefault(request.client_index, EngineCoreOutputs())
@@ -171,6 +172,12 @@ class ExpertCacheScheduler(Scheduler):
 
 class ExpertCacheAsyncScheduler(ExpertCacheScheduler, AsyncScheduler):
     """`ExpertCacheScheduler` for asynchronous scheduling, where steps are scheduled ahead."""
+
+
+def is_cache_aware(scheduler_cls: Any) -> bool:
+    """Returns whether a scheduler, given as class or name, handles the worker's reports."""
+    cls = resolve_obj_by_qualname(scheduler_cls) if isinstance(scheduler_cls, str) else scheduler_cls
+    return isinstance(cls, type) and issubclass(cls, ExpertCacheScheduler)
 
 
 def _has_token_to_run(request: Request) -> bool:

@@ -13,7 +13,6 @@ from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.device.decode_timing import time_decode
 from vllm_adapmoe.device.in_place import InPlaceDecode
-from vllm_adapmoe.integration.entry.compat import adapmoe_settings
 from vllm_adapmoe.integration.layers.mapped_experts import MappedExperts, in_place_obstacle
 from vllm_adapmoe.store.page_lock import readable_in_place
 
@@ -21,14 +20,17 @@ logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its le
 
 
 def choose_decode(
-    vllm_config: VllmConfig, layers: Sequence[MappedExperts], cache: ExpertCacheManager, device: torch.device
+    config: AdapMoEConfig,
+    vllm_config: VllmConfig,
+    layers: Sequence[MappedExperts],
+    cache: ExpertCacheManager,
+    device: torch.device,
 ) -> InPlaceDecode | None:
     """Returns `InPlaceDecode` if decode steps are to read absent experts in host memory; None if they fetch them.
 
     Raises:
         AdapMoEError: `decode=in_place` is set, but the model, the store or the machine does not support it.
     """
-    config = AdapMoEConfig.parse(adapmoe_settings(vllm_config))
     if config.decode == "fetch":
         return None
     # An obstacle on one rank applies to all, because their graphs contain the same collectives.
@@ -64,7 +66,7 @@ def _of_any_rank(obstacle: str | None) -> str | None:
         return obstacle
     obstacles: list[str | None] = [None] * group.world_size
     dist.all_gather_object(obstacles, obstacle, group=group.cpu_group)
-    return next((one for one in obstacles if one is not None), None)
+    return next((obstacle for obstacle in obstacles if obstacle is not None), None)
 
 
 def _obstacle(

@@ -1,6 +1,6 @@
 """Runs whole decode steps, or single layers of other steps, on a GPU without waiting for the host."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Self
 
@@ -9,20 +9,17 @@ import torch
 from vllm.config import VllmConfig
 
 from vllm_adapmoe.cache.manager import ExpertCacheManager
-from vllm_adapmoe.config import AdapMoEConfig
 from vllm_adapmoe.device import MAX_TOKENS
 from vllm_adapmoe.device.deferred import DeferredRouting
 from vllm_adapmoe.device.in_place import InPlaceDecode
-from vllm_adapmoe.integration.entry.compat import adapmoe_settings
 from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
 from vllm_adapmoe.integration.layers.graph_break import break_graph_at, graphs_in_pieces, graphs_without_host
 from vllm_adapmoe.integration.layers.mapped_experts import MappedExperts
 from vllm_adapmoe.integration.loading.expert_loading import slots_device
+from vllm_adapmoe.integration.settings import EngineSettings
+from vllm_adapmoe.integration.worker.current_step import CurrentStep, Requests
 from vllm_adapmoe.integration.worker.decode_path import choose_decode
 from vllm_adapmoe.integration.worker.expert_predictor import ExpertPredictor
-
-Requests = list[tuple[str, int, int]]
-"""Id, first position and number of rows of each request of a step."""
 
 
 class DeviceOnlySteps:
@@ -46,12 +43,14 @@ class DeviceOnlySteps:
         self.cache = cache
         self.in_place = in_place
         self.routing = routing
-        for layer in layers:
-            layer.in_place, layer.deferred = in_place, routing
 
     @classmethod
     def of(
-        cls, vllm_config: VllmConfig, moe_layers: Sequence[CachedExperts], cache: ExpertCacheManager | None
+        cls,
+        settings: EngineSettings,
+        vllm_config: VllmConfig,
+        moe_layers: Sequence[CachedExperts],
+        cache: ExpertCacheManager | None,
     ) -> Self | None:
         """Creates them as configured or measured; None on the CPU, and if the layers run vLLM's own code.
 
@@ -62,8 +61,8 @@ class DeviceOnlySteps:
             AdapMoEError: a kernel cannot work on slots, or `decode=in_place` is set where it does not work.
         """
         layers = [layer for layer in moe_layers if isinstance(layer, MappedExperts)]
-        traced = AdapMoEConfig.parse(adapmoe_settings(vllm_config)).trace_out is not None
-        if not layers or (cache is None and layers[0].gating is None and not traced):
+        config = settings.config
+        if not layers or (cache is None and settings.gating is None and config.trace_out is None):
             return None
         compilation = vllm_config.compilation_config
         for layer in layers:
@@ -71,7 +70,7 @@ class DeviceOnlySteps:
         runners = [compilation.static_forward_context[layer.layer_name] for layer in layers]
         in_pieces = all([break_graph_at(runner) for runner in runners])
         device = slots_device()
-        in_place = None if cache is None else choose_decode(vllm_config, layers, cache, device)
+        in_place = None if cache is None else choose_decode(config, vllm_config, layers, cache, device)
         if in_place is not None:
             graphs_without_host(compilation, in_place.routing.tokens, in_pieces)
             return cls(layers, cache, in_place, in_place.routing)
@@ -80,13 +79,13 @@ class DeviceOnlySteps:
         return cls(layers, cache, None, DeferredRouting(len(layers), MAX_TOKENS, top_k, device))
 
     @contextmanager
-    def step(self, tokens: int, requests: Callable[[], Requests]) -> Iterator[None]:
-        """Surrounds the launch of a step of `tokens` tokens; `requests` returns its requests once launched."""
+    def step(self, tokens: int, current: CurrentStep) -> Iterator[None]:
+        """Surrounds the launch of a step of `tokens` tokens."""
         if self.in_place is not None and tokens <= self.routing.tokens and self._all_on_device():
             about: Requests = []
             with self.in_place.step(tokens, about):
                 yield
-                about += requests()
+                about += current.requests()
             return
         self.routing.layers.clear()  # drop entries of graph capture
         yield
@@ -97,7 +96,7 @@ class DeviceOnlySteps:
     def _all_on_device(self) -> bool:
         """Returns whether nothing on the host needs the routing while the step runs."""
         layer = self.layers[0]
-        return layer.probe is None and (layer.gating is None or layer.gating.plan.rule != "batch")
+        return layer.probe is None and (layer.gating is None or not layer.gating.needs_residency)
 
     def drain_finished(self, predictor: ExpertPredictor | None) -> None:
         """Passes the routing of finished steps to cache, gates and `predictor`, without waiting for other steps."""

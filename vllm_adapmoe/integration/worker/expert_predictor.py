@@ -1,11 +1,9 @@
 """Predicts the experts of later layers from earlier layers' inputs, and records predictions and routing in traces."""
 
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial, wraps
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -13,42 +11,24 @@ from vllm.logger import init_logger
 
 from vllm_adapmoe.cache.host_copy import HostCopy
 from vllm_adapmoe.cache.manager import ExpertCacheManager
-from vllm_adapmoe.config import PrefetchConfig
+from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
+from vllm_adapmoe.integration.layers.collaborators import LayerPrediction
+from vllm_adapmoe.integration.worker.current_step import CurrentStep, Requests
 from vllm_adapmoe.integration.worker.gate_stack import GateStack
 from vllm_adapmoe.integration.worker.gate_trial import LinearGate
 from vllm_adapmoe.integration.worker.routers import Routers
+from vllm_adapmoe.integration.worker.step_recorder import StepRecorder
 from vllm_adapmoe.policy.prediction import PredictedExperts, predict_experts
 from vllm_adapmoe.prefetch.heads import chance_of_any
 from vllm_adapmoe.prefetch.request_experts import RequestExperts
-from vllm_adapmoe.simulate.trace import SAMPLE, Step, TraceWriter, sample_rows
+from vllm_adapmoe.simulate.trace import SAMPLE, sample_rows
 
-if TYPE_CHECKING:
-    from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
-
-
-TRACE_LOOKAHEAD = 4
-"""Minimum number of later layers that a trace has predictions for."""
 STRICT = "ADAPMOE_STRICT"
 """Environment variable; if set, a failed prediction ends the engine. Set by this project's tests."""
 
 logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-def layers_ahead(prefetch: PrefetchConfig, tracing: bool) -> int:
-    """Returns the number of later layers to predict; at least `TRACE_LOOKAHEAD` for a trace, as replays may vary it."""
-    return max(TRACE_LOOKAHEAD, prefetch.lookahead) if tracing else prefetch.lookahead
-
-
-@dataclass(frozen=True)
-class LayerPrediction:
-    """Predictions made from the input of one event (one layer in one step)."""
-
-    expected: np.ndarray | None
-    """Probability that the layer's next event uses each expert, float16 `[experts]`; used to choose a victim."""
-    observe: Callable[[], None]
-    """Predicts later layers, for prefetch and trace; call it once, while the event's loads are in flight."""
 
 
 def _harmless(
@@ -86,33 +66,33 @@ class ExpertPredictor:
         heads: next-token heads of each layer; None if not used.
         first: head `[hidden + 1, experts]` that predicts the first layer from the end of the step before; or None.
         experts: receives the experts that each request's next token is expected to use; None if not used.
-        trace: records steps with every prediction; None: no recording.
-        requests: returns id, number of computed tokens and rows of each request of the step.
+        recorder: records steps with every prediction; None: no recording.
+        current: the worker's current step.
     """
 
     def __init__(
         self,
-        layers: "list[CachedExperts]",
+        layers: Sequence[CachedExperts],
         routers: Routers,
         cache: ExpertCacheManager | None,
         lookahead: int,
         heads: Sequence[np.ndarray] | None,
         first: np.ndarray | None,
         experts: RequestExperts | None,
-        trace: TraceWriter | None,
-        requests: Callable[[], list[tuple[str, int, int]]],
+        recorder: StepRecorder | None,
+        current: CurrentStep,
     ) -> None:
         self.layers = layers
         self.cache = cache
         self.experts = experts
-        self.trace = trace
-        self.requests = requests
+        self.recorder = recorder
+        self.current = current
         self.lookahead = lookahead
         self.failed = False
         """Whether a prediction has failed, which disables all further ones."""
         self.routers = routers
         self.top_k = max(layer.top_k for layer in layers)
-        if heads is not None and [one.shape[1:] for one in heads] != [(count,) for count in routers.num_experts]:
+        if heads is not None and [head.shape[1:] for head in heads] != [(count,) for count in routers.num_experts]:
             logger.warning("Expert cache: the profile's next-token heads are not of this model's shape, and not used")
             heads = first = None
         self.heads = heads
@@ -124,12 +104,13 @@ class ExpertPredictor:
         """Index of each request's last row in the current step; None: every row is a last row."""
         self.begun: np.ndarray | None = None
         """Experts expected for the step before it began."""
-        self._at_the_end: HostCopy | None = None
+        self._first_layer: HostCopy | None = None
         """First-layer prediction from the last step's hidden states, in flight to the host."""
-        self.step: Step | None = None
-        """Step being recorded, or not yet written to the trace."""
-        self._whole = False
-        """Whether all layers of `step` are recorded."""
+
+    @property
+    def is_tracing(self) -> bool:
+        """Whether every step is recorded."""
+        return self.recorder is not None
 
     @torch.inference_mode()
     def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -139,7 +120,7 @@ class ExpertPredictor:
             dtype: dtype of the experts' input.
             device: device of the model.
         """
-        ahead = self.lookahead if self.cache is not None or self.trace is not None else 0
+        ahead = self.lookahead if self.cache is not None or self.recorder is not None else 0
         gates: dict[int, LinearGate | None] = {}
         self.stacks = []
         for index, layer in enumerate(self.layers):
@@ -163,20 +144,20 @@ class ExpertPredictor:
         """Stops predicting and recording for good, and logs the error."""
         logger.error("Expert cache: a prediction failed, and there are none any more", exc_info=error)
         self.failed = True
-        self.cache = self.heads = self.experts = self.step = self.first = self.begun = self._at_the_end = None
-        if self.trace is not None:
-            self.trace.file.close()  # readers skip an incomplete last frame
-            self.trace = None
+        self.cache = self.heads = self.experts = self.first = self.begun = self._first_layer = None
+        if self.recorder is not None:
+            self.recorder.give_up()
+            self.recorder = None
 
     @_harmless
     def begin_step(self, rows: Mapping[str, int]) -> None:
         """Prefetches for the first layers of a step about to run; `rows`: number of rows of each request."""
-        self._take_the_end()
-        self._at_the_end = None  # a prediction that has not arrived by now is too late
+        self._take_first_layer()
+        self._first_layer = None  # a prediction that has not arrived by now is too late
         self.begun = None if self.experts is None else self.experts.of_any(list(rows), self.lookahead)
         if self.cache is not None:
             prompt_tokens = sum(count for count in rows.values() if count > 1)
-            self.cache.begin_step(prompt_tokens, () if self.begun is None else list(self.begun))
+            self.cache.prefetch_first_layers(prompt_tokens, () if self.begun is None else list(self.begun))
 
     @_harmless
     def predict(
@@ -185,7 +166,7 @@ class ExpertPredictor:
         x: torch.Tensor,
         weights: torch.Tensor,
         ids: torch.Tensor,
-        keep: torch.Tensor,
+        keep_mask: torch.Tensor,
         product: torch.Tensor | None = None,
     ) -> LayerPrediction:
         """Predicts from one event of layer `index`.
@@ -195,15 +176,15 @@ class ExpertPredictor:
             x: experts' input `[tokens, hidden]`, without padding.
             weights: router weights `[tokens, top_k]`, after gating.
             ids: chosen experts `[tokens, top_k]`, on the host.
-            keep: experts that gating keeps, bool `[tokens, top_k]`, on the host.
+            keep_mask: experts that gating keeps, bool `[tokens, top_k]`, on the host.
             product: result of `product` for this input, on the host; None: not computed.
         """
         if index == 0:
-            self._begin_step(len(x))
+            self._read_requests(len(x))
         stack = self.stacks[index]
         outputs = None if product is None else product.numpy()
         expected = None
-        if self.heads is not None:  # not in `observe`: the victims of this event depend on it
+        if self.heads is not None:  # not in `_prefetch`: the victims of this event depend on it
             last = self.last_rows
             if outputs is not None:
                 heads = outputs if last is None else outputs[last.numpy()]
@@ -216,55 +197,44 @@ class ExpertPredictor:
                 outputs = heads
         elif self.experts is not None:
             self.experts.used(index, (ids if self.last_rows is None else ids[self.last_rows]).numpy())
-        return LayerPrediction(expected, partial(self._observe, index, x, weights, ids, keep, expected, outputs))
+        return LayerPrediction(expected, partial(self._prefetch, index, x, weights, ids, keep_mask, expected, outputs))
 
     @_harmless
     def product(self, index: int, x: torch.Tensor) -> torch.Tensor | None:
         """Computes on the device what `predict` needs of a decode step's input, to be copied with the routing."""
         stack = self.stacks[index]
-        wanted = self.heads is not None or ((self.cache is not None or self.trace is not None) and any(stack.slices))
+        wanted = self.heads is not None or ((self.cache is not None or self.recorder is not None) and any(stack.slices))
         return stack.product(x) if wanted and len(x) <= SAMPLE else None
 
     @_harmless
     def pass_first_layer(self) -> None:
         """Begins a step whose first layer ran without the host, so that nothing is predicted from it."""
-        self._begin_step(None)
+        self._read_requests(None)
 
-    def _begin_step(self, tokens: int | None) -> None:
+    def _read_requests(self, tokens: int | None) -> None:
         """Begins a step of `tokens` rows without padding; None: as many as its requests have, without recording."""
-        requests = self.requests()
+        requests = self.current.requests()
         rows = [rows for _, _, rows in requests]
         self.last_rows = None
         if len(rows) < (sum(rows) if tokens is None else tokens) == sum(rows):
             self.last_rows = torch.tensor(rows).cumsum(0) - 1
         if self.experts is not None:
             self.experts.begin([name for name, _, _ in requests])
-        if self.trace is None or tokens is None:
-            return
-        self._end_trace_of_step()
-        self._whole = False
-        self.step = Step(
-            seconds=time.monotonic(),
-            requests=[name for name, _, rows in requests for _ in range(rows)],
-            positions=np.concatenate([np.arange(start, start + rows) for _, start, rows in requests]),
-            ids=np.zeros((len(self.layers), tokens, self.top_k), dtype=np.int64),
-            weights=np.zeros((len(self.layers), tokens, self.top_k), dtype=np.float16),
-            predicted={},
-            begin=self.begun,
-        )
+        if self.recorder is not None and tokens is not None:
+            self.recorder.begin(requests, tokens, self.begun)
 
     @_harmless
-    def _observe(
+    def _prefetch(
         self,
         index: int,
         x: torch.Tensor,
         weights: torch.Tensor,
         ids: torch.Tensor,
-        keep: torch.Tensor,
+        keep_mask: torch.Tensor,
         expected: np.ndarray | None,
         outputs: np.ndarray | None,
     ) -> None:
-        if self.cache is None and self.trace is None:
+        if self.cache is None and self.recorder is None:
             return
         stack = self.stacks[index]
         predicted: dict[int, PredictedExperts | None] = {}
@@ -278,16 +248,14 @@ class ExpertPredictor:
                 predicted[distance] = self._predict_experts(index + distance, outputs[:, columns])
             return predicted.get(distance)
 
-        routing = ids.numpy(), keep.numpy()
+        routing = ids.numpy(), keep_mask.numpy()
         if self.cache is not None:
             self.cache.prefetch(index, routing, predict_experts)
-        if self.trace is not None:
-            self._record(index, weights, *routing, expected)
-            predictions = {distance: predict_experts(distance) for distance in range(1, len(stack.slices) + 1)}
-            if self.step is not None:
-                self.step.predicted |= {
-                    (index, distance): one for distance, one in predictions.items() if one is not None
-                }
+        if self.recorder is not None:
+            self.recorder.record(index, weights.cpu().numpy(), *routing, expected)
+            self.recorder.add_predictions(
+                index, {distance: predict_experts(distance) for distance in range(1, len(stack.slices) + 1)}
+            )
 
     @_harmless
     def end_step(self, hidden: torch.Tensor) -> None:
@@ -299,23 +267,23 @@ class ExpertPredictor:
         if self.first is None or len(hidden) > SAMPLE or hidden.shape[1] != len(self.first) - 1:
             return
         # Does not block: a GPU's result is used when the next step begins.
-        self._at_the_end = HostCopy(torch.addmm(self.first[-1], hidden.float(), self.first[:-1]))
-        self._take_the_end()
+        self._first_layer = HostCopy(torch.addmm(self.first[-1], hidden.float(), self.first[:-1]))
+        self._take_first_layer()
 
-    def _take_the_end(self) -> None:
-        if self._at_the_end is None or not self._at_the_end.arrived:
+    def _take_first_layer(self) -> None:
+        if self._first_layer is None or not self._first_layer.arrived:
             return
-        chances, self._at_the_end = self._at_the_end.tensors[0].numpy(), None
+        chances, self._first_layer = self._first_layer.tensors[0].numpy(), None
         ids = np.argsort(-chances, axis=1, kind="stable")[:, : self.layers[0].top_k]
         predicted = PredictedExperts(ids, np.ones(ids.shape, dtype=bool))
         if self.cache is not None:
             self.cache.prefetch(-1, None, {1: predicted}.get)
-        if self.step is not None:
-            self.step.predicted[-1, 1] = predicted
-            self._end_trace_of_step()
+        if self.recorder is not None:
+            self.recorder.add_predictions(-1, {1: predicted})
+            self.recorder.end()
 
     @_harmless
-    def record_in_place(self, requests: Sequence[tuple[str, int, int]], ids: np.ndarray) -> None:
+    def record_in_place(self, requests: Requests, ids: np.ndarray) -> None:
         """Records the experts that requests used in a step that ran without the host.
 
         Args:
@@ -340,32 +308,7 @@ class ExpertPredictor:
             logits, layer.top_k, layer.gating.sensitivity, layer.gating.threshold, by_batch, correction=correction
         )
 
-    def _record(
-        self,
-        index: int,
-        weights: torch.Tensor,
-        ids: np.ndarray,
-        keep: np.ndarray,
-        expected: np.ndarray | None,
-    ) -> None:
-        step = self.step
-        if step is None or len(step.positions) != len(ids):
-            return
-        chosen = ids.shape[1]  # if fewer than in other layers, the rest counts as dropped
-        step.ids[index, :, :chosen] = ids
-        # A weight of zero means dropped, so kept weights are at least 1e-6.
-        step.weights[index, :, :chosen] = np.where(keep, np.maximum(weights.cpu().numpy(), 1e-6), 0)
-        if expected is not None:
-            step.expected[index] = expected
-        self._whole = index == len(self.layers) - 1
-
-    def _end_trace_of_step(self) -> None:
-        if self.step is not None and self.trace is not None and self._whole:
-            self.trace.add(self.step)
-        self.step = None
-
     def close(self) -> None:
         """Completes and closes the trace."""
-        self._end_trace_of_step()
-        if self.trace is not None:
-            self.trace.close()
+        if self.recorder is not None:
+            self.recorder.close()

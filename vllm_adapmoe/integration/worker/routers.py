@@ -1,16 +1,14 @@
 """Finds the routers of a model's MoE layers, and which of them can be predicted."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from vllm.logger import init_logger
 
+from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
 from vllm_adapmoe.integration.worker.gate_trial import LinearGate, Unpredictable, try_gate
-
-if TYPE_CHECKING:
-    from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
 
 logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
 
@@ -24,7 +22,7 @@ class Routers:
         runners: vLLM's MoE runners, by layer name.
     """
 
-    def __init__(self, layers: "Sequence[CachedExperts]", model: torch.nn.Module, runners: Mapping[str, Any]) -> None:
+    def __init__(self, layers: Sequence[CachedExperts], model: torch.nn.Module, runners: Mapping[str, Any]) -> None:
         self.layers = layers
         self.runners = [runners[layer.layer_name] for layer in layers]
         self.num_experts = [layer.moe_config.num_logical_experts for layer in layers]

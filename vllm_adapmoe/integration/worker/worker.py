@@ -1,5 +1,6 @@
 """vLLM's GPU and CPU workers, extended by an expert cache."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,29 +14,29 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.experts import CacheShape
-from vllm_adapmoe.gating.loss_budget import LossBudget
 from vllm_adapmoe.gating.plan import GatingPlan
-from vllm_adapmoe.integration.entry.compat import adapmoe_settings, gating_settings, heads_settings, requests_of_step
-from vllm_adapmoe.integration.entry.compile_key import note_what_is_traced
-from vllm_adapmoe.integration.entry.switch import is_cache_aware
-from vllm_adapmoe.integration.layers import gates
 from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
+from vllm_adapmoe.integration.layers.collaborators import Collaborators, Probe
+from vllm_adapmoe.integration.layers.gates import Gating
 from vllm_adapmoe.integration.layers.mapped_experts import MappedExperts
 from vllm_adapmoe.integration.loading.expert_loading import expert_loading, slots_device
 from vllm_adapmoe.integration.loading.kv_room import room_for_kv_cache
-from vllm_adapmoe.integration.measure.probed_worker import ProbedWorker
+from vllm_adapmoe.integration.reported_output import ends_step, with_report
+from vllm_adapmoe.integration.scheduler.scheduler import is_cache_aware
+from vllm_adapmoe.integration.settings import EngineSettings
+from vllm_adapmoe.integration.worker.compile_key import note_what_is_traced
+from vllm_adapmoe.integration.worker.current_step import CurrentStep
 from vllm_adapmoe.integration.worker.device_only_steps import DeviceOnlySteps
-from vllm_adapmoe.integration.worker.expert_predictor import ExpertPredictor, layers_ahead
+from vllm_adapmoe.integration.worker.expert_predictor import ExpertPredictor
 from vllm_adapmoe.integration.worker.routers import Routers
 from vllm_adapmoe.integration.worker.step_clock import StepClock
+from vllm_adapmoe.integration.worker.step_recorder import StepRecorder
 from vllm_adapmoe.integration.worker.updated_worker import UpdatedWorker
-from vllm_adapmoe.integration.worker.worker_stats import CounterDelta, StepStats, total_stats, with_attributes
-from vllm_adapmoe.policy.controller import CacheController, CacheSetup
+from vllm_adapmoe.integration.worker.worker_stats import CounterDelta, StepStats, total_stats
 from vllm_adapmoe.prefetch.heads import NextTokenHeads
 from vllm_adapmoe.prefetch.request_experts import RequestExperts, bits
-from vllm_adapmoe.scheduling.report import StepReport, StepTimes, runs_prompt
-from vllm_adapmoe.simulate.trace import TraceInfo, TraceWriter
-from vllm_adapmoe.store.base import ExpertsUnavailable
+from vllm_adapmoe.scheduling.report import StepReport, StepTimes, WorkerReport, runs_prompt
+from vllm_adapmoe.simulate.trace import TraceInfo, TraceWriter, layers_ahead
 from vllm_adapmoe.units import GiB
 
 if TYPE_CHECKING or current_platform.is_cpu():
@@ -51,53 +52,55 @@ def slot_bytes(cache: ExpertCacheManager) -> int:
     return sum(pool.nbytes for pool in cache.pools)
 
 
-class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
+class ExpertCacheWorker(UpdatedWorker, Worker):
     """Mixin that builds the expert cache while the model loads, and reports its activity after every step."""
 
     expert_cache: ExpertCacheManager | None = None
     moe_layers: list[CachedExperts]
-    _step_report: StepReport | None
-    """Report of the current step, until it is sent with the step's output."""
+    current_step: CurrentStep
+    gating: Gating | None = None
     predictor: ExpertPredictor | None = None
+    probes: Sequence[Probe] = ()
+    """Probe of each layer while the model is measured (`measure.worker_extension`); otherwise empty."""
     device_only: DeviceOnlySteps | None = None
     """Steps and layers that run without the host; None on the CPU and with stock layers."""
+    _step_report: StepReport | None
+    """Report of the current step, until it is sent with the step's output."""
     _warming_up = False
     """Whether vLLM is running warm-up steps."""
 
     def load_model(self, **kwargs: Any) -> None:
         """Loads the model and allocates its slots, before vLLM profiles memory: the KV cache gets what they leave."""
-        config = self._config = AdapMoEConfig.parse(adapmoe_settings(self.vllm_config))
+        settings = EngineSettings.of(self.vllm_config)
+        config = self._config = settings.config
         self._step_report, self._since, self._clock = None, CounterDelta(), StepClock(slots_device())
         self._made_up = self.vllm_config.load_config.load_format == "dummy"
-        with expert_loading(config, self.vllm_config) as loading:
+        # Other ranks, or another scheduler, would not know of the failure and would continue the request.
+        fails_requests = self.vllm_config.parallel_config.world_size == 1 and is_cache_aware(
+            self.vllm_config.scheduler_config.scheduler_cls
+        )
+        self.current_step = CurrentStep(self.model_runner, fails_requests)
+        with expert_loading(settings, self.vllm_config) as loading:
             super().load_model(**kwargs)
             self.expert_cache = loading.finish(self.model_runner.get_model())
         self.moe_layers, self._loading = loading.layers, loading
-        self._set_gating(gating_settings(self.vllm_config))
-        self.device_only = DeviceOnlySteps.of(self.vllm_config, self.moe_layers, self.expert_cache)
-        heads = heads_settings(self.vllm_config)
+        self.device_only = DeviceOnlySteps.of(settings, self.vllm_config, self.moe_layers, self.expert_cache)
         self.heads = None
-        if heads is not None:
-            self.heads = NextTokenHeads.load(Path(heads["path"]), heads["hash"], *heads["shape"])
+        if settings.heads is not None:
+            self.heads = NextTokenHeads.load(Path(settings.heads.path), settings.heads.hash, *settings.heads.shape)
             self.heads.check([layer.hidden_size for layer in self.moe_layers], self.model_config.get_hidden_size())
-        self._look_ahead(config)
+        self.use_gating(settings.gating)
+        self.restart_predictor(config)
         model = self.model_runner.get_model()
         note_what_is_traced(self.vllm_config, model, self.moe_layers, self.device_only is not None)
-        self._runs_stock_layers = all(layer.is_stock for layer in self.moe_layers)
+        self.runs_stock_layers = all(layer.is_stock for layer in self.moe_layers)
+        """Whether vLLM's own layers were compiled, which cannot gate or fetch."""
         self._hook_compute_logits()
         self.guard_weights()
         group = get_tp_group()
         self.step_stats = StepStats(
             self.expert_cache, self.moe_layers, group.cpu_group if group.world_size > 1 else None
         )
-        self._failed: set[str] = set()
-        # Other ranks, or another scheduler, would not know of the failure and would continue the request.
-        self._fails_requests = self.vllm_config.parallel_config.world_size == 1 and is_cache_aware(
-            self.vllm_config.scheduler_config.scheduler_cls
-        )
-        if self._fails_requests:
-            for layer in self.moe_layers:
-                layer.on_failure = self._fail_requests
         if self.expert_cache is not None:
             cache = self.expert_cache
             experts = sum(cache.controller.num_held)
@@ -106,7 +109,39 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
                 cache.num_slots, slot_bytes(cache) / GiB, experts, loading.store_kind,
             )  # fmt: skip
 
-    def _look_ahead(self, config: AdapMoEConfig) -> None:
+    def bind_layers(self) -> None:
+        """Gives every layer what it works with from the next step on."""
+        device_only = self.device_only
+        for index, layer in enumerate(self.moe_layers):
+            layer.bind(
+                Collaborators(
+                    step=self.current_step,
+                    gating=None if self.gating is None else self.gating.layers[index],
+                    predictor=self.predictor,
+                    probe=self.probes[index] if self.probes else None,
+                    deferred=None if device_only is None else device_only.routing,
+                    in_place=None if device_only is None else device_only.in_place,
+                )
+            )
+
+    def use_gating(self, plan: GatingPlan | None) -> None:
+        """Gates every layer by the plan from the next step on; None: no gating.
+
+        Raises:
+            AdapMoEError: the plan is for other layers.
+        """
+        if plan is not None and len(plan.sensitivity) != len(self.moe_layers):
+            raise AdapMoEError(
+                f"the gating plan is for {len(plan.sensitivity)} MoE layers, this worker has {len(self.moe_layers)}"
+            )
+        if plan is not None:
+            for layer in self.moe_layers:
+                if isinstance(layer, MappedExperts):
+                    layer.use_slot_kernel()  # dropped experts need a map, even if all are resident
+        self.gating = None if plan is None else Gating(plan)
+        self.bind_layers()
+
+    def restart_predictor(self, config: AdapMoEConfig) -> None:
         """Starts prediction, prefetch and trace recording as configured, replacing the previous predictor."""
         if self.predictor is not None:
             self.predictor.close()
@@ -114,14 +149,13 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
         if self.predictor is not None:
             dtype: Any = self.model_config.dtype
             self.predictor.prepare(dtype, slots_device())
-        for layer in self.moe_layers:
-            layer.predictor = self.predictor
+        self.bind_layers()
 
     def _start_predictor(self, config: AdapMoEConfig) -> ExpertPredictor | None:
         cache = self.expert_cache
         prefetching = cache is not None and cache.controller.planner is not None
         rank = get_tensor_model_parallel_rank()
-        trace = None
+        recorder = None
         if config.trace_out is not None and rank == 0:
             experts = [layer.local_num_experts for layer in self.moe_layers]
             shape = CacheShape(
@@ -138,6 +172,7 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
                 pool_of=list(shape.pool_of),
             )
             trace = TraceWriter(Path(config.trace_out), info, config.trace_mib << 20)
+            recorder = StepRecorder(trace, len(experts), shape.top_k)
         request_experts = None
         if cache is not None and (prefetching or config.scheduler.enabled):
             shape = cache.controller.shape
@@ -145,23 +180,23 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
         heads = first = None
         if self.heads is not None:
             by_next_token = cache is not None and config.eviction in ("auto", "next_token")
-            if trace is not None or request_experts is not None or by_next_token:
+            if recorder is not None or request_experts is not None or by_next_token:
                 heads = self.heads.layers
-            if trace is not None or (prefetching and config.prefetch.first_layer):
+            if recorder is not None or (prefetching and config.prefetch.first_layer):
                 first = self.heads.first
-        if request_experts is None and trace is None and heads is None:
+        if request_experts is None and recorder is None and heads is None:
             return None
         runners = self.vllm_config.compilation_config.static_forward_context
         return ExpertPredictor(
             self.moe_layers,
             Routers(self.moe_layers, self.model_runner.get_model(), runners),
             cache if prefetching else None,
-            layers_ahead(config.prefetch, trace is not None),
+            layers_ahead(config.prefetch, recorder is not None),
             heads,
             first,
             request_experts,
-            trace,
-            self._requests_of_step,
+            recorder,
+            self.current_step,
         )
 
     def _hook_compute_logits(self) -> None:
@@ -180,63 +215,12 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
 
         model.compute_logits = watched
 
-    def _requests_of_step(self) -> list[tuple[str, int, int]]:
-        """Returns id, first position and number of rows of each request of the current step."""
-        return requests_of_step(self.model_runner, self._scheduler_output)
-
-    def set_gating(self, plan: dict[str, Any] | None) -> None:
-        """Gates every layer by the plan (`GatingPlan`, as a dict) from the next step on; None: no gating.
-
-        Entries of the prefix cache stay as they were computed.
-
-        Raises:
-            AdapMoEError: the model was compiled or captured without gating, or the plan is for other layers.
-        """
-        if plan is not None and self._runs_stock_layers and not self.model_config.enforce_eager:
-            raise AdapMoEError(
-                "gating is not in the compiled model of an engine that started without it, with every expert resident; "
-                "start it with gating, or with enforce_eager=True"
-            )
-        self._set_gating(plan)
-
-    def _set_gating(self, plan: dict[str, Any] | None) -> None:
-        parsed = None if plan is None else GatingPlan(**plan)
-        if parsed is not None and len(parsed.sensitivity) != len(self.moe_layers):
-            raise AdapMoEError(
-                f"the gating plan is for {len(parsed.sensitivity)} MoE layers, this worker has {len(self.moe_layers)}"
-            )
-        in_place = self.device_only is not None and self.device_only.in_place is not None
-        if in_place and self.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
-            raise AdapMoEError("gating is part of the CUDA graphs that decode=in_place has captured; set decode=fetch")
-        for index, layer in enumerate(self.moe_layers):
-            if parsed is not None and isinstance(layer, MappedExperts):
-                layer.use_slot_kernel()  # dropped experts need a map, even if all are resident
-            layer.gating = None if parsed is None else gates.LayerGate(parsed, index)
-        self._budget = None
-        if parsed is not None and parsed.nats_per_token is not None:
-            self._budget = LossBudget(parsed.threshold, parsed.nats_per_token)
-        self._spent = 0.0
-
     def _leave_room(self, available: int) -> int:
         """Returns the bytes for the KV cache: `available`, plus those of slots given up for it."""
         room = room_for_kv_cache(self._config, self.vllm_config, self._loading, self.expert_cache, available)
         if room != available and self.device_only is not None and self.device_only.in_place is not None:
             self.device_only.in_place.follow_pools()
         return room
-
-    def set_cache(self, settings: dict[str, Any], curves: list[list[float]] | None = None) -> None:
-        """Restarts the cache with empty slots and other policies; its size stays.
-
-        Args:
-            settings: `adapmoe_config`; its budget and store have no effect.
-            curves: expected loads of each layer by number of slots, for `allocation: profile`.
-        """
-        cache, config = self.expert_cache, AdapMoEConfig.parse(settings)
-        assert cache is not None
-        slots = [pool.num_slots for pool in cache.pools]
-        setup = CacheSetup.of(config, slots, curves, self.heads is not None)
-        cache.restart(CacheController(cache.controller.shape, setup), config.link_gbps)
-        self._look_ahead(config)
 
     def compile_or_warm_up_model(self) -> Any:
         """Warms up and captures CUDA graphs, for which model runner V2 runs steps of dummy requests.
@@ -256,25 +240,22 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
     def execute_model(self, scheduler_output: Any) -> Any:
         if self._warming_up:
             return super().execute_model(scheduler_output)
-        self._scheduler_output = scheduler_output
-        self._scheduled = scheduler_output.num_scheduled_tokens
+        step, predictor = self.current_step, self.predictor
+        step.begin(scheduler_output)
         self._check_weights()
         if self.device_only is not None:
-            self.device_only.drain_finished(self.predictor)
-        if self._scheduled and self.predictor is not None:
-            self.predictor.begin_step(self._scheduled)
-        self._awaits_logits = bool(self._scheduled)
+            self.device_only.drain_finished(predictor)
+        if step.rows and predictor is not None:
+            predictor.begin_step(step.rows)
+        self._awaits_logits = bool(step.rows)
         self._clock.start()
-        self._loading.in_step = True
-        try:
-            with self._step(scheduler_output.total_num_scheduled_tokens):
-                output = super().execute_model(scheduler_output)
-        finally:
-            self._loading.in_step = False
-        self._keep_budget()
-        if self._scheduled:
+        with step.launch(), self._device_step(scheduler_output.total_num_scheduled_tokens):
+            output = super().execute_model(scheduler_output)
+        if self.gating is not None:
+            self.gating.end_step(step.rows)
+        if step.rows:
             self._step_report = self._report_step(scheduler_output)
-        return self._with_stats(output)
+        return self._with_report(output)
 
     def _check_weights(self) -> None:
         """Prevents output of tokens computed while weights are being replaced, or after that failed halfway.
@@ -282,22 +263,20 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
         Raises:
             AdapMoEError: an update is in progress, or the weights are mixed and requests cannot be failed one by one.
         """
-        if not self._scheduled:
+        if not self.current_step.rows:
             return
         if self._update is not None:
             raise AdapMoEError("a step was run while weights are replaced; pause generation before start_weight_update")
         if self.broken is None:
             return
-        if not self._fails_requests:
+        if not self.current_step.fails_requests:
             raise AdapMoEError(self.broken)
-        for name in self._scheduled.keys() - self._failed:
-            logger.error("Expert cache: request %s fails: %s", name, self.broken)
-        self._failed |= self._scheduled.keys()
+        self.current_step.fail_all(self.broken)
 
-    def _step(self, tokens: int) -> AbstractContextManager[None]:
+    def _device_step(self, tokens: int) -> AbstractContextManager[None]:
         if self.device_only is None or not tokens:
             return nullcontext()
-        return self.device_only.step(tokens, self._requests_of_step)
+        return self.device_only.step(tokens, self.current_step)
 
     def _report_step(self, scheduler_output: Any) -> StepReport | None:
         """Returns the scheduler's report on the launched step and the times of finished ones; None if not needed."""
@@ -311,74 +290,33 @@ class ExpertCacheWorker(UpdatedWorker, ProbedWorker, Worker):
         stats = self.expert_cache.stats
         counted = [stats.stall_seconds, stats.demand_loads + stats.prefetches, stats.fetch_seconds]
         stall_seconds, loads, fetch_seconds = self._since(stats, counted).tolist()
-        prefill = runs_prompt(self._scheduled, scheduler_output.scheduled_spec_decode_tokens)
+        prefill = runs_prompt(self.current_step.rows, scheduler_output.scheduled_spec_decode_tokens)
         self._clock.stop((stall_seconds, int(loads), fetch_seconds, prefill))
         held = bits(self.expert_cache.controller.held)  # other ranks' experts take no slot here
         return StepReport(
             slots=self.expert_cache.num_slots,
             resident=bits(self.expert_cache.resident()),
-            expected={name: its & held for name, its in experts.top_expected().items()},
+            expected={name: expected & held for name, expected in experts.top_expected().items()},
             times=[StepTimes(seconds, *about) for seconds, about in self._clock.finished()],
         )
 
-    def _keep_budget(self) -> None:
-        """Adjusts every gate's threshold by the loss of a decode step, to keep the loss budget."""
-        if self._budget is None:
-            return
-        layer_gates = [layer.gating for layer in self.moe_layers if layer.gating is not None]
-        spent, self._spent = self._spent, sum(gate.stats.loss_spent for gate in layer_gates)
-        tokens = len(self._scheduled)
-        if tokens and max(self._scheduled.values()) == 1:  # prompts lose next to nothing, as they need every expert
-            threshold = self._budget.spend(self._spent - spent, tokens)
-            for gate in layer_gates:
-                gate.threshold = threshold
-
     def sample_tokens(self, grammar_output: Any) -> Any:
         output = super().sample_tokens(grammar_output)
-        return output if self._warming_up else self._with_stats(output)
+        return output if self._warming_up else self._with_report(output)
 
-    def _fail_requests(self, failed_tokens: torch.Tensor, error: ExpertsUnavailable) -> None:
-        """Marks the requests of failed rows, whose experts cannot be read, to be ended with this step.
-
-        Args:
-            failed_tokens: bool `[rows]`.
-            error: the reason, for the log.
-        """
-        row = 0
-        for name, _, rows in self._requests_of_step():
-            if failed_tokens[row : row + rows].any() and name not in self._failed:
-                logger.error("Expert cache: request %s fails: %s", name, error)
-                self._failed.add(name)
-            row += rows
-
-    def _with_stats(self, output: Any) -> Any:
-        return with_attributes(output, self._report)
-
-    def _report(self) -> dict[str, Any]:
-        """Returns what the scheduler gets with a step's tokens: counters, failed requests and `StepReport`."""
-        report: dict[str, Any] = {"worker_stats": self.step_stats.step()}
-        if self._failed:
-            report["failed_requests"] = sorted(self._failed)
-            self._failed.clear()
-        if self._step_report is not None:
-            report["expert_report"], self._step_report = self._step_report, None
-        return report
+    def _with_report(self, output: Any) -> Any:
+        if not ends_step(output):
+            return output
+        step, self._step_report = self._step_report, None
+        return with_report(
+            output, WorkerReport(self.step_stats.step(self.gating), self.current_step.take_failed(), step)
+        )
 
     def expert_cache_stats(self) -> dict[str, float]:
         """Returns the `total_stats` of this rank."""
         if self.device_only is not None:
             self.device_only.drain_finished(self.predictor)
-        return total_stats(self.expert_cache, self.moe_layers)
-
-    def expert_bytes(self) -> int:
-        """Returns the bytes of the largest expert."""
-        assert self.expert_cache is not None
-        return max(self.expert_cache.controller.expert_bytes)
-
-    def kept_by_layer(self) -> list[float]:
-        """Returns the mean number of experts kept per token in each layer since gating was set."""
-        stats = [layer.gating.stats for layer in self.moe_layers if layer.gating is not None]
-        return [one.kept_experts / max(one.gated_tokens, 1) for one in stats]
+        return total_stats(self.expert_cache, self.moe_layers, self.gating)
 
     def shutdown(self) -> None:
         if self.predictor is not None:

@@ -3,16 +3,15 @@
 import os
 
 from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.integration.compat import METHOD
 
-NAME = "adapmoe"
-"""Name of all our entry points."""
-REMEDY = f"add {NAME} to it, or unset it"
+REMEDY = f"add {METHOD} to it, or unset it"
 
 
 def left_out() -> str | None:
     """Returns the setting that leaves the plugin out, or None. vLLM compares names exactly, spaces included."""
     allowed = os.environ.get("VLLM_PLUGINS")
-    if allowed is None or NAME in allowed.split(","):
+    if allowed is None or METHOD in allowed.split(","):
         return None
     return f"VLLM_PLUGINS={allowed} leaves the plugin out"
 

@@ -11,6 +11,9 @@ from typing import Any, ParamSpec, TypeVar
 OLDEST, NEWEST = "0.30", "0.33"
 """Oldest and newest supported vLLM releases, patch releases included."""
 
+METHOD = "adapmoe"
+"""Name of the MoE method and of our entry points, and key of the user's configuration in `additional_config`."""
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -68,37 +71,10 @@ REBOUND = {
 """vLLM functions that `slot_kernels` runs with some global names rebound, and the names that they must use."""
 
 
-def adapmoe_settings(vllm_config: Any) -> Any:
-    """Returns `additional_config["adapmoe"]`; None if the method is off."""
-    additional = getattr(vllm_config, "additional_config", None)  # called with any vLLM version
-    return additional.get("adapmoe") if isinstance(additional, dict) else None
-
-
-def profiled_settings(vllm_config: Any) -> Any:
-    """Returns `additional_config["adapmoe_profiled"]`, the model that the profile is of; None without a profile."""
-    additional = vllm_config.additional_config
-    return additional.get("adapmoe_profiled") if isinstance(additional, dict) else None
-
-
-def gating_settings(vllm_config: Any) -> Any:
-    """Returns `additional_config["adapmoe_gating"]`, the front end's `GatingPlan` as a dict; None without gating."""
-    additional = vllm_config.additional_config
-    return additional.get("adapmoe_gating") if isinstance(additional, dict) else None
-
-
-def expected_loads_settings(vllm_config: Any) -> Any:
-    """Returns `additional_config["adapmoe_expected_loads"]`, each layer's expected loads by number of slots.
-
-    None unless `allocation=profile`.
-    """
-    additional = vllm_config.additional_config
-    return additional.get("adapmoe_expected_loads") if isinstance(additional, dict) else None
-
-
-def heads_settings(vllm_config: Any) -> Any:
-    """Returns `additional_config["adapmoe_heads"]`: path, hash and shape of the next-token heads; None without."""
-    additional = vllm_config.additional_config
-    return additional.get("adapmoe_heads") if isinstance(additional, dict) else None
+def is_switched_on(vllm_config: Any) -> bool:
+    """Returns whether an engine uses the method; works with the configuration of any vLLM version."""
+    additional = getattr(vllm_config, "additional_config", None)
+    return isinstance(additional, dict) and METHOD in additional
 
 
 def requests_of_step(runner: Any, scheduler_output: Any) -> list[tuple[str, int, int]]:

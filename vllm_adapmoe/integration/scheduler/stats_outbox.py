@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Callable
+from typing import Any
+
+from vllm_adapmoe.scheduling.counters import METRICS, StepCounters
 
 Stats = dict[str, float | list[float]]
 
-GAUGES = {"slots", "resident", "layer_resident", "layer_experts", "layer_floors"}
 LAYER_SECONDS = 1.0
 """Minimum seconds between two reports of per-layer statistics, which are long."""
 BANDWIDTH_SECONDS = 1.0
@@ -21,31 +23,32 @@ class StatsOutbox:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._waiting: Stats = {}
-        self._layers: Stats = {}
+        self._waiting: dict[str, Any] = {}
+        self._layers: dict[str, Any] = {}
         self._layers_sent = -LAYER_SECONDS
         self._recent_bytes = self._recent_seconds = 0.0
 
-    def add(self, stats: Stats | None, tokens: int) -> None:
-        """Adds the counters of one step (`StepStats.step`) of `tokens` tokens; with 0, the step computes nothing."""
-        for name, value in (stats or {}).items():
-            held = self._layers if name.startswith("layer_") else self._waiting
-            if name == "stall_seconds":
+    def add(self, counters: StepCounters, tokens: int) -> None:
+        """Adds the counters of one step of `tokens` tokens; with 0, the step computes nothing."""
+        for name, value in counters.counted().items():
+            metric = METRICS[name]
+            waiting = self._layers if metric.by_layer else self._waiting
+            if metric.kind == "histogram":
                 if value or tokens:
-                    held.setdefault(name, []).append(value)  # type: ignore[union-attr, arg-type]
-            elif name in GAUGES or name not in held:
-                held[name] = value
-            elif isinstance(value, list):
-                held[name] = [one + other for one, other in zip(held[name], value, strict=True)]  # type: ignore[arg-type]
+                    waiting.setdefault(name, []).append(value)
+            elif metric.kind == "gauge" or name not in waiting:
+                waiting[name] = value
+            elif metric.by_layer:
+                waiting[name] = [before + now for before, now in zip(waiting[name], value, strict=True)]
             else:
-                held[name] += value  # type: ignore[operator]
-        if stats and "fetched_bytes" in stats:
-            self._measure(stats["fetched_bytes"], stats["fetch_seconds"])  # type: ignore[arg-type]
+                waiting[name] += value
+        if counters.fetched_bytes is not None and counters.fetch_seconds is not None:
+            self._measure(counters.fetched_bytes, counters.fetch_seconds)
 
     def _measure(self, nbytes: float, seconds: float) -> None:
-        keep = max(0.0, 1.0 - seconds / BANDWIDTH_SECONDS)
-        self._recent_bytes = keep * self._recent_bytes + nbytes
-        self._recent_seconds = keep * self._recent_seconds + seconds
+        weight = max(0.0, 1.0 - seconds / BANDWIDTH_SECONDS)
+        self._recent_bytes = weight * self._recent_bytes + nbytes
+        self._recent_seconds = weight * self._recent_seconds + seconds
         if self._recent_seconds > 0:
             self._waiting["link_bandwidth"] = self._recent_bytes / self._recent_seconds
 

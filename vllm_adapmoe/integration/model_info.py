@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import ModelConfig
 
-from vllm_adapmoe.integration.entry.compat import profiled_settings
-from vllm_adapmoe.profile.model_profile import ModelInfo, ModelProfile
+from vllm_adapmoe.integration.settings import ProfiledModel
+from vllm_adapmoe.profile.model_profile import ModelInfo
 
 MENTIONS = ("expert", "moe")
 
@@ -22,25 +22,15 @@ def model_info(model: ModelConfig) -> ModelInfo:
     )
 
 
-def profiled(profile: ModelProfile, path: str) -> dict[str, object]:
-    """Returns the part of a profile that a worker compares with the built model."""
-    return {"path": path, "model": profile.model.model_dump()}
-
-
-def check_profile(vllm_config: VllmConfig, built: dict[str, int]) -> None:
+def check_profile(profiled: ProfiledModel, model: ModelConfig, built: dict[str, int]) -> None:
     """Compares the built layers with the profile's model, where the configuration was not enough to compare.
 
     Raises:
         AdapMoEError: the profile is of another model.
     """
-    settings = profiled_settings(vllm_config)
-    if settings is None:
-        return
-    model = vllm_config.model_config
     told = {"num_experts": model.get_num_experts(), "top_k": model.get_num_experts_per_tok()}
-    mine = ModelInfo.model_validate(settings["model"])
     counts = built | {key: count for key, count in told.items() if count}
-    mine.check_same(mine.model_copy(update=counts), settings["path"])
+    profiled.model.check_same(profiled.model.model_copy(update=counts), profiled.path)
 
 
 def expert_sizes(model: ModelConfig) -> tuple[int, int] | None:

@@ -1,0 +1,82 @@
+"""CurrentStep: the step that a worker is running, its requests, and which of them fail in it."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+
+from vllm_adapmoe.integration.compat import requests_of_step
+from vllm_adapmoe.store.base import ExpertsUnavailable
+
+logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
+
+Requests = list[tuple[str, int, int]]
+"""Id, first position and number of rows of each request of a step, in row order."""
+
+
+class CurrentStep:
+    """The step that a worker is running.
+
+    Args:
+        runner: vLLM's model runner.
+        fails_requests: whether requests whose experts cannot be read are ended one by one; otherwise they end the
+            engine.
+    """
+
+    def __init__(self, runner: Any, fails_requests: bool) -> None:
+        self._runner = runner
+        self.fails_requests = fails_requests
+        self.running = False
+        """Whether a step of requests is being launched; False while vLLM profiles, warms up or captures graphs."""
+        self.rows: Mapping[str, int] = {}
+        """Number of rows of each request of the current or last step."""
+        self._output: Any = None
+        self._failed: set[str] = set()
+
+    def begin(self, scheduler_output: Any) -> None:
+        """Sets the step that is about to run."""
+        self._output = scheduler_output
+        self.rows = scheduler_output.num_scheduled_tokens
+
+    @contextmanager
+    def launch(self) -> Iterator[None]:
+        """Surrounds the launch of the step."""
+        self.running = True
+        try:
+            yield
+        finally:
+            self.running = False
+
+    def requests(self) -> Requests:
+        """Returns id, first position and number of rows of each request, in row order."""
+        return requests_of_step(self._runner, self._output)
+
+    def fail(self, failed_tokens: torch.Tensor, error: ExpertsUnavailable) -> None:
+        """Marks the requests of failed rows, whose experts cannot be read, to be ended with this step.
+
+        Args:
+            failed_tokens: bool `[rows]`.
+            error: the reason, for the log.
+        """
+        row = 0
+        for name, _, rows in self.requests():
+            if failed_tokens[row : row + rows].any():
+                self._fail(name, error)
+            row += rows
+
+    def fail_all(self, reason: str) -> None:
+        """Marks every request of the step to be ended with it."""
+        for name in self.rows:
+            self._fail(name, reason)
+
+    def _fail(self, name: str, reason: object) -> None:
+        if name not in self._failed:
+            logger.error("Expert cache: request %s fails: %s", name, reason)
+            self._failed.add(name)
+
+    def take_failed(self) -> tuple[str, ...]:
+        """Returns the requests to be ended, in order of their ids, and forgets them."""
+        failed, self._failed = tuple(sorted(self._failed)), set()
+        return failed
