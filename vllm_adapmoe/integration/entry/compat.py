@@ -11,6 +11,13 @@ from typing import Any, ParamSpec, TypeVar
 OLDEST, NEWEST = "0.30", "0.33"
 """Oldest and newest supported vLLM releases, patch releases included."""
 
+METHOD = "adapmoe"
+GATING = "adapmoe_gating"
+LOADS = "adapmoe_expected_loads"
+HEADS = "adapmoe_heads"
+PROFILED = "adapmoe_profiled"
+"""Keys of `VllmConfig.additional_config`, which the front end writes (`switch`) and every process reads."""
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -69,36 +76,33 @@ REBOUND = {
 
 
 def adapmoe_settings(vllm_config: Any) -> Any:
-    """Returns `additional_config["adapmoe"]`; None if the method is off."""
-    additional = getattr(vllm_config, "additional_config", None)  # called with any vLLM version
-    return additional.get("adapmoe") if isinstance(additional, dict) else None
+    """Returns the user's configuration, `AdapMoEConfig.transport`; None if the method is off."""
+    return _setting(vllm_config, METHOD)
 
 
 def profiled_settings(vllm_config: Any) -> Any:
-    """Returns `additional_config["adapmoe_profiled"]`, the model that the profile is of; None without a profile."""
-    additional = vllm_config.additional_config
-    return additional.get("adapmoe_profiled") if isinstance(additional, dict) else None
+    """Returns the model that the profile is of; None without a profile."""
+    return _setting(vllm_config, PROFILED)
 
 
 def gating_settings(vllm_config: Any) -> Any:
-    """Returns `additional_config["adapmoe_gating"]`, the front end's `GatingPlan` as a dict; None without gating."""
-    additional = vllm_config.additional_config
-    return additional.get("adapmoe_gating") if isinstance(additional, dict) else None
+    """Returns the front end's `GatingPlan` as a dict; None without gating."""
+    return _setting(vllm_config, GATING)
 
 
 def expected_loads_settings(vllm_config: Any) -> Any:
-    """Returns `additional_config["adapmoe_expected_loads"]`, each layer's expected loads by number of slots.
-
-    None unless `allocation=profile`.
-    """
-    additional = vllm_config.additional_config
-    return additional.get("adapmoe_expected_loads") if isinstance(additional, dict) else None
+    """Returns each layer's expected loads by number of slots; None unless `allocation=profile`."""
+    return _setting(vllm_config, LOADS)
 
 
 def heads_settings(vllm_config: Any) -> Any:
-    """Returns `additional_config["adapmoe_heads"]`: path, hash and shape of the next-token heads; None without."""
-    additional = vllm_config.additional_config
-    return additional.get("adapmoe_heads") if isinstance(additional, dict) else None
+    """Returns path, hash and shape of the next-token heads; None without."""
+    return _setting(vllm_config, HEADS)
+
+
+def _setting(vllm_config: Any, key: str) -> Any:
+    additional = getattr(vllm_config, "additional_config", None)  # called with any vLLM version
+    return additional.get(key) if isinstance(additional, dict) else None
 
 
 def requests_of_step(runner: Any, scheduler_output: Any) -> list[tuple[str, int, int]]:

@@ -13,9 +13,10 @@ from vllm.v1.metrics.stats import SchedulerStats
 
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.doctor.finding import Finding
+from vllm_adapmoe.integration.entry.compat import METHOD
 from vllm_adapmoe.integration.entry.left_out import REMEDY, left_out
 from vllm_adapmoe.integration.entry.model_check import feature_checks, weight_bits
-from vllm_adapmoe.integration.entry.switch import METHOD, WORKERS
+from vllm_adapmoe.integration.entry.switch import WORKERS
 from vllm_adapmoe.integration.entry.version_check import SUPPORTED, is_supported, remedy
 from vllm_adapmoe.integration.loading.identity import config_folder, load_identity, source_files
 from vllm_adapmoe.integration.loading.pack_store import open_valid, pack_folder, pack_names

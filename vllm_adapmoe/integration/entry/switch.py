@@ -8,6 +8,7 @@ from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
+from vllm_adapmoe.integration.entry.compat import GATING, HEADS, LOADS, METHOD, PROFILED
 from vllm_adapmoe.integration.entry.model_check import check_model
 from vllm_adapmoe.integration.entry.model_info import model_info, profiled
 from vllm_adapmoe.integration.entry.moe_backend import set_moe_backend
@@ -19,11 +20,6 @@ from vllm_adapmoe.profile.thresholds import describe, plan_gating
 
 logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
 
-METHOD = "adapmoe"
-GATING = "adapmoe_gating"
-LOADS = "adapmoe_expected_loads"
-HEADS = "adapmoe_heads"
-PROFILED = "adapmoe_profiled"
 WORKERS = {
     "cpu": "vllm_adapmoe.integration.worker.worker.AdapMoECPUWorker",
     "cuda": "vllm_adapmoe.integration.worker.worker.AdapMoEWorker",
