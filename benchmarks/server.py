@@ -16,9 +16,9 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 import psutil
-from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.top.sample import parse_sample
 
 START_SECONDS = 900
 """Time limit for a server to start, seconds: it may have to pack experts and compile."""
@@ -118,9 +118,9 @@ class Server:
         psutil.wait_procs(self.children, timeout=5)
 
     def metrics(self) -> dict[str, float]:
-        """Returns every sample of `/metrics` by name, summed over its labels."""
+        """Returns every sample of `/metrics` by name, summed over its labels, without buckets."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as answer:
-            return parse_metrics(answer.read().decode())
+            return parse_sample(answer.read().decode(), time.monotonic()).values
 
     def complete(self, **fields: Any) -> dict[str, Any]:
         """Sends a request to `/v1/completions` and returns the answer, not streamed."""
@@ -144,13 +144,3 @@ def first_error(log: str) -> str:
     lines = [line for line in log.splitlines() if " WARNING " not in line and " INFO " not in line]
     found = re.search(r"\b[\w.]*(?:[Ee]rror|Exception): .*", "\n".join(lines))
     return found[0].strip()[:300] if found else f"no answer after {START_SECONDS} s, and no error in its log"
-
-
-def parse_metrics(text: str) -> dict[str, float]:
-    """Parses Prometheus' text format: samples by name, summed over labels, without buckets and creation times."""
-    sums: dict[str, float] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if not sample.name.endswith(("_bucket", "_created")):
-                sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
-    return sums

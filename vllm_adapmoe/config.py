@@ -100,7 +100,7 @@ class AdapMoEConfig(BaseModel):
     `host` on a GPU, `file` on the CPU."""
     store_dir: PathText | None = None
     """Folder of the packed files; default: `adapmoe` in vLLM's cache folder."""
-    eviction: Literal["auto", "lru", "lfru", "mrs", "next_use", "next_token"] = "auto"
+    eviction: Literal["auto", "lru", "next_use", "next_token"] = "auto"
     """Eviction policy: which resident expert to evict when a slot is needed. `auto`: `next_token` where the profile has
     next-token heads, else `next_use`."""
     allocation: Literal["pool", "uniform", "profile", "trace"] = "pool"

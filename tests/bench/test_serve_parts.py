@@ -9,11 +9,11 @@ from conftest import TINY_MIXTRAL
 from benchmarks import serve_load
 from benchmarks.serve import configurations, point, turned
 from benchmarks.serve_bound import least_bytes
-from benchmarks.server import parse_metrics
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.policy.controller import CacheSetup
 from vllm_adapmoe.simulate.replay import replay
 from vllm_adapmoe.simulate.trace import Step, TraceInfo
+from vllm_adapmoe.top.sample import parse_sample
 
 RESULT = {
     "date": "20261125-040641", "backend": "openai", "num_prompts": 4, "request_rate": 3.0, "max_concurrency": 2,
@@ -96,7 +96,7 @@ vllm:iteration_tokens_total_count{{engine="0"}} {steps}
 
 
 def test_counters_of_one_load():
-    before, after = (parse_metrics(page(*values)) for values in ((10, 5, 1.5, 20), (40, 15, 3.5, 70)))
+    before, after = (parse_sample(page(*values), 0.0).values for values in ((10, 5, 1.5, 20), (40, 15, 3.5, 70)))
     assert before["vllm:adapmoe_expert_hits_total"] == 11
     figures = serve_load.counted(before, after, {"output_tokens": 100.0, "seconds": 8.0})
     assert figures["hit_rate"] == 0.75

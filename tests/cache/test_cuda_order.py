@@ -100,7 +100,7 @@ class Worker:
         store = PlayedStore(cuda, set() if in_place else {1, 2})
         shape = CacheShape([EXPERTS] * LAYERS, TOP_K, POOL_OF, [layout.nbytes for layout in store.layouts])
         slots = [self.random.choice([4, 7]), self.random.choice([5, 6])]
-        setup = Setup(slots, "lfru", lookahead=2, max_experts=3)
+        setup = Setup(slots, "next_use", lookahead=2, max_experts=3)
         readers = self.random.choice([1, 2, 3])
         self.cache = ExpertCacheManager(store, CacheController(shape, setup), DEVICE, readers)
         self.in_place = None

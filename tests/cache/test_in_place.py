@@ -41,7 +41,7 @@ def cache(weights):
         store.put_layer(index, tensors)
     store.seal()
     shape = CacheShape([EXPERTS] * LAYERS, TOP_K, [0] * LAYERS, [layout.nbytes for layout in store.layouts])
-    cache = ExpertCacheManager(store, CacheController(shape, CacheSetup([8], "lfru")), CPU)
+    cache = ExpertCacheManager(store, CacheController(shape, CacheSetup([8], "next_use")), CPU)
     yield cache
     cache.close()
 

@@ -7,7 +7,7 @@ import torch
 from vllm_adapmoe.calibrate.run import ratio
 from vllm_adapmoe.gating.rules import gate_tokens
 from vllm_adapmoe.profile.model_profile import LayerProfile, ModelInfo, ModelProfile
-from vllm_adapmoe.profile.statistics import LOOKAHEAD, add, norm_sums, prediction_sums, routing_profile, routing_sums
+from vllm_adapmoe.profile.statistics import LOOKAHEAD, add, prediction_sums, routing_profile, routing_sums
 
 TOKENS, EXPERTS = 40, 4
 
@@ -15,8 +15,7 @@ TOKENS, EXPERTS = 40, 4
 def test_a_layer_before_one_that_uses_more_experts():
     """Recall is a share of the later layer's experts, two here, where the layer itself uses one."""
     ids = torch.arange(TOKENS).remainder(EXPERTS).unsqueeze(1)
-    sums = routing_sums(torch.ones(TOKENS, 1), ids, torch.arange(TOKENS) == 0, EXPERTS)
-    add(sums, norm_sums(torch.ones(TOKENS, 8), ids.view(-1), EXPERTS))
+    sums = routing_sums(torch.ones(TOKENS, 1), ids, EXPERTS)
     later = torch.cat((ids, (ids + 1) % EXPERTS), 1)
     add(sums, prediction_sums(later, later, 1))
     half_right = torch.cat((ids, (ids + 2) % EXPERTS), 1)
@@ -35,8 +34,7 @@ def test_layers_of_one_expert_and_of_three():
         weights = torch.rand(TOKENS, top_k, generator=torch.Generator().manual_seed(top_k))
         weights /= weights.sum(1, keepdim=True)
         ids = torch.stack([torch.randperm(EXPERTS)[:top_k] for _ in range(TOKENS)])
-        sums = routing_sums(weights, ids, torch.arange(TOKENS) == 0, EXPERTS)
-        add(sums, norm_sums(torch.ones(TOKENS * top_k, 8), ids.view(-1), EXPERTS))
+        sums = routing_sums(weights, ids, EXPERTS)
         cost = np.array([float(sums["half_cost"])])
         sensitivity, _ = ratio(cost * 2, cost)
         layers.append(LayerProfile(sensitivity=sensitivity, **routing_profile(sums)))

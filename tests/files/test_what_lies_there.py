@@ -208,9 +208,9 @@ def test_a_profile_of_many_errors_takes_little(tmp_path):
     profile_file(path)
     profile = json.loads(path.read_text())
     for layer in profile["layers"]:
-        layer["co_use"] = [["x", "y", "z"]] * 100_000
+        layer["predictions"] = [["x", "y", "z"]] * 100_000
     path.write_text(json.dumps(profile))
-    assert "layers.0.co_use.0.0" in try_reading("profile", path)
+    assert "layers.0.predictions.0" in try_reading("profile", path)
 
 
 @pytest.mark.parametrize(
@@ -245,8 +245,6 @@ def test_a_profile_of_no_model(change, said, tmp_path):
         ("layers.0.dropped.0.tokens", [0.9, 0.9], "more than all"),
         ("layers.0.dropped.0.tokens", [0.0] * 1000, "tokens"),
         ("layers.0.popularity", [0.5] * 3, "3 of 8"),
-        ("layers.0.co_use", [[0, 8, 0.5]], "used together"),
-        ("layers.0.co_use", [[-1, 0, 0.5]], "used together"),
         ("layers.0.predictions.0.precision", [0.5] * 3, "3 ranks of 2"),
         ("layers.0.predictions.0.lookahead", 0, "lookahead"),
         ("heads", "x" * 2000, "heads"),

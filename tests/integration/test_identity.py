@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, TINY_MIXTRAL
+from vllm import envs
 
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.integration.measure.engine import Engine
+from vllm_adapmoe.store.folder import packs_root
 
 pytestmark = pytest.mark.engine
 
@@ -143,3 +145,15 @@ def test_a_folder_that_packs_cannot_be_made_in_is_said_before_any_weight_is_read
     assert f"'{tmp_path}/closed/cache/adapmoe' (VLLM_CACHE_ROOT), cannot be written (Permission denied)" in line
     assert "set store_dir to one that can be" in line
     assert "Loading safetensors" not in run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"XDG_CACHE_HOME": "/x"}, {"VLLM_CACHE_ROOT": "/v"}, {"VLLM_CACHE_ROOT": "~/v", "XDG_CACHE_HOME": "/x"}],
+)
+def test_packs_are_in_the_cache_of_vllm(monkeypatch, settings):
+    for name in ("XDG_CACHE_HOME", "VLLM_CACHE_ROOT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert packs_root(None) == Path(envs.environment_variables["VLLM_CACHE_ROOT"]()) / "adapmoe"

@@ -31,11 +31,11 @@ def end_readers(worker: Any) -> None:
     ("slots", "config"),
     [
         (48, {}),
-        (80, {"prefetch": {"lookahead": 8, "max_experts": 2}, "eviction": "lfru"}),
+        (80, {"prefetch": {"lookahead": 8, "max_experts": 2}, "eviction": "lru"}),
         (48, {"allocation": "trace", "eviction": "lru"}),
         (48, {"profile": str(ROOT / "configs" / "tiny_mixtral.json")}),
     ],
-    ids=["defaults", "eight ahead, lfru", "lru, floors by traffic", "next-token heads"],
+    ids=["defaults", "eight ahead, lru", "lru, floors by traffic", "next-token heads"],
 )
 def test_worker_and_replay_agree(tmp_path, slots, config):
     asked = prompts(16, 2048, seed=11)

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_adapmoe.policy.controller import CacheSetup
-from vllm_adapmoe.policy.eviction import POLICIES
 from vllm_adapmoe.policy.prediction import PredictedExperts
 from vllm_adapmoe.policy.tiles import LEAST_TILE_BYTES, SPECULATIVE_TILE_SECONDS, TILE_BYTES, tile_bytes
+from vllm_adapmoe.simulate.baselines import SIMULATED
 from vllm_adapmoe.simulate.replay import Machine, belady, replay
 from vllm_adapmoe.simulate.trace import Step, TraceInfo
 
@@ -80,13 +80,13 @@ def test_the_oracle_is_the_best_there_is(events, slots):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    drawn(3, 6), st.integers(3, 12), st.sampled_from(sorted(POLICIES)), st.sampled_from(["pool", "uniform", "trace"])
+    drawn(3, 6), st.integers(3, 12), st.sampled_from(sorted(SIMULATED)), st.sampled_from(["pool", "uniform", "trace"])
 )
 def test_no_policy_beats_the_bounds_on_bytes(events, slots, eviction, allocation):
     trace, steps = info(3, 6, nbytes=7), steps_of(events)
     oracle, bound = (int(belady(trace, steps, [slots], atomic).sum()) for atomic in (True, False))
     assert bound <= oracle
-    result = replay(trace, steps, CacheSetup([slots], eviction, allocation))
+    result = replay(trace, steps, CacheSetup([slots], eviction, allocation), eviction=SIMULATED[eviction])
     assert result.demand_loads >= oracle
     assert result.stats["fetched_bytes"] == 7 * result.demand_loads
     assert result.stats["hits"] + result.stats["misses"] == sum(len(experts) for step in events for experts in step)

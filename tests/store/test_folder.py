@@ -1,13 +1,24 @@
-"""Whether packs can be made in a folder is found out without a trace, and who else may write there is said."""
+"""Where packs are; whether they can be made there is found out without a trace, and who else may write is said."""
 
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from vllm_adapmoe.store.folder import others_who_may_write, why_not_writable
+from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.store.folder import others_who_may_write, packs_root, why_not_writable
+
+
+def test_packs_are_in_the_folder_that_the_user_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert packs_root("~/packs") == Path("/home/me/packs")
+    assert packs_root(Path("packs")) == tmp_path / "packs"
+    with pytest.raises(AdapMoEError, match=r"store_dir='~nobody-here/packs': this user has no home folder"):
+        packs_root("~nobody-here/packs")
 
 
 def test_many_may_look_at_one_folder_at_once_and_leave_nothing(tmp_path):

@@ -43,6 +43,13 @@ def page(hits: int, layers: int = 2, engines: int = 1, experts: int = 8) -> str:
     return "\n".join(lines) + "\n"
 
 
+def test_a_sample_sums_over_engines_and_layers():
+    values = parse_sample(page(100, layers=3, engines=2), 0.0).values
+    assert values["vllm:adapmoe_layer_hits_total"] == 2 * 100 * (0 + 1 + 2)
+    assert values["vllm:adapmoe_expert_misses_total"] == 200
+    assert not any(name.endswith("_bucket") for name in values)
+
+
 def test_rates_are_of_the_interval_and_totals_of_the_start():
     view = make_view(parse_sample(page(100), 10.0), parse_sample(page(300), 14.0))
     assert (view.model, view.running, view.waiting, view.slots, view.resident) == ("m", 2, 1, 12, 11)

@@ -68,8 +68,8 @@ class Fisher:
         return watched
 
     def sums(self, sequences: list[list[int]]) -> Sums:
-        """Returns sums over tokens, `[layers]` each: `second` of 1/2 (g.d)^2, `first` of g.d, `cost` of c."""
-        result = {key: np.zeros(self.num_layers) for key in ("first", "second", "cost")}
+        """Returns sums over tokens, `[layers]` each: `second` of 1/2 (g.d)^2, `cost` of c."""
+        result = {key: np.zeros(self.num_layers) for key in ("second", "cost")}
         for start in range(0, len(sequences), BATCH):
             ids = torch.tensor(sequences[start : start + BATCH])
             with torch.enable_grad():
@@ -77,7 +77,6 @@ class Fisher:
                 F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
             for layer in range(self.num_layers):
                 along = (self.gradients[layer].double() * self.moves[layer].double()).flatten(0, -2).sum(-1)
-                result["first"][layer] += along.sum().item()
                 result["second"][layer] += 0.5 * along.square().sum().item()
                 result["cost"][layer] += self.costs[layer].double().sum().item()
         return result

@@ -82,7 +82,7 @@ def calibrate(
         seed=seed,
     )
     settings = {"model": info.model_dump(), "data": described.model_dump(), "method": method, "versions": versions}
-    sums = len(groups) * (info.num_experts + 4096)  # co-activation counts, and everything else
+    sums = len(groups) * 4096  # numbers of a layer's histograms and counts, per expert
     most = 8 * (info.num_layers or MOST_LAYERS) * info.num_experts * (2 * info.hidden_size + sums) + (1 << 28)
     progress = Progress(output.with_name(output.name + ".partial"), settings, most)
     if progress.resumed:
@@ -229,24 +229,20 @@ def _layers(groups: list, progress: Progress, method: str, count: int) -> list[L
         if method == "fisher":
             cost = _column(groups, progress, "fisher", "cost")[:, index]
             second = _column(groups, progress, "fisher", "second")[:, index]
-            change = second + _column(groups, progress, "fisher", "first")[:, index]
             sensitivity, error = ratio(second, cost)
         else:
             # Dropping moves the layer's output by d. The same weights moved the other way move it by -d, and the mean
             # of the two changes of the loss is the second-order part, without the noise of the first-order one.
             cost = _column(groups, progress, "routing", f"{index}.half_cost")
-            change = _column(groups, progress, "forward", "there")[:, index] - base
+            there = _column(groups, progress, "forward", "there")[:, index] - base
             back = _column(groups, progress, "forward", "back")[:, index] - base
-            sensitivity, error = ratio((change + back) / 2, cost)
+            sensitivity, error = ratio((there + back) / 2, cost)
             # For an insensitive layer and little data the estimate may be negative; all it says is "small".
             sensitivity = max(sensitivity, error)
-        loss_change, loss_change_error = ratio(change, cost)
         layers.append(
             LayerProfile(
                 sensitivity=digits(sensitivity),
                 sensitivity_stderr=digits(error),
-                loss_change=digits(loss_change),
-                loss_change_stderr=digits(loss_change_error),
                 **statistics.routing_profile(routing),  # type: ignore[arg-type]
             )
         )
@@ -324,13 +320,13 @@ def print_profile(profile: ModelProfile, show: Callable[..., None]) -> None:
     from rich.table import Table
 
     table = Table(title=f"{profile.model.name}: sensitivity by {profile.method}")
-    for column in ("layer", "S_l", "±", "loss change", "±", "re-use", "next gate"):
+    for column in ("layer", "S_l", "±", "next gate"):
         table.add_column(column, justify="right")
     for index, layer in enumerate(profile.layers):
         nearest = layer.predictions[0].recall if layer.predictions else None
         table.add_row(
-            str(index), f"{layer.sensitivity:.4f}", f"{layer.sensitivity_stderr:.4f}", f"{layer.loss_change:.4f}",
-            f"{layer.loss_change_stderr:.4f}", f"{layer.reuse:.1%}", "" if nearest is None else f"{nearest:.1%}",
+            str(index), f"{layer.sensitivity:.4f}", f"{layer.sensitivity_stderr:.4f}",
+            "" if nearest is None else f"{nearest:.1%}",
         )  # fmt: skip
     show(table)
     table = Table(title=f"Increase of the loss, {profile.base_loss:.4f} nats")

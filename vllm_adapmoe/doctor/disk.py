@@ -8,8 +8,9 @@ from pathlib import Path
 
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.doctor.finding import Finding, Level
-from vllm_adapmoe.planning.link import measure_reads, packs_root
+from vllm_adapmoe.planning.link import measure_reads
 from vllm_adapmoe.store.direct_io import open_direct, read_full, write_full
+from vllm_adapmoe.store.folder import packs_root
 from vllm_adapmoe.store.record import ALIGNMENT, aligned_empty
 from vllm_adapmoe.units import GiB
 
@@ -26,7 +27,7 @@ def check_disk(store_dir: Path | None, needed: bool) -> Iterator[Finding]:
         store_dir: as in `adapmoe_config`; None: vLLM's cache.
         needed: packed files are the default on this device. Otherwise a fault is a note, unless `store_dir` is set.
     """
-    folder = packs_root(store_dir).absolute()
+    folder = packs_root(store_dir)
     wrong: Level = "problem" if needed or store_dir is not None else "note"
     there = next(one for one in (folder, *folder.parents) if one.exists())
     remedy = "name another folder with --store-dir, and as store_dir in adapmoe_config"

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.store.direct_io import open_direct, read_full, write_full
+from vllm_adapmoe.store.folder import packs_root
 from vllm_adapmoe.store.record import aligned_empty
 
 ROUNDS = 5
@@ -22,14 +23,6 @@ RECORDS = 4
 """Minimum records read or copied per round."""
 WEIGHT_BYTES = 1 << 28
 """Size of the tensor read by `measure_weights`, larger than processor caches."""
-
-
-def packs_root(store_dir: Path | None) -> Path:
-    """Returns the folder for packed files: `store_dir`, or `adapmoe` in vLLM's cache."""
-    if store_dir is not None:
-        return store_dir
-    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    return Path(os.environ.get("VLLM_CACHE_ROOT", os.path.join(cache, "vllm"))).expanduser() / "adapmoe"
 
 
 def measure_link(record_bytes: int, store_dir: Path | None = None) -> tuple[float, str]:
@@ -44,7 +37,7 @@ def measure_link(record_bytes: int, store_dir: Path | None = None) -> tuple[floa
     if torch.cuda.is_available():
         return measure_copies(record_bytes), f"copies to {torch.cuda.get_device_name()} from page-locked memory"
     folder = packs_root(store_dir)
-    there = next(one for one in (folder, *folder.absolute().parents) if one.is_dir())
+    there = next(one for one in (folder, *folder.parents) if one.is_dir())
     return measure_reads(record_bytes, there), "direct reads from the disk of the packed files"
 
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:  # a cache runs with torch and numpy alone
 MEMORY = 1024.0
 """Events of a layer after which its counted stack distances have faded to 1/e."""
 CATCH_UP = 0.25
-"""Maximum share of the experts that a step has read in place that is loaded after it."""
+"""Maximum share of the experts that a step has read in place that is loaded after it. Not tuned: it was never
+measured on a GPU."""
 REVISION_STEPS = 256
 """Steps between two revisions of the floors with `allocation=trace`."""
 

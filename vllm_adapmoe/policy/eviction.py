@@ -40,39 +40,6 @@ class LRU(EvictionPolicy):
         return self.last
 
 
-class LFRU(EvictionPolicy):
-    """Evicts by frequency over age, `f / (age + 1)`: uses so far over events since the last use."""
-
-    def __init__(self, layers: int, experts: int) -> None:
-        self.uses = np.zeros((layers, experts))
-        self.last = np.full((layers, experts), -1.0)
-        self.events = 0
-
-    def record(self, layer: int, experts: Sequence[int]) -> None:
-        self.uses[layer, experts] += 1
-        self.last[layer, experts] = self.events
-        self.events += 1
-
-    def scores(self) -> np.ndarray:
-        return self.uses / (self.events - self.last)
-
-
-class MRS(EvictionPolicy):
-    """Evicts by recent share of requests, an exponential mean per layer (HybriMoE's score, on requested experts)."""
-
-    DECAY = 0.9
-
-    def __init__(self, layers: int, experts: int) -> None:
-        self.share = np.zeros((layers, experts))
-
-    def record(self, layer: int, experts: Sequence[int]) -> None:
-        self.share[layer] *= self.DECAY
-        self.share[layer, experts] += 1 - self.DECAY
-
-    def scores(self) -> np.ndarray:
-        return self.share
-
-
 class NextUse(EvictionPolicy):
     """Evicts the expert whose expected next use is farthest: Belady's rule with estimates in place of the future.
 
@@ -134,8 +101,6 @@ class NextToken(NextUse):
 
 POLICIES: dict[str, Callable[[int, int], EvictionPolicy]] = {
     "lru": LRU,
-    "lfru": LFRU,
-    "mrs": MRS,
     "next_use": NextUse,
     "next_token": NextToken,
 }

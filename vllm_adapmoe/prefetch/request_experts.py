@@ -8,8 +8,8 @@ import numpy as np
 from vllm_adapmoe.prefetch.heads import chance_of_any
 
 REUSE = 0.45
-"""Chance that a token uses an expert of its request's last token, used without next-token heads. Measured on the
-bundled models; 0.25 would be random."""
+"""Chance that a token uses an expert of its request's last token, used without next-token heads. The bundled models'
+layers measure 0.29 to 0.47, 0.37 and 0.38 on average (`reuse` in examples/*/results.json); 0.25 would be random."""
 
 
 STEPS_IN_FLIGHT = 8

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -16,9 +16,13 @@ EDGES = np.logspace(-6, 2, 8 * BINS_PER_DECADE + 1)
 """Edges of the histograms of dropping costs: the first bin is below the first edge, the last above the last."""
 
 FILE_BYTES, FILE_VALUES = 64 << 20, 2_000_000
-"""Maximum bytes and JSON values of a profile: 60 layers of 384 experts with top-8 take 9 MiB and 500,000 values."""
+"""Maximum bytes and JSON values of a profile. 60 layers of 384 experts with top-8 take 2.4 MiB and 157,000 values, with
+`FORMER_KEYS` 9 MiB and 500,000."""
 MOST_LAYERS, MOST_EXPERTS, MOST_TOP_K = 1024, 65_536, 256
 """Maximum sizes of a profiled model: computations on a profile take time and memory in proportion to them."""
+
+FORMER_KEYS = {"loss_change", "loss_change_stderr", "co_use", "output_norm", "reuse"}
+"""Keys of a layer that earlier versions wrote and no decision read. Profiles that have them are still read, without."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0, le=1e9)]
@@ -88,21 +92,17 @@ class LayerProfile(Strict):
     sensitivity: NotNegative
     """Sensitivity S_l, nats per token per unit of dropping cost (see `gating`)."""
     sensitivity_stderr: NotNegative | None = None
-    loss_change: float | None = None
-    """Mean change of the loss per unit of dropping cost, including the first-order part that S_l leaves out."""
-    loss_change_stderr: NotNegative | None = None
     dropped: Annotated[list[DropHistogram], First] | None = None
     """Cost histograms for keeping the first 1, 2, .. top_k - 1 experts."""
     popularity: Annotated[list[Share], First] | None = None
     """Share of tokens that use each expert; sums to top_k."""
-    co_use: Annotated[list[tuple[int, int, Share]], First] | None = None
-    """Expert pairs used together: (expert, expert, share of tokens that use both), most frequent first, at most 4 times
-    the number of experts."""
-    output_norm: Annotated[list[NotNegative], First] | None = None
-    """Root mean square norm of each expert's output, before its weight."""
-    reuse: Share | None = None
-    """Share of a token's experts that the sequence's previous token also used."""
     predictions: Annotated[list[Prediction], First] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_former_keys(cls, given: Any) -> Any:
+        """Drops `FORMER_KEYS` from a file."""
+        return {key: given[key] for key in given if key not in FORMER_KEYS} if isinstance(given, dict) else given
 
 
 class ModelInfo(Strict):
@@ -190,16 +190,13 @@ class ModelProfile(Strict):
             # Layers may differ in top-k; the model's is the largest.
             if layer.dropped is not None and len(layer.dropped) > model.top_k - 1:
                 raise ValueError(f"layer {index} has {len(layer.dropped)} histograms for top-{model.top_k}")
-            for key in ("popularity", "output_norm"):
-                values = getattr(layer, key)
-                if values is not None and len(values) != model.num_experts:
-                    raise ValueError(f"layer {index} has {key} of {len(values)} of {model.num_experts} experts")
+            if layer.popularity is not None and len(layer.popularity) != model.num_experts:
+                raise ValueError(
+                    f"layer {index} has popularity of {len(layer.popularity)} of {model.num_experts} experts"
+                )
             for one in layer.predictions or ():
                 if len(one.precision) > model.top_k:
                     raise ValueError(f"layer {index} has a precision of {len(one.precision)} ranks of {model.top_k}")
-            for *pair, _ in layer.co_use or ():
-                if not all(0 <= expert < model.num_experts for expert in pair):
-                    raise ValueError(f"layer {index} has experts {pair} of {model.num_experts} used together")
         return self
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Routing statistics of one MoE layer as sums over tokens: uses, dropping costs, norms, predictions of later layers."""
+"""Routing statistics of one MoE layer as sums over tokens: uses, dropping costs, predictions of later layers."""
 
 import numpy as np
 import torch
@@ -7,8 +7,6 @@ from vllm_adapmoe.gating.rules import drop_costs
 from vllm_adapmoe.profile.model_profile import EDGES, DropHistogram, Prediction
 
 LOOKAHEAD = 4
-CO_USE_PAIRS = 4
-"""Pairs in a profile per expert of the layer."""
 
 Sums = dict[str, np.ndarray]
 """Sums by name, float64. Those of two parts of the data are added key by key."""
@@ -25,13 +23,12 @@ def half(top_k: int) -> int:
     return max(1, top_k // 2)
 
 
-def routing_sums(weights: torch.Tensor, ids: torch.Tensor, starts: torch.Tensor, num_experts: int) -> Sums:
+def routing_sums(weights: torch.Tensor, ids: torch.Tensor, num_experts: int) -> Sums:
     """Returns the routing sums of one step of one layer.
 
     Args:
         weights: `[tokens, top_k]`, float32.
         ids: `[tokens, top_k]`.
-        starts: bool `[tokens]`, True where a sequence begins.
         num_experts: experts of the layer.
     """
     tokens, top_k = ids.shape
@@ -43,30 +40,14 @@ def routing_sums(weights: torch.Tensor, ids: torch.Tensor, starts: torch.Tensor,
         histogram[kept] = torch.bincount(bins[:, kept], minlength=len(EDGES) + 1)
         fall_histogram[kept] = torch.bincount(bins[:, kept], falls[:, kept], minlength=len(EDGES) + 1)
     used = torch.zeros(tokens, num_experts).scatter_(1, ids.long(), 1)
-    again = (used[1:] * used[:-1]).sum(-1)[~starts[1:]]
     sums = {
         "tokens": torch.tensor(tokens),
         "half_cost": costs[:, half(top_k) - 1].sum(),
         "dropped": histogram,
         "falls": fall_histogram,
         "uses": used.sum(0),
-        "co_uses": used.T @ used,
-        "again": again.sum(),
-        "successors": torch.tensor(len(again)),
     }
     return {key: value.double().numpy() for key, value in sums.items()}
-
-
-def norm_sums(outputs: torch.Tensor, ids: torch.Tensor, num_experts: int) -> Sums:
-    """Returns the sums of squared output norms, by expert.
-
-    Args:
-        outputs: `[pairs, hidden]`, an expert's output before its weight.
-        ids: expert ids `[pairs]`.
-        num_experts: experts of the layer.
-    """
-    squares = outputs.double().square().sum(-1).cpu()
-    return {"norm_squares": torch.bincount(ids.long(), squares, minlength=num_experts).numpy()}
 
 
 def prediction_sums(predicted: torch.Tensor, ids: torch.Tensor, lookahead: int) -> Sums:
@@ -89,8 +70,6 @@ def dropped(sums: Sums) -> list[DropHistogram]:
 
 def routing_profile(sums: Sums) -> dict[str, object]:
     """Returns the fields of a LayerProfile that follow from routing sums."""
-    tokens, uses = float(sums["tokens"]), sums["uses"]
-    top_k = sums["dropped"].shape[0] + 1
     predictions = [
         Prediction(
             lookahead=distance,
@@ -104,19 +83,9 @@ def routing_profile(sums: Sums) -> dict[str, object]:
     ]
     return {
         "dropped": dropped(sums),
-        "popularity": [digits(value) for value in uses / tokens],
-        "co_use": _co_use(sums["co_uses"], tokens),
-        "output_norm": [digits(value) for value in np.sqrt(sums["norm_squares"] / np.maximum(uses, 1))],
-        "reuse": digits(sums["again"] / max(float(sums["successors"]) * top_k, 1)),
+        "popularity": [digits(value) for value in sums["uses"] / float(sums["tokens"])],
         "predictions": predictions,
     }
-
-
-def _co_use(co_uses: np.ndarray, tokens: float) -> list[tuple[int, int, float]]:
-    experts = len(co_uses)
-    pairs = [(i, j, co_uses[i, j] / tokens) for i in range(experts) for j in range(i + 1, experts) if co_uses[i, j]]
-    pairs.sort(key=lambda pair: -pair[2])
-    return [(i, j, digits(share)) for i, j, share in pairs[: CO_USE_PAIRS * experts]]
 
 
 def digits(value: float) -> float:

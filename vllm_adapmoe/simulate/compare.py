@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.policy.controller import CacheSetup
-from vllm_adapmoe.policy.eviction import POLICIES
 from vllm_adapmoe.profile.expected_loads import curves_of_profile
 from vllm_adapmoe.profile.model_profile import ModelProfile
+from vllm_adapmoe.simulate.baselines import SIMULATED
 from vllm_adapmoe.simulate.replay import Machine, belady, replay
 from vllm_adapmoe.simulate.trace import Steps, TraceInfo
 from vllm_adapmoe.simulate.trace_file import read_trace
@@ -41,10 +41,10 @@ class PolicyName:
         rest, plus, tail = text.partition("+")
         eviction, _, allocation = rest.partition("/")
         name = cls(eviction, allocation or "pool", tail == "prefetch")
-        if eviction not in POLICIES or name.allocation not in ALLOCATIONS or (plus and not name.prefetch):
+        if eviction not in SIMULATED or name.allocation not in ALLOCATIONS or (plus and not name.prefetch):
             raise AdapMoEError(
                 f"--policies {text!r} is not known; EVICTION[/ALLOCATION][+prefetch] with EVICTION of "
-                f"{', '.join(POLICIES)} and ALLOCATION of {', '.join(ALLOCATIONS)}"
+                f"{', '.join(SIMULATED)} and ALLOCATION of {', '.join(ALLOCATIONS)}"
             )
         return name
 
@@ -137,7 +137,7 @@ def run_simulate(
 
 
 def _point(info: TraceInfo, steps: Steps, setup: CacheSetup, machine: Machine) -> dict[str, Any]:
-    result = replay(info, steps, setup, machine)
+    result = replay(info, steps, setup, machine, SIMULATED[setup.eviction])
     stats = result.stats
     useful = stats["prefetch_hits"] + stats["late"]
     foreseen = useful / (useful + result.demand_loads) if useful + result.demand_loads else 1.0

@@ -1,8 +1,25 @@
-"""Checks of the folder of packed files: whether it is writable, and which other users may write there."""
+"""The folder of packed files: where it is, whether it is writable, and which other users may write there."""
 
 import os
 import stat
 from pathlib import Path
+
+from vllm_adapmoe.config import AdapMoEError
+
+
+def packs_root(store_dir: str | Path | None) -> Path:
+    """Returns the folder for packed files: `store_dir`, or `adapmoe` in vLLM's cache, found as vLLM finds it.
+
+    Raises:
+        AdapMoEError: `store_dir` begins with ~, and this user has no home folder.
+    """
+    if store_dir is None:
+        cache = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "vllm")
+        return Path(os.path.expanduser(os.environ.get("VLLM_CACHE_ROOT", cache))) / "adapmoe"
+    try:
+        return Path(store_dir).expanduser().absolute()
+    except RuntimeError:
+        raise AdapMoEError(f"store_dir={str(store_dir)!r}: this user has no home folder; name a full path") from None
 
 
 def why_not_writable(folder: Path) -> str | None:

@@ -29,7 +29,7 @@ class Sample:
     """Time of the reading, seconds of a monotonic clock."""
     model: str = ""
     values: dict[str, float] = field(default_factory=dict)
-    """Values by metric name, without those per layer and without histogram buckets."""
+    """Values by metric name, those per layer summed too, without histogram buckets."""
     layers: dict[str, dict[int, float]] = field(default_factory=dict)
     """Values per layer, by metric name without `vllm:adapmoe_layer_`."""
 
@@ -54,8 +54,7 @@ def parse_sample(text: str, at: float) -> Sample:
                 if not 0 <= layer < LAYERS:
                     raise ValueError(f"layer {layer} of {LAYERS} at most")
                 by_layer[layer] = by_layer.get(layer, 0.0) + value
-            else:
-                sample.values[name] = sample.values.get(name, 0.0) + value
+            sample.values[name] = sample.values.get(name, 0.0) + value
             if name == CACHE + "slots":
                 model = printable(labels.get("model_name", ""))
     return Sample(at, model, sample.values, sample.layers)

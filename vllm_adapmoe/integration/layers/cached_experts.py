@@ -242,14 +242,6 @@ class CachedExperts(StreamedExperts):
             total.index_add_(0, token[rows].to(x.device), outputs.float())
         return total.to(x.dtype)
 
-    def expert_outputs(self, x: torch.Tensor, topk_ids: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yields ids `[pairs]` and unweighted outputs `[pairs, hidden]` of all chosen experts, wave by wave."""
-        top_k = topk_ids.shape[1]
-        token, ids = torch.arange(len(topk_ids)).repeat_interleave(top_k), topk_ids.reshape(-1).long()
-        ones = torch.ones(len(ids), 1, dtype=torch.float32, device=x.device)
-        for rows, outputs in self._run_rows(x, ones, token, ids, None):
-            yield ids[rows], outputs
-
     def _run_rows(
         self,
         x: torch.Tensor,

@@ -15,7 +15,7 @@ from vllm_adapmoe.integration.loading.identity import check_identifiable, load_i
 from vllm_adapmoe.store.base import StoreError
 from vllm_adapmoe.store.file import FileStore, PackInvalid, PackMissing, PackOfAnother, PackOutdated, open_pack
 from vllm_adapmoe.store.file_hash import hash_bytes
-from vllm_adapmoe.store.folder import others_who_may_write, why_not_writable
+from vllm_adapmoe.store.folder import others_who_may_write, packs_root, why_not_writable
 from vllm_adapmoe.store.pack_writer import PackWriter
 from vllm_adapmoe.store.source_files import SourceFiles
 from vllm_adapmoe.units import GiB
@@ -30,28 +30,14 @@ def store_kind(config: AdapMoEConfig) -> str:
     return "file" if current_platform.is_cpu() else "host"
 
 
-def packs_root(config: AdapMoEConfig) -> Path:
-    """Returns the folder for packs: `store_dir`, or a folder in vLLM's cache with a subfolder per model.
-
-    Raises:
-        AdapMoEError: `store_dir` begins with ~, and this user has no home folder.
-    """
-    if config.store_dir is None:
-        return Path(envs.VLLM_CACHE_ROOT) / "adapmoe"
-    try:
-        return Path(config.store_dir).expanduser().absolute()
-    except RuntimeError:
-        raise AdapMoEError(f"store_dir={config.store_dir!r}: this user has no home folder; name a full path") from None
-
-
 def pack_folder(config: AdapMoEConfig, sources: SourceFiles) -> Path:
     """Returns the folder of a model's packed files: `store_dir`, or one named after the model's location."""
     if config.store_dir is not None:
-        return packs_root(config)
+        return packs_root(config.store_dir)
     origin = Path(sources.origin)
     # A snapshot in a hub's cache is named by its commit: models--org--name/snapshots/commit.
     name = origin.parents[1].name.split("--")[-1] if origin.parent.name == "snapshots" else origin.name
-    return packs_root(config) / f"{name}-{hash_bytes(sources.origin.encode())[:12]}"
+    return packs_root(config.store_dir) / f"{name}-{hash_bytes(sources.origin.encode())[:12]}"
 
 
 def pack_names(vllm_config: VllmConfig) -> list[str]:
@@ -149,7 +135,7 @@ def check_store(config: AdapMoEConfig, vllm_config: VllmConfig, needed: bool) ->
     elif store_kind(config) == "host" or not needed:
         return
     check_identifiable(vllm_config.model_config, vllm_config.load_config)
-    problem = why_not_writable(packs_root(config))
+    problem = why_not_writable(packs_root(config.store_dir))
     if config.store_dir is None and problem is None:
         return  # the worker repacks what is not valid
     missing = list(_packs_to_make(config, vllm_config))
@@ -163,7 +149,7 @@ def check_store(config: AdapMoEConfig, vllm_config: VllmConfig, needed: bool) ->
 def _setting(config: AdapMoEConfig) -> str:
     if config.store_dir is not None:
         return f"store_dir={config.store_dir!r}"
-    return f"the folder of packed experts, {str(packs_root(config))!r} (VLLM_CACHE_ROOT),"
+    return f"the folder of packed experts, {str(packs_root(config.store_dir))!r} (VLLM_CACHE_ROOT),"
 
 
 def _packs_to_make(config: AdapMoEConfig, vllm_config: VllmConfig) -> Iterator[tuple[Path, str]]:
@@ -180,7 +166,7 @@ def _packs_to_make(config: AdapMoEConfig, vllm_config: VllmConfig) -> Iterator[t
                 sources = sources or source_files(vllm_config.model_config, vllm_config.load_config)
                 path = pack_folder(config, sources) / name
             else:
-                path = packs_root(config) / name
+                path = packs_root(config.store_dir) / name
             store = open_pack(path, identity)
             sources = sources or source_files(vllm_config.model_config, vllm_config.load_config)
             store.check_sources(sources)

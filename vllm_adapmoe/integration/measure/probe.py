@@ -124,7 +124,7 @@ class LayerProbe:
         probe, layer = self.probe, self.probe.layers[self.index]
         if probe.recording:
             rows = slice(None) if real is None else real
-            self._record(layer, x[rows], weights[rows], ids[rows], _sequence_starts(len(ids))[rows])
+            self._record(layer, x[rows], weights[rows], ids[rows])
         if probe.fits:
             rows = slice(None) if real is None else real
             probe.fit(self.index, x[rows], ids[rows], _sequence_starts(len(ids))[rows])
@@ -133,14 +133,9 @@ class LayerProbe:
         counts = torch.full((len(ids),), half(ids.shape[1]), device=weights.device)
         return weights + probe.step * (settle(weights, keep_most(weights, counts)).weights - weights)
 
-    def _record(
-        self, layer: CachedExperts, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, starts: torch.Tensor
-    ) -> None:
-        probe, experts = self.probe, layer.local_num_experts
-        sums = probe.sums[self.index]
-        statistics.add(sums, statistics.routing_sums(weights.cpu(), ids, starts, experts))
-        for pair_ids, outputs in layer.expert_outputs(x, ids):
-            statistics.add(sums, statistics.norm_sums(outputs, pair_ids, experts))
+    def _record(self, layer: CachedExperts, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> None:
+        probe = self.probe
+        statistics.add(probe.sums[self.index], statistics.routing_sums(weights.cpu(), ids, layer.local_num_experts))
         for distance in range(1, LOOKAHEAD + 1):
             predicted = probe.predicted.pop((self.index - distance, distance), None)
             if predicted is not None:
