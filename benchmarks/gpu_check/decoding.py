@@ -60,7 +60,7 @@ class OnDemand:
         token, x = inputs.tokens[number], inputs.x
         for layer in range(self.shape.layers):
             ids = inputs.ids[number, layer]
-            experts = sorted(one for one in ids.view(-1).tolist() if one >= 0)  # waits for the previous layers
+            experts = sorted(expert for expert in ids.view(-1).tolist() if expert >= 0)  # waits for the previous layers
             cache.acquire(layer, experts, meanwhile=(lambda: self._look_ahead(layer, token)) if self.ahead else None)  # noqa: B023
             self.host_table[layer].numpy()[:] = self.places[:, cache.slot_maps[layer].numpy()]
             self.table[layer].copy_(self.host_table[layer], non_blocking=True)
