@@ -1,5 +1,6 @@
 """Measures the effect of gating, prefetch and cache policy, alone and together, on a link of a given bandwidth."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -12,13 +13,14 @@ from rich.table import Table
 from tqdm import tqdm
 
 from benchmarks.residency import ON_DEMAND
-from benchmarks.workload import measure, measure_batches, prompts_of, ratios
+from benchmarks.workload import Workload, measure, measure_batches, prompts_of, ratios
+from vllm_adapmoe.calibrate.evaluate import relative_increase
 from vllm_adapmoe.config import AdapMoEConfig, GatingConfig
 from vllm_adapmoe.policy.controller import CacheSetup
 from vllm_adapmoe.profile.expected_loads import curves_of_profile
 from vllm_adapmoe.profile.model_profile import ModelProfile
 from vllm_adapmoe.profile.thresholds import plan_gating
-from vllm_adapmoe.results import spread
+from vllm_adapmoe.results import rotated, spread
 from vllm_adapmoe.simulate.replay import Machine, belady, replay
 from vllm_adapmoe.simulate.trace import Step, TraceInfo
 from vllm_adapmoe.simulate.trace_file import read_trace
@@ -40,67 +42,62 @@ dynamic programming. And ours."""
 GATING = {"paper": "token", "ours": "batch"}
 
 
-def run_ablation(
-    model: Path,
-    profile_path: Path,
-    text: Path | None,
-    rounds: int,
-    prompt_tokens: int,
-    output_tokens: int,
-    batch: int,
-    batches: int,
-    resident: float,
-    ratio: float,
-    max_loss_increase: float,
-    loss_tokens: int,
-) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class AblationSpec(Workload):
+    """Requests to measure the combinations on, and the cache and link that serve them."""
+
+    profile: Path
+    batches: int
+    """Batches per measurement, one after another."""
+    resident: float
+    """Fraction of the experts that have a slot."""
+    ratio: float
+    """Time to fetch one expert over the time of one layer with every expert resident; sets the link bandwidth."""
+    max_loss_increase: float
+    """Relative loss increase allowed to gating."""
+    loss_tokens: int
+    """Tokens on which the loss of gating is measured, with an unlimited link."""
+
+    def groups(self) -> list[list[list[int]]]:
+        """Returns the token ids of the requests of each batch, output included."""
+        requests = prompts_of(self.model, self.text, self.batch * self.batches, self.length)
+        return [requests[start : start + self.batch] for start in range(0, len(requests), self.batch)]
+
+
+def run_ablation(spec: AblationSpec) -> dict[str, Any]:
     """Decodes with every combination in turn on one engine; the order rotates by one each round.
 
     Each combination starts with an empty cache and warms it with two batches before it is timed.
-
-    Args:
-        model: checkpoint folder.
-        profile_path: profile of the model.
-        text: folder of `*.txt` for prompts.
-        rounds: measurements of every combination.
-        prompt_tokens: prompt tokens per request.
-        output_tokens: output tokens per request.
-        batch: requests per batch.
-        batches: batches per measurement, one after another.
-        resident: fraction of the experts that have a slot.
-        ratio: time to fetch one expert over the time of one layer with every expert resident; sets the link bandwidth.
-        max_loss_increase: relative loss increase allowed to gating.
-        loss_tokens: tokens on which the loss of gating is measured, with an unlimited link.
     """
-    from vllm_adapmoe.integration.measure.engine import Engine, count_experts, describe_model
+    from vllm_adapmoe.integration.measure.engine import Engine, count_experts, load_profile
     from vllm_adapmoe.integration.measure.losses import decode_losses
 
-    profile = ModelProfile.load(profile_path)
-    profile.check(describe_model(model), str(profile_path))
-    prompts = prompts_of(model, text, batch * batches, prompt_tokens + output_tokens)
-    groups = [prompts[start : start + batch] for start in range(0, len(prompts), batch)]
+    profile = load_profile(spec.profile, spec.model)
+    groups = spec.groups()
     # Decode given text: a model this small repeats itself, and would reuse the same experts.
-    arguments: dict[str, Any] = {"max_model_len": prompt_tokens + output_tokens, "forced": True}
-    with Engine(model, {"cache_fraction": 1.0}, **arguments) as full:
-        measure(full, groups[-1], output_tokens, forced=True)
-        speeds = [
-            measure_batches(full, groups, output_tokens, forced=True)["decode_tokens_per_second"] for _ in range(3)
-        ]
+    arguments: dict[str, Any] = {"max_model_len": spec.length, "forced": True}
+
+    def timed(engine: Any) -> dict[str, Any]:
+        return measure_batches(engine, groups, spec.output_tokens, forced=True)
+
+    with Engine(spec.model, {"cache_fraction": 1.0}, **arguments) as full:
+        measure(full, groups[-1], spec.output_tokens, forced=True)
+        speeds = [timed(full)["decode_tokens_per_second"] for _ in range(3)]
     layers = profile.model.num_layers
-    layer_seconds = batch / max(speeds) / layers
+    layer_seconds = spec.batch / max(speeds) / layers
     plans = {
-        family: plan_gating(GatingConfig(**{"mode": mode, "max_loss_increase": max_loss_increase}), profile)  # type: ignore[arg-type]
+        family: plan_gating(GatingConfig(**{"mode": mode, "max_loss_increase": spec.max_loss_increase}), profile)  # type: ignore[arg-type]
         for family, mode in GATING.items()
     }
-    threshold = profile.threshold_for_loss(max_loss_increase)
+    threshold = profile.threshold_for_loss(spec.max_loss_increase)
     combinations = {f"{family}: {'+'.join(parts) or 'base'}": (family, parts) for family in FAMILIES for parts in GRID}
     measured: dict[str, list[dict[str, Any]]] = {name: [] for name in combinations}
-    slots = round(resident * count_experts(model))
-    config = WITHOUT | {"cache_experts": slots, "store": "host", "profile": str(profile_path)}
-    with Engine(model, config, **arguments) as engine, TemporaryDirectory() as folder:
+    slots = round(spec.resident * count_experts(spec.model))
+    config = WITHOUT | {"cache_experts": slots, "store": "host", "profile": str(spec.profile)}
+    with Engine(spec.model, config, **arguments) as engine, TemporaryDirectory() as folder:
         engine.call("time_parts")
         expert_bytes = engine.call("largest_expert_bytes")
-        link = expert_bytes / (ratio * layer_seconds)
+        link = expert_bytes / (spec.ratio * layer_seconds)
 
         def switch(name: str, **others: Any) -> None:
             family, parts = combinations[name]
@@ -110,7 +107,7 @@ def run_ablation(
             engine.call("set_cache", settings | {"link_gbps": link / 1e9} | others, curves)
 
         def warm() -> None:
-            measure_batches(engine, groups[-2:], output_tokens, forced=True)
+            measure_batches(engine, groups[-2:], spec.output_tokens, forced=True)
 
         # By batch, what is dropped depends on the cache: each combination has a trace of its own.
         traces = {}
@@ -118,34 +115,33 @@ def run_ablation(
             trace = Path(folder) / name.replace(" ", "")
             switch(name, trace_out=str(trace))
             warm()
-            measure_batches(engine, groups, output_tokens, forced=True)
+            timed(engine)
             switch("ours: base")  # ends the trace
             info, recorded = read_trace(trace)
             traces[name] = info, list(recorded)
-        names = list(combinations)
-        for number in tqdm(range(rounds), desc="Measuring", unit="round"):
-            for name in names[number % len(names) :] + names[: number % len(names)]:
+        for number in tqdm(range(spec.rounds), desc="Measuring", unit="round"):
+            for name in rotated(list(combinations), number):
                 switch(name)
                 warm()
                 before = engine.call("part_seconds")
-                result = measure_batches(engine, groups, output_tokens, forced=True)
+                result = timed(engine)
                 after = engine.call("part_seconds")
                 measured[name].append(result | {"parts": {key: after[key] - before[key] for key in after}})
         losses = {}
-        if loss_tokens:
-            texts = prompts_of(model, text, max(1, loss_tokens // output_tokens), prompt_tokens + output_tokens)
+        if spec.loss_tokens:
+            texts = prompts_of(spec.model, spec.text, max(1, spec.loss_tokens // spec.output_tokens), spec.length)
             for name in ("ours: base", "paper: gating+prefetch+cache", "ours: gating+prefetch+cache"):
                 switch(name, link_gbps=None)
                 bar = tqdm(texts, desc=f"Loss, {name}", unit="request")
-                losses[name] = np.array([decode_losses(engine, [ids], prompt_tokens).nats.sum() for ids in bar])
-    tokens = len(prompts) * (prompt_tokens + output_tokens)
-    compute = _compute_seconds(measured["ours: base"], batches * output_tokens)
+                losses[name] = np.array([decode_losses(engine, [ids], spec.prompt_tokens).nats for ids in bar])
+    tokens = spec.batch * spec.batches * spec.length
+    compute = _compute_seconds(measured["ours: base"], spec.batches * spec.output_tokens)
     points = []
     for name, (family, parts) in combinations.items():
         info, steps = traces[_trace_of(name)]
         point = _point(measured[name], measured["ours: base"], measured[f"{family}: base"], tokens)
         setup = _setup(family, parts, profile, threshold, slots)
-        predicted = _predicted_speed(info, steps, setup, Machine(link, compute / layers), batches)
+        predicted = _predicted_speed(info, steps, setup, Machine(link, compute / layers), spec.batches)
         points.append(
             {"family": family, "parts": parts}
             | point
@@ -157,15 +153,12 @@ def run_ablation(
     oracle = {"ungated": "ours: base", "gated by token": "paper: gating"}
     return {
         "benchmark": "ablation",
-        "model": str(model),
-        "profile": str(profile_path),
-        "resident": resident,
-        "batch": batch,
-        "batches": batches,
-        "prompt_tokens": prompt_tokens,
-        "output_tokens": output_tokens,
+        **spec.described(),
+        "profile": str(spec.profile),
+        "resident": spec.resident,
+        "batches": spec.batches,
         "expert_bytes": expert_bytes,
-        "ratio": ratio,
+        "ratio": spec.ratio,
         "resident_layer_seconds": layer_seconds,
         "resident_tokens_per_second": spread(speeds),
         "link_gbps": link / 1e9,
@@ -173,9 +166,11 @@ def run_ablation(
         "mean_experts": profile.mean_experts(threshold),
         "predicted_loss_increase": profile.loss_increase(threshold) / (profile.base_loss or 1),
         "belady_bytes_per_token": {key: _oracle_bytes(*traces[name], slots) for key, name in oracle.items()},
-        "loss_tokens": loss_tokens // output_tokens * output_tokens,
+        "loss_tokens": spec.loss_tokens // spec.output_tokens * spec.output_tokens,
         "measured_loss_increase": {
-            name: _loss_increase(one, losses["ours: base"]) for name, one in losses.items() if name != "ours: base"
+            name: dict(zip(("mean", "stderr"), relative_increase(nats, losses["ours: base"]), strict=True))
+            for name, nats in losses.items()
+            if name != "ours: base"
         },
         "points": points,
     }
@@ -186,15 +181,6 @@ def _trace_of(name: str) -> str:
     if "gating" not in name:
         return "ours: base"
     return name if name.startswith("ours") else "paper: gating"
-
-
-def _loss_increase(losses: np.ndarray, base: np.ndarray) -> dict[str, float]:
-    """Returns the relative loss increase and its standard error; requests are independent."""
-    differences = losses - base
-    return {
-        "mean": float(differences.sum() / base.sum()),
-        "stderr": float(differences.std(ddof=1) * len(base) ** 0.5 / base.sum()) if len(base) > 1 else float("inf"),
-    }
 
 
 def _settings(
@@ -219,7 +205,7 @@ def _setup(family: str, parts: list[str], profile: ModelProfile, threshold: floa
 
 def _compute_seconds(rounds: list[dict[str, Any]], steps: int) -> float:
     """Returns the compute time per step, without fetches; the prompt step of a batch counts like the others."""
-    return median([(one["seconds"] - one["cache"]["stall_seconds"]) / steps for one in rounds])
+    return median([(result["seconds"] - result["cache"]["stall_seconds"]) / steps for result in rounds])
 
 
 def _timed_from(steps: list[Step], batches: int) -> int:
@@ -250,12 +236,12 @@ def _point(
     return {
         "decode_ratio": ratios(rounds, base, "decode_tokens_per_second"),
         "ratio_to_own_base": ratios(rounds, family_base, "decode_tokens_per_second"),
-        "decode_tokens_per_second": spread([one["decode_tokens_per_second"] for one in rounds]),
-        "demand_loads_per_token": spread([one["cache"]["demand_loads"] / tokens for one in rounds]),
-        "fetched_bytes_per_token": spread([one["cache"]["fetched_bytes"] / tokens for one in rounds]),
-        "wasted_bytes_per_token": spread([one["cache"]["wasted_bytes"] / tokens for one in rounds]),
-        "stall_share": spread([one["cache"]["stall_seconds"] / one["seconds"] for one in rounds]),
-        "lookahead_share": spread([one["parts"]["lookahead"] / one["seconds"] for one in rounds]),
+        "decode_tokens_per_second": spread([result["decode_tokens_per_second"] for result in rounds]),
+        "demand_loads_per_token": spread([result["cache"]["demand_loads"] / tokens for result in rounds]),
+        "fetched_bytes_per_token": spread([result["cache"]["fetched_bytes"] / tokens for result in rounds]),
+        "wasted_bytes_per_token": spread([result["cache"]["wasted_bytes"] / tokens for result in rounds]),
+        "stall_share": spread([result["cache"]["stall_seconds"] / result["seconds"] for result in rounds]),
+        "lookahead_share": spread([result["parts"]["lookahead"] / result["seconds"] for result in rounds]),
     }
 
 

@@ -4,22 +4,24 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from benchmarks.serve_commands import serve, soak
 from vllm_adapmoe.cli.app import quieten_vllm
 from vllm_adapmoe.cli.options import (
     Batch,
+    HeldOut,
     Model,
     Output,
     OutputTokens,
+    Plot,
+    Profile,
     PromptTokens,
     Rounds,
     Text,
     check_any_model,
     numbers,
 )
-from vllm_adapmoe.results import write
+from vllm_adapmoe.cli.report import report
 from vllm_adapmoe.units import parse_bytes
 
 app = typer.Typer(
@@ -43,11 +45,12 @@ def overhead(
 ) -> None:
     """Compares the plugin with stock vLLM when no expert has to be fetched."""
     from benchmarks.overhead import print_overhead, run_overhead
+    from benchmarks.workload import Workload
 
-    result = run_overhead(model, text, rounds, prompt_tokens, output_tokens, batch)
-    print_overhead(result, Console())
-    if output is not None:
-        write(output, result)
+    workload = Workload(
+        model=model, text=text, rounds=rounds, batch=batch, prompt_tokens=prompt_tokens, output_tokens=output_tokens
+    )
+    report(run_overhead(workload), print_overhead, output)
 
 
 @app.command()
@@ -62,17 +65,18 @@ def residency(
 ) -> None:
     """Measures throughput with 25, 50, 75 and 100 % of the experts resident, for the file store and the host store."""
     from benchmarks.residency import print_residency, run_residency
+    from benchmarks.workload import Workload
 
-    result = run_residency(model, text, rounds, prompt_tokens, output_tokens, batch)
-    print_residency(result, Console())
-    if output is not None:
-        write(output, result)
+    workload = Workload(
+        model=model, text=text, rounds=rounds, batch=batch, prompt_tokens=prompt_tokens, output_tokens=output_tokens
+    )
+    report(run_residency(workload), print_residency, output)
 
 
 @app.command()
 def gating(
     model: Model,
-    profile: Annotated[Path, typer.Option(help="Profile written by `adapmoe calibrate`.", exists=True)],
+    profile: Profile,
     output: Output = None,
     text: Text = None,
     rounds: Rounds = 5,
@@ -83,18 +87,19 @@ def gating(
 ) -> None:
     """Compares decode speed, kernel time and bytes per token with gating off and on, at 25 to 100 % residency."""
     quieten_vllm()
-    from benchmarks.gating import print_gating, run_gating
+    from benchmarks.gating import GatingSpec, print_gating, run_gating
 
-    result = run_gating(model, profile, text, rounds, prompt_tokens, output_tokens, batch, store)
-    print_gating(result, Console())
-    if output is not None:
-        write(output, result)
+    spec = GatingSpec(
+        model=model, text=text, rounds=rounds, batch=batch, prompt_tokens=prompt_tokens, output_tokens=output_tokens,
+        profile=profile, store=store,
+    )  # fmt: skip
+    report(run_gating(spec), print_gating, output)
 
 
 @app.command()
 def ablation(
     model: Model,
-    profile: Annotated[Path, typer.Option(help="Profile written by `adapmoe calibrate`.", exists=True)],
+    profile: Profile,
     output: Output = None,
     text: Text = None,
     rounds: Rounds = 5,
@@ -105,22 +110,26 @@ def ablation(
     resident: Annotated[float, typer.Option(min=0.01, max=0.99, help="Fraction of the experts with a slot.")] = 0.5,
     ratio: Annotated[
         float,
-        typer.Option(min=0.1, help="Time to fetch one expert, in layer times of the model with all experts resident."),
+        typer.Option(
+            min=0.1,
+            help="Time to fetch one expert relative to one layer with all experts resident; sets the link bandwidth.",
+        ),
     ] = 6.3,
     max_loss_increase: Annotated[float, typer.Option(help="Relative loss increase allowed to gating.")] = 0.005,
-    loss_tokens: Annotated[int, typer.Option(min=0, help="Tokens to measure the loss of gating on; 0: none.")] = 4096,
+    loss_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens on which the loss of gating is measured; 0: not at all.")
+    ] = 4096,
 ) -> None:
     """Measures gating, prefetch and cache policy, alone and together (the paper's and ours), on a limited link."""
     quieten_vllm()
-    from benchmarks.ablation import print_ablation, run_ablation
+    from benchmarks.ablation import AblationSpec, print_ablation, run_ablation
 
-    result = run_ablation(
-        model, profile, text, rounds, prompt_tokens, output_tokens, batch, batches, resident, ratio, max_loss_increase,
-        loss_tokens,
+    spec = AblationSpec(
+        model=model, text=text, rounds=rounds, batch=batch, prompt_tokens=prompt_tokens, output_tokens=output_tokens,
+        profile=profile, batches=batches, resident=resident, ratio=ratio, max_loss_increase=max_loss_increase,
+        loss_tokens=loss_tokens,
     )  # fmt: skip
-    print_ablation(result, Console())
-    if output is not None:
-        write(output, result)
+    report(run_ablation(spec), print_ablation, output)
 
 
 @app.command()
@@ -139,53 +148,57 @@ def peers(
         int | None, typer.Option(min=2, help="Expert slots of the plugin; default: as many as fit.")
     ] = None,
     files: Annotated[
-        Path | None, typer.Option(help="Folder to keep the GGUF file and packed experts in; default: temporary.")
+        Path | None,
+        typer.Option(help="Folder to keep the GGUF file and packed experts in; default: a temporary folder."),
     ] = None,
     timeout: Annotated[float, typer.Option(min=1, help="Time limit per contender and run, s.")] = 900,
     contenders: Annotated[
-        str, typer.Option(help="Contenders, comma-separated; adapmoe always takes part.")
+        str,
+        typer.Option(
+            help="Contenders, comma-separated: llama.cpp, transformers, vllm, adapmoe-lru; adapmoe always takes part. "
+            "Default: all.",
+            show_default=False,
+        ),
     ] = "llama.cpp,transformers,vllm,adapmoe-lru,adapmoe",
     enforce_eager: Annotated[
         bool, typer.Option("--enforce-eager", help="Run vLLM without CUDA graphs, as in `vllm serve`.")
     ] = False,
     profile: Annotated[
-        Path | None, typer.Option(help="Profile written by `adapmoe calibrate`: adds the plugin with it.", exists=True)
+        Path | None,
+        typer.Option(
+            help="Profile written by `adapmoe calibrate`; adds two contenders: the plugin with it, ungated and gated.",
+            exists=True,
+        ),
     ] = None,
 ) -> None:
     """Compares the plugin with llama.cpp, transformers (disk offload) and stock vLLM: same memory, model and tokens."""
     quieten_vllm()
-    from benchmarks.peers import run_peers
+    from benchmarks.peers import PeersSpec, run_peers
     from benchmarks.peers_table import print_peers
 
-    nbytes = None if memory is None else parse_bytes("--memory", memory)
-    names = contenders.split(",")
-    result = run_peers(
-        model, text, rounds, prompt_tokens, output_tokens, nbytes, slots, files, timeout, names, enforce_eager, profile
-    )
-    print_peers(result, Console())
-    if output is not None:
-        write(output, result)
+    spec = PeersSpec(
+        model=model, text=text, rounds=rounds, prompt_tokens=prompt_tokens, output_tokens=output_tokens,
+        memory=None if memory is None else parse_bytes("--memory", memory), slots=slots, files=files, timeout=timeout,
+        contenders=contenders.split(","), enforce_eager=enforce_eager, profile=profile,
+    )  # fmt: skip
+    report(run_peers(spec), print_peers, output)
 
 
 @app.command()
 def frontier(
     model: Model,
-    profile: Annotated[Path, typer.Option(help="Profile written by `adapmoe calibrate`.", exists=True)],
-    data: Annotated[Path, typer.Option(help="Held-out text: a file, or a folder of *.txt.", exists=True)],
+    profile: Profile,
+    data: HeldOut,
     sequence_length: Annotated[int, typer.Option(min=16, help="Tokens per sequence.")] = 128,
     output: Output = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG file for the plot.")] = None,
+    plot: Plot = None,
 ) -> None:
     """Measures loss against bytes fetched: gating off, by token, by batch, by weight alone, and a smaller top-k."""
     quieten_vllm()
     from benchmarks.frontier import plot_frontier, print_frontier, run_frontier
 
     result = run_frontier(model, profile, data, sequence_length)
-    print_frontier(result, Console())
-    if output is not None:
-        write(output, result)
-    if plot is not None:
-        plot_frontier(result, plot)
+    report(result, print_frontier, output, plot_frontier, plot)
 
 
 @app.command()
@@ -193,16 +206,22 @@ def transfer(
     model: Annotated[
         Path | None,
         typer.Argument(
-            help="Checkpoint folder whose pack is read.", exists=True, file_okay=False, callback=check_any_model
+            help="Checkpoint folder whose pack is read; default: synthetic packs.",
+            exists=True,
+            file_okay=False,
+            callback=check_any_model,
         ),
     ] = None,
     record_mib: Annotated[
-        str, typer.Option(help="Without MODEL: record sizes of synthetic packs, MiB, comma-separated.")
+        str, typer.Option(help="Record sizes of synthetic packs, MiB, comma-separated; not used with MODEL.")
     ] = "3,24,48",
     pass_mib: Annotated[int, typer.Option(min=1, help="Minimum size of a synthetic pack, MiB.")] = 768,
     rounds: Annotated[int, typer.Option(min=1, help="Passes over the pack per read method, interleaved.")] = 5,
     store_dir: Annotated[
-        Path | None, typer.Option(help="Folder for packs, on the disk to measure; default: vLLM's cache or temporary.")
+        Path | None,
+        typer.Option(
+            help="Folder for packs, on the disk to measure; default: vLLM's cache for a model, else temporary."
+        ),
     ] = None,
     output: Output = None,
 ) -> None:
@@ -210,6 +229,4 @@ def transfer(
     from benchmarks.transfer import print_transfer, run_transfer
 
     result = run_transfer(model, numbers("--record-mib", record_mib), store_dir, rounds, pass_mib)
-    print_transfer(result, Console())
-    if output is not None:
-        write(output, result)
+    report(result, print_transfer, output)

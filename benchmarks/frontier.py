@@ -11,6 +11,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from benchmarks.residency import FRACTIONS, ON_DEMAND
+from vllm_adapmoe.calibrate.evaluate import relative_increase
 from vllm_adapmoe.calibrate.text import data_hash, read_sequences
 from vllm_adapmoe.profile.model_profile import ModelProfile
 
@@ -42,11 +43,10 @@ def run_frontier(model: Path, profile_path: Path, data: Path, sequence_length: i
     point. Losses are those that the engine reports for the forced tokens.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from vllm_adapmoe.integration.measure.engine import Engine, describe_model
+    from vllm_adapmoe.integration.measure.engine import Engine, load_profile
     from vllm_adapmoe.integration.measure.losses import decode_losses
 
-    profile = ModelProfile.load(profile_path)
-    profile.check(describe_model(model), str(profile_path))
+    profile = load_profile(profile_path, model)
     sequences = read_sequences(model, data, sequence_length, max(BATCHES.values()), seed=0)
     compared = plans(profile)
     points = []
@@ -65,7 +65,7 @@ def run_frontier(model: Path, profile_path: Path, data: Path, sequence_length: i
                     base: np.ndarray | None = None
                     for plan in compared:
                         engine.call("set_gating", plan)
-                        before = engine.cache_stats()
+                        before = engine.cache_stats()["fetched_bytes"]
                         nats = np.concatenate(
                             [
                                 decode_losses(engine, chosen[start : start + batch], PROMPT_TOKENS).nats
@@ -73,11 +73,19 @@ def run_frontier(model: Path, profile_path: Path, data: Path, sequence_length: i
                             ]
                         ).reshape(len(chosen), -1)
                         base = nats if base is None else base
+                        tokens = len(chosen) * sequence_length
+                        stats = engine.cache_stats()
+                        increase, error = relative_increase(nats, base)
+                        predicted = 0.0 if plan is None else profile.loss_scale * stats["loss_spent"] / tokens
                         points.append(
                             {"resident": fraction, "batch": batch}
-                            | _point(
-                                plan, nats, base, before, engine.cache_stats(), profile, len(chosen) * sequence_length
-                            )
+                            | _rule(plan, profile, stats)
+                            | {
+                                "bytes_per_token": (stats["fetched_bytes"] - before) / tokens,
+                                "loss_increase": increase,
+                                "loss_increase_stderr": error,
+                                "predicted_loss_increase": predicted / float(base.mean()),
+                            }
                         )
                         bar.update()
     return {
@@ -90,25 +98,14 @@ def run_frontier(model: Path, profile_path: Path, data: Path, sequence_length: i
     }
 
 
-def _point(
-    plan: dict[str, Any] | None,
-    nats: np.ndarray,
-    base: np.ndarray,
-    before: dict[str, float],
-    after: dict[str, float],
-    profile: ModelProfile,
-    tokens: int,
-) -> dict[str, Any]:
-    changes = (nats - base).mean(axis=1)
-    predicted = profile.loss_scale * after["loss_spent"] / tokens if plan is not None else 0.0
+def _rule(plan: dict[str, Any] | None, profile: ModelProfile, stats: dict[str, float]) -> dict[str, Any]:
+    """Returns a rule, its threshold and how many experts it keeps."""
+    if plan is None:
+        return {"rule": "off", "threshold": None, "mean_experts": profile.model.top_k}
     return {
-        "rule": "off" if plan is None else plan["rule"],
-        "threshold": None if plan is None else plan.get("threshold"),
-        "mean_experts": profile.model.top_k if plan is None else after["kept_experts"] / after["gated_tokens"],
-        "bytes_per_token": (after["fetched_bytes"] - before["fetched_bytes"]) / tokens,
-        "loss_increase": float(changes.mean() / base.mean()),
-        "loss_increase_stderr": float(changes.std(ddof=1) / len(changes) ** 0.5 / base.mean()),
-        "foretold_loss_increase": predicted / float(base.mean()),
+        "rule": plan["rule"],
+        "threshold": plan.get("threshold"),
+        "mean_experts": stats["kept_experts"] / stats["gated_tokens"],
     }
 
 
@@ -130,7 +127,7 @@ def print_frontier(result: dict[str, Any], console: Console) -> None:
             f"{point['bytes_per_token'] / 2**20:.3f}",
             f"{point['loss_increase']:+.2%}",
             f"{point['loss_increase_stderr']:.2%}",
-            f"{point['foretold_loss_increase']:+.2%}",
+            f"{point['predicted_loss_increase']:+.2%}",
         )
     console.print(table)
 
@@ -139,18 +136,18 @@ def plot_frontier(result: dict[str, Any], path: Path) -> None:
     """Plots measured loss increase against bytes fetched, one panel for each residency and batch size."""
     from vllm_adapmoe.plot import figure
 
-    name = "fetched, of what is fetched without gating"
-    with figure(path, name, "loss increase, %", columns=len(BATCHES), rows=len(FRACTIONS)) as axes:
+    share = "bytes fetched, relative to no gating"
+    with figure(path, share, "loss increase, %", columns=len(BATCHES), rows=len(FRACTIONS)) as axes:
         for row, fraction in zip(axes, FRACTIONS, strict=True):
             for panel, batch in zip(row, BATCHES, strict=True):
-                here = [p for p in result["points"] if (p["resident"], p["batch"]) == (fraction, batch)]
-                full = next(p["bytes_per_token"] for p in here if p["rule"] == "off")
+                points = [p for p in result["points"] if (p["resident"], p["batch"]) == (fraction, batch)]
+                ungated = next(p["bytes_per_token"] for p in points if p["rule"] == "off")
                 for rule, label in LABELS.items():
-                    found = sorted((p for p in here if p["rule"] == rule), key=lambda p: p["bytes_per_token"])
+                    line = sorted((p for p in points if p["rule"] == rule), key=lambda p: p["bytes_per_token"])
                     panel.errorbar(
-                        [p["bytes_per_token"] / full for p in found],
-                        [100 * p["loss_increase"] for p in found],
-                        [100 * p["loss_increase_stderr"] for p in found],
+                        [p["bytes_per_token"] / ungated for p in line],
+                        [100 * p["loss_increase"] for p in line],
+                        [100 * p["loss_increase_stderr"] for p in line],
                         marker="o", markersize=3, linewidth=1, capsize=2, label=label,
                     )  # fmt: skip
                 panel.set_title(f"{fraction:.0%} resident, batch {batch}", fontsize=9)

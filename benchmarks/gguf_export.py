@@ -109,9 +109,8 @@ def tensors_of(checkpoint: Checkpoint, config: dict[str, Any]) -> Iterator[Tenso
 
     def merged(sources: list[str], name: str) -> Tensor:
         shape = (len(sources), *checkpoint.shape(sources[0]))
-        return Tensor(
-            f"{name}.weight", shape, torch.bfloat16, lambda: torch.stack([checkpoint.read(one) for one in sources])
-        )
+        read = lambda: torch.stack([checkpoint.read(source) for source in sources])  # noqa: E731
+        return Tensor(f"{name}.weight", shape, torch.bfloat16, read)
 
     present = set(checkpoint.names())
     for source, name in OUTSIDE.items():
@@ -158,15 +157,15 @@ def export(model: Path, path: Path, source: str) -> None:
     _describe(writer, config, source)
     tensors = list(tensors_of(checkpoint, config))
     types = {torch.float32: gguf.GGMLQuantizationType.F32, torch.bfloat16: gguf.GGMLQuantizationType.BF16}
-    for one in tensors:
-        nbytes = int(np.prod(one.shape)) * one.dtype.itemsize
-        writer.add_tensor_info(one.name, one.shape, np.dtype(np.uint16), nbytes, types[one.dtype])
+    for tensor in tensors:
+        nbytes = int(np.prod(tensor.shape)) * tensor.dtype.itemsize
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.uint16), nbytes, types[tensor.dtype])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for one in tqdm(tensors, desc="Writing GGUF", unit="tensor", leave=False):
-        data = one.read().to(one.dtype).contiguous()
-        writer.write_tensor_data(data.view(torch.uint16 if one.dtype == torch.bfloat16 else torch.uint32).numpy())
+    for tensor in tqdm(tensors, desc="Writing GGUF", unit="tensor", leave=False):
+        data = tensor.read().to(tensor.dtype).contiguous()
+        writer.write_tensor_data(data.view(torch.uint16 if tensor.dtype == torch.bfloat16 else torch.uint32).numpy())
     writer.close()
     temporary.replace(path)
 

@@ -1,19 +1,17 @@
 """Measures the overhead of the plugin over stock vLLM when no expert has to be fetched, interleaved."""
 
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.workload import measure, prompts_of, ratios
+from benchmarks.workload import Workload, measure, ratios
+from vllm_adapmoe.results import rotated
 
 FIGURES = ("prefill_tokens_per_second", "decode_tokens_per_second")
 
 
-def run_overhead(
-    model: Path, text: Path | None, rounds: int, prompt_tokens: int, output_tokens: int, batch: int
-) -> dict[str, Any]:
+def run_overhead(workload: Workload) -> dict[str, Any]:
     """Starts the engines side by side and measures them in turn.
 
     `all_resident` has a slot for every expert. `one_short` has one slot less, so every step uses the slot map and the
@@ -21,44 +19,40 @@ def run_overhead(
     """
     from vllm_adapmoe.integration.measure.engine import Engine, count_experts
 
-    experts = count_experts(model)
+    experts = count_experts(workload.model)
     configurations: dict[str, dict[str, Any] | None] = {
         "stock": None,
         "all_resident": {"cache_experts": experts},
         "one_short": {"cache_experts": experts - 1, "store": "host"},
     }
-    prompts = prompts_of(model, text, batch, prompt_tokens)
+    prompts = workload.prompts()
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in configurations}
     engines = {
-        name: Engine(model, config, max_model_len=prompt_tokens + output_tokens)
-        for name, config in configurations.items()
+        name: Engine(workload.model, config, max_model_len=workload.length) for name, config in configurations.items()
     }
     try:
         for engine in engines.values():
-            measure(engine, prompts, output_tokens)
-        names = list(engines)
-        for number in range(rounds):
-            first = number % len(names)  # rotate: the first engine of a round may be favoured
-            for name in names[first:] + names[:first]:
-                results[name].append(measure(engines[name], prompts, output_tokens))
+            measure(engine, prompts, workload.output_tokens)
+        for number in range(workload.rounds):
+            for name in rotated(list(engines), number):
+                results[name].append(measure(engines[name], prompts, workload.output_tokens))
     finally:
         for engine in engines.values():
             engine.close()
-    tokens = {name: [round["tokens"] for round in measured] for name, measured in results.items()}
+    tokens = {name: [result["tokens"] for result in measured] for name, measured in results.items()}
     return {
         "benchmark": "overhead",
-        "model": str(model),
+        **workload.described(),
         "experts": experts,
-        "batch": batch,
-        "prompt_tokens": prompt_tokens,
-        "output_tokens": output_tokens,
         "same_tokens": all(tokens[name] == tokens["stock"] for name in tokens),
         "ratio_to_stock": {
             name: {figure: ratios(results[name], results["stock"], figure) for figure in FIGURES}
             for name in configurations
             if name != "stock"
         },
-        "rounds": {name: [{key: round[key] for key in FIGURES} for round in results[name]] for name in results},
+        "rounds": {
+            name: [{key: result[key] for key in FIGURES} for result in measured] for name, measured in results.items()
+        },
     }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from benchmarks.memory_cgroup import MemoryGroup, limited_memory
-from benchmarks.peer_worker import Spec
+from benchmarks.peer_worker import Task
 from vllm_adapmoe.store.direct_io import drop_cached
 
 INTERVAL = 0.02
@@ -34,11 +34,11 @@ def drop_files(*folders: str) -> None:
             os.close(fd)
 
 
-def run_worker(spec: Spec, memory: int | None, timeout: float) -> dict[str, Any]:
+def run_worker(task: Task, memory: int | None, timeout: float) -> dict[str, Any]:
     """Runs a contender and returns its result and resource use.
 
     Args:
-        spec: task of the contender.
+        task: task of the contender.
         memory: bytes that the whole process tree may use, page cache included; None: no limit.
         timeout: seconds after which it is killed.
 
@@ -47,7 +47,7 @@ def run_worker(spec: Spec, memory: int | None, timeout: float) -> dict[str, Any]
         without a limit); `held_bytes`, the peak of anonymous and shared memory; and `load_average`, the machine's at
         the end, over the last minute: far above the number of cores, other programs were running.
     """
-    drop_files(spec.model, spec.files)
+    drop_files(task.model, task.files)
     with ExitStack() as stack:
         group = None if memory is None else stack.enter_context(limited_memory(memory))
         output, errors = stack.enter_context(TemporaryFile("w+")), stack.enter_context(TemporaryFile("w+"))
@@ -57,15 +57,15 @@ def run_worker(spec: Spec, memory: int | None, timeout: float) -> dict[str, Any]
                 group.procs.write_text(str(os.getpid()))
 
         process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.peer_worker", json.dumps(asdict(spec))],
+            [sys.executable, "-m", "benchmarks.peer_worker", json.dumps(asdict(task))],
             stdout=output, stderr=errors, preexec_fn=enter, start_new_session=True,
         )  # fmt: skip
         try:
-            failure, held = _watch(process, group, timeout)
+            failure, held_bytes = _watch(process, group, timeout)
             kills = 0 if group is None else group.kills()
-            took = {
+            used = {
                 "peak_bytes": None if group is None else group.peak_bytes(),
-                "held_bytes": held,
+                "held_bytes": held_bytes,
                 "load_average": os.getloadavg()[0],
             }
         finally:
@@ -79,30 +79,30 @@ def run_worker(spec: Spec, memory: int | None, timeout: float) -> dict[str, Any]
             last = [line for line in errors.read().splitlines() if line.strip()][-1:]
             failure = f"exit code {process.returncode}: {''.join(last)[-200:]}"
         if failure is not None:
-            return took | {"failure": failure, "exit_code": process.returncode}
-        return took | json.loads(lines[-1])
+            return used | {"failure": failure, "exit_code": process.returncode}
+        return used | json.loads(lines[-1])
 
 
 def _watch(process: subprocess.Popen, group: MemoryGroup | None, timeout: float) -> tuple[str | None, int]:
     """Waits for the process to end; returns its failure, if any, and the peak of held memory in bytes."""
-    held, ends = 0, time.monotonic() + timeout
+    held_bytes, ends = 0, time.monotonic() + timeout
     while process.poll() is None:
-        held = max(held, _tree_bytes(process.pid) if group is None else group.held_bytes())
+        held_bytes = max(held_bytes, _tree_bytes(process.pid) if group is None else group.held_bytes())
         if group is not None and group.kills():  # other processes of the tree may wait for the killed one forever
             with suppress(subprocess.TimeoutExpired):
                 process.wait(2)
-            return OUT_OF_MEMORY, held
+            return OUT_OF_MEMORY, held_bytes
         if time.monotonic() > ends:
-            return f"not done after {timeout:.0f} s", held
+            return f"not done after {timeout:.0f} s", held_bytes
         time.sleep(INTERVAL)
-    return None, held
+    return None, held_bytes
 
 
 def _tree_bytes(pid: int) -> int:
     """Returns the anonymous memory of a process and its children in bytes."""
     with suppress(psutil.Error):
-        here = psutil.Process(pid)
-        infos = [one.memory_info() for one in (here, *here.children(recursive=True))]
+        process = psutil.Process(pid)
+        infos = [member.memory_info() for member in (process, *process.children(recursive=True))]
         return sum(info.rss - info.shared for info in infos)
     return 0
 

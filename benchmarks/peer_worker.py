@@ -1,6 +1,6 @@
 """Runs one contender of `python -m benchmarks peers` in its own process: decodes given tokens, prints a line of JSON.
 
-python -m benchmarks.peer_worker SPEC, where SPEC is a JSON object with the fields of `Spec`.
+python -m benchmarks.peer_worker TASK, where TASK is a JSON object with the fields of `Task`.
 """
 
 import json
@@ -27,7 +27,7 @@ KV_BLOCK = 128
 
 
 @dataclass(frozen=True)
-class Spec:
+class Task:
     """Task of a contender."""
 
     contender: str
@@ -80,11 +80,11 @@ class Contender(Protocol):
 class LlamaCpp:
     """llama.cpp with the model file memory-mapped, its default."""
 
-    def __init__(self, spec: Spec) -> None:
+    def __init__(self, task: Task) -> None:
         self._llama = need("llama_cpp").Llama(
-            str(Path(spec.files) / GGUF),
-            n_ctx=spec.length,
-            n_batch=spec.prompt_tokens,
+            str(Path(task.files) / GGUF),
+            n_ctx=task.length,
+            n_batch=task.prompt_tokens,
             n_threads=len(os.sched_getaffinity(0)),
             n_threads_batch=len(os.sched_getaffinity(0)),
             use_mmap=True,
@@ -111,18 +111,18 @@ class LlamaCpp:
 class Transformers:
     """transformers with accelerate: weights beyond `cache_bytes` are read from disk on every use."""
 
-    def __init__(self, spec: Spec) -> None:
+    def __init__(self, task: Task) -> None:
         need("accelerate")
         import torch
         from transformers import AutoModelForCausalLM
 
         torch.set_grad_enabled(False)
         self._model = AutoModelForCausalLM.from_pretrained(
-            spec.model,
+            task.model,
             dtype="auto",
             device_map="auto",
-            max_memory={"cpu": spec.cache_bytes},
-            offload_folder=str(Path(spec.files) / OFFLOADED),
+            max_memory={"cpu": task.cache_bytes},
+            offload_folder=str(Path(task.files) / OFFLOADED),
         )
 
     def best_tokens(self, ids: list[int], prompt_tokens: int) -> Iterator[int]:
@@ -141,29 +141,29 @@ class Transformers:
         pass
 
 
-def vllm_engine(spec: Spec) -> Any:
+def vllm_engine(task: Task) -> Any:
     """Starts stock vLLM or the plugin, sized for one request at a time and the longest sequence."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process fewer under the limit
     from vllm_adapmoe.integration.measure.engine import Engine
 
     config: dict[str, Any] | None = None
-    if spec.contender != "vllm":
-        config = {"cache_experts": spec.slots, "store": "file", "store_dir": str(Path(spec.files) / PACK)}
-        config |= ON_DEMAND if spec.contender == "adapmoe-lru" else {}
-        config |= {} if spec.profile is None else {"profile": spec.profile}
-        config |= GATED if spec.contender == "adapmoe-gated" else {}
-        config |= {} if spec.trace is None else {"trace_out": spec.trace}
-    model = read_model_config(Path(spec.model))
+    if task.contender != "vllm":
+        config = {"cache_experts": task.slots, "store": "file", "store_dir": str(Path(task.files) / PACK)}
+        config |= ON_DEMAND if task.contender == "adapmoe-lru" else {}
+        config |= {} if task.profile is None else {"profile": task.profile}
+        config |= GATED if task.contender == "adapmoe-gated" else {}
+        config |= {} if task.trace is None else {"trace_out": task.trace}
+    model = read_model_config(Path(task.model))
     head_dim = model.get("head_dim") or model["hidden_size"] // model["num_attention_heads"]
     token = 2 * 2 * model["num_hidden_layers"] * model["num_key_value_heads"] * head_dim  # keys, values; bfloat16
-    blocks = -(-spec.length // KV_BLOCK) + 2
+    blocks = -(-task.length // KV_BLOCK) + 2
     return Engine(
-        spec.model,
+        task.model,
         config,
-        max_model_len=spec.length,
+        max_model_len=task.length,
         max_num_seqs=1,
-        enforce_eager=spec.enforce_eager,
-        max_num_batched_tokens=max(spec.prompt_tokens, 16),
+        enforce_eager=task.enforce_eager,
+        max_num_batched_tokens=max(task.prompt_tokens, 16),
         kv_cache_memory_bytes=blocks * KV_BLOCK * token,
         forced=True,
     )
@@ -172,8 +172,8 @@ def vllm_engine(spec: Spec) -> Any:
 class Vllm:
     """Stock vLLM or the plugin."""
 
-    def __init__(self, spec: Spec) -> None:
-        self._engine = vllm_engine(spec)
+    def __init__(self, task: Task) -> None:
+        self._engine = vllm_engine(task)
 
     def best_tokens(self, ids: list[int], prompt_tokens: int) -> Iterator[int]:
         yield from self._engine.best_tokens(ids, prompt_tokens)
@@ -185,7 +185,7 @@ class Vllm:
         self._engine.close()
 
 
-CONTENDERS: dict[str, Callable[[Spec], Contender]] = {
+CONTENDERS: dict[str, Callable[[Task], Contender]] = {
     "llama.cpp": LlamaCpp,
     "transformers": Transformers,
     "vllm": Vllm,
@@ -198,8 +198,8 @@ CONTENDERS: dict[str, Callable[[Spec], Contender]] = {
 
 def read_bytes() -> int:
     """Returns bytes read from disk for this process and its children, page-cache misses included."""
-    here = psutil.Process()
-    return sum(one.io_counters().read_bytes for one in (here, *here.children(recursive=True)))
+    process = psutil.Process()
+    return sum(member.io_counters().read_bytes for member in (process, *process.children(recursive=True)))
 
 
 def answer(contender: Contender, ids: list[int], prompt_tokens: int) -> dict[str, Any]:
@@ -226,39 +226,39 @@ def answer(contender: Contender, ids: list[int], prompt_tokens: int) -> dict[str
     }
 
 
-def prepare(spec: Spec) -> None:
+def prepare(task: Task) -> None:
     """Makes the GGUF file or packs the experts, unless they exist already for this checkpoint."""
-    if spec.contender == "llama.cpp":
+    if task.contender == "llama.cpp":
         from benchmarks.gguf_export import export, exported_from
         from vllm_adapmoe.integration.loading.identity import checkpoint_hash
 
-        path, source = Path(spec.files) / GGUF, checkpoint_hash(Path(spec.model))
+        path, source = Path(task.files) / GGUF, checkpoint_hash(Path(task.model))
         if exported_from(path) != source:
-            export(Path(spec.model), path, source)
+            export(Path(task.model), path, source)
     else:
         from vllm_adapmoe.integration.loading.packing import pack_experts
 
-        pack_experts(spec.model, str(Path(spec.files) / PACK))
+        pack_experts(task.model, str(Path(task.files) / PACK))
 
 
-def run(spec: Spec) -> dict[str, Any]:
+def run(task: Task) -> dict[str, Any]:
     """Loads the contender and runs all sequences."""
-    if spec.prepare:
-        prepare(spec)
+    if task.prepare:
+        prepare(task)
         return {}
     start = time.perf_counter()
-    contender = CONTENDERS[spec.contender](spec)
+    contender = CONTENDERS[task.contender](task)
     load_seconds = time.perf_counter() - start
-    answers = [answer(contender, ids, spec.prompt_tokens) for ids in spec.sequences]
+    answers = [answer(contender, ids, task.prompt_tokens) for ids in task.sequences]
     contender.close()
     return {"load_seconds": load_seconds, "answers": answers}
 
 
 def main() -> None:
     """Runs the task and prints the result, or the error, as the last line."""
-    spec = Spec(**json.loads(sys.argv[1]))
+    task = Task(**json.loads(sys.argv[1]))
     try:
-        result = run(spec)
+        result = run(task)
     except AdapMoEError as error:
         result = {"failure": str(error), "exit_code": 0}
     print(json.dumps(result), flush=True)

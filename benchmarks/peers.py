@@ -14,11 +14,11 @@ from benchmarks import memory_cgroup
 from benchmarks.peer_floor import belady_decode_bytes, pack_shape, sequential_bandwidth
 from benchmarks.peer_packages import missing
 from benchmarks.peer_process import OUT_OF_MEMORY, run_worker
-from benchmarks.peer_worker import CONTENDERS, OFFLOADED, PACK, Spec
+from benchmarks.peer_worker import CONTENDERS, OFFLOADED, PACK, Task
 from benchmarks.workload import prompts_of, ratios
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.model_folder import read_model_config
-from vllm_adapmoe.results import package_version, spread
+from vllm_adapmoe.results import package_version, rotated, spread
 
 OURS = ("adapmoe-lru", "adapmoe", "adapmoe-profile", "adapmoe-gated")
 PROFILED = OURS[2:]
@@ -31,17 +31,58 @@ MARGIN = 32
 """Divisor of the memory limit that gives the part left free when caches are sized."""
 
 
-@dataclass
-class Field:
-    """Contenders of one run with their settings and results."""
+@dataclass(frozen=True, kw_only=True)
+class PeersSpec:
+    """Contenders to compare, the requests to measure them on, and what each may use."""
 
     model: Path
-    files: Path
-    sequences: list[list[int]]
+    """Checkpoint folder."""
+    text: Path | None
+    """Folder of `*.txt` for prompts; None: random tokens."""
+    rounds: int
+    """Measurements of every contender; each round has its own text."""
     prompt_tokens: int
+    """Prompt tokens per request."""
+    output_tokens: int
+    """Output tokens per request, forced one by one."""
     memory: int | None
+    """Bytes that a contender's processes may use, page cache included; None: no limit."""
+    slots: int | None
+    """Expert slots of the plugin; None: as many as fit."""
+    files: Path | None
+    """Folder that keeps files made from the checkpoint for later runs; None: a temporary folder."""
     timeout: float
+    """Time limit per contender and run, seconds."""
+    contenders: list[str]
+    """Names of the contenders; the plugin always takes part."""
     enforce_eager: bool
+    """Whether vLLM and the plugin run without compilation."""
+    profile: Path | None
+    """Profile of the model: adds the plugin with its next-token heads, and with gating by batch at a loss increase of
+    half a percent."""
+
+    def names(self) -> list[str]:
+        """Returns the names of the contenders in order.
+
+        Raises:
+            AdapMoEError: unknown contender, or one that needs a profile.
+        """
+        if unknown := set(self.contenders) - set(CONTENDERS):
+            raise AdapMoEError(f"--contenders {unknown.pop()!r} is not known; choose from {', '.join(CONTENDERS)}")
+        if self.profile is None and (unable := set(self.contenders) & set(PROFILED)):
+            raise AdapMoEError(f"--contenders {unable.pop()!r} needs a profile; give --profile")
+        profiled = () if self.profile is None else PROFILED
+        return [name for name in CONTENDERS if name in self.contenders or name == "adapmoe" or name in profiled]
+
+
+@dataclass
+class PeerRuns:
+    """Runs of the contenders, with their settings and results."""
+
+    spec: PeersSpec
+    files: Path
+    """Folder of files made from the checkpoint."""
+    sequences: list[list[int]]
     names: list[str]
     """Names of the contenders, in order."""
     progress: tqdm
@@ -54,17 +95,19 @@ class Field:
     def pack(self) -> Path:
         return self.files / PACK / "experts-0-of-1.pack"
 
-    def spec(self, name: str, sequences: list[list[int]]) -> Spec:
-        spec = Spec(name, str(self.model), str(self.files), sequences, self.prompt_tokens, **self.settings[name])
-        return replace(spec, enforce_eager=self.enforce_eager)
+    def task(self, name: str, sequences: list[list[int]]) -> Task:
+        """Returns the task of running these sequences on a contender."""
+        folders = str(self.spec.model), str(self.files)
+        task = Task(name, *folders, sequences, self.spec.prompt_tokens, **self.settings[name])
+        return replace(task, enforce_eager=self.spec.enforce_eager)
 
-    def run(self, spec: Spec, what: str) -> dict[str, Any]:
+    def run(self, task: Task, what: str) -> dict[str, Any]:
         """Runs a contender; one that fails is not measured any more."""
-        self.progress.set_description(f"{what} {spec.contender}")
-        result = run_worker(spec, None if spec.prepare else self.memory, self.timeout)
+        self.progress.set_description(f"{what} {task.contender}")
+        result = run_worker(task, None if task.prepare else self.spec.memory, self.spec.timeout)
         self.progress.update()
         if "failure" in result:
-            self.failures[spec.contender] = result
+            self.failures[task.contender] = result
         return result
 
     def prepare(self) -> None:
@@ -74,36 +117,40 @@ class Field:
                 self.failures[name] = {"failure": reason}
         for name in ("llama.cpp", "adapmoe"):
             if name in self.names and name not in self.failures:
-                self.run(replace(self.spec(name, self.sequences[:1]), prepare=True), "Preparing")
+                self.run(replace(self.task(name, self.sequences[:1]), prepare=True), "Preparing")
         if "adapmoe" in self.failures:
-            raise AdapMoEError(f"{self.model} cannot be packed: {self.failures['adapmoe']['failure']}")
+            raise AdapMoEError(f"{self.spec.model} cannot be packed: {self.failures['adapmoe']['failure']}")
 
     def fit_transformers(self, spare: int) -> None:
         """Gives transformers the memory beyond its own needs for weights, or `spare` bytes without a limit."""
         name = "transformers"
         if name in self.failures or name not in self.names:
             return
-        few = [self.sequences[0][: self.prompt_tokens + 2]]
-        if self.memory is not None:
-            least = self.run(self.spec(name, few), "Trying the least of")
+        few = self._shortest()
+        if self.spec.memory is not None:
+            least = self.run(self.task(name, few), "Trying the least of")
             if name in self.failures:
                 return
-            spare = max(0, self.memory - self.memory // MARGIN - least["held_bytes"])
+            spare = max(0, self.spec.memory - self.spec.memory // MARGIN - least["held_bytes"])
         self.settings[name]["cache_bytes"] = spare
         self._settle(name, "cache_bytes", few)
 
-    def fit_slots(self, slots: int | None, experts: int, expert_bytes: int) -> None:
+    def _shortest(self) -> list[list[int]]:
+        """Returns one sequence of two decoded tokens, enough to see how much memory a contender needs."""
+        return [self.sequences[0][: self.spec.prompt_tokens + 2]]
+
+    def fit_slots(self, experts: int, expert_bytes: int) -> None:
         """Gives the plugin the slots that fit beyond its own needs, or half of the experts without a limit."""
-        name = "adapmoe"
-        if slots is None and self.memory is not None:
-            config = read_model_config(self.model)
+        name, slots, memory = "adapmoe", self.spec.slots, self.spec.memory
+        if slots is None and memory is not None:
+            config = read_model_config(self.spec.model)
             fewest = max(8, 2 * config.get("num_experts_per_tok", 1))
             self.settings[name]["slots"] = min(fewest, experts - 1)
-            least = self.run(self.spec(name, [self.sequences[0][: self.prompt_tokens + 2]]), "Trying the least of")
+            least = self.run(self.task(name, self._shortest()), "Trying the least of")
             if "failure" in least:
                 self.failures |= dict.fromkeys(OURS, least)
                 return
-            spare = self.memory - self.memory // MARGIN - least["held_bytes"]
+            spare = memory - memory // MARGIN - least["held_bytes"]
             slots = min(experts - 1, self.settings[name]["slots"] + max(0, spare // expert_bytes))
         self.settings[name]["slots"] = experts // 2 if slots is None else slots
         self.settings[name]["trace"] = str(self.files / "routing.trace")
@@ -118,160 +165,124 @@ class Field:
             self.failures.pop(name, None)
             if attempt:
                 self.settings[name][key] = self.settings[name][key] * 9 // 10
-            if self.run(self.spec(name, sequences), "Fitting").get("failure") != OUT_OF_MEMORY:
+            if self.run(self.task(name, sequences), "Fitting").get("failure") != OUT_OF_MEMORY:
                 return
 
     def measure(self, number: int) -> None:
         """Measures one round: every contender that has not failed, once; the order rotates by round."""
-        first = number % len(self.names)
-        for name in self.names[first:] + self.names[:first]:
+        for name in rotated(self.names, number):
             if name not in self.failures:
-                result = self.run(self.spec(name, [self.sequences[number]]), f"Round {number + 1}:")
+                result = self.run(self.task(name, [self.sequences[number]]), f"Round {number + 1}:")
                 if "failure" not in result:
                     self.rounds[name].append(result | result.pop("answers")[0])
 
 
-def run_peers(
-    model: Path,
-    text: Path | None,
-    rounds: int,
-    prompt_tokens: int,
-    output_tokens: int,
-    memory: int | None,
-    slots: int | None,
-    files: Path | None,
-    timeout: float,
-    names: list[str],
-    enforce_eager: bool,
-    profile: Path | None,
-) -> dict[str, Any]:
+def run_peers(spec: PeersSpec) -> dict[str, Any]:
     """Runs the same tokens on every contender, each in its own process from a cold page cache, one at a time.
-
-    Args:
-        model: checkpoint folder.
-        text: folder of `*.txt` for prompts.
-        rounds: measurements of every contender; each round has its own text.
-        prompt_tokens: prompt tokens per request.
-        output_tokens: output tokens per request, forced one by one.
-        memory: bytes that a contender's processes may use, page cache included; None: no limit.
-        slots: expert slots of the plugin; None: as many as fit.
-        files: folder that keeps files made from the checkpoint for later runs; None: a temporary folder.
-        timeout: time limit per contender and run, seconds.
-        names: names of the contenders; the plugin always takes part.
-        enforce_eager: vLLM and the plugin run without compilation.
-        profile: profile of the model: adds the plugin with its next-token heads, and with gating by batch at a loss
-            increase of half a percent.
 
     Raises:
         AdapMoEError: unknown contender, memory cannot be limited here, or the experts cannot be packed.
     """
-    if memory is not None and (reason := memory_cgroup.why_not()) is not None:
+    if spec.memory is not None and (reason := memory_cgroup.why_not()) is not None:
         raise AdapMoEError(f"--memory cannot be limited here ({reason}); run as root, or leave --memory out")
-    if unknown := set(names) - set(CONTENDERS):
-        raise AdapMoEError(f"--contenders {unknown.pop()!r} is not known; choose from {', '.join(CONTENDERS)}")
-    if profile is None and (unable := set(names) & set(PROFILED)):
-        raise AdapMoEError(f"--contenders {unable.pop()!r} needs a profile; give --profile")
-    names = [
-        name for name in CONTENDERS if name in names or name == "adapmoe" or (name in PROFILED and profile is not None)
-    ]
-    sequences = prompts_of(model, text, rounds, prompt_tokens + output_tokens)
+    names = spec.names()
+    sequences = prompts_of(spec.model, spec.text, spec.rounds, spec.prompt_tokens + spec.output_tokens)
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(TemporaryDirectory())) if files is None else files
+        folder = Path(stack.enter_context(TemporaryDirectory())) if spec.files is None else spec.files
         folder.mkdir(parents=True, exist_ok=True)
-        progress = stack.enter_context(tqdm(total=6 + rounds * len(names), unit="run"))
-        contenders = Field(model, folder, sequences, prompt_tokens, memory, timeout, enforce_eager, names, progress)
+        progress = stack.enter_context(tqdm(total=6 + spec.rounds * len(names), unit="run"))
+        runs = PeerRuns(spec, folder, sequences, names, progress)
         for name in PROFILED:
-            contenders.settings[name]["profile"] = None if profile is None else str(profile)
-        contenders.prepare()
-        experts, expert_bytes = pack_shape(contenders.pack)
-        contenders.fit_slots(slots, experts, expert_bytes)
-        contenders.fit_transformers(contenders.settings["adapmoe"]["slots"] * expert_bytes)
+            runs.settings[name]["profile"] = None if spec.profile is None else str(spec.profile)
+        runs.prepare()
+        experts, expert_bytes = pack_shape(runs.pack)
+        runs.fit_slots(experts, expert_bytes)
+        runs.fit_transformers(runs.settings["adapmoe"]["slots"] * expert_bytes)
         bandwidth = []
-        for number in range(rounds):
-            bandwidth.append(sequential_bandwidth(contenders.pack, expert_bytes))
-            contenders.measure(number)
+        for number in range(spec.rounds):
+            bandwidth.append(sequential_bandwidth(runs.pack, expert_bytes))
+            runs.measure(number)
         shutil.rmtree(folder / OFFLOADED, ignore_errors=True)
         trace = folder / "routing.trace"
-        moved = (
-            belady_decode_bytes(trace, contenders.settings["adapmoe"]["slots"])
-            if "adapmoe" not in contenders.failures
-            else None
-        )
+        slots = runs.settings["adapmoe"]["slots"]
+        moved = None if "adapmoe" in runs.failures else belady_decode_bytes(trace, slots)
     return {
         "benchmark": "peers",
-        "model": str(model),
-        "memory_bytes": memory,
+        "model": str(spec.model),
+        "memory_bytes": spec.memory,
         "experts": experts,
         "expert_bytes": expert_bytes,
-        "prompt_tokens": prompt_tokens,
-        "output_tokens": output_tokens,
-        "enforce_eager": enforce_eager,
+        "prompt_tokens": spec.prompt_tokens,
+        "output_tokens": spec.output_tokens,
+        "enforce_eager": spec.enforce_eager,
         "versions": {name: package_version(name) for name in ("llama-cpp-python", "gguf", "accelerate")},
-        "contenders": _points(contenders),
-        "floor": None if moved is None else _floor(contenders, moved, bandwidth),
+        "contenders": _points(runs),
+        "floor": None if moved is None else _floor(runs, moved, bandwidth),
     }
 
 
-def _points(contenders: Field) -> dict[str, dict[str, Any]]:
+def _points(runs: PeerRuns) -> dict[str, dict[str, Any]]:
     """Returns the figures of every contender."""
-    ran = {name: contenders.rounds[name] for name in contenders.names if name not in contenders.failures}
-    speeds = {name: [1 / _token_seconds(one) for one in rounds] for name, rounds in ran.items()}
+    ran = {name: runs.rounds[name] for name in runs.names if name not in runs.failures}
+    speeds = {name: [1 / _token_seconds(result) for result in rounds] for name, rounds in ran.items()}
     best = max((name for name in ran if name not in OURS), key=lambda name: median(speeds[name]), default=None)
     reference = next((name for name in REFERENCES if name in ran), None)
     points = {}
-    for name in contenders.names:
-        if name in contenders.failures:
-            points[name] = {"settings": contenders.settings[name]} | contenders.failures[name]
+    for name in runs.names:
+        if name in runs.failures:
+            points[name] = {"settings": runs.settings[name]} | runs.failures[name]
             continue
         rounds = ran[name]
         timed = [{"speed": speed} for speed in speeds[name]]
         points[name] = {
-            "settings": contenders.settings[name],
+            "settings": runs.settings[name],
             "decode_tokens_per_second": spread(speeds[name]),
-            "decode_ms_per_token": spread([1e3 * _token_seconds(one) for one in rounds]),
-            "prefill_seconds": spread([one["prefill_seconds"] for one in rounds]),
-            "load_seconds": spread([one["load_seconds"] for one in rounds]),
-            "read_bytes_per_token": spread([one["decode_read_bytes"] / len(one["step_seconds"]) for one in rounds]),
-            "peak_bytes": None if contenders.memory is None else max(one["peak_bytes"] for one in rounds),
-            "held_bytes": max(one["held_bytes"] for one in rounds),
+            "decode_ms_per_token": spread([1e3 * _token_seconds(result) for result in rounds]),
+            "prefill_seconds": spread([result["prefill_seconds"] for result in rounds]),
+            "load_seconds": spread([result["load_seconds"] for result in rounds]),
+            "read_bytes_per_token": spread(
+                [result["decode_read_bytes"] / len(result["step_seconds"]) for result in rounds]
+            ),
+            "peak_bytes": None if runs.spec.memory is None else max(result["peak_bytes"] for result in rounds),
+            "held_bytes": max(result["held_bytes"] for result in rounds),
             "agreement": None if reference is None else _agreement(rounds, ran[reference]),
             "agreement_with": reference,
             "ratio_to_best_peer": None
             if best is None
             else ratios(timed, [{"speed": speed} for speed in speeds[best]], "speed"),
             "best_peer": best,
-            "load_average": spread([one["load_average"] for one in rounds]),
-            "cache": [one["cache"] for one in rounds],
-            "step_seconds": [one["step_seconds"] for one in rounds],
+            "load_average": spread([result["load_average"] for result in rounds]),
+            "cache": [result["cache"] for result in rounds],
+            "step_seconds": [result["step_seconds"] for result in rounds],
         }
     return points
 
 
-def _token_seconds(one: dict[str, Any]) -> float:
-    return one["decode_seconds"] / len(one["step_seconds"])
+def _token_seconds(result: dict[str, Any]) -> float:
+    return result["decode_seconds"] / len(result["step_seconds"])
 
 
 def _agreement(rounds: list[dict[str, Any]], reference: list[dict[str, Any]]) -> float:
     """Returns the share of positions with the same most probable token."""
     pairs = [
         pair
-        for one, other in zip(rounds, reference, strict=True)
-        for pair in zip(one["best"], other["best"], strict=True)
+        for result, expected in zip(rounds, reference, strict=True)
+        for pair in zip(result["best"], expected["best"], strict=True)
     ]
-    return sum(mine == other for mine, other in pairs) / len(pairs)
+    return sum(token == expected for token, expected in pairs) / len(pairs)
 
 
-def _floor(contenders: Field, moved: list[float], bandwidth: list[float]) -> dict[str, Any]:
+def _floor(runs: PeerRuns, moved: list[float], bandwidth: list[float]) -> dict[str, Any]:
     """Returns the minimum seconds per token, moving and then computing, and each contender's time relative to it.
 
     Prefetch can overlap both: `overlapped_ms_per_token` is the longer of the two. Computing is the decode time of the
     plugin on demand with LRU, minus its stalls: it makes no predictions and reads nothing in the background.
     """
     compute = [
-        (one["decode_seconds"] - one["cache"]["stall_seconds"]) / len(one["step_seconds"])
-        for one in contenders.rounds["adapmoe-lru"]
+        (result["decode_seconds"] - result["cache"]["stall_seconds"]) / len(result["step_seconds"])
+        for result in runs.rounds["adapmoe-lru"]
     ]
-    if not compute or "adapmoe-lru" in contenders.failures:
+    if not compute or "adapmoe-lru" in runs.failures:
         return {"belady_bytes_per_token": spread(moved), "sequential_bytes_per_second": spread(bandwidth)}
     moving = [nbytes / speed for nbytes, speed in zip(moved, bandwidth, strict=True)]
     least = [sum(parts) for parts in zip(moving, compute, strict=True)]
@@ -282,8 +293,8 @@ def _floor(contenders: Field, moved: list[float], bandwidth: list[float]) -> dic
         "ms_per_token": spread([1e3 * seconds for seconds in least]),
         "overlapped_ms_per_token": spread([1e3 * max(parts) for parts in zip(moving, compute, strict=True)]),
         "times_floor": {
-            name: spread([_token_seconds(one) / floor for one, floor in zip(rounds, least, strict=True)])
-            for name, rounds in contenders.rounds.items()
-            if rounds and name not in contenders.failures
+            name: spread([_token_seconds(result) / floor for result, floor in zip(rounds, least, strict=True)])
+            for name, rounds in runs.rounds.items()
+            if rounds and name not in runs.failures
         },
     }

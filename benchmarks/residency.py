@@ -1,12 +1,11 @@
 """Measures fetch on demand without prefetch: 25, 50 and 75 % of the experts resident, against all of them."""
 
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.workload import measure, prompts_of, ratios
+from benchmarks.workload import Workload, measure, ratios
 from vllm_adapmoe.results import spread
 
 FRACTIONS = (0.25, 0.5, 0.75)
@@ -15,14 +14,12 @@ ON_DEMAND = {"eviction": "lru", "prefetch": {"lookahead": 0}, "decode": "fetch"}
 """Settings of the baseline: demand loads only, no prefetch, and LRU eviction."""
 
 
-def run_residency(
-    model: Path, text: Path | None, rounds: int, prompt_tokens: int, output_tokens: int, batch: int
-) -> dict[str, Any]:
+def run_residency(workload: Workload) -> dict[str, Any]:
     """Measures an engine for each store and residency, interleaved with one that has every expert resident."""
     from vllm_adapmoe.integration.measure.engine import Engine
 
-    prompts = prompts_of(model, text, batch, prompt_tokens)
-    length = prompt_tokens + output_tokens
+    model, length, output_tokens = workload.model, workload.length, workload.output_tokens
+    prompts = workload.prompts()
     points = []
     with Engine(model, {"cache_fraction": 1.0}, max_model_len=length) as full:
         measure(full, prompts, output_tokens)
@@ -32,34 +29,29 @@ def run_residency(
                 measured, base = [], []
                 with Engine(model, config, max_model_len=length) as engine:
                     measure(engine, prompts, output_tokens)
-                    for _ in range(rounds):
+                    for _ in range(workload.rounds):
                         base.append(measure(full, prompts, output_tokens))
                         measured.append(measure(engine, prompts, output_tokens))
-                points.append(_point(store, fraction, measured, base, batch * output_tokens))
-        points.append(_point("none", 1.0, base, base, batch * output_tokens))
-    return {
-        "benchmark": "residency",
-        "model": str(model),
-        "batch": batch,
-        "prompt_tokens": prompt_tokens,
-        "output_tokens": output_tokens,
-        "points": points,
-    }
+                points.append(_point(store, fraction, measured, base, workload.batch * output_tokens))
+        points.append(_point("none", 1.0, base, base, workload.batch * output_tokens))
+    return {"benchmark": "residency", **workload.described(), "points": points}
 
 
 def _point(
     store: str, fraction: float, rounds: list[dict[str, Any]], base: list[dict[str, Any]], tokens: int
 ) -> dict[str, Any]:
-    cache = [round["cache"] for round in rounds if round["cache"]]
+    counts = [result["cache"] for result in rounds if result["cache"]]
     return {
         "store": store,
         "resident": fraction,
-        "same_tokens": all(round["tokens"] == other["tokens"] for round, other in zip(rounds, base, strict=True)),
-        "decode_tokens_per_second": spread([round["decode_tokens_per_second"] for round in rounds]),
+        "same_tokens": all(
+            result["tokens"] == reference["tokens"] for result, reference in zip(rounds, base, strict=True)
+        ),
+        "decode_tokens_per_second": spread([result["decode_tokens_per_second"] for result in rounds]),
         "decode_ratio": ratios(rounds, base, "decode_tokens_per_second"),
         "prefill_ratio": ratios(rounds, base, "prefill_tokens_per_second"),
-        "hit_rate": spread([c["hits"] / (c["hits"] + c["misses"]) for c in cache]) if cache else None,
-        "fetched_bytes_per_token": spread([c["fetched_bytes"] / tokens for c in cache]) if cache else None,
+        "hit_rate": spread([count["hits"] / (count["hits"] + count["misses"]) for count in counts]) if counts else None,
+        "fetched_bytes_per_token": spread([count["fetched_bytes"] / tokens for count in counts]) if counts else None,
     }
 
 

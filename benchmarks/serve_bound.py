@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.serve_load import WARM_TOKENS, measure
+from benchmarks.serve_load import WARM_TOKENS, Load, measure
 from benchmarks.server import Server
 from vllm_adapmoe.simulate.compare import slots_of_pools
 from vllm_adapmoe.simulate.replay import belady
@@ -30,14 +30,12 @@ def recording(config: dict[str, Any] | None, trace: Path) -> dict[str, Any]:
     return (config or {}) | {"trace_out": str(trace), "trace_mib": 4096}
 
 
-def record(
-    server: Server, model: Path, prompts: list[tuple[str, list[int]]], tokens: int, concurrency: int, rate: float
-) -> dict[str, float]:
+def record(server: Server, load: Load) -> dict[str, float]:
     """Measures one load on a recording server; returns figures and `slots`. The trace is complete on return."""
     with server:
-        run = measure(server, model, prompts, tokens, concurrency, rate, 0)
+        run = measure(server, load)
         for _ in range(FRAME_STEPS // WARM_TOKENS + 1):  # a frame is written when it is full
-            server.complete(prompt=prompts[0][1][:1], max_tokens=WARM_TOKENS, ignore_eos=True)
+            server.complete(prompt=load.prompts[0][1][:1], max_tokens=WARM_TOKENS, ignore_eos=True)
         return run | {"slots": server.metrics()["vllm:adapmoe_slots"]}
 
 
@@ -59,16 +57,16 @@ def bound(
     """
     info, steps = read_trace(trace)
 
-    def inside() -> Iterator[Step]:
+    def timed() -> Iterator[Step]:
         return (step for step in steps if run["started"] <= step.seconds <= run["ended"])
 
     tokens = run["output_tokens"]
     bandwidth = run["fetched_bytes"] / max(run["fetch_seconds"], 1e-9) if link_gbps is None else link_gbps * 1e9
-    least = least_bytes(info, inside(), int(run["slots"])) / tokens
+    least = least_bytes(info, timed(), int(run["slots"])) / tokens
     moving = least / bandwidth if least else 0.0
-    compute = median([(one["seconds"] - one["stall_seconds"]) / one["output_tokens"] for one in rounds])
+    compute = median([(figures["seconds"] - figures["stall_seconds"]) / figures["output_tokens"] for figures in rounds])
     return {
-        "steps": sum(1 for _ in inside()),
+        "steps": sum(1 for _ in timed()),
         "slots": run["slots"],
         "link_bytes_per_second": bandwidth,
         "least_bytes_per_output_token": least,
@@ -77,5 +75,5 @@ def bound(
         "bound_tokens_per_second": 1 / moving if moving else None,
         "bound_with_compute_tokens_per_second": 1 / max(moving, compute),
         "one_after_the_other_tokens_per_second": 1 / (moving + compute),
-        "measured_tokens_per_second": median([one["output_tokens_per_second"] for one in rounds]),
+        "measured_tokens_per_second": median([figures["output_tokens_per_second"] for figures in rounds]),
     }

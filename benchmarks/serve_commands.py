@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from vllm_adapmoe.cli.options import Model, Output, OutputTokens, Rounds, numbers
+from vllm_adapmoe.cli.options import Model, Output, OutputTokens, Plot, Rounds, numbers
+from vllm_adapmoe.cli.report import report
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.results import write
 
 Texts = Annotated[
     Path | None,
@@ -49,7 +48,7 @@ def serve(
                      "ours,stock with --slots 1.0, else all but stock."),
     ] = None,
     concurrency: Annotated[str, typer.Option(help="Maximum concurrent requests, comma-separated.")] = "1,4,16,64",
-    requests: Annotated[int, typer.Option(min=2, help="Requests per load and unit of concurrency.")] = 6,
+    requests: Annotated[int, typer.Option(min=2, help="Requests per load, for each concurrent request.")] = 6,
     rate: Annotated[
         float | None,
         typer.Option(help="Arrival rate, requests/s (Poisson). Default: 1.2 times the fastest contender's throughput."),
@@ -59,11 +58,13 @@ def serve(
     output_tokens: OutputTokens = 32,
     text: Texts = None,
     serve_args: ServeArgs = "",
-    bound: Annotated[bool, typer.Option(help="Record routing in extra runs for a lower bound on bytes.")] = True,
-    plot: Annotated[Path | None, typer.Option(help="PNG file for the plot.")] = None,
+    no_bound: Annotated[
+        bool, typer.Option("--no-bound", help="Skip the extra runs that record routing for a lower bound on bytes.")
+    ] = False,
+    plot: Plot = None,
 ) -> None:  # fmt: skip
-    """Compares servers under `vllm bench serve`: the plugin, without its scheduler, on demand with LRU, stock vLLM."""
-    from benchmarks.serve import Load, run_serve
+    """Compares servers under `vllm bench serve`: the plugin, the plugin in vLLM's order, on-demand LRU, stock vLLM."""
+    from benchmarks.serve import ServeSpec, run_serve
     from benchmarks.serve_table import plot_serve, print_serve
     from benchmarks.server import end_cleanly
 
@@ -71,22 +72,19 @@ def serve(
     lengths = [int(number) for number in numbers("--prompt-tokens", prompt_tokens)]
     if len(lengths) != 2 or not 1 <= lengths[0] <= lengths[1]:
         raise AdapMoEError(f"--prompt-tokens {prompt_tokens} is not MIN,MAX; give two lengths, the shorter first")
-    many = [int(number) for number in numbers("--concurrency", concurrency)]
-    if min(many) < 1:
-        raise AdapMoEError(f"--concurrency {concurrency}: {min(many)} requests cannot be under way; give 1 or more")
+    loads = [int(number) for number in numbers("--concurrency", concurrency)]
+    if min(loads) < 1:
+        raise AdapMoEError(f"--concurrency {concurrency}: {min(loads)} requests cannot be under way; give 1 or more")
     if gating != "off" and profile is None:
         raise AdapMoEError(f"--gating {gating} needs a profile; set --profile, see adapmoe calibrate")
-    wanted = Load(many, requests, rate, rounds, output_tokens, (lengths[0], lengths[1]), text)
-    gates = None if gating == "off" else {"mode": gating, "max_loss_increase": max_loss_increase}
-    result = run_serve(
-        model, cache_settings(slots, store, link_gbps, profile), gates,
-        None if contenders is None else contenders.split(","), wanted, shlex.split(serve_args), bound,
+    spec = ServeSpec(
+        model=model, cache=cache_settings(slots, store, link_gbps, profile),
+        gating=None if gating == "off" else {"mode": gating, "max_loss_increase": max_loss_increase},
+        contenders=None if contenders is None else contenders.split(","), serve_args=shlex.split(serve_args),
+        with_bound=not no_bound, concurrency=loads, requests=requests, rate=rate, rounds=rounds,
+        output_tokens=output_tokens, prompt_tokens=(lengths[0], lengths[1]), text=text,
     )  # fmt: skip
-    print_serve(result, Console())
-    if output is not None:
-        write(output, result)
-    if plot is not None:
-        plot_serve(result, plot)
+    report(run_serve(spec), print_serve, output, plot_serve, plot)
 
 
 def soak(
@@ -113,17 +111,18 @@ def soak(
 ) -> None:
     """Stresses a server with high load, aborts, bad requests and disconnects; exits with code 1 if a check fails."""
     from benchmarks.server import end_cleanly
-    from benchmarks.soak import Plan, print_soak, run_soak
+    from benchmarks.soak import SoakSpec, print_soak, run_soak
 
     end_cleanly()
     config = cache_settings(slots, store, link_gbps, profile)
     if profile is not None:
         config["gating"] = {"mode": "token", "max_loss_increase": max_loss_increase}
-    plan = Plan(60 * minutes, clients, replayed, timeout, seed)
-    stock_seconds = 60 * (minutes / 5 if stock_minutes is None else stock_minutes)
-    result = run_soak(model, config, text, plan, stock_seconds, shlex.split(serve_args))
-    print_soak(result, Console())
-    if output is not None:
-        write(output, result)
+    spec = SoakSpec(
+        model=model, config=config, text=text, seconds=60 * minutes,
+        stock_seconds=60 * (minutes / 5 if stock_minutes is None else stock_minutes), clients=clients,
+        replayed=replayed, timeout=timeout, seed=seed, serve_args=shlex.split(serve_args),
+    )  # fmt: skip
+    result = run_soak(spec)
+    report(result, print_soak, output)
     if False in result["verdict"].values():
         raise typer.Exit(1)

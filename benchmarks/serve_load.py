@@ -6,6 +6,7 @@ import random
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,6 @@ PACKAGES = ("aiohttp", "pandas")
 HELD_OUT = Path(__file__).parents[1] / "examples" / "tiny_mixtral" / "heldout"
 LEAST_DOMAINS = 3
 WARM_TOKENS = 8
-
-
 FIGURES = {
     "output_tokens_per_second": "output_throughput",
     "requests_per_second": "request_throughput",
@@ -38,6 +37,23 @@ FIGURES = {
     "prompt_tokens": "total_input_tokens",
 }
 """Figures of one load, and their names in the result of `vllm bench serve`."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests sent to a server, and how they arrive."""
+
+    prompts: list[tuple[str, list[int]]]
+    """Domain and token ids of each request, in order."""
+    output_tokens: int
+    """Output tokens per request."""
+    concurrency: int
+    """Maximum concurrent requests; further arrivals wait in the client, and their latency counts from when they are
+    sent."""
+    rate: float
+    """Arrival rate, requests per second (Poisson); infinite: all at once."""
+    seed: int
+    """Random seed for the arrivals."""
 
 
 def check_packages() -> None:
@@ -67,60 +83,59 @@ def domains(model: Path, text: Path | None) -> dict[str, list[int]]:
     return {path.stem: tokenizer.encode(text_of(path), add_special_tokens=False).ids for path in paths}
 
 
-def mixed_lengths(generator: random.Random, count: int, least: int, most: int) -> list[int]:
+def mixed_lengths(generator: random.Random, count: int, shortest: int, longest: int) -> list[int]:
     """Draws lengths log-uniformly: as many from 16 to 32 as from 256 to 512."""
     return [
-        min(most, max(least, round(math.exp(generator.uniform(math.log(least), math.log(most)))))) for _ in range(count)
+        min(longest, max(shortest, round(math.exp(generator.uniform(math.log(shortest), math.log(longest))))))
+        for _ in range(count)
     ]
 
 
 def mixed_prompts(
-    texts: dict[str, list[int]], count: int, least: int, most: int, seed: int
+    texts: dict[str, list[int]], count: int, shortest: int, longest: int, seed: int
 ) -> list[tuple[str, list[int]]]:
     """Returns (domain, token ids) of `count` excerpts, cycling through the domains; the same for the same seed."""
     generator = random.Random(seed)
     names = list(texts)
     prompts = []
-    for number, length in enumerate(mixed_lengths(generator, count, least, most)):
+    for number, length in enumerate(mixed_lengths(generator, count, shortest, longest)):
         name = names[number % len(names)]
         start = generator.randrange(max(1, len(texts[name]) - length))
         prompts.append((name, texts[name][start : start + length]))
     return prompts
 
 
-def write_dataset(path: Path, model: Path, prompts: list[tuple[str, list[int]]], output_tokens: int) -> None:
+def write_dataset(path: Path, model: Path, load: Load) -> None:
     """Writes a file for `vllm bench serve --dataset-name custom`; it sends text, so token ids are decoded."""
     tokenizer = read_tokenizer(model)
     lines = [
-        json.dumps({"prompt": tokenizer.decode(ids, skip_special_tokens=False), "output_tokens": output_tokens})
-        for _, ids in prompts
+        json.dumps({"prompt": tokenizer.decode(ids, skip_special_tokens=False), "output_tokens": load.output_tokens})
+        for _, ids in load.prompts
     ]
     path.write_text("\n".join(lines) + "\n")
 
 
-def load(server: Server, dataset: Path, requests: int, concurrency: int, rate: float, seed: int) -> dict[str, float]:
+def apply(load: Load, server: Server, dataset: Path) -> dict[str, float]:
     """Runs `vllm bench serve` against a server and returns its figures (`parse_result`).
 
     Args:
+        load: requests to send.
         server: server under load.
-        dataset: file from `write_dataset`.
-        requests: number of requests to send, in the order of the dataset.
-        concurrency: maximum concurrent requests; further arrivals wait in the client, and their latency counts from
-            when they are sent.
-        rate: arrival rate, requests per second (Poisson); infinite: all at once.
-        seed: random seed for the arrivals.
+        dataset: file from `write_dataset` for this load.
 
     Raises:
         AdapMoEError: `vllm bench serve` failed, or no request was answered.
     """
+    requests = len(load.prompts)
     result = dataset.with_name(f"{server.name}.result.json")
     result.unlink(missing_ok=True)
     command = [
         *VLLM, "bench", "serve", "--backend", "openai", "--base-url", server.url, "--endpoint", "/v1/completions",
         "--model", server.model, "--dataset-name", "custom", "--dataset-path", str(dataset), "--disable-shuffle",
         "--skip-chat-template", "--custom-output-len", "-1", "--no-oversample", "--num-prompts", str(requests),
-        "--ignore-eos", "--temperature", "0", "--seed", str(seed), "--request-rate", str(rate), "--burstiness", "1",
-        "--max-concurrency", str(concurrency), "--ready-check-timeout-sec", "0", "--disable-tqdm",
+        "--ignore-eos", "--temperature", "0", "--seed", str(load.seed), "--request-rate", str(load.rate),
+        "--burstiness", "1", "--max-concurrency", str(load.concurrency), "--ready-check-timeout-sec", "0",
+        "--disable-tqdm",
         "--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "50,99",
         "--save-result", "--result-dir", str(result.parent), "--result-filename", result.name,
     ]  # fmt: skip
@@ -151,51 +166,43 @@ def parse_result(result: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def measure(
-    server: Server,
-    model: Path,
-    prompts: list[tuple[str, list[int]]],
-    tokens: int,
-    concurrency: int,
-    rate: float,
-    seed: int,
-) -> dict[str, float]:
+def measure(server: Server, load: Load) -> dict[str, float]:
     """Warms a server with the first tokens of some answers, then loads it; returns figures and counters."""
     dataset = server.log.with_name(f"{server.name}.jsonl")
-    write_dataset(dataset, model, prompts, tokens)
-    with ThreadPoolExecutor(concurrency) as pool:
-        warm = [
+    write_dataset(dataset, Path(server.model), load)
+    with ThreadPoolExecutor(load.concurrency) as pool:
+        answers = [
             pool.submit(server.complete, prompt=ids, max_tokens=WARM_TOKENS, ignore_eos=True)
-            for _, ids in prompts[:concurrency]
+            for _, ids in load.prompts[: load.concurrency]
         ]
-        for one in warm:
-            one.result()
+        for answer in answers:
+            answer.result()
     before = server.metrics()
     started = time.monotonic()
-    figures = load(server, dataset, len(prompts), concurrency, rate, seed)
+    figures = apply(load, server, dataset)
     return figures | counted(before, server.metrics(), figures) | {"started": started, "ended": time.monotonic()}
 
 
 def counted(before: dict[str, float], after: dict[str, float], figures: dict[str, float]) -> dict[str, float]:
     """Returns figures from a server's counters before and after a load; those of the cache only with the plugin."""
 
-    def of(name: str) -> float | None:
+    def grown(name: str) -> float | None:
         return after[name] - before.get(name, 0.0) if name in after else None
 
     tokens = max(1.0, figures["output_tokens"])
     result = {
-        "steps_per_output_token": (of("vllm:iteration_tokens_total_count") or 0.0) / tokens,
-        "preemptions": of("vllm:num_preemptions_total") or 0.0,
+        "steps_per_output_token": (grown("vllm:iteration_tokens_total_count") or 0.0) / tokens,
+        "preemptions": grown("vllm:num_preemptions_total") or 0.0,
     }
-    hits, misses = of("vllm:adapmoe_expert_hits_total"), of("vllm:adapmoe_expert_misses_total")
+    hits, misses = grown("vllm:adapmoe_expert_hits_total"), grown("vllm:adapmoe_expert_misses_total")
     if hits is None or misses is None:
         return result
-    stall = of("vllm:adapmoe_fetch_stall_seconds_sum") or 0.0
+    stall = grown("vllm:adapmoe_fetch_stall_seconds_sum") or 0.0
     return result | {
         "hit_rate": hits / (hits + misses) if hits + misses else 1.0,
-        "fetched_bytes_per_output_token": (of("vllm:adapmoe_fetched_bytes_total") or 0.0) / tokens,
-        "fetched_bytes": of("vllm:adapmoe_fetched_bytes_total") or 0.0,
-        "fetch_seconds": of("vllm:adapmoe_fetch_seconds_total") or 0.0,
+        "fetched_bytes_per_output_token": (grown("vllm:adapmoe_fetched_bytes_total") or 0.0) / tokens,
+        "fetched_bytes": grown("vllm:adapmoe_fetched_bytes_total") or 0.0,
+        "fetch_seconds": grown("vllm:adapmoe_fetch_seconds_total") or 0.0,
         "stall_seconds": stall,
         "stall_share": stall / figures["seconds"],
     }

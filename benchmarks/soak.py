@@ -34,83 +34,81 @@ WRONG_GAP = 1.0
 to 0.125 apart."""
 SHORTEST_SECONDS = 1200
 """Minimum length of a soak whose memory growth is judged: allocators take some four minutes to reach their level."""
-SAID = 20
+LISTED = 20
 """Maximum number of bad outcomes and of kinds of log errors listed in the result."""
 BAD = ("failed", "wrong", "timeout")
 IDLE = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 COUNTERS = ("vllm:num_preemptions_total", "vllm:request_success_total", "vllm:generation_tokens_total")
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Parameters of a soak."""
+@dataclass(frozen=True, kw_only=True)
+class SoakSpec:
+    """Server to soak, and the load."""
 
+    model: Path
+    """Checkpoint folder."""
+    config: dict[str, Any]
+    """`adapmoe_config`."""
+    text: Path | None = None
+    """Folder of `*.txt` for prompts; None: the bundled model's held-out text."""
     seconds: float
+    """Duration of the plugin's soak."""
+    stock_seconds: float
+    """Duration of stock vLLM's soak; 0: none, and replays fail only with large gaps."""
     clients: int
+    """Concurrent clients."""
     replayed: int
     """Maximum number of greedy requests that are repeated alone."""
     timeout: float
+    """Time limit per request, seconds."""
     seed: int
+    """Random seed for the clients' behaviour."""
+    serve_args: list[str]
+    """Further arguments for `vllm serve`."""
 
 
-def run_soak(
-    model: Path,
-    config: dict[str, Any],
-    text: Path | None,
-    plan: Plan,
-    stock_seconds: float,
-    serve_args: list[str],
-) -> dict[str, Any]:
+def run_soak(spec: SoakSpec) -> dict[str, Any]:
     """Soaks stock vLLM first, as the reference for how often replays differ, then the plugin.
-
-    Args:
-        model: checkpoint folder.
-        config: `adapmoe_config`.
-        text: folder of `*.txt`; None: the bundled model's held-out text.
-        plan: parameters of the plugin's soak.
-        stock_seconds: duration of stock vLLM's soak; 0: none, and replays fail only with large gaps.
-        serve_args: further arguments for `vllm serve`.
 
     Raises:
         AdapMoEError: a server does not start, or dies.
     """
     check_packages()
-    AdapMoEConfig.parse(config)
-    texts = domains(model, text)
-    traffic = Traffic(str(model), texts, MAX_MODEL_LEN, plan.seed)
+    AdapMoEConfig.parse(spec.config)
+    traffic = Traffic(str(spec.model), domains(spec.model, spec.text), MAX_MODEL_LEN, spec.seed)
     flags = [
         "--max-model-len", str(MAX_MODEL_LEN), "--kv-cache-memory-bytes", str(KV_CACHE_BYTES),
-        "--num-gpu-blocks-override", str(BLOCKS_PER_CLIENT * plan.clients), *serve_args,
+        "--num-gpu-blocks-override", str(BLOCKS_PER_CLIENT * spec.clients), *spec.serve_args,
     ]  # fmt: skip
     servers: dict[str, dict[str, Any]] = {}
-    for name, settings, seconds in (("stock", None, stock_seconds), ("ours", config, plan.seconds)):
+    for name, config, seconds in (("stock", None, spec.stock_seconds), ("ours", spec.config, spec.seconds)):
         if seconds:
-            with TemporaryDirectory() as folder, Server(name, model, Path(folder), settings, flags) as server:
-                servers[name] = _soak(server, traffic, plan, seconds)
+            with TemporaryDirectory() as folder, Server(name, spec.model, Path(folder), config, flags) as server:
+                servers[name] = _soak(server, traffic, spec, seconds)
     return {
         "benchmark": "soak",
-        "model": str(model),
-        "adapmoe_config": config,
+        "model": str(spec.model),
+        "adapmoe_config": spec.config,
         "flags": flags,
-        "plan": asdict(plan),
+        "plan": {key: getattr(spec, key) for key in ("seconds", "clients", "replayed", "timeout", "seed")},
         "mix": WEIGHTS,
         "servers": servers,
         "verdict": verdict(servers["ours"], servers.get("stock")),
     }
 
 
-def _soak(server: Server, traffic: Traffic, plan: Plan, seconds: float) -> dict[str, Any]:
+def _soak(server: Server, traffic: Traffic, spec: SoakSpec, seconds: float) -> dict[str, Any]:
     """Runs warm-up traffic, a pause, traffic, a pause, then replays."""
     question = {"prompt": next(iter(traffic.texts.values()))[:64], "max_tokens": 32, "return_token_ids": True}
     first = server.complete(**question, cache_salt="first")["choices"][0]["token_ids"]
-    clients = Clients(server.url, traffic, plan.clients, plan.timeout, lambda: server.process.poll() is None)
+    clients = Clients(server.url, traffic, spec.clients, spec.timeout, lambda: server.process.poll() is None)
     idle: list[Sample] = []
     with Watch(server, max(0.5, seconds / 240)) as watch:
         for part in (EARLY[0], 1 - EARLY[0]):
             asyncio.run(_with_progress(clients, part * seconds, server.name))
             if server.process.poll() is not None:
-                said = first_error(server.log.read_text(errors="replace"))
-                raise AdapMoEError(f"server {server.name} died after {len(clients.ended.outcomes)} requests: {said}")
+                error = first_error(server.log.read_text(errors="replace"))
+                raise AdapMoEError(f"server {server.name} died after {len(clients.ended.outcomes)} requests: {error}")
             watch.loaded = False
             time.sleep(REST_SECONDS)
             idle.append(sample(server, watch.started))
@@ -122,16 +120,16 @@ def _soak(server: Server, traffic: Traffic, plan: Plan, seconds: float) -> dict[
         "seconds": seconds,
         "requests": len(outcomes),
         "outcomes": tally(outcomes),
-        "bad": [asdict(one) for one in outcomes if one.ended in BAD][:SAID],
-        "longest_seconds": max(one.seconds for one in outcomes),
+        "bad": [asdict(outcome) for outcome in outcomes if outcome.ended in BAD][:LISTED],
+        "longest_seconds": max(outcome.seconds for outcome in outcomes),
         "growth": growth(watch.samples, idle),
-        "samples": [asdict(one) for one in watch.samples],
+        "samples": [asdict(taken) for taken in watch.samples],
         "idle_metrics": {name: after[f"vllm:{name}"] for name in IDLE},
         "counters": {
             name: value for name, value in after.items() if name.startswith("vllm:adapmoe_") or name in COUNTERS
         },
         "same_answer_first_and_last": first == last,
-        "replay": replay(server, traffic, clients.ended.tokens, plan.replayed),
+        "replay": replay(server, traffic, clients.ended.tokens, spec.replayed),
         "log_errors": log_errors(server.log.read_text(errors="replace").splitlines()),
     }
 
@@ -152,8 +150,8 @@ async def _with_progress(clients: Clients, seconds: float, name: str) -> None:
 def tally(outcomes: Iterable[Outcome]) -> dict[str, dict[str, int]]:
     """Counts the outcomes of each kind of request."""
     counts: dict[str, Counter[str]] = {}
-    for one in outcomes:
-        counts.setdefault(one.kind, Counter())[one.ended] += 1
+    for outcome in outcomes:
+        counts.setdefault(outcome.kind, Counter())[outcome.ended] += 1
     return {kind: dict(counts[kind]) for kind in WEIGHTS if kind in counts}
 
 
@@ -161,11 +159,11 @@ def log_errors(lines: Iterable[str]) -> dict[str, int]:
     """Counts the error lines of a server's log, with numbers and addresses masked."""
     marked = (re.search(r"ERROR [\d-]+ [\d:]+ (.*)", line) for line in lines)
     found = Counter(re.sub(r"0x[0-9a-f]+|[0-9a-f]{8,}|\d+", "#", match[1])[:200] for match in marked if match)
-    return dict(found.most_common(SAID))
+    return dict(found.most_common(LISTED))
 
 
 def verdict(ours: dict[str, Any], stock: dict[str, Any] | None) -> dict[str, bool | None]:
-    """Returns for each requirement whether it held; None: the soak was too short to tell."""
+    """Returns for each requirement whether it was met; None: the soak was too short to tell."""
     replayed = ours["replay"]
     limit = WRONG_GAP if stock is None else max(WRONG_GAP, stock["replay"]["largest_gap_nats"])
     memory = ours["growth"]
@@ -189,27 +187,27 @@ def verdict(ours: dict[str, Any], stock: dict[str, Any] | None) -> dict[str, boo
 
 def print_soak(result: dict[str, Any], console: Console) -> None:
     """Prints the outcomes of requests, the resources held by the servers, and the verdict."""
-    for name, one in result["servers"].items():
-        ends = sorted({ended for kind in one["outcomes"].values() for ended in kind})
+    for name, server in result["servers"].items():
+        ends = sorted({ended for kind in server["outcomes"].values() for ended in kind})
         table = Table(
-            title=f"{name}: {one['requests']} requests in {one['seconds'] / 60:.1f} min, {result['plan']['clients']} "
-            f"at once",
+            title=f"{name}: {server['requests']} requests in {server['seconds'] / 60:.1f} min, "
+            f"{result['plan']['clients']} at once",
             box=box.SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
         )
         for column in ("", *ends):
             table.add_column(column, justify="right" if column else "left")
-        for kind, counts in one["outcomes"].items():
+        for kind, counts in server["outcomes"].items():
             table.add_row(kind, *(str(counts.get(ended, "")) for ended in ends))
         console.print(table)
-        _print_server(one, console)
-    for what, held in result["verdict"].items():
-        said = "?  " if held is None else "yes" if held else "NO "
-        console.print(f"{said} {what}", style="bold red" if held is False else "", highlight=False)
+        _print_server(server, console)
+    for requirement, met in result["verdict"].items():
+        answer = "?  " if met is None else "yes" if met else "NO "
+        console.print(f"{answer} {requirement}", style="bold red" if met is False else "", highlight=False)
 
 
-def _print_server(one: dict[str, Any], console: Console) -> None:
-    grown, again = one["growth"], one["replay"]
+def _print_server(server: dict[str, Any], console: Console) -> None:
+    grown, replayed = server["growth"], server["replay"]
     for key, label in (("anonymous", "anonymous memory"), ("proportional", "memory (PSS)")):
         part = grown[key]
         console.print(
@@ -218,8 +216,8 @@ def _print_server(one: dict[str, Any], console: Console) -> None:
             f"{part['bytes_per_minute'] / MiB:+.2f} a minute",
             highlight=False,
         )
-    of = grown["anonymous"]["growth_bytes_of"]
-    console.print("of it: " + ", ".join(f"{name} {size / MiB:+.1f}" for name, size in of.items()), highlight=False)
+    processes = grown["anonymous"]["growth_bytes_of"].items()
+    console.print("of it: " + ", ".join(f"{name} {size / MiB:+.1f}" for name, size in processes), highlight=False)
     console.print(
         "idle, after the warm-up and at the end: "
         + ", ".join(
@@ -228,12 +226,12 @@ def _print_server(one: dict[str, Any], console: Console) -> None:
         highlight=False,
     )
     console.print(
-        f"replayed alone: {again['equal']} of {again['replayed']} equal; where they part, gaps of "
-        f"{again['median_gap_nats']:.3f} nats, at most {again['largest_gap_nats']:.3f}; longest request "
-        f"{one['longest_seconds']:.1f} s",
+        f"replayed alone: {replayed['equal']} of {replayed['replayed']} equal; where they differ, gaps of "
+        f"{replayed['median_gap_nats']:.3f} nats, at most {replayed['largest_gap_nats']:.3f}; longest request "
+        f"{server['longest_seconds']:.1f} s",
         highlight=False,
     )
-    for bad in one["bad"]:
+    for bad in server["bad"]:
         console.print(f"{bad['kind']} {bad['ended']}: {bad['detail']}", markup=False, highlight=False)
-    for line, count in one["log_errors"].items():
+    for line, count in server["log_errors"].items():
         console.print(f"in its log, {count} times: {line}", markup=False, highlight=False)

@@ -37,15 +37,15 @@ class Clients:
     Args:
         url: URL of the server.
         traffic: source of requests.
-        many: number of clients.
+        count: number of clients.
         timeout: time limit per request, seconds.
         alive: returns whether the server's process is running.
     """
 
-    def __init__(self, url: str, traffic: Traffic, many: int, timeout: float, alive: Callable[[], bool]) -> None:
+    def __init__(self, url: str, traffic: Traffic, count: int, timeout: float, alive: Callable[[], bool]) -> None:
         self.url = url
         self.traffic = traffic
-        self.many = many
+        self.count = count
         self.timeout = timeout
         self.alive = alive
         self.next = 0
@@ -58,7 +58,7 @@ class Clients:
         until = time.monotonic() + seconds
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(self.url, connector=connector) as session:
-            await asyncio.gather(*(self._client(session, until) for _ in range(self.many)))
+            await asyncio.gather(*(self._client(session, until) for _ in range(self.count)))
 
     async def _client(self, session: Any, until: float) -> None:
         while time.monotonic() < until and self.alive():
@@ -72,8 +72,8 @@ class Clients:
                 ended, detail = "timeout", f"no end after {self.timeout:.0f} s"
             except Exception as error:  # failed connection or unreadable answer: a lost request
                 ended, detail = "failed", f"{type(error).__name__}: {error}"
-            took = time.monotonic() - started
-            self.ended.outcomes.append(Outcome(ask.number, ask.kind, ended, took, detail))
+            seconds = time.monotonic() - started
+            self.ended.outcomes.append(Outcome(ask.number, ask.kind, ended, seconds, detail))
             if ended == "failed":
                 await asyncio.sleep(0.1)
 

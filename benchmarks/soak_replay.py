@@ -37,22 +37,25 @@ def spread_out(numbers: Iterable[int], most: int) -> list[int]:
     return [ordered[index * len(ordered) // most] for index in range(most)]
 
 
-def difference(number: int, given: list[int], again: list[int], likeliest: list[dict[str, float]]) -> Difference | None:
+def difference(
+    number: int, given: list[int], replayed: list[int], top_logprobs: list[dict[str, float]]
+) -> Difference | None:
     """Returns the first difference between two answers; None if they are equal.
 
     Args:
         number: number of the request.
         given: token ids of the soak's answer.
-        again: token ids of the replay.
-        likeliest: log probabilities of the most probable tokens by `token_id:N`, for each position of the replay.
+        replayed: token ids of the replay.
+        top_logprobs: log probabilities of the most probable tokens by `token_id:N`, for each position of the replay.
     """
-    position = next((at for at, (one, other) in enumerate(zip(given, again, strict=True)) if one != other), None)
+    pairs = enumerate(zip(given, replayed, strict=True))
+    position = next((position for position, (token, repeated) in pairs if token != repeated), None)
     if position is None:
         return None
-    choices = likeliest[position]
-    mine = choices[f"token_id:{again[position]}"]
-    theirs = choices.get(f"token_id:{given[position]}")
-    return Difference(number, position, mine - (min(choices.values()) if theirs is None else theirs), theirs is None)
+    choices = top_logprobs[position]
+    chosen = choices[f"token_id:{replayed[position]}"]
+    before = choices.get(f"token_id:{given[position]}")
+    return Difference(number, position, chosen - (min(choices.values()) if before is None else before), before is None)
 
 
 def replay(server: Server, traffic: Traffic, tokens: dict[int, list[int]], most: int) -> dict[str, Any]:
@@ -68,14 +71,14 @@ def replay(server: Server, traffic: Traffic, tokens: dict[int, list[int]], most:
         compared += len(tokens[number]) if found is None else found.position + 1
         if found is not None:
             differences.append(found)
-    gaps = [one.gap for one in differences]
+    gaps = [found.gap for found in differences]
     return {
         "replayed": len(chosen),
         "equal": len(chosen) - len(differences),
         "tokens_compared": compared,
         "largest_gap_nats": max(gaps, default=0.0),
         "median_gap_nats": median(gaps) if gaps else 0.0,
-        "differences": [asdict(one) for one in differences],
+        "differences": [asdict(found) for found in differences],
     }
 
 

@@ -43,19 +43,19 @@ class Sample:
 def sample(server: Server, started: float) -> Sample:
     """Takes a sample of the server's resources."""
     seconds = time.monotonic() - started
-    of: dict[str, int] = {}
+    by_name: dict[str, int] = {}
     anonymous = proportional = threads = files = processes = 0
     for process in server.processes():
         with suppress(psutil.Error, FileNotFoundError):
             memory = process.memory_full_info()
             anonymous += memory.rss - memory.shared
             name = process.name()
-            of[name] = of.get(name, 0) + memory.rss - memory.shared
+            by_name[name] = by_name.get(name, 0) + memory.rss - memory.shared
             proportional += memory.pss
             threads += process.num_threads()
             files += process.num_fds()
             processes += 1
-    return Sample(seconds, anonymous, proportional, threads, files, processes, of)
+    return Sample(seconds, anonymous, proportional, threads, files, processes, by_name)
 
 
 class Watch:
@@ -94,16 +94,16 @@ def growth(samples: Sequence[Sample], idle: Sequence[Sample]) -> dict[str, Any]:
     """
     total = samples[-1].seconds
     parts = {
-        name: [one for one in samples if low * total <= one.seconds <= high * total]
+        name: [taken for taken in samples if low * total <= taken.seconds <= high * total]
         for name, (low, high) in {"early": EARLY, "late": LATE}.items()
     }
-    warm = [one for one in samples if one.seconds >= EARLY[0] * total]
-    result: dict[str, Any] = {"idle": [asdict(one) for one in idle]}
+    warm = [taken for taken in samples if taken.seconds >= EARLY[0] * total]
+    result: dict[str, Any] = {"idle": [asdict(taken) for taken in idle]}
     for key in ("anonymous", "proportional"):
-        early, late = (median(getattr(one, key) for one in parts[name] or samples) for name in ("early", "late"))
+        early, late = (median(getattr(taken, key) for taken in parts[name] or samples) for name in ("early", "late"))
         limit = max(GROWTH * early, GROWTH_BYTES)
-        times = [one.seconds / 60 for one in warm]
-        slope = linear_regression(times, [getattr(one, key) for one in warm]).slope if len(set(times)) > 1 else 0.0
+        times = [taken.seconds / 60 for taken in warm]
+        slope = linear_regression(times, [getattr(taken, key) for taken in warm]).slope if len(set(times)) > 1 else 0.0
         result[key] = {
             "early_bytes": early,
             "late_bytes": late,
@@ -122,6 +122,6 @@ def growth(samples: Sequence[Sample], idle: Sequence[Sample]) -> dict[str, Any]:
 def _between(parts: dict[str, list[Sample]], name: str, samples: Sequence[Sample]) -> float:
     """Returns the memory growth of all processes of a name, bytes."""
     early, late = (
-        median(one.anonymous_of.get(name, 0) for one in parts[part] or samples) for part in ("early", "late")
+        median(taken.anonymous_of.get(name, 0) for taken in parts[part] or samples) for part in ("early", "late")
     )
     return late - early

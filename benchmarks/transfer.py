@@ -21,7 +21,7 @@ from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.experts import CacheShape
 from vllm_adapmoe.policy.controller import CacheController, CacheSetup
 from vllm_adapmoe.policy.prediction import PredictedExperts
-from vllm_adapmoe.results import spread
+from vllm_adapmoe.results import rotated, spread
 from vllm_adapmoe.store.base import StoreError
 from vllm_adapmoe.store.direct_io import open_direct, read_full
 from vllm_adapmoe.store.file import FileStore, open_pack
@@ -133,7 +133,7 @@ class _Readers:
         self.cache = ExpertCacheManager(store, CacheController(shape, self.setup), torch.device("cpu"))
         # Read into the slots' own memory: in a virtual machine one buffer was twice as fast as another.
         pool = self.cache.pools[0]
-        self.buffers = [[as_bytes(one[slot]) for one in pool.tensors.values()] for slot in range(pool.num_slots)]
+        self.buffers = [[as_bytes(tensor[slot]) for tensor in pool.tensors.values()] for slot in range(pool.num_slots)]
 
     def restart(self, checked: bool = True) -> None:
         """Empties the slots; with `checked` False, also makes the store verify every record's checksum again."""
@@ -177,7 +177,7 @@ class _Readers:
                 self.cache.acquire(layer, group)
                 self.cache.release(layer, group)
 
-    def speculate(self, together: int) -> None:
+    def prefetch(self, together: int) -> None:
         """Prefetches every expert but the first layer's, waits until it is staged, and then requests it."""
         transfers = self.cache.transfers
         for layer, experts in enumerate(self.events[1:], start=1):
@@ -195,41 +195,45 @@ class _Readers:
 
 def _measure(path: Path, rounds: int) -> dict[str, Any]:
     readers = _Readers(path)
-    ways: dict[str, Callable[[], None]] = {}
+    methods: dict[str, Callable[[], None]] = {}
     for threads in PLAIN_THREADS:
-        ways[f"plain, {threads} reader" + "s" * (threads > 1)] = partial(readers.plain, threads)
+        methods[f"plain, {threads} reader" + "s" * (threads > 1)] = partial(readers.plain, threads)
     for together in TOGETHER:
-        ways[f"demand, {together} at a time"] = partial(readers.demand, together)
+        methods[f"demand, {together} at a time"] = partial(readers.demand, together)
     for together in range(1, AHEAD + 1):
-        ways[f"speculation, {together} at a time"] = partial(readers.speculate, together)
-    ways["first reads, 4 at a time"] = partial(readers.demand, 4)
-    names = list(ways)
+        methods[f"prefetch, {together} at a time"] = partial(readers.prefetch, together)
+    methods["first reads, 4 at a time"] = partial(readers.demand, 4)
     readers.demand(TOGETHER[-1])  # commits the slots' memory, and verifies every record
-    measured: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name in methods}
     for number in tqdm(range(rounds), desc=f"Reading records of {readers.layout.nbytes / MiB:g} MiB", unit="round"):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+        for name in rotated(list(methods), number):
             readers.restart(checked=not name.startswith("first"))
-            measured[name].append(_timed(readers, name, ways[name]))
+            measured[name].append(_timed(readers, name, methods[name]))
     readers.cache.close()
     points = []
     for name, runs in measured.items():
-        ratios = [one["gbps"] / base["gbps"] for one, base in zip(runs, measured[BASE], strict=True)]
-        point: dict[str, Any] = {"way": name, "bytes": runs[0]["bytes"], "gbps": spread([one["gbps"] for one in runs])}
+        ratios = [run["gbps"] / base["gbps"] for run, base in zip(runs, measured[BASE], strict=True)]
+        point: dict[str, Any] = {
+            "method": name,
+            "bytes": runs[0]["bytes"],
+            "gbps": spread([run["gbps"] for run in runs]),
+        }
         if not name.startswith("plain"):
-            point["busy_gbps"] = spread([one["bytes"] / one["busy"] / 1e9 for one in runs])
+            point["busy_gbps"] = spread([run["bytes"] / run["busy"] / 1e9 for run in runs])
         points.append(point | {"of_plain": spread(ratios)})
-    best = max((point for point in points if point["way"].startswith("plain")), key=lambda one: one["gbps"]["median"])
+    plain = [point for point in points if point["method"].startswith("plain")]
+    best = max(plain, key=lambda point: point["gbps"]["median"])
     return {
         "record_bytes": readers.layout.nbytes,
         "records": len(readers.keys),
-        "best_plain": best["way"],
+        "best_plain": best["method"],
         "points": points,
     }
 
 
-def _timed(readers: _Readers, name: str, way: Callable[[], None]) -> dict[str, float]:
+def _timed(readers: _Readers, name: str, read: Callable[[], None]) -> dict[str, float]:
     start = time.perf_counter()
-    way()
+    read()
     seconds = time.perf_counter() - start
     stats = readers.cache.stats
     moved = readers.bytes if name.startswith("plain") else stats.fetched_bytes
@@ -246,7 +250,7 @@ def print_transfer(result: dict[str, Any], console: Console) -> None:
         for point in pack["points"]:
             speed, ratio, busy = point["gbps"], point["of_plain"], point.get("busy_gbps")
             table.add_row(
-                point["way"],
+                point["method"],
                 f"{speed['median']:.2f}",
                 f"{speed['min']:.2f} .. {speed['max']:.2f}",
                 "" if busy is None else f"{busy['median']:.2f}",
@@ -255,4 +259,4 @@ def print_transfer(result: dict[str, Any], console: Console) -> None:
             )
         console.print(table)
         console.print(f"best of the plain reads: {pack['best_plain']}")
-    console.print("of plain: round by round; while busy: bytes over the time with a transfer under way")
+    console.print("of plain: round by round; while busy: bytes over the time with a transfer in flight")

@@ -1,6 +1,7 @@
 """Makes the benchmarks' prompts, the same in every round, and measures engines on them."""
 
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,42 @@ COUNTERS = (
     "stall_seconds",
     "fetch_seconds",
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """Requests that engines are measured on, in every round the same."""
+
+    model: Path
+    """Checkpoint folder."""
+    text: Path | None
+    """Folder of `*.txt` for prompts; None: random tokens."""
+    rounds: int
+    """Measurements of every configuration."""
+    batch: int
+    """Requests per batch."""
+    prompt_tokens: int
+    """Prompt tokens per request."""
+    output_tokens: int
+    """Output tokens per request."""
+
+    @property
+    def length(self) -> int:
+        """Tokens per request, prompt and output."""
+        return self.prompt_tokens + self.output_tokens
+
+    def prompts(self) -> list[list[int]]:
+        """Returns the token ids of the prompts of one batch."""
+        return prompts_of(self.model, self.text, self.batch, self.prompt_tokens)
+
+    def described(self) -> dict[str, Any]:
+        """Returns the part of a result that says what was measured."""
+        return {
+            "model": str(self.model),
+            "batch": self.batch,
+            "prompt_tokens": self.prompt_tokens,
+            "output_tokens": self.output_tokens,
+        }
 
 
 def prompts_of(model: Path, text: Path | None, count: int, length: int) -> list[list[int]]:
@@ -86,4 +123,4 @@ def measure_batches(
 
 def ratios(rounds: list[dict[str, Any]], base: list[dict[str, Any]], key: str) -> dict[str, float]:
     """Returns the spread of a figure of `rounds` divided by that of `base`, round by round."""
-    return spread([round[key] / other[key] for round, other in zip(rounds, base, strict=True)])
+    return spread([measured[key] / reference[key] for measured, reference in zip(rounds, base, strict=True)])

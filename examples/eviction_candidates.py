@@ -107,8 +107,8 @@ def chances(routing: Routing, heads: dict[str, list[np.ndarray]]) -> dict[str, n
         "the router's scores of this token": np.minimum(routing.top_k * routing.scores.numpy(), 1),
     }
     for name, weights in heads.items():
-        x = [FEATURES[name](routing, layer).numpy() for layer in range(len(used))]
-        result[name] = np.stack([one @ head[:-1] + head[-1] for one, head in zip(x, weights, strict=True)])
+        features = [FEATURES[name](routing, layer).numpy() for layer in range(len(used))]
+        result[name] = np.stack([x @ head[:-1] + head[-1] for x, head in zip(features, weights, strict=True)])
     best = result["the layer's input (next-token heads)"]
     result["next-token heads and the request's own use, blended"] = (best + history) / 2
     return result
@@ -116,18 +116,21 @@ def chances(routing: Routing, heads: dict[str, list[np.ndarray]]) -> dict[str, n
 
 def steps_of(batch: list[Routing], predicted: list[np.ndarray] | None) -> list[Step]:
     """Returns the steps of decoding the sequences together, one token of each per step."""
-    ids = np.stack([one.scores.topk(one.top_k, -1).indices.numpy() for one in batch], 2)  # layers, tokens, rows, k
+    ids = np.stack(
+        [routing.scores.topk(routing.top_k, -1).indices.numpy() for routing in batch], 2
+    )  # layers, tokens, rows, k
     steps = []
     for token in range(ids.shape[1]):
         expected = {}
         if predicted is not None:
             expected = {
-                layer: chance_of_any(np.stack([one[layer, token] for one in predicted])) for layer in range(len(ids))
+                layer: chance_of_any(np.stack([chance[layer, token] for chance in predicted]))
+                for layer in range(len(ids))
             }
         names = [str(row) for row in range(len(batch))]
-        here = ids[:, token].astype(np.int64)
+        used = ids[:, token].astype(np.int64)
         positions = np.full(len(batch), token, dtype=np.int32)
-        steps.append(Step(0.0, names, positions, here, np.ones(here.shape, np.float16), {}, expected))
+        steps.append(Step(0.0, names, positions, used, np.ones(used.shape, np.float16), {}, expected))
     return steps
 
 
@@ -140,17 +143,17 @@ def main() -> None:
     args = parser.parse_args()
     heads = fit(watch(args.model, prompts_of(args.model, args.fit, 192, 256), "Fitting"))
     sequences = list(watch(args.model, prompts_of(args.model, args.replay, 32, 80), "Watching"))
-    predicted = [chances(one, heads) for one in sequences]
+    predicted = [chances(routing, heads) for routing in sequences]
     layers, _, experts = sequences[0].scores.shape
     info = TraceInfo(str(args.model), [experts] * layers, sequences[0].top_k, 0, [1] * layers, [0] * layers)
     slots = [round(RESIDENT * layers * experts)]
     points = []
     table = Table(title=f"{args.model}: loads over Belady's, half of the experts resident")
-    for column in ("what foretells", "batch 1", "batch 8"):
-        table.add_column(column, justify="left" if column == "what foretells" else "right")
+    for column in ("predictor", "batch 1", "batch 8"):
+        table.add_column(column, justify="left" if column == "predictor" else "right")
     names = ["lru", "next_use", *predicted[0]]
     for name in tqdm(names, desc="Replaying", unit="candidate"):
-        point: dict[str, Any] = {"foretells": name}
+        point: dict[str, Any] = {"predictor": name}
         for batch in (1, 8):
             groups = range(0, len(sequences), batch)
             policy = name if name in ("lru", "next_use") else "next_token"
@@ -159,7 +162,7 @@ def main() -> None:
                 for start in groups
                 for step in steps_of(
                     sequences[start : start + batch],
-                    [one[name] for one in predicted[start : start + batch]] if policy == "next_token" else None,
+                    [chance[name] for chance in predicted[start : start + batch]] if policy == "next_token" else None,
                 )
             ]
             loads = replay(info, steps, CacheSetup(slots, policy)).demand_loads

@@ -27,11 +27,11 @@ def figure(path: Path, x: str, y: str, columns: int = 1, rows: int = 1) -> Itera
         layout="constrained", squeeze=False,
     )  # fmt: skip
     for row in axes:
-        for one in row:
-            one.grid(alpha=0.3)
-            one.spines[["top", "right"]].set_visible(False)
-    for one in axes[-1]:
-        one.set_xlabel(x)
+        for panel in row:
+            panel.grid(alpha=0.3)
+            panel.spines[["top", "right"]].set_visible(False)
+    for panel in axes[-1]:
+        panel.set_xlabel(x)
     for row in axes:
         row[0].set_ylabel(y)
     yield axes if rows * columns > 1 else axes[0][0]

@@ -6,12 +6,14 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
+Item = TypeVar("Item")
 PACKAGES = ("vllm-adapmoe", "vllm", "torch", "transformers", "numpy")
 
 
@@ -69,6 +71,12 @@ def environment() -> dict[str, Any]:
 def spread(values: list[float]) -> dict[str, float]:
     """Returns the median, minimum, maximum and number of repeated measurements."""
     return {"median": median(values), "min": min(values), "max": max(values), "runs": len(values)}
+
+
+def rotated(items: Sequence[Item], turn: int) -> list[Item]:
+    """Rotates the items by `turn`, so that each comes first in some round: the first may be favoured."""
+    first = turn % len(items)
+    return [*items[first:], *items[:first]]
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

@@ -43,7 +43,7 @@ def run(output: Path, seed: int) -> int:
     import torch
     import triton
 
-    from benchmarks.gpu_check.check import run_check
+    from benchmarks.gpu_check.check import CheckSpec, run_check
     from benchmarks.gpu_check.device import Device
     from benchmarks.gpu_check.report import Result
     from benchmarks.gpu_check.shapes import MIXTRAL, QWEN3
@@ -54,7 +54,7 @@ def run(output: Path, seed: int) -> int:
     command = f"python -m {__package__} {' '.join(sys.argv[1:])}"
     result = Result(output, title, {"command": command, "device": described}, seed)
     with result.ended_after(LAST_SECOND):
-        for part in run_check(device, (MIXTRAL, QWEN3), torch.bfloat16, seed):
+        for part in run_check(device, CheckSpec(shapes=(MIXTRAL, QWEN3), dtype=torch.bfloat16, seed=seed)):
             result.add(part)
     return result.end()
 

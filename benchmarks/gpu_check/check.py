@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -32,30 +33,31 @@ SPARE_DEVICE_BYTES = 4 << 30
 """Device memory kept for anything but slots."""
 
 
-def run_check(
-    device: Device,
-    shapes: Sequence[Shape],
-    dtype: torch.dtype,
-    seed: int,
-    batches: tuple[int, ...] = BATCHES,
-    warm: int = WARM,
-    tokens: int = TOKENS,
-) -> Iterator[list[Row]]:
-    """Yields the rows of each part of the check.
+@dataclass(frozen=True, kw_only=True)
+class CheckSpec:
+    """Models to run the check with."""
 
-    Args:
-        device: device to check.
-        shapes: shapes of the models; the last one is also used for the engines.
-        dtype: dtype of weights.
-        seed: random seed for everything.
-        batches: numbers of tokens to call the kernel with.
-        warm: decoded tokens that are not timed.
-        tokens: decoded tokens that are timed.
-    """
+    shapes: Sequence[Shape]
+    """Shapes of the models; the last one is also used for the engines."""
+    dtype: torch.dtype
+    """Dtype of weights."""
+    seed: int
+    """Random seed for everything."""
+    batches: tuple[int, ...] = BATCHES
+    """Numbers of tokens to call the kernel with."""
+    warm: int = WARM
+    """Decoded tokens that are not timed."""
+    tokens: int = TOKENS
+    """Decoded tokens that are timed."""
+
+
+def run_check(device: Device, spec: CheckSpec) -> Iterator[list[Row]]:
+    """Yields the rows of each part of the check of a device."""
+    shapes, dtype, seed = spec.shapes, spec.dtype, spec.seed
     start = time.monotonic()
     for shape in shapes:
         common = shape, device, dtype, seed
-        yield attempt(CORRECTNESS, f"{shape.name}: kernel", lambda: check_kernel(*common, batches))  # noqa: B023
+        yield attempt(CORRECTNESS, f"{shape.name}: kernel", lambda: check_kernel(*common, spec.batches))  # noqa: B023
         yield attempt(CORRECTNESS, f"{shape.name}: slots", lambda: check_slots(*common))  # noqa: B023
         yield attempt(CORRECTNESS, f"{shape.name}: waves", lambda: check_waves(*common))  # noqa: B023
         yield attempt(CORRECTNESS, f"{shape.name}: refills", lambda: check_refills(*common))  # noqa: B023
@@ -74,7 +76,7 @@ def run_check(
         ends = start + seconds
         yield attempt(
             DECODE, shape.name,
-            lambda: check_decode(shape, device, dtype, seed, _limits(device, ends), warm, tokens),  # noqa: B023
+            lambda: check_decode(shape, device, dtype, seed, _limits(device, ends, spec)),  # noqa: B023
         )  # fmt: skip
     if without is None:
         device.give_back()
@@ -86,8 +88,8 @@ def run_check(
             yield attempt(ENGINES, "speed of engines", lambda: check_engines(reduced, start + SECONDS))
 
 
-def _limits(device: Device, ends: float) -> Limits:
+def _limits(device: Device, ends: float, spec: CheckSpec) -> Limits:
     host = min(MOST_HOST_BYTES, host_memory().available // 2)
     if not device.cuda:  # slots are in host memory, too
-        return Limits(host // 2, host // 2, ends)
-    return Limits(host, max(0, device.free_bytes() - SPARE_DEVICE_BYTES), ends)
+        return Limits(host // 2, host // 2, ends, spec.warm, spec.tokens)
+    return Limits(host, max(0, device.free_bytes() - SPARE_DEVICE_BYTES), ends, spec.warm, spec.tokens)

@@ -13,7 +13,7 @@ from benchmarks.gpu_check.slot_rows import open_cache, slot_addresses
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.device.experts_by_address import experts_by_address
 from vllm_adapmoe.policy.controller import CacheSetup
-from vllm_adapmoe.results import spread
+from vllm_adapmoe.results import rotated, spread
 
 SECTION = "copies"
 ROUNDS = 5
@@ -56,19 +56,20 @@ def check_copies(shape: Shape, device: Device, dtype: torch.dtype, seed: int, ro
         plain()
         for number in range(rounds):
             bandwidths.append(plain())
-            for size in sizes[number % len(sizes) :] + sizes[: number % len(sizes)]:
+            for size in rotated(sizes, number):
                 before = cache.stats.fetched_bytes
                 seconds = device.seconds(lambda: fetch_all(cache, shape, size))  # noqa: B023 - called at once
                 found[size].append((cache.stats.fetched_bytes - before) / seconds)
-        speed = spread([one / 1e9 for one in bandwidths])
+        speed = spread([bandwidth / 1e9 for bandwidth in bandwidths])
         details = {"plain_gbps": speed, "plain_bytes": len(store.memory), "record_bytes": store.layouts[0].nbytes}
         yield Row(SECTION, "plain page-locked copy", f"{speed['median']:.2f} GB/s", details=details)
-        for size, ones in found.items():
-            ratio = spread([one / base for one, base in zip(ones, bandwidths, strict=True)])
+        for size, measured in found.items():
+            ratio = spread([speed / bandwidth for speed, bandwidth in zip(measured, bandwidths, strict=True)])
             yield Row(
                 SECTION, f"{shape.name}: requests of {size} of {shape.experts} experts, of the plain copy",
                 f"{ratio['median']:.3f} ({ratio['min']:.3f} .. {ratio['max']:.3f})", f">= {TARGET}",
-                verdict(ratio["median"] >= TARGET), {"ratio": ratio, "gbps": spread([one / 1e9 for one in ones])},
+                verdict(ratio["median"] >= TARGET),
+                {"ratio": ratio, "gbps": spread([speed / 1e9 for speed in measured])},
             )  # fmt: skip
         yield _overlap(cache, shape, device, dtype, seed, rounds)
     finally:

@@ -31,7 +31,7 @@ PLAIN_COPIES = 3
 
 @dataclass(frozen=True)
 class Limits:
-    """Memory and time that the check may use."""
+    """Memory and time that the check may use, and the tokens that it decodes."""
 
     host_bytes: int
     """Host memory to page-lock."""
@@ -39,6 +39,10 @@ class Limits:
     """Device memory for slots."""
     ends: float = float("inf")
     """Time after which no further variant is begun, of `time.monotonic`."""
+    warm: int = WARM
+    """Decoded tokens that are not timed."""
+    tokens: int = TOKENS
+    """Decoded tokens that are timed."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,7 @@ PUBLISHED = (
 """Variants for models with published statistics of gating and prefetch."""
 
 
-def check_decode(
-    shape: Shape, device: Device, dtype: torch.dtype, seed: int, limits: Limits, warm: int = WARM, tokens: int = TOKENS
-) -> Iterator[Row]:
+def check_decode(shape: Shape, device: Device, dtype: torch.dtype, seed: int, limits: Limits) -> Iterator[Row]:
     """Measures every variant at 25, 50 and 75 % of the experts resident, as far as time allows.
 
     The floor is the longer of two times: of the same kernels with every expert resident, in a graph; and of moving the
@@ -79,6 +81,7 @@ def check_decode(
     if not device.reads_host():
         raise RuntimeError("this device cannot use the host's addresses of page-locked memory")
     nbytes = shape.layout(dtype).nbytes
+    warm, tokens = limits.warm, limits.tokens
     whole = shape.layers
     fits = int(limits.device_bytes // nbytes // (max(FRACTIONS) * shape.experts))
     shape = shape.with_layers(min(whole, fits))
@@ -102,14 +105,14 @@ def check_decode(
     )  # fmt: skip
     try:
         fetch_all(cache, shape, shape.top_k)  # so that kernels read weights, not uninitialised memory
-        gated = (False, True) if shape.single is not None else (False,)
+        with_gating = (False, True) if shape.single is not None else (False,)
         floors = {}
-        for one in gated:
-            everywhere = InPlace(cache, shape, inputs[one], device)
-            everywhere.step_resident(0)
-            floors[one] = median(_timed(everywhere.step_resident, device, 0, tokens))
-            what = f"{shape.name}: every expert resident{', gated' if one else ''}"
-            yield Row(SECTION, what, f"{floors[one] * 1e3:.2f} ms", details={"seconds": floors[one]})
+        for gated in with_gating:
+            resident = InPlace(cache, shape, inputs[gated], device)
+            resident.step_resident(0)
+            floors[gated] = median(_timed(resident.step_resident, device, 0, tokens))
+            what = f"{shape.name}: every expert resident{', gated' if gated else ''}"
+            yield Row(SECTION, what, f"{floors[gated] * 1e3:.2f} ms", details={"seconds": floors[gated]})
         yield from _by_hit_rate(cache, shape, dtype, device)
 
         def measure(what: str, variant: Variant, fraction: float, in_place: bool) -> Row:
@@ -141,8 +144,9 @@ def check_decode(
         for fraction in FRACTIONS:
             for variant in PUBLISHED if shape.single is not None else BASE:
                 yield measure(variant.name, variant, fraction, in_place=False)
-            for one in gated:
-                yield measure(f"in place{', gated' if one else ''}", Variant("in place", gating=one), fraction, True)
+            for gated in with_gating:
+                variant = Variant("in place", gating=gated)
+                yield measure(f"in place{', gated' if gated else ''}", variant, fraction, in_place=True)
     finally:
         cache.close()
 

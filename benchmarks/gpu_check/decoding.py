@@ -60,7 +60,7 @@ class OnDemand:
         token, x = inputs.tokens[number], inputs.x
         for layer in range(self.shape.layers):
             ids = inputs.ids[number, layer]
-            experts = sorted(one for one in ids.view(-1).tolist() if one >= 0)  # waits for the previous layers
+            experts = sorted(expert for expert in ids.view(-1).tolist() if expert >= 0)  # waits for the previous layers
             acquisition = cache.begin(layer, experts)
             if self.ahead:
                 self._prefetch(layer, token)

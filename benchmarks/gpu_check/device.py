@@ -103,7 +103,7 @@ class Device:
         which = [] if uuid is None else [f"--id=GPU-{uuid}"]
         command = ["nvidia-smi", *which, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader"]
         with suppress(OSError, subprocess.SubprocessError, IndexError, ValueError):
-            said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-            values = [value.strip() for value in said.strip().splitlines()[0].split(",")]
+            output = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+            values = [value.strip() for value in output.strip().splitlines()[0].split(",")]
             described |= dict(zip(("driver", "link_generation", "link_width"), values, strict=True))
         return described

@@ -14,7 +14,7 @@ from benchmarks.gpu_check.checkpoints import model_config
 from benchmarks.gpu_check.engine_process import SPEED, EngineFailed, EngineProcess
 from benchmarks.gpu_check.report import ENGINES, NOT_RUN, SKIPPED, Row, verdict
 from benchmarks.gpu_check.shapes import Shape
-from vllm_adapmoe.results import spread
+from vllm_adapmoe.results import rotated, spread
 
 LAYERS = (8, 4)
 """Layers of the reduced model, the first that fits; multiples of four, the group size of vLLM's prefetch offloading."""
@@ -35,7 +35,7 @@ def obstacle() -> Row | None:
     """Returns a row saying why no engines can run: skipped without vLLM, a failure with it; None if they can."""
     if importlib.util.find_spec("vllm") is None:
         return Row(ENGINES, "adapmoe in vLLM", "vLLM not importable", "", SKIPPED)
-    if not any(one.name == "adapmoe" for one in entry_points(group="vllm.general_plugins")):
+    if not any(plugin.name == "adapmoe" for plugin in entry_points(group="vllm.general_plugins")):
         why = "vllm-adapmoe not installed beside vLLM (pip install --no-deps .)"
         return Row(ENGINES, "adapmoe in vLLM", why, "", NOT_RUN)
     return None
@@ -65,9 +65,10 @@ def fitting(shape: Shape, device_bytes: int, host_bytes: int, fractions: Sequenc
     """
     for layers in LAYERS:
         reduced = replace(shape, layers=layers)
-        device = max((1 + len(contenders_of(one))) * engine_bytes(reduced, one) for one in (1.0, *fractions))
+        compared = {share: len(contenders_of(share)) for share in (1.0, *fractions)}
+        device = max((1 + others) * engine_bytes(reduced, share) for share, others in compared.items())
         # All experts of the plugin's engine, and the offloaded ones of each other engine.
-        host = int(expert_bytes(reduced) * (1 + max(len(contenders_of(one)) * (1 - one) for one in (1.0, *fractions))))
+        host = int(expert_bytes(reduced) * (1 + max(others * (1 - share) for share, others in compared.items())))
         if device + SPARE_BYTES <= device_bytes and host + SPARE_BYTES <= host_bytes:
             return reduced
     needed = (
@@ -121,7 +122,7 @@ def _measure(
             except EngineFailed as error:
                 speeds[kind] = error
         for number in range(rounds):
-            for kind in kinds[number % len(kinds) :] + kinds[: number % len(kinds)]:
+            for kind in rotated(kinds, number):
                 measured = speeds[kind]
                 if isinstance(measured, EngineFailed):
                     continue
@@ -134,11 +135,11 @@ def _measure(
 
 def _row(what: str, ours: list[float] | EngineFailed, theirs: list[float] | EngineFailed, least: float) -> Row:
     target = f">= {least}"
-    for name, one in (("adapmoe", ours), ("the other", theirs)):
-        if isinstance(one, EngineFailed):
-            return Row(ENGINES, what, f"{name}: {one}", target, NOT_RUN)
+    for name, speeds in (("adapmoe", ours), ("the other", theirs)):
+        if isinstance(speeds, EngineFailed):
+            return Row(ENGINES, what, f"{name}: {speeds}", target, NOT_RUN)
     assert not isinstance(ours, EngineFailed) and not isinstance(theirs, EngineFailed)
-    ratio = spread([one / other for one, other in zip(ours, theirs, strict=True)])
+    ratio = spread([speed / base for speed, base in zip(ours, theirs, strict=True)])
     details = {"ratio": ratio, "adapmoe": spread(ours), "other": spread(theirs)}
     figure = (
         f"{ratio['median']:.3f} ({ratio['min']:.3f} .. {ratio['max']:.3f}), {details['adapmoe']['median']:.1f} tokens/s"

@@ -45,9 +45,9 @@ def reference(routing: Routing, weights_of: Weights) -> torch.Tensor:
     """Computes the layer's output in float64 on the device, expert by expert, without our kernels."""
     x, weights, ids = routing
     output = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
-    for one in sorted(set(ids.view(-1).tolist()) - {-1}):
-        token, choice = (ids == one).nonzero(as_tuple=True)
-        pieces = weights_of(one)
+    for index in sorted(set(ids.view(-1).tolist()) - {-1}):
+        token, choice = (ids == index).nonzero(as_tuple=True)
+        pieces = weights_of(index)
         gate, up = (x[token].double() @ pieces[GATE_UP].double().T).chunk(2, dim=1)
         value = (torch.nn.functional.silu(gate) * up) @ pieces[DOWN].double().T
         output.index_add_(0, token, value * weights[token, choice, None].double())
@@ -67,13 +67,13 @@ def check_kernel(
     if not device.reads_host():
         raise RuntimeError("this device cannot use the host's addresses of page-locked memory")
     layout = shape.layout(dtype)
-    slots = [expert(shape, dtype, device, seed, (0, one)) for one in range(shape.experts)]
+    slots = [expert(shape, dtype, device, seed, (0, index)) for index in range(shape.experts)]
     store = PinnedRecords(layout, 1, shape.experts, shape.experts, device)
-    for one in range(1, shape.experts, 2):
-        store.put(one, slots[one])
-    hosts = [pieces_of(layout, store.page_locked((0, one))) for one in range(shape.experts)]
+    for index in range(1, shape.experts, 2):
+        store.put(index, slots[index])
+    hosts = [pieces_of(layout, store.page_locked((0, index))) for index in range(shape.experts)]
     resident = addresses(slots, device)
-    mixed = addresses([hosts[one] if one % 2 else slots[one] for one in range(shape.experts)], device)
+    mixed = addresses([hosts[index] if index % 2 else slots[index] for index in range(shape.experts)], device)
     errors, same = {}, {}
     try:
         for tokens in batches:

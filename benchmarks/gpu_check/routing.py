@@ -18,13 +18,13 @@ class Token:
     """Experts chosen by the router, integer."""
     kept: np.ndarray
     """Whether gating keeps each expert, bool."""
-    said: np.ndarray
+    predicted_ids: np.ndarray
     """Experts predicted for the layer from the previous layer, integer."""
 
     def predicted(self, layer: int, gated: bool) -> PredictedExperts:
         """Returns the prediction for one layer; which experts gating drops is assumed known, for lack of statistics."""
         kept = self.kept[layer] if gated else np.ones_like(self.kept[layer])
-        return PredictedExperts(self.said[layer, None], kept[None])
+        return PredictedExperts(self.predicted_ids[layer, None], kept[None])
 
 
 def draw_tokens(shape: Shape, count: int, seed: int) -> list[Token]:
@@ -42,8 +42,8 @@ def draw_tokens(shape: Shape, count: int, seed: int) -> list[Token]:
         ids, others = order[:, :top_k], order[:, top_k : 2 * top_k]
         kept = np.ones((layers, top_k), dtype=bool)
         kept[:, 1:] = (chance.random(layers) >= single)[:, None]
-        said = np.where(chance.random((layers, top_k)) < recall[:, None], ids, others)
-        tokens.append(Token(ids, kept, said))
+        predicted = np.where(chance.random((layers, top_k)) < recall[:, None], ids, others)
+        tokens.append(Token(ids, kept, predicted))
     return tokens
 
 
@@ -55,8 +55,8 @@ def curves(shape: Shape, gated: bool, max_experts: int) -> list[Sequence[float]]
         expected_loads(
             shape.experts,
             1 + (shape.top_k - 1) * (1 - alone),
-            [right, *[right * (1 - alone)] * (shape.top_k - 1)],
+            [precision, *[precision * (1 - alone)] * (shape.top_k - 1)],
             max_experts,
         ).tolist()
-        for alone, right in zip(single, recall, strict=True)
+        for alone, precision in zip(single, recall, strict=True)
     ]

@@ -38,9 +38,9 @@ def host_store(shape: Shape, device: Device, dtype: torch.dtype, seed: int) -> H
     store = HostStore(device.torch)
     for layer in range(shape.layers):
         pieces: dict[str, torch.Tensor] = {}
-        for one in range(shape.experts):
-            for name, piece in expert(shape, dtype, device, seed, (layer, one)).items():
-                pieces.setdefault(name, torch.empty(shape.experts, *piece.shape, dtype=dtype))[one].copy_(piece)
+        for index in range(shape.experts):
+            for name, piece in expert(shape, dtype, device, seed, (layer, index)).items():
+                pieces.setdefault(name, torch.empty(shape.experts, *piece.shape, dtype=dtype))[index].copy_(piece)
         store.put_layer(layer, pieces)
     return store.seal()
 
@@ -67,17 +67,17 @@ def check_slots(shape: Shape, device: Device, dtype: torch.dtype, seed: int) -> 
     compared = differing = 0
 
     def ahead(layer: int, ids: list[int]) -> None:
-        said = np.array([chance.sample(range(shape.experts), shape.top_k)])
-        kept = np.ones_like(said, dtype=bool)
+        predicted = np.array([chance.sample(range(shape.experts), shape.top_k)])
+        kept = np.ones_like(predicted, dtype=bool)
         routing = np.array([ids[: shape.top_k]])
-        cache.prefetch(layer, (routing, np.ones_like(routing, dtype=bool)), lambda _: PredictedExperts(said, kept))
+        cache.prefetch(layer, (routing, np.ones_like(routing, dtype=bool)), lambda _: PredictedExperts(predicted, kept))
 
     def compare(layer: int, experts: list[int]) -> None:
         nonlocal compared, differing
         pool, slot_map = cache.pool(layer), cache.slot_maps[layer].tolist()
-        for one in experts:
-            expected = expert(shape, dtype, device, seed, (layer, one))
-            slot = slot_map[one]
+        for index in experts:
+            expected = expert(shape, dtype, device, seed, (layer, index))
+            slot = slot_map[index]
             same = slot >= 0 and all(_same_bits(pool.tensors[name][slot], piece) for name, piece in expected.items())
             compared, differing = compared + 1, differing + (not same)
 
@@ -105,8 +105,8 @@ def check_slots(shape: Shape, device: Device, dtype: torch.dtype, seed: int) -> 
     )  # fmt: skip
 
 
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+def _same_bits(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
 
 
 def check_waves(shape: Shape, device: Device, dtype: torch.dtype, seed: int) -> Iterator[Row]:
@@ -121,14 +121,14 @@ def check_waves(shape: Shape, device: Device, dtype: torch.dtype, seed: int) -> 
     try:
         for group in groups:
             cache.acquire(0, group, experts)
-            here = torch.isin(ids, torch.tensor(group, dtype=ids.dtype, device=device.torch))
+            in_wave = torch.isin(ids, torch.tensor(group, dtype=ids.dtype, device=device.torch))
             total += experts_by_address(
-                x, weights, torch.where(here, ids, -1), *slot_addresses(cache, 0, device), shape.inner
+                x, weights, torch.where(in_wave, ids, -1), *slot_addresses(cache, 0, device), shape.inner
             ).float()
             cache.release(0, group)
     finally:
         cache.close()
-    resident = [expert(shape, dtype, device, seed, (0, one)) for one in range(shape.experts)]
+    resident = [expert(shape, dtype, device, seed, (0, index)) for index in range(shape.experts)]
     error = difference(total, experts_by_address(x, weights, ids, *addresses(resident, device), shape.inner))
     limit = tolerance(dtype)
     yield Row(
@@ -147,19 +147,19 @@ def check_refills(shape: Shape, device: Device, dtype: torch.dtype, seed: int) -
     device.keep_busy()
     try:
         for number in range(REFILLS):
-            one, other = number % 2, 1 - number % 2
-            ids = torch.full((WAVE_TOKENS, 1), one, dtype=torch.int32, device=device.torch)
-            cache.acquire(0, [one])
+            used, unused = number % 2, 1 - number % 2
+            ids = torch.full((WAVE_TOKENS, 1), used, dtype=torch.int32, device=device.torch)
+            cache.acquire(0, [used])
             table = slot_addresses(cache, 0, device)
             expected = experts_by_address(x, weights, ids, *table, shape.inner)
             device.synchronize()
             device.keep_busy()
             output = experts_by_address(x, weights, ids, *table, shape.inner)
             has_run = device.mark()
-            cache.release(0, [one])
+            cache.release(0, [used])
             beside += not has_run()
-            cache.acquire(0, [other])
-            cache.release(0, [other])
+            cache.acquire(0, [unused])
+            cache.release(0, [unused])
             old += torch.equal(output, expected)
     finally:
         cache.close()

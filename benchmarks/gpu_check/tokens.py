@@ -124,7 +124,7 @@ def check_tokens(device: Device, seed: int, ends: float, plan: Plan) -> Iterator
     """
     chance = random.Random(seed)
     prompts = [[chance.randrange(2, plan.vocabulary) for _ in range(length)] for length in plan.prompts]
-    kinds = list(dict.fromkeys(one.kind for one in plan.contenders))
+    kinds = list(dict.fromkeys(contender.kind for contender in plan.contenders))
     with TemporaryDirectory(prefix="adapmoe-gpu-check-") as folder, ThreadPoolExecutor(plan.together) as pool:
         for kind in kinds:
             write_checkpoint(Path(folder) / kind, plan.shape, kind, plan.vocabulary, device.torch, seed)
@@ -134,40 +134,44 @@ def check_tokens(device: Device, seed: int, ends: float, plan: Plan) -> Iterator
             return pool.submit(_run, _spec(Path(folder) / kind, kind, plan, prompts, **spec), ends).result
 
         stock: dict[tuple[str, str, bool], Callable[[], Any]] = {}
-        for one in plan.contenders:
-            key = _reference(one)
+        for contender in plan.contenders:
+            key = _reference(contender)
             if key not in stock:
-                eager = one.eager
-                noise = ROUNDINGS * torch.finfo(torch.bfloat16).eps / 2 if eager and _rounds(plan, one.kind) else None
-                stock[key] = start(one.kind, adapmoe=None, eager=eager, in_pieces=key[1] == "fetch", noise=noise)
+                eager = contender.eager
+                noisy = eager and _rounds(plan, contender.kind)
+                noise = ROUNDINGS * torch.finfo(torch.bfloat16).eps / 2 if noisy else None
+                stock[key] = start(contender.kind, adapmoe=None, eager=eager, in_pieces=key[1] == "fetch", noise=noise)
         known = {key: _outcome(result) for key, result in stock.items()}
         running = {}
-        for one in plan.contenders:
-            reference = known[_reference(one)]
+        for contender in plan.contenders:
+            reference = known[_reference(contender)]
             forced = None
-            if one.promise == ROUNDING and not isinstance(reference, EngineFailed):
+            if contender.promise == ROUNDING and not isinstance(reference, EngineFailed):
                 forced = [tokens for tokens, _ in reference["alone"]]
             adapmoe = {
-                "cache_fraction": one.resident, "store": "host", "scheduler": {"enabled": False}, "decode": one.decode,
+                "cache_fraction": contender.resident, "store": "host", "scheduler": {"enabled": False},
+                "decode": contender.decode,
             }  # fmt: skip
-            running[one] = start(one.kind, adapmoe=adapmoe, eager=one.eager, in_pieces=False, forced=forced)
+            running[contender] = start(
+                contender.kind, adapmoe=adapmoe, eager=contender.eager, in_pieces=False, forced=forced
+            )
         in_place: list[tuple[Contender, Any]] = []
-        for one, result in running.items():
+        for contender, result in running.items():
             found = _outcome(result)
-            measured = known[one.kind, "fetch", True] if one.promise == ROUNDING else None
-            yield _row(plan, one, found, known[_reference(one)], measured)
-            if one.decode == "in_place":
-                in_place.append((one, found))
+            measured = known[contender.kind, "fetch", True] if contender.promise == ROUNDING else None
+            yield _row(plan, contender, found, known[_reference(contender)], measured)
+            if contender.decode == "in_place":
+                in_place.append((contender, found))
         yield from _agreement(in_place)
 
 
-def _reference(one: Contender) -> tuple[str, str, bool]:
+def _reference(contender: Contender) -> tuple[str, str, bool]:
     """Returns the stock engine to compare a contender with: the one with the same mode of graphs."""
-    return one.kind, one.decode, one.eager
+    return contender.kind, contender.decode, contender.eager
 
 
 def _rounds(plan: Plan, kind: str) -> bool:
-    return any(one.kind == kind and one.promise == ROUNDING for one in plan.contenders)
+    return any(contender.kind == kind and contender.promise == ROUNDING for contender in plan.contenders)
 
 
 def _spec(
@@ -200,8 +204,8 @@ def _outcome(result: Callable[[], Any]) -> Any:
         return error
 
 
-def _row(plan: Plan, one: Contender, found: Any, stock: Any, eager: Any) -> Row:
-    what = f"{plan.shape.name} {one.name()}: {one.promise}"
+def _row(plan: Plan, contender: Contender, found: Any, stock: Any, eager: Any) -> Row:
+    what = f"{plan.shape.name} {contender.name()}: {contender.promise}"
     for name, engine in (("stock vLLM", stock), ("adapmoe", found), ("stock vLLM, eager", eager)):
         if isinstance(engine, EngineFailed):
             return Row(CORRECTNESS, what, f"{name}: {engine}"[:160], "", NOT_RUN)
@@ -217,20 +221,21 @@ def _row(plan: Plan, one: Contender, found: Any, stock: Any, eager: Any) -> Row:
     total = sum(len(tokens) for _, (tokens, _) in pairs)
     equal = sum(_until_differs(mine[0], theirs[0]) for mine, theirs in pairs)
     same_bits = all(mine == theirs for mine, theirs in pairs)
-    said = f"{equal} of {total} tokens, {'the same' if same_bits else 'other'} log probabilities"
-    if one.promise != ROUNDING:
-        met = equal == total and (same_bits or one.promise != SAME_BITS)
-        return Row(CORRECTNESS, what, said, "all", verdict(met), details)
+    equality = f"{equal} of {total} tokens, {'the same' if same_bits else 'other'} log probabilities"
+    if contender.promise != ROUNDING:
+        met = equal == total and (same_bits or contender.promise != SAME_BITS)
+        return Row(CORRECTNESS, what, equality, "all", verdict(met), details)
     limit = distance(eager["noisy"], eager["forced"])
     apart, best = distance(found["forced"], stock["alone"]), agreement(found["forced"], stock["alone"])
     first = [
         mine[1][0][2] == theirs[1][0][2]
         for mine, theirs, length in zip(found["forced"], stock["alone"], plan.prompts, strict=True)
-        if length > MAX_TOKENS and one.decode == "in_place"
+        if length > MAX_TOKENS and contender.decode == "in_place"
     ]
     details |= {
         "noise": limit, "distance": apart, "same_best": best,
-        "same_best_with_noise": agreement(eager["noisy"], eager["forced"]), "first_tokens_equal": first, "tokens": said,
+        "same_best_with_noise": agreement(eager["noisy"], eager["forced"]), "first_tokens_equal": first,
+        "tokens": equality,
     }  # fmt: skip
     figure = f"log probabilities apart by {apart:.4f} nats, {best:.1%} of the best tokens the same"
     return Row(CORRECTNESS, what, figure, f"<= {limit:.4f} nats", verdict(apart <= limit and all(first)), details)
@@ -241,14 +246,14 @@ def _agreement(in_place: list[tuple[Contender, Any]]) -> Iterator[Row]:
     found = [engine for _, engine in in_place]
     if len(found) < 2:
         return
-    shares = " and ".join(f"{one.resident:.0%}" for one, _ in in_place)
+    shares = " and ".join(f"{contender.resident:.0%}" for contender, _ in in_place)
     what = f"{in_place[0][0].kind} in place, {shares} resident: the same bits, twice"
-    failures = [one for one in found if isinstance(one, EngineFailed)]
+    failures = [engine for engine in found if isinstance(engine, EngineFailed)]
     if failures:
         yield Row(CORRECTNESS, what, str(failures[0])[:160], "", NOT_RUN)
         return
-    runs = [one[key] for one in found if "forced" in one for key in ("forced", "forced_again")]
-    read = min(one["cache"].get("in_place", 0) for one in found)
+    runs = [engine[key] for engine in found if "forced" in engine for key in ("forced", "forced_again")]
+    read = min(engine["cache"].get("in_place", 0) for engine in found)
     met = len(runs) == 2 * len(found) and all(run == runs[0] for run in runs) and read > 0
     same = sum(run == runs[0] for run in runs)
     figure = f"{same} of {2 * len(found)} runs, {read:.0f} experts read in place"
@@ -258,26 +263,26 @@ def _agreement(in_place: list[tuple[Contender, Any]]) -> Iterator[Row]:
 def _until_differs(mine: list[int], theirs: list[int]) -> int:
     """Returns the number of tokens before the first difference."""
     pairs = zip(mine, theirs, strict=True)
-    return next((number for number, (one, other) in enumerate(pairs) if one != other), len(mine))
+    return next((number for number, (token, other) in enumerate(pairs) if token != other), len(mine))
 
 
-def distance(ones: Sequence[Any], others: Sequence[Any]) -> float:
+def distance(answers: Sequence[Any], others: Sequence[Any]) -> float:
     """Returns the mean distance of the log probabilities of the same tokens, nats; infinite if the tokens differ."""
-    if [tokens for tokens, _ in ones] != [tokens for tokens, _ in others]:
+    if [tokens for tokens, _ in answers] != [tokens for tokens, _ in others]:
         return float("inf")
     steps = [
-        abs(one[0] - other[0])
-        for (_, mine), (_, theirs) in zip(ones, others, strict=True)
-        for one, other in zip(mine, theirs, strict=True)
+        abs(step[0] - other[0])
+        for (_, mine), (_, theirs) in zip(answers, others, strict=True)
+        for step, other in zip(mine, theirs, strict=True)
     ]
     return sum(steps) / len(steps)
 
 
-def agreement(ones: Sequence[Any], others: Sequence[Any]) -> float:
+def agreement(answers: Sequence[Any], others: Sequence[Any]) -> float:
     """Returns the share of steps with the same most probable token."""
     steps = [
-        one[2] == other[2]
-        for (_, mine), (_, theirs) in zip(ones, others, strict=True)
-        for one, other in zip(mine, theirs, strict=True)
+        step[2] == other[2]
+        for (_, mine), (_, theirs) in zip(answers, others, strict=True)
+        for step, other in zip(mine, theirs, strict=True)
     ]
     return sum(steps) / len(steps)

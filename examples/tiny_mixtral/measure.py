@@ -1,4 +1,4 @@
-"""Measures a trained model and writes results.json: losses, load, re-use, and how well the next gate is foreseen.
+"""Measures a trained model and writes results.json: losses, load, re-use, and how well the next gate is predicted.
 
     python examples/tiny_mixtral/measure.py --dense /tmp/dense
     python examples/tiny_mixtral/measure.py --model examples/tiny_qwen3moe/model --corpus
@@ -75,9 +75,9 @@ def routing(model: PreTrainedModel, ids: np.ndarray) -> list[dict[str, float | l
             "reuse_by_chance": (top_k * load.square().sum()).item(),
         }
         if index + 1 < len(gates):
-            foreseen = F.linear(states[index], gates[index + 1].weight).topk(top_k).indices
-            right = (foreseen.unsqueeze(2) == chosen[index + 1].unsqueeze(1)).any(1).float()
-            row["next_gate_recall"] = right.mean().item()
+            predicted = F.linear(states[index], gates[index + 1].weight).topk(top_k).indices
+            correct = (predicted.unsqueeze(2) == chosen[index + 1].unsqueeze(1)).any(1).float()
+            row["next_gate_recall"] = correct.mean().item()
         result.append(row)
     return result
 

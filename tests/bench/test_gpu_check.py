@@ -51,7 +51,8 @@ def one_thread():
 
 def test_all_of_it(tmp_path):
     """Correctness is met, everything but vLLM is run, and table and JSON can be read."""
-    rows = [row for part in check.run_check(CPU, (TINY,), torch.float16, 7, (1, 4), 1, 2) for row in part]
+    spec = check.CheckSpec(shapes=(TINY,), dtype=torch.float16, seed=7, batches=(1, 4), warm=1, tokens=2)
+    rows = [row for part in check.run_check(CPU, spec) for row in part]
     assert {row.section for row in rows} == {"correctness", "copies", "decode", "vllm"}
     assert [row.verdict for row in rows if row.section == "correctness"] == [MET] * 6
     assert [row.section for row in rows if row.verdict in (NOT_RUN, SKIPPED)] == ["vllm"]
@@ -79,10 +80,11 @@ def test_all_of_it(tmp_path):
 
 def test_few_layers_fit_and_experts_share_records():
     nbytes = TINY.layout(torch.float16).nbytes
-    rows = list(check_decode(TINY, CPU, torch.float16, 1, Limits(5 * nbytes, 12 * nbytes), 0, 1))
+    limits = Limits(5 * nbytes, 12 * nbytes, warm=0, tokens=1)
+    rows = list(check_decode(TINY, CPU, torch.float16, 1, limits))
     assert "2 of 3 layers, 16 experts" in rows[0].what and "sharing 5 host records" in rows[0].figure
     assert rows[0].details["layers_of_the_model"] == 3
-    late = list(check_decode(TINY, CPU, torch.float16, 1, Limits(5 * nbytes, 12 * nbytes, time.monotonic()), 0, 1))
+    late = list(check_decode(TINY, CPU, torch.float16, 1, replace(limits, ends=time.monotonic())))
     assert [row.figure for row in late if row.verdict == NOT_RUN] == ["out of time"] * 18
     no_room = attempt("decode", "tiny", lambda: check_decode(TINY, CPU, torch.float16, 1, Limits(0, 0)))
     assert [(row.verdict, row.figure) for row in no_room] == [
@@ -169,7 +171,8 @@ def test_a_part_that_fails_leaves_the_others(monkeypatch):
 
     for name in ("check_kernel", "check_copies", "check_decode"):
         monkeypatch.setattr(check, name, fail)
-    rows = [row for part in check.run_check(CPU, (TINY,), torch.float16, 7) for row in part]
+    spec = check.CheckSpec(shapes=(TINY,), dtype=torch.float16, seed=7)
+    rows = [row for part in check.run_check(CPU, spec) for row in part]
     assert [row.figure for row in rows].count("RuntimeError: no such slot") == 3
     assert [row.verdict for row in rows if "slots hold" in row.what or "waves" in row.what] == [MET, MET]
     assert failed(rows), "correctness that could not be run is not met"
@@ -207,10 +210,10 @@ def test_tokens_follow_the_published_statistics():
     kept = np.stack([token.kept for token in tokens])
     assert kept[:, :, 0].all()
     assert np.abs((~kept[:, :, 1]).mean(0) - MIXTRAL.single).max() < 0.05
-    ids, said = np.stack([token.ids for token in tokens]), np.stack([token.said for token in tokens])
-    right = (ids[..., :, None] == said[..., None, :]).any(-1)
-    assert np.abs(right.mean((0, 2)) - MIXTRAL.recall).max() < 0.05
-    assert all(len(set(row)) == 2 for row in said.reshape(-1, 2).tolist())
+    ids, predicted = np.stack([token.ids for token in tokens]), np.stack([token.predicted_ids for token in tokens])
+    correct = (ids[..., :, None] == predicted[..., None, :]).any(-1)
+    assert np.abs(correct.mean((0, 2)) - MIXTRAL.recall).max() < 0.05
+    assert all(len(set(row)) == 2 for row in predicted.reshape(-1, 2).tolist())
     assert np.bincount(ids.ravel()).std() < 0.02 * ids.size / 8
     loads = sum(curve[4] for curve in curves(MIXTRAL, True, 1))
     assert loads == pytest.approx(8.95872546515454), "the published cost of four slots a layer"
@@ -264,7 +267,7 @@ shape, device = Shape("tiny", 2, 8, 2, 32, 16), Device("cpu")
 common = shape, device, torch.float16, 1
 for one in (kernel_rows.check_kernel(*common, (1,)), slot_rows.check_slots(*common)):
     assert all(row.verdict == "met" for row in one)
-assert list(decode.check_decode(*common, decode.Limits(1 << 20, 1 << 20), 0, 1))
+assert list(decode.check_decode(*common, decode.Limits(1 << 20, 1 << 20, warm=0, tokens=1)))
 environment()
 try:
     import pydantic
@@ -309,7 +312,8 @@ def only_engines(monkeypatch, free_bytes: int = 64 << 30) -> list[Row]:
     monkeypatch.setattr(NoCuda, "free_bytes", lambda self: free_bytes)
     monkeypatch.setattr(check, "host_memory", lambda: SimpleNamespace(available=64 << 30))
     monkeypatch.setattr(tokens.torch.cuda, "get_device_capability", lambda device: (8, 0))
-    return [row for part in check.run_check(NoCuda(), (TINY,), torch.bfloat16, 7) for row in part]
+    spec = check.CheckSpec(shapes=(TINY,), dtype=torch.bfloat16, seed=7)
+    return [row for part in check.run_check(NoCuda(), spec) for row in part]
 
 
 def test_without_vllm_engines_are_skipped_and_without_the_plugin_that_fails(monkeypatch):

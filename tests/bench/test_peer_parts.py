@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import memory_cgroup, peer_packages, peer_process
 from benchmarks.peer_floor import belady_decode_bytes, sequential_bandwidth
-from benchmarks.peer_worker import Spec
+from benchmarks.peer_worker import Task
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.printable import OneLineError
 from vllm_adapmoe.simulate.trace import Step, TraceInfo, TraceWriter
@@ -41,7 +41,7 @@ def worker(monkeypatch, tmp_path, code, timeout=30, memory=None):
     monkeypatch.setattr(
         peer_process.subprocess, "Popen", lambda command, **others: POPEN([sys.executable, "-c", code], **others)
     )
-    return peer_process.run_worker(Spec("none", str(tmp_path), str(tmp_path), [[1, 2]], 1), memory, timeout)
+    return peer_process.run_worker(Task("none", str(tmp_path), str(tmp_path), [[1, 2]], 1), memory, timeout)
 
 
 def test_the_last_line_is_the_result(monkeypatch, tmp_path):

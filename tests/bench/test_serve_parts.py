@@ -7,10 +7,11 @@ import pytest
 from conftest import TINY_MIXTRAL
 
 from benchmarks import serve_load
-from benchmarks.serve import configurations, point, turned
+from benchmarks.serve import configurations, point
 from benchmarks.serve_bound import least_bytes
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.policy.controller import CacheSetup
+from vllm_adapmoe.results import rotated
 from vllm_adapmoe.simulate.replay import replay
 from vllm_adapmoe.simulate.trace import Step, TraceInfo
 from vllm_adapmoe.top.sample import parse_sample
@@ -107,8 +108,8 @@ def test_counters_of_one_load():
 
 
 def test_each_contender_comes_first_in_turn():
-    assert [turned(["a", "b", "c"], turn)[0] for turn in range(4)] == ["a", "b", "c", "a"]
-    assert turned(["a", "b", "c"], 2) == ["c", "a", "b"]
+    assert [rotated(["a", "b", "c"], turn)[0] for turn in range(4)] == ["a", "b", "c", "a"]
+    assert rotated(["a", "b", "c"], 2) == ["c", "a", "b"]
 
 
 def test_ratios_are_of_the_same_round():

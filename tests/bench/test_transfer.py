@@ -20,17 +20,17 @@ def test_every_way_moves_the_records_it_says(tmp_path):
     for pack in result["packs"]:
         assert pack["records"] == LAYERS * EXPERTS
         whole = pack["records"] * pack["record_bytes"]
-        points = {point["way"]: point for point in pack["points"]}
+        points = {point["method"]: point for point in pack["points"]}
         assert pack["best_plain"].startswith("plain")
         assert points["plain, 1 reader"]["of_plain"] == {"median": 1.0, "min": 1.0, "max": 1.0, "runs": 2}
-        for way, point in points.items():
-            # Speculation is for later layers than the first.
-            share = (LAYERS - 1) / LAYERS if way.startswith("speculation") else 1
-            assert point["bytes"] == share * whole, way
+        for method, point in points.items():
+            # Prefetches are for later layers than the first.
+            share = (LAYERS - 1) / LAYERS if method.startswith("prefetch") else 1
+            assert point["bytes"] == share * whole, method
             assert point["gbps"]["runs"] == 2 and point["gbps"]["min"] > 0
-            if not way.startswith("plain"):
+            if not method.startswith("plain"):
                 assert point["busy_gbps"]["median"] >= point["gbps"]["min"]
-        assert {f"speculation, {count} at a time" for count in range(1, AHEAD + 1)} <= set(points)
+        assert {f"prefetch, {count} at a time" for count in range(1, AHEAD + 1)} <= set(points)
 
 
 def test_a_synthetic_pack_has_the_size_asked_for(tmp_path):
@@ -48,6 +48,6 @@ def test_the_command_writes_a_result(tmp_path):
     arguments = ["transfer", "--record-mib", "0.01171875", "--pass-mib", "1", "--rounds", "1"]
     run = CliRunner(env={"COLUMNS": "100"}).invoke(app, [*arguments, "--store-dir", str(tmp_path), "-o", str(output)])
     assert run.exit_code == 0, run.output
-    assert "demand, 8 at a time" in run.output and "speculation, 2 at a time" in run.output
+    assert "demand, 8 at a time" in run.output and "prefetch, 2 at a time" in run.output
     content = json.loads(output.read_text())
     assert content["benchmark"] == "transfer" and content["environment"]["versions"]["torch"]

@@ -47,13 +47,20 @@ results = {
 
 evaluate.points = lambda loaded, thresholds, points=evaluate.points: points(loaded, thresholds)[:2]
 evaluate.DECODE_SEQUENCES, evaluate._compare = 2, lambda rows, top_k: None
-results["evaluate"] = evaluate.run_evaluate(model, profile, [0.01], text, 2 * LENGTH, LENGTH, {"cache_fraction": 0.5})
+results["evaluate"] = evaluate.run_evaluate(
+    evaluate.EvaluateSpec(
+        model=model, profile=profile, data=text, tokens=2 * LENGTH, sequence_length=LENGTH,
+        cache={"cache_fraction": 0.5}, thresholds=[0.01],
+    )
+)  # fmt: skip
 frontier.BATCHES, frontier.FRACTIONS = {2: 2}, (0.5,)
 frontier.plans = lambda loaded, plans=frontier.plans: plans(loaded)[:2]
 results["frontier"] = frontier.run_frontier(model, profile, text, LENGTH)
 ablation.GRID = [[], ["gating"]]
 results["ablation"] = ablation.run_ablation(
-    model, profile, text, rounds=1, prompt_tokens=4, output_tokens=3, batch=1, batches=1, resident=0.5, ratio=1.0,
-    max_loss_increase=0.01, loss_tokens=0,
+    ablation.AblationSpec(
+        model=model, text=text, rounds=1, batch=1, prompt_tokens=4, output_tokens=3, profile=profile, batches=1,
+        resident=0.5, ratio=1.0, max_loss_increase=0.01, loss_tokens=0,
+    )
 )  # fmt: skip
 print(json.dumps(results | {"runners": runners}))

@@ -6,9 +6,9 @@ import psutil
 import pytest
 from conftest import ROOT, TINY_MIXTRAL
 
-from benchmarks.serve import Load, run_serve
+from benchmarks.serve import ServeSpec, run_serve
 from benchmarks.server import KV_CACHE_BYTES, Server
-from benchmarks.soak import Plan, run_soak
+from benchmarks.soak import SoakSpec, run_soak
 from benchmarks.soak_traffic import GREEDY
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("every_core")]
@@ -23,9 +23,13 @@ def test_forty_seconds_of_abuse(tmp_path):
         "profile": PROFILE,
         "gating": {"mode": "token", "max_loss_increase": 0.005},
     }
-    result = run_soak(TINY_MIXTRAL, config, None, Plan(40, 8, 20, 300, 0), 0, ["--enforce-eager"])
+    spec = SoakSpec(
+        model=TINY_MIXTRAL, config=config, seconds=40, stock_seconds=0, clients=8, replayed=20, timeout=300, seed=0,
+        serve_args=["--enforce-eager"],
+    )  # fmt: skip
+    result = run_soak(spec)
     ours = result["servers"]["ours"]
-    assert [what for what, held in result["verdict"].items() if held is False] == [], ours["bad"]
+    assert [requirement for requirement, met in result["verdict"].items() if met is False] == [], ours["bad"]
     ended = {end for ends in ours["outcomes"].values() for end in ends}
     assert ended == {"answered", "refused", "hung up"}
     assert ours["outcomes"]["oversized"].keys() == {"refused"}
@@ -36,8 +40,11 @@ def test_forty_seconds_of_abuse(tmp_path):
 
 def test_one_load_of_vllm_bench_serve(tmp_path):
     cache = {"cache_fraction": 0.5, "store_dir": str(tmp_path)}
-    wanted = Load([2], 2, None, 1, 8, (16, 64), None)
-    result = run_serve(TINY_MIXTRAL, cache, None, ["ours"], wanted, ["--enforce-eager"], True)
+    spec = ServeSpec(
+        model=TINY_MIXTRAL, cache=cache, contenders=["ours"], serve_args=["--enforce-eager"], concurrency=[2],
+        requests=2, rounds=1, output_tokens=8, prompt_tokens=(16, 64),
+    )  # fmt: skip
+    result = run_serve(spec)
     point = result["loads"][0]["contenders"]["ours"]
     assert point["completed"]["median"] == 8 and point["failed"]["median"] == 0
     assert point["output_tokens"]["median"] == 64

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,25 @@ GROUP = 32
 DECODE_SEQUENCES, DECODE_PROMPT = 16, 8
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSpec:
+    """What to evaluate: a model with its profile, and the text to do it on."""
+
+    model: Path
+    """Checkpoint folder."""
+    profile: Path
+    data: Path
+    """Held-out text: a file, or a folder of `*.txt`."""
+    tokens: int
+    """Maximum number of tokens to use of the data."""
+    sequence_length: int
+    """Tokens per sequence."""
+    cache: dict[str, Any]
+    """`adapmoe_config` of the engine."""
+    thresholds: Sequence[float] | None = None
+    """Thresholds of rule `token`; None: one for each of `DROPS`."""
+
+
 def points(profile: ModelProfile, thresholds: Sequence[float] | None) -> list[dict[str, Any]]:
     """Returns the gating plans to compare, each with its rule and the number that sets it."""
     top_k = profile.model.top_k
@@ -33,35 +53,27 @@ def points(profile: ModelProfile, thresholds: Sequence[float] | None) -> list[di
     return [plan | {"sensitivity": sensitivity} for plan in plans]
 
 
-def run_evaluate(
-    model: Path,
-    profile_path: Path,
-    thresholds: Sequence[float] | None,
-    data: Path,
-    tokens: int,
-    sequence_length: int,
-    cache: dict[str, Any],
-) -> dict[str, Any]:
+def run_evaluate(spec: EvaluateSpec) -> dict[str, Any]:
     """Runs the held-out text through the serving engine as prompts, once per point, and part of it as decode steps.
 
     Raises:
         AdapMoEError: the profile is of another model, or there is no text.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # same steps, hence same sums, in every run
-    from vllm_adapmoe.integration.measure.engine import Engine, describe_model
+    from vllm_adapmoe.integration.measure.engine import Engine, load_profile
     from vllm_adapmoe.integration.measure.losses import decode_losses, prefill_losses
 
-    profile = ModelProfile.load(profile_path)
-    profile.check(describe_model(model), str(profile_path))
-    plans = points(profile, thresholds)
-    sequences = read_sequences(model, data, sequence_length, max(2, tokens // sequence_length), seed=0)
+    profile = load_profile(spec.profile, spec.model)
+    plans = points(profile, spec.thresholds)
+    length = spec.sequence_length
+    sequences = read_sequences(spec.model, spec.data, length, max(2, spec.tokens // length), seed=0)
     groups = [sequences[start : start + GROUP] for start in range(0, len(sequences), GROUP)]
     engine = Engine(
-        model,
-        cache,
+        spec.model,
+        spec.cache,
         enforce_eager=True,
-        max_model_len=sequence_length + 1,
-        max_num_batched_tokens=max(4096, sequence_length + 1),
+        max_model_len=length + 1,
+        max_num_batched_tokens=max(4096, length + 1),
         forced=True,
     )
     with engine:
@@ -85,10 +97,10 @@ def run_evaluate(
     _compare(rows, profile.model.top_k)
     return {
         "benchmark": "evaluate",
-        "model": str(model),
-        "profile": str(profile_path),
+        "model": str(spec.model),
+        "profile": str(spec.profile),
         "top_k": profile.model.top_k,
-        "data": {"path": str(data), "hash": data_hash(sequences), "tokens": int(base.size)},
+        "data": {"path": str(spec.data), "hash": data_hash(sequences), "tokens": int(base.size)},
         "base": {"loss": float(base.mean()), "perplexity": float(np.exp(base.mean()))},
         "points": rows,
         "decode": decode,
@@ -103,8 +115,8 @@ def _row(
     stats: dict[str, float],
     profile: ModelProfile,
 ) -> dict[str, Any]:
-    """Returns the figures of one point; the error is that of the mean over sequences."""
-    changes = (nats - base).mean(axis=1)
+    """Returns the figures of one point."""
+    increase, error = relative_increase(nats, base)
     predicted = None
     if plan["rule"] == "token":
         predicted = profile.loss_increase(plan["threshold"]) / (profile.base_loss or float(base.mean()))
@@ -114,11 +126,23 @@ def _row(
         "mean_experts": stats["kept_experts"] / stats["gated_tokens"],
         "loss": float(nats.mean()),
         "perplexity": float(np.exp(nats.mean())),
-        "loss_increase": float(changes.mean() / base.mean()),
-        "loss_increase_stderr": float(changes.std(ddof=1) / len(changes) ** 0.5 / base.mean()),
+        "loss_increase": increase,
+        "loss_increase_stderr": error,
         "predicted_loss_increase": predicted,
         "top1_agreement": agreement,
     }
+
+
+def relative_increase(nats: np.ndarray, base: np.ndarray) -> tuple[float, float]:
+    """Returns the relative increase of the mean loss and its standard error; sequences are independent.
+
+    Args:
+        nats: losses of the tokens of each sequence, `[sequences, tokens]`.
+        base: losses of the same tokens without gating.
+    """
+    changes = (nats - base).mean(axis=1)
+    error = changes.std(ddof=1) / len(changes) ** 0.5 if len(changes) > 1 else float("inf")
+    return float(changes.mean() / base.mean()), float(error / base.mean())
 
 
 def _decode(

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,31 +33,34 @@ CONFIRMED_DROPS = (0.1, 0.2, 0.3, 0.4, 0.55, 0.7)
 """Points at which predictions are confirmed, as shares of the top_k - 1 experts that a token can lose."""
 
 
-def calibrate(
-    model: Path,
-    data: Path,
-    output: Path,
-    method: Method = "auto",
-    tokens: int = 65_536,
-    sequence_length: int = 256,
-    seed: int = 0,
-    cache: dict[str, Any] | None = None,
-) -> ModelProfile:
-    """Measures `model` on `data` and writes the profile to `output`.
+@dataclass(frozen=True, kw_only=True)
+class CalibrationSpec:
+    """What to calibrate: a model, the text to do it on, and how."""
+
+    model: Path
+    """Checkpoint folder."""
+    data: Path
+    """A text file, or a folder of `*.txt`."""
+    output: Path
+    """File for the profile."""
+    method: Method = "auto"
+    """`fisher` differentiates the loss with transformers. `forward` perturbs the routing weights of one layer at a time
+    in vLLM and needs no more memory than serving; unlike a gradient, it includes the effect of later layers routing
+    differently. `auto` is `fisher` if the model fits in memory."""
+    tokens: int = 65_536
+    """Maximum number of tokens to use of the data."""
+    sequence_length: int = 256
+    """Tokens per sequence."""
+    seed: int = 0
+    """Random seed for the choice of sequences."""
+    cache: dict[str, Any] = field(default_factory=dict)
+    """`adapmoe_config` of the engine; empty: as many slots as memory allows."""
+
+
+def calibrate(spec: CalibrationSpec) -> ModelProfile:
+    """Measures a model on text and writes its profile.
 
     After an interruption the same call resumes; the same arguments give the same file.
-
-    Args:
-        model: checkpoint folder.
-        data: a text file, or a folder of `*.txt`.
-        output: file for the profile.
-        method: `fisher` differentiates the loss with transformers. `forward` perturbs the routing weights of one layer
-            at a time in vLLM and needs no more memory than serving; unlike a gradient, it includes the effect of later
-            layers routing differently. `auto` is `fisher` if the model fits in memory.
-        tokens: maximum number of tokens to use of the data.
-        sequence_length: tokens per sequence.
-        seed: random seed for the choice of sequences.
-        cache: `adapmoe_config` of the engine; default: as many slots as memory allows.
 
     Raises:
         AdapMoEError: no text, no routed experts, one expert per token, or a model that the method cannot measure.
@@ -65,31 +69,34 @@ def calibrate(
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm_adapmoe.integration.measure.engine import describe_model
 
-    info = describe_model(model)
+    info = describe_model(spec.model)
     if info.top_k == 1:
-        raise AdapMoEError(f"model={str(model)!r} uses one expert per token; there is nothing to gate")
+        raise AdapMoEError(f"model={str(spec.model)!r} uses one expert per token; there is nothing to gate")
+    method = spec.method
     if method == "auto":
-        method = "fisher" if fits_in_memory(model) else "forward"
-    sequences = read_sequences(model, data, sequence_length, max(2, tokens // sequence_length), seed)
-    size = max(1, min(GROUP_TOKENS // sequence_length, len(sequences) // 2))
+        method = "fisher" if fits_in_memory(spec.model) else "forward"
+    spec = replace(spec, method=method)
+    length = spec.sequence_length
+    sequences = read_sequences(spec.model, spec.data, length, max(2, spec.tokens // length), spec.seed)
+    size = max(1, min(GROUP_TOKENS // length, len(sequences) // 2))
     groups = [sequences[start : start + size] for start in range(0, len(sequences), size)]
     versions = _versions(method)
     described = DataInfo(
         hash=data_hash(sequences),
         sequences=len(sequences),
-        sequence_length=sequence_length,
+        sequence_length=length,
         tokens=sum(len(ids) - 1 for ids in sequences),
-        seed=seed,
+        seed=spec.seed,
     )
     settings = {"model": info.model_dump(), "data": described.model_dump(), "method": method, "versions": versions}
     sums = len(groups) * 4096  # numbers of a layer's histograms and counts, per expert
     most = 8 * (info.num_layers or MOST_LAYERS) * info.num_experts * (2 * info.hidden_size + sums) + (1 << 28)
-    progress = Progress(output.with_name(output.name + ".partial"), settings, most)
+    progress = Progress(spec.output.with_name(spec.output.name + ".partial"), settings, most)
     if progress.resumed:
         tqdm.write(f"going on with {progress.path}: {len(progress.done)} pieces are done")
     if method == "fisher":
-        _differentiate(model, groups, progress)
-    layers, info = _serve(model, groups, progress, method, cache or {}, sequence_length, info)
+        _differentiate(spec.model, groups, progress)
+    layers, info = _serve(spec, groups, progress, info)
     profile = _confirmed(
         ModelProfile(
             method=method,
@@ -103,11 +110,11 @@ def calibrate(
         groups,
         progress,
     )
-    if describe_model(model).hash != info.hash:
-        raise AdapMoEError(f"model={str(model)!r} has changed while it was calibrated; start again")
+    if describe_model(spec.model).hash != info.hash:
+        raise AdapMoEError(f"model={str(spec.model)!r} has changed while it was calibrated; start again")
     heads = _heads(progress, len(layers))
-    profile = profile.model_copy(update={"heads": heads.save(heads_path(output))})
-    profile.save(output)
+    profile = profile.model_copy(update={"heads": heads.save(heads_path(spec.output))})
+    profile.save(spec.output)
     progress.finish()
     return profile
 
@@ -131,24 +138,18 @@ def _differentiate(model: Path, groups: list, progress: Progress) -> None:
 
 
 def _serve(
-    model: Path,
-    groups: list,
-    progress: Progress,
-    method: str,
-    cache: dict[str, Any],
-    sequence_length: int,
-    info: ModelInfo,
+    spec: CalibrationSpec, groups: list, progress: Progress, info: ModelInfo
 ) -> tuple[list[LayerProfile], ModelInfo]:
     """Runs all measurements in vLLM; returns the profile's layers, and `info` completed by what the engine reports."""
     from vllm_adapmoe.integration.measure.engine import Engine
     from vllm_adapmoe.integration.measure.losses import prefill_losses
 
     engine = Engine(
-        model,
-        cache,
+        spec.model,
+        spec.cache,
         enforce_eager=True,
-        max_model_len=sequence_length + 1,
-        max_num_batched_tokens=max(GROUP_TOKENS, sequence_length + 1),
+        max_model_len=spec.sequence_length + 1,
+        max_num_batched_tokens=max(GROUP_TOKENS, spec.sequence_length + 1),
     )
     with engine:
         built = engine.call("experts_built")
@@ -163,7 +164,7 @@ def _serve(
             }
             progress.add(piece, {"loss": np.array(loss)} | sums)
         count = 1 + max(int(key.split(".")[0]) for key in progress.done["routing/0"] if "." in key)
-        if method == "forward":
+        if spec.method == "forward":
             for piece, group in _pieces("forward", groups, progress, f"Sensitivities, {count} layers"):
                 losses = np.zeros((2, count))
                 for layer in range(count):
@@ -182,9 +183,9 @@ def _serve(
                 prefill_losses(engine, group)
             progress.add(piece, {index: np.array(head) for index, head in engine.call("read_heads").items()})
         engine.call("probe_layer", False)
-        layers = _layers(groups, progress, method, count)
+        layers = _layers(groups, progress, spec.method, count)
         draft = ModelProfile(
-            method="forward" if method == "forward" else "fisher",
+            method="forward" if spec.method == "forward" else "fisher",
             source="",
             model=info,
             layers=layers,
@@ -298,14 +299,14 @@ def loss_scale(confirmed: list[Confirmation]) -> float:
     Raises:
         AdapMoEError: the measured loss did not rise.
     """
-    measured = sum(one.measured_loss_increase for one in confirmed)
+    measured = sum(point.measured_loss_increase for point in confirmed)
     if measured <= 0:
         raise AdapMoEError(
             f"dropping experts changed the loss by {confirmed[-1].measured_loss_increase:+.4f} nats "
             f"({confirmed[-1].measured_stderr:.4f} standard error): too little text to calibrate on; "
             "give more --data and --tokens"
         )
-    return measured / sum(one.predicted_loss_increase for one in confirmed)
+    return measured / sum(point.predicted_loss_increase for point in confirmed)
 
 
 def _versions(method: str) -> dict[str, str]:
@@ -332,11 +333,11 @@ def print_profile(profile: ModelProfile, show: Callable[..., None]) -> None:
     table = Table(title=f"Increase of the loss, {profile.base_loss:.4f} nats")
     for column in ("threshold", "experts", "predicted", "measured", "±"):
         table.add_column(column, justify="right")
-    for one in profile.confirmed:
+    for point in profile.confirmed:
         base = profile.base_loss or 1
         table.add_row(
-            f"{one.threshold:.3g}", f"{one.mean_experts:.2f}",
-            f"{profile.loss_scale * one.predicted_loss_increase / base:+.3%}",
-            f"{one.measured_loss_increase / base:+.3%}", f"{one.measured_stderr / base:.3%}",
+            f"{point.threshold:.3g}", f"{point.mean_experts:.2f}",
+            f"{profile.loss_scale * point.predicted_loss_increase / base:+.3%}",
+            f"{point.measured_loss_increase / base:+.3%}", f"{point.measured_stderr / base:.3%}",
         )  # fmt: skip
     show(table)

@@ -3,25 +3,20 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 from rich.console import Console
 
 from vllm_adapmoe.cli.doctor import doctor
 from vllm_adapmoe.cli.keys import fold_keys
-from vllm_adapmoe.cli.options import (
-    CacheSettings,
-    Model,
-    Output,
-    numbers,
-)
+from vllm_adapmoe.cli.options import CacheSettings, HeldOut, Model, Output, Plot, Profile, numbers
 from vllm_adapmoe.cli.plan import plan
+from vllm_adapmoe.cli.report import report
 from vllm_adapmoe.cli.top import top
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.model_folder import check_named_model
 from vllm_adapmoe.printable import OneLineError
-from vllm_adapmoe.results import write
 
 app = typer.Typer(no_args_is_help=True, help="Expert offloading for vLLM.")
 app.command()(plan)
@@ -70,20 +65,23 @@ def calibrate(
 ) -> None:
     """Measures a model's routing and how much dropping experts in each layer costs; writes a profile."""
     quieten_vllm()
-    from vllm_adapmoe.calibrate.run import calibrate, print_profile
+    from vllm_adapmoe.calibrate.run import CalibrationSpec, Method, calibrate, print_profile
 
     if method not in ("fisher", "forward", "auto"):
         raise AdapMoEError(f"--method {method} is not known; use fisher, forward or auto")
     cache = AdapMoEConfig.parse(adapmoe_config).transport()
-    profile = calibrate(model, data, output, method, tokens, sequence_length, seed, cache)  # type: ignore[arg-type]
-    print_profile(profile, Console().print)
+    spec = CalibrationSpec(
+        model=model, data=data, output=output, method=cast(Method, method), tokens=tokens,
+        sequence_length=sequence_length, seed=seed, cache=cache,
+    )  # fmt: skip
+    print_profile(calibrate(spec), Console().print)
 
 
 @app.command()
 def evaluate(
     model: Model,
-    profile: Annotated[Path, typer.Option(help="Profile written by `adapmoe calibrate`.", exists=True)],
-    data: Annotated[Path, typer.Option(help="Held-out text: a file, or a folder of *.txt.", exists=True)],
+    profile: Profile,
+    data: HeldOut,
     thresholds: Annotated[
         str | None, typer.Option(help="Sensitivity-gating thresholds, comma-separated; default: twelve values.")
     ] = None,
@@ -91,20 +89,18 @@ def evaluate(
     sequence_length: Annotated[int, typer.Option(min=16, help="Tokens per sequence.")] = 256,
     adapmoe_config: CacheSettings = None,
     output: Output = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG file for the plot.")] = None,
+    plot: Plot = None,
 ) -> None:
     """Measures loss, perplexity and top-1 agreement on held-out text for each gating rule and threshold."""
     quieten_vllm()
-    from vllm_adapmoe.calibrate.evaluate import plot_evaluate, print_evaluate, run_evaluate
+    from vllm_adapmoe.calibrate.evaluate import EvaluateSpec, plot_evaluate, print_evaluate, run_evaluate
 
-    chosen = None if thresholds is None else numbers("--thresholds", thresholds)
     cache = AdapMoEConfig.parse(adapmoe_config).transport()
-    result = run_evaluate(model, profile, chosen, data, tokens, sequence_length, cache)
-    print_evaluate(result, Console())
-    if output is not None:
-        write(output, result)
-    if plot is not None:
-        plot_evaluate(result, plot)
+    spec = EvaluateSpec(
+        model=model, profile=profile, data=data, tokens=tokens, sequence_length=sequence_length, cache=cache,
+        thresholds=None if thresholds is None else numbers("--thresholds", thresholds),
+    )  # fmt: skip
+    report(run_evaluate(spec), print_evaluate, output, plot_evaluate, plot)
 
 
 @app.command()
@@ -129,7 +125,7 @@ def simulate(
         typer.Option(help="Profile written by `adapmoe calibrate`; for policies with /profile.", exists=True),
     ] = None,
     output: Output = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG file for the plot.")] = None,
+    plot: Plot = None,
 ) -> None:
     """Replays a routing trace against cache policies and compares them with the optimal (Belady) cache."""
     from vllm_adapmoe.simulate.compare import plot_simulate, print_simulate, run_simulate
@@ -141,11 +137,7 @@ def simulate(
     result = run_simulate(
         trace, numbers("--slots", slots), policies.split(","), machine, lookahead, max_experts, profile
     )
-    print_simulate(result, Console())
-    if output is not None:
-        write(output, result)
-    if plot is not None:
-        plot_simulate(result, plot)
+    report(result, print_simulate, output, plot_simulate, plot)
 
 
 def quieten_vllm() -> None:

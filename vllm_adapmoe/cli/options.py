@@ -19,6 +19,9 @@ Model = Annotated[
     Path, typer.Argument(help="Checkpoint folder.", exists=True, file_okay=False, callback=check_model_folder)
 ]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write the result to.")]
+Plot = Annotated[Path | None, typer.Option(help="PNG file for the plot.")]
+Profile = Annotated[Path, typer.Option(help="Profile written by `adapmoe calibrate`.", exists=True)]
+HeldOut = Annotated[Path, typer.Option(help="Held-out text: a file, or a folder of *.txt.", exists=True)]
 Rounds = Annotated[int, typer.Option(min=1, help="Measurements per configuration, interleaved.")]
 Batch = Annotated[int, typer.Option(min=1, help="Requests per batch.")]
 Text = Annotated[

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from vllm_adapmoe.cli.options import Model, numbers
+from vllm_adapmoe.cli.options import Model, Plot, numbers
+from vllm_adapmoe.cli.report import report
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.results import write
 
 StoreDir = Annotated[Path | None, typer.Option(help="Folder for packed files; default: vLLM's cache.")]
 
@@ -67,7 +66,7 @@ def plan(
         Path | None, typer.Option("--output", "-o", help="JSON file to write for --adapmoe-config.")
     ] = None,
     result: Annotated[Path | None, typer.Option(help="JSON file to write the figures to.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG file for the plot.")] = None,
+    plot: Plot = None,
 ) -> None:
     """Predicts tokens per second by memory size, before you buy hardware or download weights."""
     from vllm_adapmoe.planning.plan import ALLOCATIONS, Question, config_of, run_plan
@@ -85,13 +84,9 @@ def plan(
         max_model_len,
     )  # fmt: skip
     answer = run_plan(question, _checkpoint_hash)
-    print_plan(answer, Console())
     if output is not None:
         output.write_text(json.dumps(config_of(answer), indent=1) + "\n")
-    if result is not None:
-        write(result, answer)
-    if plot is not None:
-        plot_plan(answer, plot)
+    report(answer, print_plan, result, plot_plan, plot)
 
 
 def _checkpoint_hash(model: Path) -> str:

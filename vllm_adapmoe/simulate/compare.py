@@ -140,14 +140,14 @@ def _point(info: TraceInfo, steps: Steps, setup: CacheSetup, machine: Machine) -
     result = replay(info, steps, setup, machine, SIMULATED[setup.eviction])
     stats = result.stats
     useful = stats["prefetch_hits"] + stats["late"]
-    foreseen = useful / (useful + result.demand_loads) if useful + result.demand_loads else 1.0
+    missing = useful + result.demand_loads
     return {
         "demand_loads": result.demand_loads,
-        "foreseen_loads": result.foreseen_loads,
+        "predicted_loads": result.predicted_loads,
         "late": stats["late"],
         "prefetches": stats["prefetches"],
         "prefetch_precision": useful / stats["prefetches"] if stats["prefetches"] else None,
-        "prefetch_recall": foreseen,
+        "prefetch_recall": useful / missing if missing else 1.0,
         "fetched_bytes": stats["fetched_bytes"],
         "wasted_bytes": stats["wasted_bytes"],
         "stall_seconds": stats["stall_seconds"],
@@ -163,7 +163,7 @@ def print_simulate(result: dict[str, Any], console: Console) -> None:
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    columns = ["slots", "policy", "demand", "of oracle", "bytes", "wasted", "right", "foreseen"]
+    columns = ["slots", "policy", "demand", "of oracle", "bytes", "wasted", "precision", "recall"]
     for column in columns + (["stall", "tok/s"] if timed else []):
         table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
     for point in result["points"]:
@@ -183,8 +183,8 @@ def print_simulate(result: dict[str, Any], console: Console) -> None:
         table.add_row(*row)
     console.print(table)
     console.print(
-        "of oracle, bytes: demand loads and bytes moved, of Belady's with the same slots and no prefetch; right: share "
-        "of prefetches that were used; foreseen: share of what was missing that a prefetch had begun to bring"
+        "of oracle, bytes: demand loads and bytes moved, relative to Belady's with the same slots and no prefetch; "
+        "precision: share of prefetches that were used; recall: share of misses for which a prefetch had begun"
     )
 
 

@@ -127,7 +127,7 @@ class Replay:
     tokens: int
     seconds: float
     step_seconds: list[float]
-    foreseen_loads: int
+    predicted_loads: int
     """Demand loads that an earlier layer had predicted but that were not prefetched, because the link was busy or they
     ranked too low. The other demand loads were not predicted."""
 
@@ -147,7 +147,7 @@ def replay(
     controller = CacheController(info.shape, setup, eviction)
     link = VirtualLink(controller, machine)
     time = 0.0
-    foreseen = tokens = 0
+    predicted = tokens = 0
     ends = [0.0]
     for step in steps:
         tokens += len(step.positions)
@@ -166,8 +166,8 @@ def replay(
                 if wave == 0 and controller.planner is not None:
                     link.speculate(controller.prefetch(layer, (ids, kept), _predict_experts(step, layer)))
                 if controller.planner is not None and request.loads:
-                    said = _predicted_experts(step, layer, setup.lookahead)
-                    foreseen += sum(load.key[1] in said for load in request.loads)
+                    experts_predicted = _predicted_experts(step, layer, setup.lookahead)
+                    predicted += sum(load.key[1] in experts_predicted for load in request.loads)
                 waiting = [load.key for load in (*request.loads, *request.awaited)]
                 if waiting and machine.bandwidth is not None:
                     link.now = max(link.now, time)
@@ -189,14 +189,14 @@ def replay(
         tokens,
         time,
         np.diff(ends).tolist(),
-        foreseen,
+        predicted,
     )
 
 
 def _predicted_experts(step: Step, layer: int, lookahead: int) -> set[int]:
     """Returns the experts that earlier layers of the step predicted for this layer."""
-    made = (step.predicted.get((layer - distance, distance)) for distance in range(1, lookahead + 1))
-    return {expert for one in made if one is not None for expert in one.ids[one.kept].tolist()}
+    predictions = (step.predicted.get((layer - distance, distance)) for distance in range(1, lookahead + 1))
+    return {expert for made in predictions if made is not None for expert in made.ids[made.kept].tolist()}
 
 
 def _predict_experts(step: Step, layer: int) -> PredictExperts:

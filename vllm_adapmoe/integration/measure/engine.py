@@ -15,7 +15,7 @@ from vllm_adapmoe.integration.loading.identity import model_hash
 from vllm_adapmoe.integration.measure.forced_tokens import forced_sampling, forcing_arguments
 from vllm_adapmoe.integration.model_info import model_info
 from vllm_adapmoe.planning.checkpoint_size import measure_checkpoint
-from vllm_adapmoe.profile.model_profile import ModelInfo
+from vllm_adapmoe.profile.model_profile import ModelInfo, ModelProfile
 
 KV_CACHE_BYTES = 256 << 20
 EXTENSION = "vllm_adapmoe.integration.measure.worker_extension.MeasuredWorker"
@@ -132,6 +132,17 @@ class Engine:
 def count_experts(model: Path) -> int:
     """Returns the number of routed experts of a model, over all layers."""
     return measure_checkpoint(model, None, None)[1].experts
+
+
+def load_profile(path: Path, model: Path) -> ModelProfile:
+    """Loads the profile of a model.
+
+    Raises:
+        AdapMoEError: no profile, or one of another model.
+    """
+    profile = ModelProfile.load(path)
+    profile.check(describe_model(model), str(path))
+    return profile
 
 
 def describe_model(model: Path) -> ModelInfo:
