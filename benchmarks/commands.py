@@ -18,6 +18,7 @@ from vllm_adapmoe.cli.options import (
     Text,
     check_any_model,
     numbers,
+    profile_option,
 )
 from vllm_adapmoe.results import write
 from vllm_adapmoe.units import parse_bytes
@@ -72,7 +73,7 @@ def residency(
 @app.command()
 def gating(
     model: Model,
-    profile: Annotated[Path, typer.Option(help="Profile written by `adapmoe calibrate`.", exists=True)],
+    profile: Annotated[Path, profile_option()],
     output: Output = None,
     text: Text = None,
     rounds: Rounds = 5,
@@ -94,7 +95,7 @@ def gating(
 @app.command()
 def ablation(
     model: Model,
-    profile: Annotated[Path, typer.Option(help="Profile written by `adapmoe calibrate`.", exists=True)],
+    profile: Annotated[Path, profile_option()],
     output: Output = None,
     text: Text = None,
     rounds: Rounds = 5,
@@ -148,9 +149,7 @@ def peers(
     enforce_eager: Annotated[
         bool, typer.Option("--enforce-eager", help="Run vLLM without CUDA graphs, as in `vllm serve`.")
     ] = False,
-    profile: Annotated[
-        Path | None, typer.Option(help="Profile written by `adapmoe calibrate`: adds the plugin with it.", exists=True)
-    ] = None,
+    profile: Annotated[Path | None, profile_option("; adds the plugin with it")] = None,
 ) -> None:
     """Compares the plugin with llama.cpp, transformers (disk offload) and stock vLLM: same memory, model and tokens."""
     quieten_vllm()
@@ -170,7 +169,7 @@ def peers(
 @app.command()
 def frontier(
     model: Model,
-    profile: Annotated[Path, typer.Option(help="Profile written by `adapmoe calibrate`.", exists=True)],
+    profile: Annotated[Path, profile_option()],
     data: Annotated[Path, typer.Option(help="Held-out text: a file, or a folder of *.txt.", exists=True)],
     sequence_length: Annotated[int, typer.Option(min=16, help="Tokens per sequence.")] = 128,
     output: Output = None,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from vllm_adapmoe.cli.options import Model, Output, OutputTokens, Rounds, numbers
+from vllm_adapmoe.cli.options import Model, Output, OutputTokens, Rounds, numbers, profile_option
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.results import write
 
@@ -37,7 +37,7 @@ def cache_settings(slots: float, store: str, link_gbps: float | None, profile: P
 def serve(
     model: Model,
     output: Output = None,
-    profile: Annotated[Path | None, typer.Option(help="Profile written by `adapmoe calibrate`.", exists=True)] = None,
+    profile: Annotated[Path | None, profile_option()] = None,
     slots: Slots = 0.5,
     store: Store = "auto",
     link_gbps: LinkGbps = None,
@@ -92,9 +92,7 @@ def serve(
 def soak(
     model: Model,
     output: Output = None,
-    profile: Annotated[
-        Path | None, typer.Option(help="Profile written by `adapmoe calibrate`; turns on gating by token.", exists=True)
-    ] = None,
+    profile: Annotated[Path | None, profile_option("; turns on gating by token")] = None,
     minutes: Annotated[float, typer.Option(min=0.2, help="Duration of the plugin's load, minutes.")] = 20,
     stock_minutes: Annotated[
         float | None,

@@ -15,6 +15,7 @@ from vllm_adapmoe.cli.options import (
     Model,
     Output,
     numbers,
+    profile_option,
 )
 from vllm_adapmoe.cli.plan import plan
 from vllm_adapmoe.cli.top import top
@@ -82,7 +83,7 @@ def calibrate(
 @app.command()
 def evaluate(
     model: Model,
-    profile: Annotated[Path, typer.Option(help="Profile written by `adapmoe calibrate`.", exists=True)],
+    profile: Annotated[Path, profile_option()],
     data: Annotated[Path, typer.Option(help="Held-out text: a file, or a folder of *.txt.", exists=True)],
     thresholds: Annotated[
         str | None, typer.Option(help="Sensitivity-gating thresholds, comma-separated; default: twelve values.")
@@ -124,10 +125,7 @@ def simulate(
     step: Annotated[float, typer.Option(help="Time per step outside the MoE layers, ms.")] = 1.0,
     lookahead: Annotated[int, typer.Option(min=1, max=8, help="Layers ahead to prefetch for.")] = 3,
     max_experts: Annotated[int, typer.Option(min=1, help="Maximum prefetches in flight.")] = 1,
-    profile: Annotated[
-        Path | None,
-        typer.Option(help="Profile written by `adapmoe calibrate`; for policies with /profile.", exists=True),
-    ] = None,
+    profile: Annotated[Path | None, profile_option("; for policies with /profile")] = None,
     output: Output = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file for the plot.")] = None,
 ) -> None:

@@ -2,12 +2,13 @@
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.model_folder import check_model_folder
+from vllm_adapmoe.profile.shipped import find_profile, shipped_profiles
 
 
 def check_any_model(folder: Path | None) -> Path | None:
@@ -18,6 +19,22 @@ def check_any_model(folder: Path | None) -> Path | None:
 Model = Annotated[
     Path, typer.Argument(help="Checkpoint folder.", exists=True, file_okay=False, callback=check_model_folder)
 ]
+
+
+def _profile(profile: Path | None) -> Path | None:
+    return None if profile is None else find_profile(profile)
+
+
+def profile_option(purpose: str = "") -> Any:
+    """Returns the option of a profile, whose value is an existing file.
+
+    Args:
+        purpose: what the command does with it, as the end of a sentence.
+    """
+    text = "Profile: a file written by `adapmoe calibrate`, or the name of one that comes with the plugin"
+    return typer.Option(help=f"{text}{purpose}.", callback=_profile, autocompletion=shipped_profiles)
+
+
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write the result to.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Measurements per configuration, interleaved.")]
 Batch = Annotated[int, typer.Option(min=1, help="Requests per batch.")]

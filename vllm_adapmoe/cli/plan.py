@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vllm_adapmoe.cli.options import Model, numbers
+from vllm_adapmoe.cli.options import Model, numbers, profile_option
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.results import write
 
@@ -16,9 +16,7 @@ StoreDir = Annotated[Path | None, typer.Option(help="Folder for packed files; de
 
 def plan(
     model: Model,
-    profile: Annotated[
-        Path | None, typer.Option(help="Profile written by `adapmoe calibrate`, or one of configs/.")
-    ] = None,
+    profile: Annotated[Path | None, profile_option()] = None,
     memory: Annotated[
         str | None,
         typer.Option(
