@@ -7,7 +7,6 @@ import typer
 from rich.console import Console
 
 from benchmarks.serve_commands import serve, soak
-from vllm_adapmoe.cli.app import quieten_vllm
 from vllm_adapmoe.cli.options import (
     Batch,
     Model,
@@ -16,9 +15,11 @@ from vllm_adapmoe.cli.options import (
     PromptTokens,
     Rounds,
     Text,
-    check_any_model,
+    checkpoint_folder,
+    model_argument,
     numbers,
     profile_option,
+    quieten_vllm,
 )
 from vllm_adapmoe.results import write
 from vllm_adapmoe.units import parse_bytes
@@ -45,7 +46,7 @@ def overhead(
     """Compares the plugin with stock vLLM when no expert has to be fetched."""
     from benchmarks.overhead import print_overhead, run_overhead
 
-    result = run_overhead(model, text, rounds, prompt_tokens, output_tokens, batch)
+    result = run_overhead(checkpoint_folder(model), text, rounds, prompt_tokens, output_tokens, batch)
     print_overhead(result, Console())
     if output is not None:
         write(output, result)
@@ -64,7 +65,7 @@ def residency(
     """Measures throughput with 25, 50, 75 and 100 % of the experts resident, for the file store and the host store."""
     from benchmarks.residency import print_residency, run_residency
 
-    result = run_residency(model, text, rounds, prompt_tokens, output_tokens, batch)
+    result = run_residency(checkpoint_folder(model), text, rounds, prompt_tokens, output_tokens, batch)
     print_residency(result, Console())
     if output is not None:
         write(output, result)
@@ -86,7 +87,7 @@ def gating(
     quieten_vllm()
     from benchmarks.gating import print_gating, run_gating
 
-    result = run_gating(model, profile, text, rounds, prompt_tokens, output_tokens, batch, store)
+    result = run_gating(checkpoint_folder(model), profile, text, rounds, prompt_tokens, output_tokens, batch, store)
     print_gating(result, Console())
     if output is not None:
         write(output, result)
@@ -116,8 +117,8 @@ def ablation(
     from benchmarks.ablation import print_ablation, run_ablation
 
     result = run_ablation(
-        model, profile, text, rounds, prompt_tokens, output_tokens, batch, batches, resident, ratio, max_loss_increase,
-        loss_tokens,
+        checkpoint_folder(model), profile, text, rounds, prompt_tokens, output_tokens, batch, batches, resident, ratio,
+        max_loss_increase, loss_tokens,
     )  # fmt: skip
     print_ablation(result, Console())
     if output is not None:
@@ -159,8 +160,9 @@ def peers(
     nbytes = None if memory is None else parse_bytes("--memory", memory)
     names = contenders.split(",")
     result = run_peers(
-        model, text, rounds, prompt_tokens, output_tokens, nbytes, slots, files, timeout, names, enforce_eager, profile
-    )
+        checkpoint_folder(model), text, rounds, prompt_tokens, output_tokens, nbytes, slots, files, timeout, names,
+        enforce_eager, profile,
+    )  # fmt: skip
     print_peers(result, Console())
     if output is not None:
         write(output, result)
@@ -179,7 +181,7 @@ def frontier(
     quieten_vllm()
     from benchmarks.frontier import plot_frontier, print_frontier, run_frontier
 
-    result = run_frontier(model, profile, data, sequence_length)
+    result = run_frontier(checkpoint_folder(model), profile, data, sequence_length)
     print_frontier(result, Console())
     if output is not None:
         write(output, result)
@@ -189,12 +191,7 @@ def frontier(
 
 @app.command()
 def transfer(
-    model: Annotated[
-        Path | None,
-        typer.Argument(
-            help="Checkpoint folder whose pack is read.", exists=True, file_okay=False, callback=check_any_model
-        ),
-    ] = None,
+    model: Annotated[str | None, model_argument(", whose pack is read")] = None,
     record_mib: Annotated[
         str, typer.Option(help="Without MODEL: record sizes of synthetic packs, MiB, comma-separated.")
     ] = "3,24,48",
@@ -208,7 +205,8 @@ def transfer(
     """Compares the bandwidth of the transfer engine with plain sequential reads of the same records."""
     from benchmarks.transfer import print_transfer, run_transfer
 
-    result = run_transfer(model, numbers("--record-mib", record_mib), store_dir, rounds, pass_mib)
+    folder = None if model is None else checkpoint_folder(model)
+    result = run_transfer(folder, numbers("--record-mib", record_mib), store_dir, rounds, pass_mib)
     print_transfer(result, Console())
     if output is not None:
         write(output, result)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from vllm_adapmoe.cli.options import Model, Output, OutputTokens, Rounds, numbers, profile_option
+from vllm_adapmoe.cli.options import Model, Output, OutputTokens, Rounds, checkpoint_folder, numbers, profile_option
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.results import write
 
@@ -79,7 +79,7 @@ def serve(
     wanted = Load(many, requests, rate, rounds, output_tokens, (lengths[0], lengths[1]), text)
     gates = None if gating == "off" else {"mode": gating, "max_loss_increase": max_loss_increase}
     result = run_serve(
-        model, cache_settings(slots, store, link_gbps, profile), gates,
+        checkpoint_folder(model), cache_settings(slots, store, link_gbps, profile), gates,
         None if contenders is None else contenders.split(","), wanted, shlex.split(serve_args), bound,
     )  # fmt: skip
     print_serve(result, Console())
@@ -119,7 +119,7 @@ def soak(
         config["gating"] = {"mode": "token", "max_loss_increase": max_loss_increase}
     plan = Plan(60 * minutes, clients, replayed, timeout, seed)
     stock_seconds = 60 * (minutes / 5 if stock_minutes is None else stock_minutes)
-    result = run_soak(model, config, text, plan, stock_seconds, shlex.split(serve_args))
+    result = run_soak(checkpoint_folder(model), config, text, plan, stock_seconds, shlex.split(serve_args))
     print_soak(result, Console())
     if output is not None:
         write(output, result)

@@ -1,6 +1,5 @@
 """Implements the `adapmoe` command and most of its subcommands."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -14,13 +13,15 @@ from vllm_adapmoe.cli.options import (
     CacheSettings,
     Model,
     Output,
+    Revision,
+    checkpoint_folder,
     numbers,
     profile_option,
+    quieten_vllm,
 )
 from vllm_adapmoe.cli.plan import plan
 from vllm_adapmoe.cli.top import top
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
-from vllm_adapmoe.model_folder import check_named_model
 from vllm_adapmoe.printable import OneLineError
 from vllm_adapmoe.results import write
 
@@ -32,17 +33,16 @@ app.command()(doctor)
 
 @app.command()
 def pack(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder, or the name of a downloaded model.")],
+    model: Model,
     store_dir: Annotated[str | None, typer.Option(help="Folder for packed files; default: vLLM's cache.")] = None,
     dtype: Annotated[str, typer.Option(help="Dtype of the model, as in `vllm serve`.")] = "auto",
     quantization: Annotated[str | None, typer.Option(help="Quantization method, as in `vllm serve`.")] = None,
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks, as in `vllm serve`.")] = 1,
-    revision: Annotated[str | None, typer.Option(help="Revision of the model, as in `vllm serve`.")] = None,
+    revision: Revision = None,
     download_dir: Annotated[str | None, typer.Option(help="Folder of downloaded models, as in `vllm serve`.")] = None,
     load_format: Annotated[str, typer.Option(help="Format of the weight files, as in `vllm serve`.")] = "auto",
 ) -> None:
     """Packs a model's experts into the files that `vllm serve --moe-method adapmoe` reads with store=file."""
-    check_named_model(model)
     from vllm_adapmoe.integration.loading.packing import pack_experts
 
     folder = pack_experts(
@@ -67,6 +67,7 @@ def calibrate(
     tokens: Annotated[int, typer.Option(min=512, help="Maximum number of tokens to use of --data.")] = 65_536,
     sequence_length: Annotated[int, typer.Option(min=16, help="Tokens per sequence.")] = 256,
     seed: Annotated[int, typer.Option(help="Random seed for the choice of sequences.")] = 0,
+    revision: Revision = None,
     adapmoe_config: CacheSettings = None,
 ) -> None:
     """Measures a model's routing and how much dropping experts in each layer costs; writes a profile."""
@@ -76,7 +77,8 @@ def calibrate(
     if method not in ("fisher", "forward", "auto"):
         raise AdapMoEError(f"--method {method} is not known; use fisher, forward or auto")
     cache = AdapMoEConfig.parse(adapmoe_config).transport()
-    profile = calibrate(model, data, output, method, tokens, sequence_length, seed, cache)  # type: ignore[arg-type]
+    folder = checkpoint_folder(model, revision)
+    profile = calibrate(folder, data, output, method, tokens, sequence_length, seed, cache)  # type: ignore[arg-type]
     print_profile(profile, Console().print)
 
 
@@ -90,6 +92,7 @@ def evaluate(
     ] = None,
     tokens: Annotated[int, typer.Option(min=512, help="Maximum number of tokens to use of --data.")] = 65_536,
     sequence_length: Annotated[int, typer.Option(min=16, help="Tokens per sequence.")] = 256,
+    revision: Revision = None,
     adapmoe_config: CacheSettings = None,
     output: Output = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file for the plot.")] = None,
@@ -100,7 +103,8 @@ def evaluate(
 
     chosen = None if thresholds is None else numbers("--thresholds", thresholds)
     cache = AdapMoEConfig.parse(adapmoe_config).transport()
-    result = run_evaluate(model, profile, chosen, data, tokens, sequence_length, cache)
+    folder = checkpoint_folder(model, revision)
+    result = run_evaluate(folder, profile, chosen, data, tokens, sequence_length, cache)
     print_evaluate(result, Console())
     if output is not None:
         write(output, result)
@@ -144,11 +148,6 @@ def simulate(
         write(output, result)
     if plot is not None:
         plot_simulate(result, plot)
-
-
-def quieten_vllm() -> None:
-    """Limits vLLM's log to errors unless the user set a level: log lines would break progress bars."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 
 def run(program: typer.Typer, name: str) -> None:

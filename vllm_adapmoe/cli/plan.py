@@ -1,13 +1,14 @@
 """Implements `adapmoe plan`."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from vllm_adapmoe.cli.options import Model, numbers, profile_option
+from vllm_adapmoe.cli.options import Model, Revision, numbers, profile_option, quieten_vllm
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.results import write
 
@@ -16,6 +17,7 @@ StoreDir = Annotated[Path | None, typer.Option(help="Folder for packed files; de
 
 def plan(
     model: Model,
+    revision: Revision = None,
     profile: Annotated[Path | None, profile_option()] = None,
     memory: Annotated[
         str | None,
@@ -79,10 +81,10 @@ def plan(
     if output is not None and memory is None:
         raise AdapMoEError("--output needs to know the budget; add --memory, e.g. --memory 24GiB")
     question = Question(
-        model, profile, trace, memory, reserve, dtype, bits, link, compute, max_loss_increase, allocation, store_dir,
-        max_model_len,
+        _config_folder(model, revision), profile, trace, memory, reserve, dtype, bits, link, compute, max_loss_increase,
+        allocation, store_dir, max_model_len,
     )  # fmt: skip
-    answer = run_plan(question, _checkpoint_hash)
+    answer = run_plan(question, _checkpoint_hash) | {"model": model}
     print_plan(answer, Console())
     if output is not None:
         output.write_text(json.dumps(config_of(answer), indent=1) + "\n")
@@ -90,6 +92,15 @@ def plan(
         write(result, answer)
     if plot is not None:
         plot_plan(answer, plot)
+
+
+def _config_folder(model: str, revision: str | None) -> Path:
+    if os.path.isdir(model):
+        return Path(model)
+    quieten_vllm()
+    from vllm_adapmoe.integration.loading.model_files import config_folder  # imports vLLM, which takes seconds
+
+    return config_folder(model, revision)
 
 
 def _checkpoint_hash(model: Path) -> str:
