@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from benchmarks.serve_commands import serve, soak
-from vllm_adapmoe.cli.app import quieten_vllm
 from vllm_adapmoe.cli.options import (
     Batch,
     HeldOut,
@@ -18,8 +17,11 @@ from vllm_adapmoe.cli.options import (
     PromptTokens,
     Rounds,
     Text,
-    check_any_model,
+    checkpoint_folder,
+    model_argument,
     numbers,
+    profile_option,
+    quieten_vllm,
 )
 from vllm_adapmoe.cli.report import report
 from vllm_adapmoe.units import parse_bytes
@@ -48,7 +50,12 @@ def overhead(
     from benchmarks.workload import Workload
 
     workload = Workload(
-        model=model, text=text, rounds=rounds, batch=batch, prompt_tokens=prompt_tokens, output_tokens=output_tokens
+        model=checkpoint_folder(model),
+        text=text,
+        rounds=rounds,
+        batch=batch,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
     )
     report(run_overhead(workload), print_overhead, output)
 
@@ -68,7 +75,12 @@ def residency(
     from benchmarks.workload import Workload
 
     workload = Workload(
-        model=model, text=text, rounds=rounds, batch=batch, prompt_tokens=prompt_tokens, output_tokens=output_tokens
+        model=checkpoint_folder(model),
+        text=text,
+        rounds=rounds,
+        batch=batch,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
     )
     report(run_residency(workload), print_residency, output)
 
@@ -90,7 +102,8 @@ def gating(
     from benchmarks.gating import GatingSpec, print_gating, run_gating
 
     spec = GatingSpec(
-        model=model, text=text, rounds=rounds, batch=batch, prompt_tokens=prompt_tokens, output_tokens=output_tokens,
+        model=checkpoint_folder(model),
+        text=text, rounds=rounds, batch=batch, prompt_tokens=prompt_tokens, output_tokens=output_tokens,
         profile=profile, store=store,
     )  # fmt: skip
     report(run_gating(spec), print_gating, output)
@@ -125,7 +138,8 @@ def ablation(
     from benchmarks.ablation import AblationSpec, print_ablation, run_ablation
 
     spec = AblationSpec(
-        model=model, text=text, rounds=rounds, batch=batch, prompt_tokens=prompt_tokens, output_tokens=output_tokens,
+        model=checkpoint_folder(model),
+        text=text, rounds=rounds, batch=batch, prompt_tokens=prompt_tokens, output_tokens=output_tokens,
         profile=profile, batches=batches, resident=resident, ratio=ratio, max_loss_increase=max_loss_increase,
         loss_tokens=loss_tokens,
     )  # fmt: skip
@@ -163,13 +177,7 @@ def peers(
     enforce_eager: Annotated[
         bool, typer.Option("--enforce-eager", help="Run vLLM without CUDA graphs, as in `vllm serve`.")
     ] = False,
-    profile: Annotated[
-        Path | None,
-        typer.Option(
-            help="Profile written by `adapmoe calibrate`; adds two contenders: the plugin with it, ungated and gated.",
-            exists=True,
-        ),
-    ] = None,
+    profile: Annotated[Path | None, profile_option("; adds the plugin with it, ungated and gated")] = None,
 ) -> None:
     """Compares the plugin with llama.cpp, transformers (disk offload) and stock vLLM: same memory, model and tokens."""
     quieten_vllm()
@@ -177,7 +185,8 @@ def peers(
     from benchmarks.peers_table import print_peers
 
     spec = PeersSpec(
-        model=model, text=text, rounds=rounds, prompt_tokens=prompt_tokens, output_tokens=output_tokens,
+        model=checkpoint_folder(model),
+        text=text, rounds=rounds, prompt_tokens=prompt_tokens, output_tokens=output_tokens,
         memory=None if memory is None else parse_bytes("--memory", memory), slots=slots, files=files, timeout=timeout,
         contenders=contenders.split(","), enforce_eager=enforce_eager, profile=profile,
     )  # fmt: skip
@@ -197,21 +206,13 @@ def frontier(
     quieten_vllm()
     from benchmarks.frontier import plot_frontier, print_frontier, run_frontier
 
-    result = run_frontier(model, profile, data, sequence_length)
+    result = run_frontier(checkpoint_folder(model), profile, data, sequence_length)
     report(result, print_frontier, output, plot_frontier, plot)
 
 
 @app.command()
 def transfer(
-    model: Annotated[
-        Path | None,
-        typer.Argument(
-            help="Checkpoint folder whose pack is read; default: synthetic packs.",
-            exists=True,
-            file_okay=False,
-            callback=check_any_model,
-        ),
-    ] = None,
+    model: Annotated[str | None, model_argument(", whose pack is read; default: synthetic packs")] = None,
     record_mib: Annotated[
         str, typer.Option(help="Record sizes of synthetic packs, MiB, comma-separated; not used with MODEL.")
     ] = "3,24,48",
@@ -228,5 +229,6 @@ def transfer(
     """Compares the bandwidth of the transfer engine with plain sequential reads of the same records."""
     from benchmarks.transfer import print_transfer, run_transfer
 
-    result = run_transfer(model, numbers("--record-mib", record_mib), store_dir, rounds, pass_mib)
+    folder = None if model is None else checkpoint_folder(model)
+    result = run_transfer(folder, numbers("--record-mib", record_mib), store_dir, rounds, pass_mib)
     report(result, print_transfer, output)

@@ -6,7 +6,16 @@ from typing import Annotated, Any
 
 import typer
 
-from vllm_adapmoe.cli.options import Model, Output, OutputTokens, Plot, Rounds, numbers
+from vllm_adapmoe.cli.options import (
+    Model,
+    Output,
+    OutputTokens,
+    Plot,
+    Rounds,
+    checkpoint_folder,
+    numbers,
+    profile_option,
+)
 from vllm_adapmoe.cli.report import report
 from vllm_adapmoe.config import AdapMoEError
 
@@ -36,7 +45,7 @@ def cache_settings(slots: float, store: str, link_gbps: float | None, profile: P
 def serve(
     model: Model,
     output: Output = None,
-    profile: Annotated[Path | None, typer.Option(help="Profile written by `adapmoe calibrate`.", exists=True)] = None,
+    profile: Annotated[Path | None, profile_option()] = None,
     slots: Slots = 0.5,
     store: Store = "auto",
     link_gbps: LinkGbps = None,
@@ -78,7 +87,7 @@ def serve(
     if gating != "off" and profile is None:
         raise AdapMoEError(f"--gating {gating} needs a profile; set --profile, see adapmoe calibrate")
     spec = ServeSpec(
-        model=model, cache=cache_settings(slots, store, link_gbps, profile),
+        model=checkpoint_folder(model), cache=cache_settings(slots, store, link_gbps, profile),
         gating=None if gating == "off" else {"mode": gating, "max_loss_increase": max_loss_increase},
         contenders=None if contenders is None else contenders.split(","), serve_args=shlex.split(serve_args),
         with_bound=not no_bound, concurrency=loads, requests=requests, rate=rate, rounds=rounds,
@@ -90,9 +99,7 @@ def serve(
 def soak(
     model: Model,
     output: Output = None,
-    profile: Annotated[
-        Path | None, typer.Option(help="Profile written by `adapmoe calibrate`; turns on gating by token.", exists=True)
-    ] = None,
+    profile: Annotated[Path | None, profile_option("; turns on gating by token")] = None,
     minutes: Annotated[float, typer.Option(min=0.2, help="Duration of the plugin's load, minutes.")] = 20,
     stock_minutes: Annotated[
         float | None,
@@ -118,7 +125,7 @@ def soak(
     if profile is not None:
         config["gating"] = {"mode": "token", "max_loss_increase": max_loss_increase}
     spec = SoakSpec(
-        model=model, config=config, text=text, seconds=60 * minutes,
+        model=checkpoint_folder(model), config=config, text=text, seconds=60 * minutes,
         stock_seconds=60 * (minutes / 5 if stock_minutes is None else stock_minutes), clients=clients,
         replayed=replayed, timeout=timeout, seed=seed, serve_args=shlex.split(serve_args),
     )  # fmt: skip

@@ -119,8 +119,8 @@ class AdapMoEConfig(BaseModel):
     trace_mib: int = Field(256, ge=1, le=1 << 24, strict=True)
     """Size in MiB at which the trace is moved to `trace_out.1` and a new one is started."""
     profile: PathText | None = None
-    """Profile of this model, written by `adapmoe calibrate`; needed by gating, `allocation=profile` and
-    `eviction=next_token`."""
+    """Profile of this model: a file written by `adapmoe calibrate`, or the name of one that comes with the plugin, such
+    as `mixtral_8x7b`. Needed by gating, `allocation=profile` and `eviction=next_token`."""
     gating: GatingConfig = Field(default_factory=lambda: GatingConfig(**{}))
     scheduler: SchedulerConfig = Field(default_factory=lambda: SchedulerConfig(**{}))
 

@@ -38,14 +38,26 @@ def check_model_folder(folder: Path) -> Path:
     return folder
 
 
-def check_named_model(model: str) -> None:
-    """Checks a model given as a folder; does nothing for a model hub's name.
+def check_named_model(model: str) -> str:
+    """Returns MODEL of a command line if it can be one; checks a folder, and leaves a model hub's name to the hub.
 
     Raises:
-        AdapMoEError: as `check_model_folder`.
+        AdapMoEError: a path that leads nowhere, or as `check_model_folder`.
     """
     if os.path.isdir(model):
         check_model_folder(Path(model))
+    elif "://" not in model and not os.path.exists(model) and (model[:1] in ("/", ".", "~") or model.count("/") > 1):
+        raise AdapMoEError(f"model={model!r} does not exist; name a checkpoint folder, or a model on the hub")
+    return model
+
+
+def model_name(folder: Path) -> str:
+    """Returns the name of the model in a folder: the folder's, or the repository's for a snapshot of a hub's cache."""
+    folder = Path(os.path.abspath(folder))
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.rpartition("--")[2]
+    return folder.name
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:

@@ -23,3 +23,9 @@ def printable(text: str) -> str:
         return text
     head, tail = LONGEST // 2, LONGEST // 2 - 100
     return f"{text[:head]} .. {len(text) - head - tail} characters left out .. {text[-tail:]}"
+
+
+def reason(error: BaseException, lines: int = 1) -> str:
+    """Returns the first lines of an error's message that are not blank, joined; the name of its class if all are."""
+    told = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(told[:lines]) or type(error).__name__

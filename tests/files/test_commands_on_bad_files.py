@@ -88,7 +88,7 @@ def test_a_bad_model_is_one_line(run, content, tmp_path):
     ):
         code, said = run(*command, program=program)
         assert code == 1 and said.startswith("adapmoe: error: ") and said.count("\n") == 1 and "config.json" in said
-    assert not check_named_model("org/model-of-a-hub")
+    assert check_named_model("org/model-of-a-hub") == "org/model-of-a-hub"
 
 
 def test_a_pipe_among_a_models_files(run, tmp_path):

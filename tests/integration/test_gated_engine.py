@@ -207,7 +207,10 @@ def test_configured_gating_compiled(monkeypatch):
     [
         ({"gating": {"mode": "token"}, "profile": "p"}, "mode=token takes exactly one of threshold, target_experts"),
         ({"gating": {"mode": "token", "threshold": 0.1}}, "gating.mode=token needs a profile"),
-        ({"gating": {"mode": "token", "threshold": 0.1}, "profile": "none.json"}, "profile='none.json' cannot be read"),
+        (
+            {"gating": {"mode": "token", "threshold": 0.1}, "profile": "none.json"},
+            "profile='none.json' is neither a file nor the name",
+        ),
         ({"gating": {"mode": "token", "target_experts": 3}, "profile": "own"}, "target_experts=3.0 is out of reach"),
         ({"gating": {"mode": "token", "threshold": 0.1}, "profile": "qwen"}, "is of another model"),
         ({"gating": {"mode": "token", "threshold": 0.1}, "profile": "8x7b"}, "is of another model (Mixtral-8x7B)"),

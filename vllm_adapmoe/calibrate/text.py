@@ -7,6 +7,7 @@ from blake3 import blake3
 
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.files import BadFile, read_text
+from vllm_adapmoe.printable import reason
 
 TEXT_BYTES = 1 << 30
 """Maximum size of a text file."""
@@ -27,9 +28,8 @@ def read_sequences(model: Path, data: Path, length: int, count: int, seed: int) 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except Exception as error:  # transformers and tokenizers may raise anything on bad files
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise AdapMoEError(
-            f"model={str(model)!r} has no tokenizer ({reason}); name the folder of a checkpoint"
+            f"model={str(model)!r} has no tokenizer ({reason(error)}); name the folder of a checkpoint"
         ) from None
     sequences: list[list[int]] = []
     for path in paths:

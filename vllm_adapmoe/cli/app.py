@@ -1,6 +1,5 @@
 """Implements the `adapmoe` command and most of its subcommands."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, cast
@@ -10,12 +9,23 @@ from rich.console import Console
 
 from vllm_adapmoe.cli.doctor import doctor
 from vllm_adapmoe.cli.keys import fold_keys
-from vllm_adapmoe.cli.options import CacheSettings, HeldOut, Model, Output, Plot, Profile, numbers
+from vllm_adapmoe.cli.options import (
+    CacheSettings,
+    HeldOut,
+    Model,
+    Output,
+    Plot,
+    Profile,
+    Revision,
+    checkpoint_folder,
+    numbers,
+    profile_option,
+    quieten_vllm,
+)
 from vllm_adapmoe.cli.plan import plan
 from vllm_adapmoe.cli.report import report
 from vllm_adapmoe.cli.top import top
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
-from vllm_adapmoe.model_folder import check_named_model
 from vllm_adapmoe.printable import OneLineError
 
 app = typer.Typer(no_args_is_help=True, help="Expert offloading for vLLM.")
@@ -26,17 +36,16 @@ app.command()(doctor)
 
 @app.command()
 def pack(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder, or the name of a downloaded model.")],
+    model: Model,
     store_dir: Annotated[str | None, typer.Option(help="Folder for packed files; default: vLLM's cache.")] = None,
     dtype: Annotated[str, typer.Option(help="Dtype of the model, as in `vllm serve`.")] = "auto",
     quantization: Annotated[str | None, typer.Option(help="Quantization method, as in `vllm serve`.")] = None,
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks, as in `vllm serve`.")] = 1,
-    revision: Annotated[str | None, typer.Option(help="Revision of the model, as in `vllm serve`.")] = None,
+    revision: Revision = None,
     download_dir: Annotated[str | None, typer.Option(help="Folder of downloaded models, as in `vllm serve`.")] = None,
     load_format: Annotated[str, typer.Option(help="Format of the weight files, as in `vllm serve`.")] = "auto",
 ) -> None:
     """Packs a model's experts into the files that `vllm serve --moe-method adapmoe` reads with store=file."""
-    check_named_model(model)
     from vllm_adapmoe.integration.loading.packing import pack_experts
 
     folder = pack_experts(
@@ -61,6 +70,7 @@ def calibrate(
     tokens: Annotated[int, typer.Option(min=512, help="Maximum number of tokens to use of --data.")] = 65_536,
     sequence_length: Annotated[int, typer.Option(min=16, help="Tokens per sequence.")] = 256,
     seed: Annotated[int, typer.Option(help="Random seed for the choice of sequences.")] = 0,
+    revision: Revision = None,
     adapmoe_config: CacheSettings = None,
 ) -> None:
     """Measures a model's routing and how much dropping experts in each layer costs; writes a profile."""
@@ -71,7 +81,7 @@ def calibrate(
         raise AdapMoEError(f"--method {method} is not known; use fisher, forward or auto")
     cache = AdapMoEConfig.parse(adapmoe_config).transport()
     spec = CalibrationSpec(
-        model=model, data=data, output=output, method=cast(Method, method), tokens=tokens,
+        model=checkpoint_folder(model, revision), data=data, output=output, method=cast(Method, method), tokens=tokens,
         sequence_length=sequence_length, seed=seed, cache=cache,
     )  # fmt: skip
     print_profile(calibrate(spec), Console().print)
@@ -87,6 +97,7 @@ def evaluate(
     ] = None,
     tokens: Annotated[int, typer.Option(min=512, help="Maximum number of tokens to use of --data.")] = 65_536,
     sequence_length: Annotated[int, typer.Option(min=16, help="Tokens per sequence.")] = 256,
+    revision: Revision = None,
     adapmoe_config: CacheSettings = None,
     output: Output = None,
     plot: Plot = None,
@@ -97,7 +108,8 @@ def evaluate(
 
     cache = AdapMoEConfig.parse(adapmoe_config).transport()
     spec = EvaluateSpec(
-        model=model, profile=profile, data=data, tokens=tokens, sequence_length=sequence_length, cache=cache,
+        model=checkpoint_folder(model, revision),
+        profile=profile, data=data, tokens=tokens, sequence_length=sequence_length, cache=cache,
         thresholds=None if thresholds is None else numbers("--thresholds", thresholds),
     )  # fmt: skip
     report(run_evaluate(spec), print_evaluate, output, plot_evaluate, plot)
@@ -120,10 +132,7 @@ def simulate(
     step: Annotated[float, typer.Option(help="Time per step outside the MoE layers, ms.")] = 1.0,
     lookahead: Annotated[int, typer.Option(min=1, max=8, help="Layers ahead to prefetch for.")] = 3,
     max_experts: Annotated[int, typer.Option(min=1, help="Maximum prefetches in flight.")] = 1,
-    profile: Annotated[
-        Path | None,
-        typer.Option(help="Profile written by `adapmoe calibrate`; for policies with /profile.", exists=True),
-    ] = None,
+    profile: Annotated[Path | None, profile_option("; for policies with /profile")] = None,
     output: Output = None,
     plot: Plot = None,
 ) -> None:
@@ -138,11 +147,6 @@ def simulate(
         trace, numbers("--slots", slots), policies.split(","), machine, lookahead, max_experts, profile
     )
     report(result, print_simulate, output, plot_simulate, plot)
-
-
-def quieten_vllm() -> None:
-    """Limits vLLM's log to errors unless the user set a level: log lines would break progress bars."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 
 def run(program: typer.Typer, name: str) -> None:

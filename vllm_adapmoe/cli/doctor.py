@@ -10,17 +10,19 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from vllm_adapmoe.cli.options import Revision, quieten_vllm
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.doctor.finding import Finding, print_findings, serves
 from vllm_adapmoe.integration.entry.version_check import explain_import_error
 from vllm_adapmoe.model_folder import check_named_model
-from vllm_adapmoe.printable import printable
+from vllm_adapmoe.printable import printable, reason
 
 
 def doctor(
     model: Annotated[
-        str | None, typer.Option(help="Checkpoint folder, or the name of a downloaded model, to check as well.")
+        str | None, typer.Option(help="Checkpoint folder, or the name of a model on the hub, to check as well.")
     ] = None,
+    revision: Revision = None,
     store_dir: Annotated[Path | None, typer.Option(help="Folder for packed files; default: vLLM's cache.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
@@ -28,9 +30,9 @@ def doctor(
 
     Exits with code 1 if a problem prevents serving.
     """
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    quieten_vllm()
     os.environ.setdefault("TQDM_DISABLE", "1")
-    findings = list(_findings(model, store_dir))
+    findings = list(_findings(model, revision, store_dir))
     if as_json:
         typer.echo(json.dumps({"serves": serves(findings), "findings": [asdict(one) for one in findings]}, indent=1))
     else:
@@ -38,7 +40,7 @@ def doctor(
     raise typer.Exit(0 if serves(findings) else 1)
 
 
-def _findings(model: str | None, store_dir: Path | None) -> Iterator[Finding]:
+def _findings(model: str | None, revision: str | None, store_dir: Path | None) -> Iterator[Finding]:
     from vllm_adapmoe.doctor.disk import check_disk
     from vllm_adapmoe.doctor.machine import check_extras, check_machine
 
@@ -52,9 +54,8 @@ def _findings(model: str | None, store_dir: Path | None) -> Iterator[Finding]:
                 text, _, advice = str(unsupported).rpartition("; ")
                 yield Finding("Installation", "problem", text, advice)
                 return
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         yield Finding(
-            "Installation", "problem", f"vLLM cannot be imported ({reason})",
+            "Installation", "problem", f"vLLM cannot be imported ({reason(error)})",
             "install it as the README says, in the environment of this command",
         )  # fmt: skip
         return
@@ -69,5 +70,5 @@ def _findings(model: str | None, store_dir: Path | None) -> Iterator[Finding]:
             except AdapMoEError as error:
                 yield Finding(f"Model {printable(model)}", "problem", str(error), fails=f"serving {model}: {error}")
             else:
-                yield from check_model(model, store_dir)
+                yield from check_model(model, revision, store_dir)
     yield from check_extras()

@@ -1,26 +1,65 @@
 """Arguments and options shared by several commands."""
 
 import math
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.model_folder import check_model_folder
+from vllm_adapmoe.model_folder import check_named_model
+from vllm_adapmoe.profile.shipped import find_profile, shipped_profiles
 
 
-def check_any_model(folder: Path | None) -> Path | None:
-    """Applies `check_model_folder` unless `folder` is None."""
-    return None if folder is None else check_model_folder(folder)
+def _model(model: str | None) -> str | None:
+    return None if model is None else check_named_model(model)
 
 
-Model = Annotated[
-    Path, typer.Argument(help="Checkpoint folder.", exists=True, file_okay=False, callback=check_model_folder)
-]
+def model_argument(purpose: str = "") -> Any:
+    """Returns the argument MODEL, as `vllm serve` takes it.
+
+    Args:
+        purpose: what the command does with it, as the end of a sentence.
+    """
+    return typer.Argument(help=f"Checkpoint folder, or the name of a model on the hub{purpose}.", callback=_model)
+
+
+Model = Annotated[str, model_argument()]
+Revision = Annotated[str | None, typer.Option(help="Revision of a model on the hub, as in `vllm serve`.")]
+
+
+def quieten_vllm() -> None:
+    """Limits vLLM's log to errors unless the user set a level: log lines would break progress bars."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+
+def checkpoint_folder(model: str, revision: str | None = None) -> Path:
+    """Returns the folder of a model, after downloading what is missing of a hub's."""
+    if os.path.isdir(model):
+        return Path(model)
+    from vllm_adapmoe.integration.loading import model_files  # imports vLLM, which takes seconds
+
+    return model_files.checkpoint_folder(model, revision)
+
+
+def _profile(profile: Path | None) -> Path | None:
+    return None if profile is None else find_profile(profile)
+
+
+def profile_option(purpose: str = "") -> Any:
+    """Returns the option of a profile, whose value is an existing file.
+
+    Args:
+        purpose: what the command does with it, as the end of a sentence.
+    """
+    text = "Profile: a file written by `adapmoe calibrate`, or the name of one that comes with the plugin"
+    return typer.Option(help=f"{text}{purpose}.", callback=_profile, autocompletion=shipped_profiles)
+
+
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write the result to.")]
 Plot = Annotated[Path | None, typer.Option(help="PNG file for the plot.")]
-Profile = Annotated[Path, typer.Option(help="Profile written by `adapmoe calibrate`.", exists=True)]
+Profile = Annotated[Path, profile_option()]
 HeldOut = Annotated[Path, typer.Option(help="Held-out text: a file, or a folder of *.txt.", exists=True)]
 Rounds = Annotated[int, typer.Option(min=1, help="Measurements per configuration, interleaved.")]
 Batch = Annotated[int, typer.Option(min=1, help="Requests per batch.")]

@@ -1,12 +1,13 @@
 """Implements `adapmoe plan`."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vllm_adapmoe.cli.options import Model, Plot, numbers
+from vllm_adapmoe.cli.options import Model, Plot, Revision, numbers, profile_option, quieten_vllm
 from vllm_adapmoe.cli.report import report
 from vllm_adapmoe.config import AdapMoEError
 
@@ -15,9 +16,8 @@ StoreDir = Annotated[Path | None, typer.Option(help="Folder for packed files; de
 
 def plan(
     model: Model,
-    profile: Annotated[
-        Path | None, typer.Option(help="Profile written by `adapmoe calibrate`, or one of configs/.")
-    ] = None,
+    revision: Revision = None,
+    profile: Annotated[Path | None, profile_option()] = None,
     memory: Annotated[
         str | None,
         typer.Option(
@@ -80,13 +80,22 @@ def plan(
     if output is not None and memory is None:
         raise AdapMoEError("--output needs to know the budget; add --memory, e.g. --memory 24GiB")
     question = Question(
-        model, profile, trace, memory, reserve, dtype, bits, link, compute, max_loss_increase, allocation, store_dir,
-        max_model_len,
+        _config_folder(model, revision), profile, trace, memory, reserve, dtype, bits, link, compute, max_loss_increase,
+        allocation, store_dir, max_model_len,
     )  # fmt: skip
-    answer = run_plan(question, _checkpoint_hash)
+    answer = run_plan(question, _checkpoint_hash) | {"model": model}
     if output is not None:
         output.write_text(json.dumps(config_of(answer), indent=1) + "\n")
     report(answer, print_plan, result, plot_plan, plot)
+
+
+def _config_folder(model: str, revision: str | None) -> Path:
+    if os.path.isdir(model):
+        return Path(model)
+    quieten_vllm()
+    from vllm_adapmoe.integration.loading.model_files import config_folder  # imports vLLM, which takes seconds
+
+    return config_folder(model, revision)
 
 
 def _checkpoint_hash(model: Path) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from vllm.config import ModelConfig
 
 from vllm_adapmoe.integration.settings import ProfiledModel
+from vllm_adapmoe.model_folder import model_name
 from vllm_adapmoe.profile.model_profile import ModelInfo
 
 MENTIONS = ("expert", "moe")
@@ -13,7 +14,7 @@ MENTIONS = ("expert", "moe")
 def model_info(model: ModelConfig) -> ModelInfo:
     """Returns the model's `ModelInfo`, as in a profile, but without hash and number of MoE layers: it is not built."""
     return ModelInfo(
-        name=Path(model.model).name,
+        name=model_name(Path(model.model)),
         architecture=model.architectures[0],
         hidden_size=model.get_hidden_size(),
         num_layers=0,

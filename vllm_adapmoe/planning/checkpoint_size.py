@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.model_folder import model_name
 from vllm_adapmoe.planning.memory_plan import ModelSize, StepSize
+from vllm_adapmoe.printable import reason
 from vllm_adapmoe.profile.model_profile import ModelInfo
 from vllm_adapmoe.store.record import align
 
@@ -57,7 +59,7 @@ def measure_checkpoint(
     output = model.get_output_embeddings()
     read = other if output is None or output.weight is embedding else other - embedding.numel()
     info = ModelInfo(
-        name=folder.resolve().name,
+        name=model_name(folder.resolve()),
         architecture=(config.architectures or [type(model).__name__])[0],
         hidden_size=text.hidden_size,
         num_layers=len(layers),
@@ -131,8 +133,7 @@ def _build(folder: Path) -> tuple[Any, Any]:
         with torch.device("meta"):
             return kind.from_config(config), config
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise AdapMoEError(f"{folder} cannot be sized ({reason}); name the folder of a checkpoint") from None
+        raise AdapMoEError(f"{folder} cannot be sized ({reason(error)}); name the folder of a checkpoint") from None
 
 
 def _dtype(config: Any) -> torch.dtype:

@@ -18,9 +18,11 @@ from vllm_adapmoe.integration.entry.model_check import feature_checks, weight_bi
 from vllm_adapmoe.integration.entry.switch import WORKERS
 from vllm_adapmoe.integration.entry.version_check import SUPPORTED, is_supported, remedy
 from vllm_adapmoe.integration.left_out import REMEDY, left_out
-from vllm_adapmoe.integration.loading.identity import config_folder, load_identity, source_files
+from vllm_adapmoe.integration.loading.identity import load_identity, source_files
+from vllm_adapmoe.integration.loading.model_files import config_folder
 from vllm_adapmoe.integration.loading.pack_store import open_valid, pack_folder, pack_names
 from vllm_adapmoe.planning.checkpoint_size import measure_checkpoint
+from vllm_adapmoe.printable import reason
 from vllm_adapmoe.store.base import StoreError
 from vllm_adapmoe.store.file import PackMissing
 from vllm_adapmoe.store.folder import others_who_may_write
@@ -88,7 +90,7 @@ def check_installation() -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def check_model(model: str, store_dir: Path | None) -> Iterator[Finding]:
+def check_model(model: str, revision: str | None, store_dir: Path | None) -> Iterator[Finding]:
     """Runs the checks of a server start on a model and reports its sizes; yields nothing if the plugin is left out."""
     if left_out() is not None:
         return
@@ -96,13 +98,12 @@ def check_model(model: str, store_dir: Path | None) -> Iterator[Finding]:
     section = f"Model {model}"
     try:
         method: dict[str, Any] = {"moe_method": METHOD, "adapmoe_config": settings}
-        config = EngineArgs(model=model, skip_tokenizer_init=True, **method).create_engine_config()
+        config = EngineArgs(model=model, revision=revision, skip_tokenizer_init=True, **method).create_engine_config()
     except AdapMoEError as error:
         yield Finding(section, "problem", str(error), fails=f"serving {model}: {error}")
         return
     except Exception as error:  # vLLM and transformers raise errors of any type for a model they do not know
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        text = " ".join(lines[:2])[:300]
+        text = reason(error, lines=2)[:300]
         yield Finding(section, "problem", f"vLLM does not take it: {text}", "try vllm serve without --moe-method")
         return
     yield from _sizes(section, config)
@@ -115,7 +116,7 @@ def check_model(model: str, store_dir: Path | None) -> Iterator[Finding]:
 def _sizes(section: str, config: Any) -> Iterator[Finding]:
     model = config.model_config
     try:
-        _, size = measure_checkpoint(config_folder(model), model.dtype, weight_bits(model))
+        _, size = measure_checkpoint(config_folder(model.model, model.revision), model.dtype, weight_bits(model))
     except AdapMoEError as error:
         yield Finding(section, "ok", f"{model.architectures[0]}: how many experts it has shows when it loads ({error})")
         return

@@ -17,6 +17,7 @@ from vllm_adapmoe.integration.settings import EngineSettings, HeadsFile, Profile
 from vllm_adapmoe.prefetch.heads import NextTokenHeads, heads_path
 from vllm_adapmoe.profile.expected_loads import curves_of_profile
 from vllm_adapmoe.profile.model_profile import ModelProfile
+from vllm_adapmoe.profile.shipped import find_profile
 from vllm_adapmoe.profile.thresholds import describe, plan_gating
 
 logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
@@ -38,6 +39,8 @@ def switch_on(engine_args: Any, vllm_config: VllmConfig) -> None:
         AdapMoEError: settings are contradictory or unknown, or the model or a feature cannot work with them.
     """
     config = _requested(engine_args, vllm_config)
+    if config.profile is not None:
+        config = config.model_copy(update={"profile": str(find_profile(config.profile))})
     if engine_args.worker_cls != "auto":
         raise AdapMoEError(
             f"worker_cls={engine_args.worker_cls!r} leaves no place for moe_method={METHOD!r}; remove one"

@@ -18,6 +18,7 @@ from vllm.transformers_utils.repo_utils import try_get_local_file
 from vllm.transformers_utils.runai_utils import is_runai_obj_uri
 
 from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.printable import reason
 from vllm_adapmoe.store.base import StoreError
 from vllm_adapmoe.store.file_hash import HashCache
 from vllm_adapmoe.store.source_files import SourceFiles
@@ -110,9 +111,9 @@ def _weight_files(
         else:
             folder, files, *_ = DefaultModelLoader(load)._prepare_weights(name, None, model.revision, True, None)
     except Exception as error:  # from vLLM, huggingface_hub, ModelScope or the network
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise AdapMoEError(
-            f"model={model.model!r}: vLLM finds no weights of it ({reason}); download it first, or name its folder"
+            f"model={model.model!r}: vLLM finds no weights of it ({reason(error)}); download it first, or name its "
+            "folder"
         ) from None
     # Links are not resolved: a hub's snapshots and a user's `latest` keep their names.
     return Path(os.path.abspath(folder)), sorted(Path(os.path.abspath(file)) for file in files)
@@ -126,18 +127,6 @@ def _settings_file(name: str, model: Model, folder: Path) -> Path | None:
             return place / name
     found = try_get_local_file(described, name, revision=model.revision or "main")
     return found if isinstance(found, Path) and found.is_file() else None
-
-
-def config_folder(model: Model) -> Path:
-    """Returns the folder on this machine that holds a model's `config.json`.
-
-    Raises:
-        AdapMoEError: there is no such file.
-    """
-    path = _settings_file("config.json", model, Path(model.model))
-    if path is None:
-        raise AdapMoEError(f"model={model.model!r} has no config.json on this machine; download it first")
-    return path.parent
 
 
 def model_hash(model: Model, load: LoadConfig) -> str:

@@ -6,10 +6,11 @@ from typing import Any
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.executor import Executor
 
-from vllm_adapmoe.config import AdapMoEConfig
+from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.integration.left_out import check_not_left_out
 from vllm_adapmoe.integration.loading.identity import source_files
 from vllm_adapmoe.integration.loading.pack_store import pack_folder
+from vllm_adapmoe.printable import OneLineError, reason
 
 
 def pack_experts(model: str, store_dir: str | None, **engine_args: Any) -> Path:
@@ -19,7 +20,12 @@ def pack_experts(model: str, store_dir: str | None, **engine_args: Any) -> Path:
         AdapMoEError: for the same reasons as when serving.
     """
     check_not_left_out()
-    described = EngineArgs(model=model, **engine_args).create_model_config()
+    try:
+        described = EngineArgs(model=model, **engine_args).create_model_config()
+    except OneLineError:
+        raise
+    except Exception as error:  # vLLM, transformers and hubs raise errors of any type
+        raise AdapMoEError(f"model={model!r}: vLLM does not take it: {reason(error, lines=2)}") from None
     experts, top_k = described.get_num_experts(), described.get_num_experts_per_tok() or 1
     # The fewest slots that one token needs: any cache with fewer slots than experts has a store.
     fraction = top_k / experts if top_k < experts else 0.5
