@@ -22,6 +22,8 @@ from vllm_adapmoe.cli.options import (
 from vllm_adapmoe.results import write
 from vllm_adapmoe.units import parse_bytes
 
+CONTENDERS = "llama.cpp,transformers,vllm,adapmoe-lru,adapmoe"
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -143,8 +145,11 @@ def peers(
     ] = None,
     timeout: Annotated[float, typer.Option(min=1, help="Time limit per contender and run, s.")] = 900,
     contenders: Annotated[
-        str, typer.Option(help="Contenders, comma-separated; adapmoe always takes part.")
-    ] = "llama.cpp,transformers,vllm,adapmoe-lru,adapmoe",
+        str,
+        typer.Option(
+            help="Contenders, comma-separated; adapmoe always takes part.", show_default=CONTENDERS.replace(",", ", ")
+        ),
+    ] = CONTENDERS,
     enforce_eager: Annotated[
         bool, typer.Option("--enforce-eager", help="Run vLLM without CUDA graphs, as in `vllm serve`.")
     ] = False,
@@ -158,7 +163,7 @@ def peers(
     from benchmarks.peers_table import print_peers
 
     nbytes = None if memory is None else parse_bytes("--memory", memory)
-    names = contenders.split(",")
+    names = [name.strip() for name in contenders.split(",")]
     result = run_peers(
         model, text, rounds, prompt_tokens, output_tokens, nbytes, slots, files, timeout, names, enforce_eager, profile
     )

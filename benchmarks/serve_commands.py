@@ -59,7 +59,9 @@ def serve(
     output_tokens: OutputTokens = 32,
     text: Texts = None,
     serve_args: ServeArgs = "",
-    bound: Annotated[bool, typer.Option(help="Record routing in extra runs for a lower bound on bytes.")] = True,
+    no_bound: Annotated[
+        bool, typer.Option("--no-bound", help="Skip the runs that record routing for a lower bound on bytes.")
+    ] = False,
     plot: Annotated[Path | None, typer.Option(help="PNG file for the plot.")] = None,
 ) -> None:  # fmt: skip
     """Compares servers under `vllm bench serve`: the plugin, without its scheduler, on demand with LRU, stock vLLM."""
@@ -80,7 +82,7 @@ def serve(
     gates = None if gating == "off" else {"mode": gating, "max_loss_increase": max_loss_increase}
     result = run_serve(
         model, cache_settings(slots, store, link_gbps, profile), gates,
-        None if contenders is None else contenders.split(","), wanted, shlex.split(serve_args), bound,
+        None if contenders is None else contenders.split(","), wanted, shlex.split(serve_args), not no_bound,
     )  # fmt: skip
     print_serve(result, Console())
     if output is not None:

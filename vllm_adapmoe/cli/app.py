@@ -23,6 +23,8 @@ from vllm_adapmoe.model_folder import check_named_model
 from vllm_adapmoe.printable import OneLineError
 from vllm_adapmoe.results import write
 
+POLICIES = "lru,lru/uniform,lfru,mrs,next_use,lru+prefetch,next_use+prefetch"
+
 app = typer.Typer(no_args_is_help=True, help="Expert offloading for vLLM.")
 app.command()(plan)
 app.command()(top)
@@ -115,8 +117,11 @@ def simulate(
     ] = "0.25,0.5,0.75",
     policies: Annotated[
         str,
-        typer.Option(help="Cache policies to compare, comma-separated: EVICTION, optional /ALLOCATION and +prefetch."),
-    ] = "lru,lru/uniform,lfru,mrs,next_use,lru+prefetch,next_use+prefetch",
+        typer.Option(
+            help="Cache policies to compare, comma-separated: EVICTION, optional /ALLOCATION and +prefetch.",
+            show_default=POLICIES.replace(",", ", "),
+        ),
+    ] = POLICIES,
     bandwidth: Annotated[
         float | None, typer.Option(help="Link bandwidth, 1e9 bytes/s; without it, loads are counted but not timed.")
     ] = None,
@@ -138,9 +143,8 @@ def simulate(
     machine = Machine()
     if bandwidth is not None:
         machine = Machine(bandwidth * 1e9, compute / 1e3, step / 1e3)
-    result = run_simulate(
-        trace, numbers("--slots", slots), policies.split(","), machine, lookahead, max_experts, profile
-    )
+    names = [name.strip() for name in policies.split(",")]
+    result = run_simulate(trace, numbers("--slots", slots), names, machine, lookahead, max_experts, profile)
     print_simulate(result, Console())
     if output is not None:
         write(output, result)
