@@ -49,6 +49,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.engine
 def test_all_of_it(tmp_path):
     """Correctness is met, everything but vLLM is run, and table and JSON can be read."""
     rows = [row for part in check.run_check(CPU, (TINY,), torch.float16, 7, (1, 4), 1, 2) for row in part]
@@ -405,6 +406,7 @@ def test_what_is_promised_of_engines():
         assert [row.verdict for row in tokens._agreement([(one, stock), (two, wrong)])] == [MISSED]
 
 
+@pytest.mark.engine
 def test_an_engine_that_ends_says_why(tmp_path):
     """Here: an argument is missing."""
     process = EngineProcess(SPEED, [str(tmp_path), "stock", "1.0", "1"], time.monotonic() + 60)

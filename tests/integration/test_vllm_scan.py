@@ -103,6 +103,7 @@ def test_the_scan_finds_a_planted(fault):
     assert any(told in what for what in found), found
 
 
+@pytest.mark.engine
 def test_the_scan_as_a_command(tmp_path):
     folder = other_vllm(tmp_path, "0.33.0")
     run = subprocess.run(
