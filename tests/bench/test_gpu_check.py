@@ -181,13 +181,13 @@ from pathlib import Path
 from benchmarks.gpu_check.report import Result
 result = Result(Path(sys.argv[1]), "title", {}, 1)
 with result.ended_after(0.5):
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
 def test_a_device_path_that_hangs(tmp_path):
     path = tmp_path / "result.json"
-    done = subprocess.run([sys.executable, "-c", HANGS, str(path)], capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", HANGS, str(path)], capture_output=True, text=True)
     assert done.returncode == 1 and "still running after" in done.stdout and "most recent call first" in done.stderr
     assert json.loads(path.read_text())["rows"][0]["verdict"] == NOT_RUN
 
