@@ -78,6 +78,7 @@ def test_all_of_it(tmp_path):
     assert "commit" in said["environment"] and said["seed"] == 7
 
 
+@pytest.mark.engine
 def test_few_layers_fit_and_experts_share_records():
     nbytes = TINY.layout(torch.float16).nbytes
     rows = list(check_decode(TINY, CPU, torch.float16, 1, Limits(5 * nbytes, 12 * nbytes), 0, 1))
@@ -163,6 +164,7 @@ def test_a_slot_is_refilled_too_early(monkeypatch):
     assert row.verdict == MISSED and row.figure.startswith("3 of 4")
 
 
+@pytest.mark.engine
 def test_a_part_that_fails_leaves_the_others(monkeypatch):
     def fail(*args):
         raise RuntimeError("no such slot\nand more")
