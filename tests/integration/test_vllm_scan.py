@@ -13,6 +13,8 @@ from tests.vllm_scan.tree import Tree
 from vllm_adapmoe.integration.entry.compat import REBOUND
 from vllm_adapmoe.integration.layers import slot_kernels
 
+pytestmark = pytest.mark.engine  # not that it starts one: each fault takes two seconds
+
 
 class Planted(Tree):
     """The installed vLLM with text of some files replaced."""
@@ -103,7 +105,6 @@ def test_the_scan_finds_a_planted(fault):
     assert any(told in what for what in found), found
 
 
-@pytest.mark.engine
 def test_the_scan_as_a_command(tmp_path):
     folder = other_vllm(tmp_path, "0.33.0")
     run = subprocess.run(
