@@ -12,8 +12,9 @@ TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install --no-deps
 SOURCES := vllm_adapmoe benchmarks tests examples
-# Two files at a time: an engine's start, most of what a test with one takes, keeps one core busy.
-PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile
+# Two files at a time: an engine's start, most of what a test with one takes, keeps one core busy. Files come in the order
+# of tests/conftest.py.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20
 # For `gpu-check` alone: a Python that has torch with CUDA and Triton.
 GPU_PYTHON ?= python3
 

@@ -26,6 +26,8 @@ from vllm_adapmoe.cli.options import (
 from vllm_adapmoe.cli.report import report
 from vllm_adapmoe.units import parse_bytes
 
+CONTENDERS = "llama.cpp,transformers,vllm,adapmoe-lru,adapmoe"
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -169,11 +171,9 @@ def peers(
     contenders: Annotated[
         str,
         typer.Option(
-            help="Contenders, comma-separated: llama.cpp, transformers, vllm, adapmoe-lru; adapmoe always takes part. "
-            "Default: all.",
-            show_default=False,
+            help="Contenders, comma-separated; adapmoe always takes part.", show_default=CONTENDERS.replace(",", ", ")
         ),
-    ] = "llama.cpp,transformers,vllm,adapmoe-lru,adapmoe",
+    ] = CONTENDERS,
     enforce_eager: Annotated[
         bool, typer.Option("--enforce-eager", help="Run vLLM without CUDA graphs, as in `vllm serve`.")
     ] = False,
@@ -188,7 +188,7 @@ def peers(
         model=checkpoint_folder(model),
         text=text, rounds=rounds, prompt_tokens=prompt_tokens, output_tokens=output_tokens,
         memory=None if memory is None else parse_bytes("--memory", memory), slots=slots, files=files, timeout=timeout,
-        contenders=contenders.split(","), enforce_eager=enforce_eager, profile=profile,
+        contenders=[name.strip() for name in contenders.split(",")], enforce_eager=enforce_eager, profile=profile,
     )  # fmt: skip
     report(run_peers(spec), print_peers, output)
 

@@ -68,7 +68,7 @@ def serve(
     text: Texts = None,
     serve_args: ServeArgs = "",
     no_bound: Annotated[
-        bool, typer.Option("--no-bound", help="Skip the extra runs that record routing for a lower bound on bytes.")
+        bool, typer.Option("--no-bound", help="Skip the runs that record routing for a lower bound on bytes.")
     ] = False,
     plot: Plot = None,
 ) -> None:  # fmt: skip

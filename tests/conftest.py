@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests. Tests marked `engine` start vLLM; `pytest -m "not engine"` takes seconds."""
+"""Fixtures shared by all tests, and the order of their files."""
 
 import os
 import sys
@@ -26,6 +26,22 @@ if torch.cpu._is_amx_tile_supported():  # or stock vLLM may die of its first req
 os.environ["TRITON_INTERPRET"] = "1"
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples")]
 TINY_MIXTRAL = ROOT / "examples" / "tiny_mixtral" / "model"
+MINUTES = (
+    "ray_serve", "gated_engine", "ranks", "memory", "quantised", "exactness", "switches", "soak", "architectures",
+    "device_path", "commands", "compile_cache", "read_errors", "backends",
+)  # fmt: skip
+"""Files of `tests/integration` that take minutes."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first, and those without an engine last: the workers end together."""
+    places = {f"test_{name}.py": place for place, name in enumerate(MINUTES)}
+    engines = {item.path for item in items if item.get_closest_marker("engine")}
+
+    def place(item: pytest.Item) -> int:
+        return places.get(item.path.name, len(places) + (item.path not in engines))
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session", autouse=True)

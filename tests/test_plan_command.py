@@ -61,6 +61,7 @@ def test_sizes_of_a_configuration(mixtral):
     assert measure_checkpoint(mixtral, None, 4.5)[1].expert_bytes == 3 * 4096 * 14336 * 4.5 / 8
 
 
+@pytest.mark.engine
 def test_sizes_of_real_weights(tiny_model, tmp_path):
     # In a process of its own, as a user runs it: vLLM's Transformers backend, in this process for another test,
     # decorates transformers' own classes, and they cannot be built without an engine any more.

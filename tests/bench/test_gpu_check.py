@@ -49,6 +49,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.engine
 def test_all_of_it(tmp_path):
     """Correctness is met, everything but vLLM is run, and table and JSON can be read."""
     spec = check.CheckSpec(shapes=(TINY,), dtype=torch.float16, seed=7, batches=(1, 4), warm=1, tokens=2)
@@ -78,6 +79,7 @@ def test_all_of_it(tmp_path):
     assert "commit" in said["environment"] and said["seed"] == 7
 
 
+@pytest.mark.engine
 def test_few_layers_fit_and_experts_share_records():
     nbytes = TINY.layout(torch.float16).nbytes
     limits = Limits(5 * nbytes, 12 * nbytes, warm=0, tokens=1)
@@ -165,6 +167,7 @@ def test_a_slot_is_refilled_too_early(monkeypatch):
     assert row.verdict == MISSED and row.figure.startswith("3 of 4")
 
 
+@pytest.mark.engine
 def test_a_part_that_fails_leaves_the_others(monkeypatch):
     def fail(*args):
         raise RuntimeError("no such slot\nand more")
@@ -184,13 +187,13 @@ from pathlib import Path
 from benchmarks.gpu_check.report import Result
 result = Result(Path(sys.argv[1]), "title", {}, 1)
 with result.ended_after(0.5):
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
 def test_a_device_path_that_hangs(tmp_path):
     path = tmp_path / "result.json"
-    done = subprocess.run([sys.executable, "-c", HANGS, str(path)], capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", HANGS, str(path)], capture_output=True, text=True)
     assert done.returncode == 1 and "still running after" in done.stdout and "most recent call first" in done.stderr
     assert json.loads(path.read_text())["rows"][0]["verdict"] == NOT_RUN
 
@@ -410,6 +413,7 @@ def test_what_is_promised_of_engines():
         assert [row.verdict for row in tokens._agreement([(one, stock), (two, wrong)])] == [MISSED]
 
 
+@pytest.mark.engine
 def test_an_engine_that_ends_says_why(tmp_path):
     """Here: an argument is missing."""
     process = EngineProcess(SPEED, [str(tmp_path), "stock", "1.0", "1"], time.monotonic() + 60)

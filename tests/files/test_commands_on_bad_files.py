@@ -1,4 +1,4 @@
-"""Commands that are given a bad file say so in one line, and their help is shown."""
+"""Commands that are given a bad file say so in one line."""
 
 import json
 import os
@@ -10,10 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import typer
 from conftest import ROOT, TINY_MIXTRAL
 from readers import trace_file
-from typer.testing import CliRunner
 
 from benchmarks import commands as benchmarks
 from vllm_adapmoe.cli import app as cli
@@ -96,31 +94,6 @@ def test_a_pipe_among_a_models_files(run, tmp_path):
     os.mkfifo(tmp_path / "tokenizer\n.json")
     code, said = run("calibrate", tmp_path, "--data", TEXT, "-o", tmp_path / "out")
     assert code == 1 and said.count("\n") == 1 and r"'tokenizer\n.json' in it is not a regular file" in said
-
-
-def commands(group: typer.core.TyperGroup, names: tuple[str, ...] = ()):
-    yield names
-    for name, command in group.commands.items():
-        if hasattr(command, "commands"):
-            yield from commands(command, (*names, name))
-        else:
-            yield (*names, name)
-
-
-@pytest.mark.parametrize(
-    ("program", "names"),
-    [(app, names) for app in (cli.app, benchmarks.app) for names in commands(typer.main.get_command(app))],
-    ids=lambda one: " ".join(one) if isinstance(one, tuple) else "",
-)
-def test_every_command_has_help(program, names):
-    run = CliRunner(env={"COLUMNS": "200"}).invoke(program, [*names, "--help"])
-    assert run.exit_code == 0 and run.exception is None, run.exception
-    command = typer.main.get_command(program)
-    for name in names:
-        command = command.commands[name]
-    shown = "".join(run.output.split()).replace("│", "")
-    for parameter in command.params:
-        assert "".join((parameter.help or "").split()) in shown, f"what {parameter.name} is, is shown as something else"
 
 
 def serve(answer: Callable[[socket.socket], None]) -> str:

@@ -95,9 +95,9 @@ def read(kind: str, content: bytes) -> str:
     with TemporaryDirectory() as folder:
         path = READERS[kind].at(Path(folder))
         path.write_bytes(content)
-        before = time.monotonic()
+        before = time.process_time()  # not of the clock: other work on the machine is no fault of a reader
         message = try_reading(kind, path)
-        assert time.monotonic() - before < SECONDS
+        assert time.process_time() - before < SECONDS
         return message
 
 

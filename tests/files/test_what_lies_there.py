@@ -3,7 +3,6 @@
 import json
 import os
 import socket
-import time
 import tracemalloc
 import zlib
 from contextlib import contextmanager
@@ -76,16 +75,15 @@ def sparse(path: Path) -> str:
     return ""
 
 
+@pytest.mark.timeout(120)  # none is waited for, or read to its end
 @pytest.mark.parametrize("place", [pipe, folder, bound_socket, device, loop, nowhere, sparse])
 def test_something_else_in_its_place(kind, place, tmp_path):
     path = READERS[kind].at(tmp_path)
     said = place(path)
-    before = time.monotonic()
     message = try_reading(kind, path)
     assert message or (place is nowhere and not READERS[kind].absent)
     assert not message or said in message or (place is nowhere and READERS[kind].absent in message)
     assert not message or str(path.parent) in message
-    assert time.monotonic() - before < 10
 
 
 @contextmanager

@@ -25,17 +25,23 @@ def pools(worker):
     return [(pool.num_slots, max(tensor.nbytes for tensor in pool.tensors.values())) for pool in found]
 
 
+ARGS = ENGINE_ARGS | {"enforce_eager": True}
+ASKED, PARAMS = prompts(4, 2048, seed=3), greedy(logprobs=1)
+
+
+@pytest.fixture(scope="module")
+def stock():
+    with Engine(TINY_MIXTRAL, None, **ARGS) as engine:
+        return answers(engine, ASKED, PARAMS)
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize("store", ["host", "file"])
-def test_pools_stay_below_what_the_kernel_reads(monkeypatch, store):
-    args = ENGINE_ARGS | {"enforce_eager": True}
-    asked, params = prompts(4, 2048, seed=3), greedy(logprobs=1)
-    with Engine(TINY_MIXTRAL, None, **args) as stock:
-        expected = answers(stock, asked, params)
+def test_pools_stay_below_what_the_kernel_reads(stock, monkeypatch, store):
     monkeypatch.setattr(loading, "kernel_of", lambda layer: type("MarlinExperts", (), {})())
     monkeypatch.setitem(loading.TENSOR_BYTES, "MarlinExperts", LIMIT)
-    with Engine(TINY_MIXTRAL, VLLM_STEPS | {"cache_experts": EXPERTS // 2, "store": store}, **args) as engine:
-        assert answers(engine, asked, params) == expected
+    with Engine(TINY_MIXTRAL, VLLM_STEPS | {"cache_experts": EXPERTS // 2, "store": store}, **ARGS) as engine:
+        assert answers(engine, ASKED, PARAMS) == stock
         found = engine.llm.collective_rpc(pools)[0]
     assert len(found) == 3 and sum(slots for slots, _ in found) == EXPERTS // 2
     assert all(nbytes < LIMIT for _, nbytes in found)

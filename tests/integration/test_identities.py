@@ -14,6 +14,8 @@ from conftest import ROOT, TINY_MIXTRAL
 
 from tests.integration.small_hub import COMMIT, SmallHub
 
+pytestmark = pytest.mark.engine
+
 OLD = "0" * 40
 RUN_OFFLINE = Path(__file__).with_name("run_offline.py")
 MODELSCOPE = """
@@ -154,7 +156,6 @@ def hub() -> Iterator[SmallHub]:
     hub.close()
 
 
-@pytest.mark.engine
 def test_a_model_by_its_name_is_the_one_in_the_folder(tmp_path, hub):
     """A cache holds nothing but its configuration so far: a profile is held to weights that are yet to be downloaded.
 

@@ -160,6 +160,7 @@ def test_a_budget_below_one_token_is_refused(model):
         Engine(folder, budget, **(EAGER | args)).close()
 
 
+@pytest.mark.engine
 def test_zentorch_is_refused_while_it_remembers_weights(tiny_model, monkeypatch):
     monkeypatch.setattr(type(current_platform), "is_zen_cpu", lambda self: True)
     args = EngineArgs(model=str(tiny_model("mixtral")), moe_method="adapmoe", adapmoe_config={"cache_fraction": 0.5})

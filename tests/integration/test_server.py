@@ -102,13 +102,13 @@ def test_the_demo_cleans_up_when_interrupted(tmp_path):
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env=os.environ | {"TMPDIR": str(tmp_path)}, start_new_session=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 600
     while not list(tmp_path.glob("*/stock-vllm.log")):
         assert demo.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
     time.sleep(5)
     os.kill(demo.pid, signal.SIGINT)
-    assert demo.wait(timeout=90) == 130
+    assert demo.wait(timeout=300) == 130
     assert list(tmp_path.glob("adapmoe-demo-*")) == []
     left = [path for path in Path("/proc").glob("[0-9]*/environ") if str(tmp_path).encode() in _read(path)]
     assert left == []

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY_MIXTRAL
 
-pytestmark = pytest.mark.versions
+pytestmark = [pytest.mark.engine, pytest.mark.versions]
 
 TINY_QWEN = ROOT / "examples" / "tiny_qwen3moe" / "model"
 BIN = Path(sys.executable).parent

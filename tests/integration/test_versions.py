@@ -115,6 +115,7 @@ def start(folder: Path) -> subprocess.CompletedProcess[str]:
     return python(START.replace("FOLDER", repr(str(folder))), VLLM_LOGGING_LEVEL="WARNING")
 
 
+@pytest.mark.engine
 def test_a_name_that_is_missing_is_told_in_one_line(tmp_path):
     folder = other_vllm(tmp_path, "0.29.1", RENAMED)
     run = start(folder)
@@ -125,6 +126,7 @@ def test_a_name_that_is_missing_is_told_in_one_line(tmp_path):
     )
 
 
+@pytest.mark.engine
 def test_a_newer_one_that_has_everything_is_warned_of(tmp_path):
     run = start(other_vllm(tmp_path, "0.34.0"))
     assert "with the method: vllm_adapmoe.integration.worker.worker.AdapMoE" in run.stdout, run.stderr[-2000:]
@@ -132,6 +134,7 @@ def test_a_newer_one_that_has_everything_is_warned_of(tmp_path):
     assert "vLLM 0.34.0" in warning and "0.30 to 0.33" in warning
 
 
+@pytest.mark.engine
 def test_the_command_explains_a_failed_import(tmp_path):
     """A command imports what a supported vLLM has; of another it says so instead of a traceback."""
     folder = other_vllm(tmp_path, "0.29.1", RENAMED)
@@ -174,6 +177,7 @@ def test_the_stat_logger_of_an_engine_without_the_method_needs_nothing():
 # Layers that do more than run experts
 
 
+@pytest.mark.engine
 def test_a_model_that_runs_its_experts_in_a_way_of_its_own_is_refused():
     """As 0.33's `SubstitutedRoutedExperts`, whose `forward_modular` maps ids and adds constants."""
     code = """

@@ -13,6 +13,8 @@ from tests.vllm_scan.tree import Tree
 from vllm_adapmoe.integration.compat import REBOUND
 from vllm_adapmoe.integration.layers import slot_kernels
 
+pytestmark = pytest.mark.engine  # not that it starts one: each fault takes two seconds
+
 
 class Planted(Tree):
     """The installed vLLM with text of some files replaced."""

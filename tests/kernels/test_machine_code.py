@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.engine
+
 CAPABILITIES = (80, 86, 89, 90, 120)
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
 """Of a block, at most: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"."""

@@ -22,6 +22,7 @@ def test_document_has_the_result(result):
     assert rest.partition(END)[0].strip() == markdown(result), "run python -m tests.models.table"
 
 
+@pytest.mark.engine
 def test_every_architecture_with_experts_is_in_the_result(result):
     if result["environment"]["versions"]["vllm"] != version("vllm"):
         pytest.skip("another vLLM's registry")

@@ -28,6 +28,8 @@ from vllm_adapmoe.cli.top import top
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.printable import OneLineError
 
+POLICIES = "lru,lru/uniform,lfru,mrs,next_use,lru+prefetch,next_use+prefetch"
+
 app = typer.Typer(no_args_is_help=True, help="Expert offloading for vLLM.")
 app.command()(plan)
 app.command()(top)
@@ -123,8 +125,11 @@ def simulate(
     ] = "0.25,0.5,0.75",
     policies: Annotated[
         str,
-        typer.Option(help="Cache policies to compare, comma-separated: EVICTION, optional /ALLOCATION and +prefetch."),
-    ] = "lru,lru/uniform,lfru,mrs,next_use,lru+prefetch,next_use+prefetch",
+        typer.Option(
+            help="Cache policies to compare, comma-separated: EVICTION, optional /ALLOCATION and +prefetch.",
+            show_default=POLICIES.replace(",", ", "),
+        ),
+    ] = POLICIES,
     bandwidth: Annotated[
         float | None, typer.Option(help="Link bandwidth, 1e9 bytes/s; without it, loads are counted but not timed.")
     ] = None,
@@ -143,9 +148,8 @@ def simulate(
     machine = Machine()
     if bandwidth is not None:
         machine = Machine(bandwidth * 1e9, compute / 1e3, step / 1e3)
-    result = run_simulate(
-        trace, numbers("--slots", slots), policies.split(","), machine, lookahead, max_experts, profile
-    )
+    names = [name.strip() for name in policies.split(",")]
+    result = run_simulate(trace, numbers("--slots", slots), names, machine, lookahead, max_experts, profile)
     report(result, print_simulate, output, plot_simulate, plot)
 
 
