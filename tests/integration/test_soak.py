@@ -27,8 +27,8 @@ def test_a_short_soak(tmp_path):
         "gating": {"mode": "token", "max_loss_increase": 0.005},
     }
     spec = SoakSpec(
-        model=TINY_MIXTRAL, config=config, seconds=SECONDS, stock_seconds=0, clients=8, replayed=20, timeout=300, seed=0,
-        serve_args=["--enforce-eager"],
+        model=TINY_MIXTRAL, config=config, seconds=SECONDS, stock_seconds=0, clients=8, replayed=20, timeout=300,
+        seed=0, serve_args=["--enforce-eager"],
     )  # fmt: skip
     result = run_soak(spec)
     ours = result["servers"]["ours"]
