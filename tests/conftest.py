@@ -27,7 +27,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples")]
 TINY_MIXTRAL = ROOT / "examples" / "tiny_mixtral" / "model"
 MINUTES = (
-    "ray_serve", "gated_engine", "ranks", "memory", "quantised", "exactness", "switches", "soak", "architectures",
+    "soak", "ray_serve", "gated_engine", "ranks", "memory", "quantised", "exactness", "switches", "architectures",
     "device_path", "commands", "compile_cache", "read_errors", "backends",
 )  # fmt: skip
 """Files of `tests/integration` that take minutes."""
