@@ -194,7 +194,7 @@ def test_published_profiles(name, layers):
     assert "no statistics to predict" in describe(plan, profile)
     with pytest.raises(AdapMoEError, match="needs a calibrated profile, this one is published; set threshold"):
         plan_gating(GatingConfig(mode="token", max_loss_increase=0.01), profile)
-    with pytest.raises(AdapMoEError, match="no distribution of weights"):
+    with pytest.raises(AdapMoEError, match="no distribution of costs"):
         plan_gating(GatingConfig(mode="token", target_experts=1.5), profile)
 
 
