@@ -99,17 +99,17 @@ def run_ablation(spec: AblationSpec) -> dict[str, Any]:
         expert_bytes = engine.call("largest_expert_bytes")
         link = expert_bytes / (spec.ratio * layer_seconds)
 
-        def switch(name: str, **others: Any) -> None:
+        def switch(name: str, **overrides: Any) -> None:
             family, parts = combinations[name]
             plan = plans[family] if "gating" in parts else None
             engine.call("set_gating", None if plan is None else plan.model_dump())
             settings, curves = _settings(family, parts, profile, threshold)
-            engine.call("set_cache", settings | {"link_gbps": link / 1e9} | others, curves)
+            engine.call("set_cache", settings | {"link_gbps": link / 1e9} | overrides, curves)
 
         def warm() -> None:
             measure_batches(engine, groups[-2:], spec.output_tokens, forced=True)
 
-        # By batch, what is dropped depends on the cache: each combination has a trace of its own.
+        # With gating by batch, dropping depends on the cache, so each combination needs a separate trace.
         traces = {}
         for name in tqdm([name for name in combinations if name == _trace_of(name)], desc="Recording", unit="trace"):
             trace = Path(folder) / name.replace(" ", "")
@@ -274,7 +274,7 @@ def print_ablation(result: dict[str, Any], console: Console) -> None:
         f"loads, MiB: demand loads and MiB moved per token; Belady's cache without prefetch: "
         f"{oracle['ungated'] / 2**20:.1f} MiB, gated by token {oracle['gated by token'] / 2**20:.1f}; sim.: tokens/s "
         f"predicted by a replay, of measured; link {result['link_gbps']:.2f} GB/s; gating by token keeps "
-        f"{result['mean_experts']:.2f} experts; looking ahead takes up to {looking:.0%} of the time"
+        f"{result['mean_experts']:.2f} experts; prediction takes up to {looking:.0%} of the time"
     )
     for name, loss in result["measured_loss_increase"].items():
         console.print(f"loss, {name}: {loss['mean']:+.2%} ± {loss['stderr']:.2%} of {result['loss_tokens']} tokens")

@@ -52,7 +52,7 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, "pt")
     except (OSError, SafetensorError) as error:
-        raise AdapMoEError(f"{str(path)!r} cannot be read ({error}); make the checkpoint whole") from None
+        raise AdapMoEError(f"{str(path)!r} cannot be read ({error}); complete the checkpoint") from None
 
 
 class Checkpoint:

@@ -40,7 +40,7 @@ class MemoryGroup:
         path = self.folder / ("memory.max_usage_in_bytes" if self.v1 else "memory.peak")
         return int(path.read_text()) if path.exists() else None
 
-    def held_bytes(self) -> int:
+    def unreclaimable_bytes(self) -> int:
         """Returns memory in use that cannot be reclaimed without swapping: anonymous and shared memory."""
         stat = _numbers(self.folder / "memory.stat")
         return stat["rss"] + stat.get("shmem", 0) if self.v1 else stat["anon"] + stat["shmem"]

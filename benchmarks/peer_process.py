@@ -61,11 +61,11 @@ def run_worker(task: Task, memory: int | None, timeout: float) -> dict[str, Any]
             stdout=output, stderr=errors, preexec_fn=enter, start_new_session=True,
         )  # fmt: skip
         try:
-            failure, held_bytes = _watch(process, group, timeout)
+            failure, unreclaimable = _watch(process, group, timeout)
             kills = 0 if group is None else group.kills()
             used = {
                 "peak_bytes": None if group is None else group.peak_bytes(),
-                "held_bytes": held_bytes,
+                "held_bytes": unreclaimable,
                 "load_average": os.getloadavg()[0],
             }
         finally:
@@ -84,18 +84,18 @@ def run_worker(task: Task, memory: int | None, timeout: float) -> dict[str, Any]
 
 
 def _watch(process: subprocess.Popen, group: MemoryGroup | None, timeout: float) -> tuple[str | None, int]:
-    """Waits for the process to end; returns its failure, if any, and the peak of held memory in bytes."""
-    held_bytes, ends = 0, time.monotonic() + timeout
+    """Waits for the process to end; returns its failure, if any, and the peak of unreclaimable memory in bytes."""
+    peak, ends = 0, time.monotonic() + timeout
     while process.poll() is None:
-        held_bytes = max(held_bytes, _tree_bytes(process.pid) if group is None else group.held_bytes())
+        peak = max(peak, _tree_bytes(process.pid) if group is None else group.unreclaimable_bytes())
         if group is not None and group.kills():  # other processes of the tree may wait for the killed one forever
             with suppress(subprocess.TimeoutExpired):
                 process.wait(2)
-            return OUT_OF_MEMORY, held_bytes
+            return OUT_OF_MEMORY, peak
         if time.monotonic() > ends:
-            return f"not done after {timeout:.0f} s", held_bytes
+            return f"not done after {timeout:.0f} s", peak
         time.sleep(INTERVAL)
-    return None, held_bytes
+    return None, peak
 
 
 def _tree_bytes(pid: int) -> int:
@@ -112,8 +112,8 @@ def _end(process: subprocess.Popen, group: MemoryGroup | None) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    while group is not None and (left := group.pids()):
-        for pid in left:
+    while group is not None and (running := group.pids()):
+        for pid in running:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(INTERVAL)

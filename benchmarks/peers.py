@@ -102,7 +102,7 @@ class PeerRuns:
         return replace(task, enforce_eager=self.spec.enforce_eager)
 
     def run(self, task: Task, what: str) -> dict[str, Any]:
-        """Runs a contender; one that fails is not measured any more."""
+        """Runs a contender; one that fails is not measured again."""
         self.progress.set_description(f"{what} {task.contender}")
         result = run_worker(task, None if task.prepare else self.spec.memory, self.spec.timeout)
         self.progress.update()
@@ -126,14 +126,14 @@ class PeerRuns:
         name = "transformers"
         if name in self.failures or name not in self.names:
             return
-        few = self._shortest()
+        shortest = self._shortest()
         if self.spec.memory is not None:
-            least = self.run(self.task(name, few), "Trying the least of")
+            smallest = self.run(self.task(name, shortest), "Measuring the memory needs of")
             if name in self.failures:
                 return
-            spare = max(0, self.spec.memory - self.spec.memory // MARGIN - least["held_bytes"])
+            spare = max(0, self.spec.memory - self.spec.memory // MARGIN - smallest["held_bytes"])
         self.settings[name]["cache_bytes"] = spare
-        self._settle(name, "cache_bytes", few)
+        self._settle(name, "cache_bytes", shortest)
 
     def _shortest(self) -> list[list[int]]:
         """Returns one sequence of two decoded tokens, enough to see how much memory a contender needs."""
@@ -146,11 +146,11 @@ class PeerRuns:
             config = read_model_config(self.spec.model)
             fewest = max(8, 2 * config.get("num_experts_per_tok", 1))
             self.settings[name]["slots"] = min(fewest, experts - 1)
-            least = self.run(self.task(name, self._shortest()), "Trying the least of")
-            if "failure" in least:
-                self.failures |= dict.fromkeys(OURS, least)
+            smallest = self.run(self.task(name, self._shortest()), "Measuring the memory needs of")
+            if "failure" in smallest:
+                self.failures |= dict.fromkeys(OURS, smallest)
                 return
-            spare = memory - memory // MARGIN - least["held_bytes"]
+            spare = memory - memory // MARGIN - smallest["held_bytes"]
             slots = min(experts - 1, self.settings[name]["slots"] + max(0, spare // expert_bytes))
         self.settings[name]["slots"] = experts // 2 if slots is None else slots
         self.settings[name]["trace"] = str(self.files / "routing.trace")
@@ -184,7 +184,7 @@ def run_peers(spec: PeersSpec) -> dict[str, Any]:
         AdapMoEError: unknown contender, memory cannot be limited here, or the experts cannot be packed.
     """
     if spec.memory is not None and (reason := memory_cgroup.why_not()) is not None:
-        raise AdapMoEError(f"--memory cannot be limited here ({reason}); run as root, or leave --memory out")
+        raise AdapMoEError(f"--memory cannot be limited here ({reason}); run as root, or omit --memory")
     names = spec.names()
     sequences = prompts_of(spec.model, spec.text, spec.rounds, spec.prompt_tokens + spec.output_tokens)
     with ExitStack() as stack:
@@ -285,15 +285,15 @@ def _floor(runs: PeerRuns, moved: list[float], bandwidth: list[float]) -> dict[s
     if not compute or "adapmoe-lru" in runs.failures:
         return {"belady_bytes_per_token": spread(moved), "sequential_bytes_per_second": spread(bandwidth)}
     moving = [nbytes / speed for nbytes, speed in zip(moved, bandwidth, strict=True)]
-    least = [sum(parts) for parts in zip(moving, compute, strict=True)]
+    floors = [sum(parts) for parts in zip(moving, compute, strict=True)]
     return {
         "belady_bytes_per_token": spread(moved),
         "sequential_bytes_per_second": spread(bandwidth),
         "compute_ms_per_token": spread([1e3 * seconds for seconds in compute]),
-        "ms_per_token": spread([1e3 * seconds for seconds in least]),
+        "ms_per_token": spread([1e3 * seconds for seconds in floors]),
         "overlapped_ms_per_token": spread([1e3 * max(parts) for parts in zip(moving, compute, strict=True)]),
         "times_floor": {
-            name: spread([_token_seconds(result) / floor for result, floor in zip(rounds, least, strict=True)])
+            name: spread([_token_seconds(result) / floor for result, floor in zip(rounds, floors, strict=True)])
             for name, rounds in runs.rounds.items()
             if rounds and name not in runs.failures
         },

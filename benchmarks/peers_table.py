@@ -30,7 +30,7 @@ def print_peers(result: dict[str, Any], console: Console) -> None:
     settings = {name: point["settings"] for name, point in result["contenders"].items() if point["settings"]}
     slots = settings.get("adapmoe", {}).get("slots")
     console.print(
-        f"of peer: tokens/s over the best peer's; prefill: seconds; GiB: most memory held, page cache apart; MiB: read "
+        f"of peer: tokens/s over the best peer's; prefill: seconds; GiB: peak memory without page cache; MiB: read "
         f"from disk per token; agrees: same most probable tokens; adapmoe has {slots} slots for {result['experts']} "
         f"experts",
         highlight=False,

@@ -89,7 +89,7 @@ def configurations(
     if unknown:
         raise AdapMoEError(f"--contenders: {unknown.pop()!r} is not known; use {', '.join(CONTENDERS)}")
     if gating is None and "ungated" in names:
-        raise AdapMoEError("--contenders: ungated is ours without --gating; leave it out, or set --gating")
+        raise AdapMoEError("--contenders: ungated equals ours without --gating; omit ungated, or set --gating")
     gated = cache | ({} if gating is None else {"gating": gating})
     every: dict[str, dict[str, Any] | None] = {
         "ours": gated,
@@ -201,11 +201,15 @@ def _pilot(servers: Servers, load: Load) -> float:
 
 def point(rounds: dict[str, list[dict[str, float]]], name: str) -> dict[str, Any]:
     """Returns the figures of a contender at one concurrency, and ratios to the baselines round by round."""
-    mine = rounds[name]
+    own_rounds = rounds[name]
     return {
-        **{key: spread([figures[key] for figures in mine]) for key in (*FIGURES, *COUNTED) if key in mine[0]},
+        **{
+            key: spread([figures[key] for figures in own_rounds])
+            for key in (*FIGURES, *COUNTED)
+            if key in own_rounds[0]
+        },
         "ratios": {
-            base: {key: ratios(mine, rounds[base], key) for key in COMPARED}
+            base: {key: ratios(own_rounds, rounds[base], key) for key in COMPARED}
             for base in BASELINES
             if base in rounds and base != name
         },

@@ -45,7 +45,7 @@ def bound(
     """Computes upper bounds of throughput for the timed rounds from a recorded load.
 
     Args:
-        trace: trace of the recording server's whole life.
+        trace: trace of the recording server from start to end.
         run: result of `record`.
         rounds: figures of the same load without recording.
         link_gbps: link bandwidth, 1e9 bytes per second; None: the bandwidth of the recorded run's fetches.
@@ -62,14 +62,14 @@ def bound(
 
     tokens = run["output_tokens"]
     bandwidth = run["fetched_bytes"] / max(run["fetch_seconds"], 1e-9) if link_gbps is None else link_gbps * 1e9
-    least = least_bytes(info, timed(), int(run["slots"])) / tokens
-    moving = least / bandwidth if least else 0.0
+    min_bytes = least_bytes(info, timed(), int(run["slots"])) / tokens
+    moving = min_bytes / bandwidth if min_bytes else 0.0
     compute = median([(figures["seconds"] - figures["stall_seconds"]) / figures["output_tokens"] for figures in rounds])
     return {
         "steps": sum(1 for _ in timed()),
         "slots": run["slots"],
         "link_bytes_per_second": bandwidth,
-        "least_bytes_per_output_token": least,
+        "least_bytes_per_output_token": min_bytes,
         "moved_bytes_per_output_token": run["fetched_bytes_per_output_token"],
         "compute_ms_per_output_token": 1e3 * compute,
         "bound_tokens_per_second": 1 / moving if moving else None,

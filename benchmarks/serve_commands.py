@@ -83,7 +83,9 @@ def serve(
         raise AdapMoEError(f"--prompt-tokens {prompt_tokens} is not MIN,MAX; give two lengths, the shorter first")
     loads = [int(number) for number in numbers("--concurrency", concurrency)]
     if min(loads) < 1:
-        raise AdapMoEError(f"--concurrency {concurrency}: {min(loads)} requests cannot be under way; give 1 or more")
+        raise AdapMoEError(
+            f"--concurrency {concurrency}: {min(loads)} is not a number of concurrent requests; set 1 or more"
+        )
     if gating != "off" and profile is None:
         raise AdapMoEError(f"--gating {gating} needs a profile; set --profile, see adapmoe calibrate")
     spec = ServeSpec(

@@ -19,7 +19,7 @@ from vllm_adapmoe.model_folder import read_tokenizer
 PACKAGES = ("aiohttp", "pandas")
 """Packages that `vllm bench serve` needs in addition to vLLM's own dependencies."""
 HELD_OUT = Path(__file__).parents[1] / "examples" / "tiny_mixtral" / "heldout"
-LEAST_DOMAINS = 3
+MIN_DOMAINS = 3
 WARM_TOKENS = 8
 FIGURES = {
     "output_tokens_per_second": "output_throughput",
@@ -75,9 +75,9 @@ def domains(model: Path, text: Path | None) -> dict[str, list[int]]:
     """
     folder = HELD_OUT if text is None else text
     paths = sorted(folder.glob("*.txt"))
-    if len(paths) < LEAST_DOMAINS:
+    if len(paths) < MIN_DOMAINS:
         raise AdapMoEError(
-            f"--text {folder} has {len(paths)} *.txt; put at least {LEAST_DOMAINS} there, one per domain"
+            f"--text {folder} has {len(paths)} *.txt; put at least {MIN_DOMAINS} into it, one per domain"
         )
     tokenizer = read_tokenizer(model)
     return {path.stem: tokenizer.encode(text_of(path), add_special_tokens=False).ids for path in paths}
@@ -158,7 +158,7 @@ def parse_result(result: dict[str, Any]) -> dict[str, float]:
     """
     missing = [key for key in (*FIGURES.values(), "latencies", "queue_times") if key not in result]
     if missing:
-        raise AdapMoEError(f"the result of vllm bench serve has no {missing[0]}; this is made for vLLM 0.32")
+        raise AdapMoEError(f"the result of vllm bench serve has no {missing[0]}; this benchmark supports vLLM 0.32")
     waited = result["queue_times"]
     return {name: float(result[key]) for name, key in FIGURES.items()} | {
         "mean_concurrency": sum(result["latencies"]) / result["duration"],

@@ -37,7 +37,7 @@ def print_serve(result: dict[str, Any], console: Console) -> None:
             )
     console.print(table)
     console.print(
-        "N: most requests at once; TTFT, TPOT, ITL: ms, p50 and p99; MiB: fetched per output token; stall: share of "
+        "N: concurrent requests; TTFT, TPOT, ITL: ms, p50 and p99; MiB: fetched per output token; stall: share of "
         "the time that layers wait for experts; order: the same in vLLM's order; LRU: on demand, in vLLM's order",
         highlight=False,
     )
@@ -46,12 +46,12 @@ def print_serve(result: dict[str, Any], console: Console) -> None:
     _print_ratios(result, console)
     for name, bound in result["bounds"].items():
         alone = bound["bound_tokens_per_second"]
-        most = "no limit" if alone is None else f"{alone:.1f} tokens/s"
+        limit = "no limit" if alone is None else f"{alone:.1f} tokens/s"
         console.print(
             f"{name}, {bound['concurrency']} at once: {bound['measured_tokens_per_second']:.1f} tokens/s, "
             f"{bound['moved_bytes_per_output_token'] / MiB:.1f} MiB per token; any eviction moves at least "
             f"{bound['least_bytes_per_output_token'] / MiB:.1f} in its steps, at "
-            f"{bound['link_bytes_per_second'] / 1e9:.2f} GB/s {most}; "
+            f"{bound['link_bytes_per_second'] / 1e9:.2f} GB/s {limit}; "
             f"computing at the same time {bound['bound_with_compute_tokens_per_second']:.1f}, afterwards "
             f"{bound['one_after_the_other_tokens_per_second']:.1f}",
             highlight=False,

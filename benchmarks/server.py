@@ -142,5 +142,5 @@ def end_cleanly() -> None:
 def first_error(log: str) -> str:
     """Returns the first exception in a log: the root cause, to which later ones refer."""
     lines = [line for line in log.splitlines() if " WARNING " not in line and " INFO " not in line]
-    found = re.search(r"\b[\w.]*(?:[Ee]rror|Exception): .*", "\n".join(lines))
-    return found[0].strip()[:300] if found else f"no answer after {START_SECONDS} s, and no error in its log"
+    match = re.search(r"\b[\w.]*(?:[Ee]rror|Exception): .*", "\n".join(lines))
+    return match[0].strip()[:300] if match else f"no answer after {START_SECONDS} s, and no error in the log"

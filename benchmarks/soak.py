@@ -124,7 +124,7 @@ def _soak(server: Server, traffic: Traffic, spec: SoakSpec, seconds: float) -> d
         "bad": [asdict(outcome) for outcome in outcomes if outcome.ended in BAD][:LISTED],
         "longest_seconds": max(outcome.seconds for outcome in outcomes),
         "growth": growth(watch.samples, idle),
-        "samples": [asdict(taken) for taken in watch.samples],
+        "samples": [asdict(reading) for reading in watch.samples],
         "idle_metrics": {name: after[f"vllm:{name}"] for name in IDLE},
         "counters": {
             name: value for name, value in after.items() if name.startswith("vllm:adapmoe_") or name in COUNTERS
@@ -159,8 +159,8 @@ def tally(outcomes: Iterable[Outcome]) -> dict[str, dict[str, int]]:
 def log_errors(lines: Iterable[str]) -> dict[str, int]:
     """Counts the error lines of a server's log, with numbers and addresses masked."""
     marked = (re.search(r"ERROR [\d-]+ [\d:]+ (.*)", line) for line in lines)
-    found = Counter(re.sub(r"0x[0-9a-f]+|[0-9a-f]{8,}|\d+", "#", match[1])[:200] for match in marked if match)
-    return dict(found.most_common(LISTED))
+    messages = Counter(re.sub(r"0x[0-9a-f]+|[0-9a-f]{8,}|\d+", "#", match[1])[:200] for match in marked if match)
+    return dict(messages.most_common(LISTED))
 
 
 def verdict(ours: dict[str, Any], stock: dict[str, Any] | None) -> dict[str, bool | None]:
@@ -235,4 +235,4 @@ def _print_server(server: dict[str, Any], console: Console) -> None:
     for bad in server["bad"]:
         console.print(f"{bad['kind']} {bad['ended']}: {bad['detail']}", markup=False, highlight=False)
     for line, count in server["log_errors"].items():
-        console.print(f"in its log, {count} times: {line}", markup=False, highlight=False)
+        console.print(f"server log, {count} times: {line}", markup=False, highlight=False)

@@ -144,9 +144,9 @@ class Traffic:
             text = text[: generator.randrange(1, len(text))]
         return Ask(number, kind, path, text.encode(), "refused")
 
-    def _made(self, number: int, kind: str, path: str, body: dict[str, Any], **others: Any) -> Ask:
-        body |= {"stream": True} if others.get("stream") else {}
-        return Ask(number, kind, path, json.dumps(body).encode(), **({"expected": "answered"} | others))
+    def _made(self, number: int, kind: str, path: str, body: dict[str, Any], **fields: Any) -> Ask:
+        body |= {"stream": True} if fields.get("stream") else {}
+        return Ask(number, kind, path, json.dumps(body).encode(), **({"expected": "answered"} | fields))
 
     def _prompt(self, generator: random.Random) -> list[int]:
         """Draws an excerpt; one in four begins at the start of a text, so that prefixes are shared."""

@@ -94,16 +94,20 @@ def growth(samples: Sequence[Sample], idle: Sequence[Sample]) -> dict[str, Any]:
     """
     total = samples[-1].seconds
     parts = {
-        name: [taken for taken in samples if low * total <= taken.seconds <= high * total]
+        name: [reading for reading in samples if low * total <= reading.seconds <= high * total]
         for name, (low, high) in {"early": EARLY, "late": LATE}.items()
     }
-    warm = [taken for taken in samples if taken.seconds >= EARLY[0] * total]
-    result: dict[str, Any] = {"idle": [asdict(taken) for taken in idle]}
+    warm = [reading for reading in samples if reading.seconds >= EARLY[0] * total]
+    result: dict[str, Any] = {"idle": [asdict(reading) for reading in idle]}
     for key in ("anonymous", "proportional"):
-        early, late = (median(getattr(taken, key) for taken in parts[name] or samples) for name in ("early", "late"))
+        early, late = (
+            median(getattr(reading, key) for reading in parts[name] or samples) for name in ("early", "late")
+        )
         limit = max(GROWTH * early, GROWTH_BYTES)
-        times = [taken.seconds / 60 for taken in warm]
-        slope = linear_regression(times, [getattr(taken, key) for taken in warm]).slope if len(set(times)) > 1 else 0.0
+        times = [reading.seconds / 60 for reading in warm]
+        slope = (
+            linear_regression(times, [getattr(reading, key) for reading in warm]).slope if len(set(times)) > 1 else 0.0
+        )
         result[key] = {
             "early_bytes": early,
             "late_bytes": late,
@@ -122,6 +126,6 @@ def growth(samples: Sequence[Sample], idle: Sequence[Sample]) -> dict[str, Any]:
 def _between(parts: dict[str, list[Sample]], name: str, samples: Sequence[Sample]) -> float:
     """Returns the memory growth of all processes of a name, bytes."""
     early, late = (
-        median(taken.anonymous_of.get(name, 0) for taken in parts[part] or samples) for part in ("early", "late")
+        median(reading.anonymous_of.get(name, 0) for reading in parts[part] or samples) for part in ("early", "late")
     )
     return late - early

@@ -118,7 +118,7 @@ class _Readers:
         self.keys = [(layer, expert) for layer, experts in enumerate(self.events) for expert in experts]
         self.bytes = len(self.keys) * self.layout.nbytes
         self.offsets = sorted(map(store.record_offset, self.keys))
-        most = max(map(len, self.events))
+        largest_event = max(map(len, self.events))
         shape = CacheShape(
             [len(experts) for experts in self.events],
             AHEAD,
@@ -126,7 +126,7 @@ class _Readers:
             [self.layout.nbytes] * len(self.events),
         )
         # Slots beyond a whole layer are for staging.
-        self.setup = CacheSetup([max(SLOTS, most + AHEAD)], "lru", lookahead=1, max_experts=AHEAD)
+        self.setup = CacheSetup([max(SLOTS, largest_event + AHEAD)], "lru", lookahead=1, max_experts=AHEAD)
         if self.setup.slots[0] >= len(self.keys):
             raise AdapMoEError(f"{path} has {len(self.keys)} records, too few to measure; take a bigger model")
         self.shape = shape

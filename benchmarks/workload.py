@@ -48,7 +48,7 @@ class Workload:
         return prompts_of(self.model, self.text, self.batch, self.prompt_tokens)
 
     def described(self) -> dict[str, Any]:
-        """Returns the part of a result that says what was measured."""
+        """Returns the part of a result that describes the workload."""
         return {
             "model": str(self.model),
             "batch": self.batch,

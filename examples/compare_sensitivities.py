@@ -25,15 +25,15 @@ def main() -> None:
     parser.add_argument("profiles", type=Path, nargs=2)
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
-    one, two = (ModelProfile.load(path) for path in args.profiles)
-    two.check(one.model, str(args.profiles[1]))
-    a, b = (np.array([layer.sensitivity for layer in profile.layers]) for profile in (one, two))
-    errors = [np.array([layer.sensitivity_stderr for layer in profile.layers]) for profile in (one, two)]
+    first, second = (ModelProfile.load(path) for path in args.profiles)
+    second.check(first.model, str(args.profiles[1]))
+    a, b = (np.array([layer.sensitivity for layer in profile.layers]) for profile in (first, second))
+    errors = [np.array([layer.sensitivity_stderr for layer in profile.layers]) for profile in (first, second)]
     deviations = (b - a) / np.hypot(*errors)
     correlation = float(np.corrcoef(ranks(a), ranks(b))[0, 1])
 
-    table = Table(title=f"{one.model.name}, {one.data.tokens if one.data else 0} tokens")
-    for column in ("layer", one.method, "±", two.method, "±", "ratio", "standard errors apart"):
+    table = Table(title=f"{first.model.name}, {first.data.tokens if first.data else 0} tokens")
+    for column in ("layer", first.method, "±", second.method, "±", "ratio", "standard errors apart"):
         table.add_column(column, justify="right")
     for index in range(len(a)):
         table.add_row(
@@ -45,11 +45,11 @@ def main() -> None:
     console.print(f"rank correlation {correlation:.3f}")
     if args.output is not None:
         result = {
-            "model": one.model.model_dump(),
-            "data": one.data.model_dump() if one.data else None,
+            "model": first.model.model_dump(),
+            "data": first.data.model_dump() if first.data else None,
             "rank_correlation": correlation,
-            one.method: {"sensitivity": a.tolist(), "stderr": errors[0].tolist()},
-            two.method: {"sensitivity": b.tolist(), "stderr": errors[1].tolist()},
+            first.method: {"sensitivity": a.tolist(), "stderr": errors[0].tolist()},
+            second.method: {"sensitivity": b.tolist(), "stderr": errors[1].tolist()},
             "standard_errors_apart": deviations.tolist(),
         }
         write(args.output, result)

@@ -30,8 +30,8 @@ class DemoServer(Server):
     """A `vllm serve` process with the bundled model."""
 
     def __init__(self, name: str, folder: Path, adapmoe: dict[str, Any] | None, *flags: str) -> None:
-        said = "" if adapmoe is None else f" --moe-method adapmoe --adapmoe-config '{json.dumps(adapmoe)}'"
-        console.print(f"[dim]$ vllm serve {MODEL.name}{said}[/dim]", highlight=False, soft_wrap=True)
+        options = "" if adapmoe is None else f" --moe-method adapmoe --adapmoe-config '{json.dumps(adapmoe)}'"
+        console.print(f"[dim]$ vllm serve {MODEL.name}{options}[/dim]", highlight=False, soft_wrap=True)
         limits = ("--max-model-len", "1024", "--kv-cache-memory-bytes", str(KV_CACHE_BYTES))
         super().__init__(name, MODEL, folder, adapmoe, ("--served-model-name", NAME, *limits, *flags))
 

@@ -57,15 +57,15 @@ def watch(model: Path, sequences: list[list[int]], action: str) -> Iterator[Rout
 
     network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval().requires_grad_(False)
     gates = [block for name, block in network.named_modules() if name.endswith(("mlp.gate", "block_sparse_moe.gate"))]
-    seen: list[torch.Tensor] = []
+    gate_inputs: list[torch.Tensor] = []
     for gate in gates:
-        gate.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, -2)))
+        gate.register_forward_pre_hook(lambda _, inputs: gate_inputs.append(inputs[0].flatten(0, -2)))
     for ids in tqdm(sequences, desc=action, unit="sequence"):
-        seen.clear()
+        gate_inputs.clear()
         with torch.inference_mode():
             last = network(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0]
-        logits = torch.stack([inputs @ gate.weight.T for inputs, gate in zip(seen, gates, strict=True)])
-        yield Routing(torch.stack(seen), logits.softmax(-1), last, network.config.num_experts_per_tok)
+        logits = torch.stack([inputs @ gate.weight.T for inputs, gate in zip(gate_inputs, gates, strict=True)])
+        yield Routing(torch.stack(gate_inputs), logits.softmax(-1), last, network.config.num_experts_per_tok)
 
 
 def _before(states: torch.Tensor) -> torch.Tensor:

@@ -55,7 +55,7 @@ def engine(args: Arguments) -> LLMConfig:
         model_loading_config={"model_id": args.name, "model_source": model},
         engine_kwargs={
             "moe_method": "adapmoe",
-            # In `store: host` every replica has its own copy of all experts; the packed file is one for all of a host.
+            # With `store: host` every replica has a copy of all experts; replicas on one host share the packed file.
             "adapmoe_config": {"store": "file"} | AdapMoEConfig.parse(args.adapmoe_config).transport(),
             "tensor_parallel_size": max(args.gpus, 1),
             **args.engine_kwargs,

@@ -1,6 +1,6 @@
 """Records the routing of real text, decoded token by token, for `adapmoe simulate`.
 
-A server records its own traffic with `--adapmoe-config.trace_out FILE`; this is for traffic that does not exist yet.
+A server records live traffic with `--adapmoe-config.trace_out FILE`; this script records given text instead.
 
     python -m examples.record_trace examples/tiny_mixtral/model examples/tiny_mixtral/heldout /tmp/trace --batch 8
 """

@@ -72,7 +72,7 @@ def test_an_automatic_budget_is_none():
         ({"store": "disk"}, "store='disk'"),
         ({"gating": {"mode": "expert"}}, "gating.mode='expert'"),
         ({"gating": {"modes": "token"}}, "'gating.modes' is not known; known keys: mode, threshold"),
-        ({"gating": {"threshold": 0.1}}, "threshold=0.1 has no meaning with mode=off"),
+        ({"gating": {"threshold": 0.1}}, "threshold=0.1 has no effect with mode=off"),
         ({"gating": {"mode": "token"}, "profile": "p"}, "exactly one of threshold, target_experts, max_loss_increase"),
         (
             {"gating": {"mode": "batch", "threshold": 0.1, "target_experts": 1.5}, "profile": "p"},

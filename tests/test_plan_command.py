@@ -122,8 +122,8 @@ def test_a_plan_with_gating_and_its_configuration(tmp_path):
     )  # fmt: skip
     assert run.exit_code == 0, run.output
     assert max(map(len, run.output.splitlines())) <= 100
-    assert "asked" in run.output and "1.44 experts per token and layer" in run.output
-    assert "closed form: every expert as likely as another" in run.output
+    assert "--memory" in run.output and "1.44 experts per token and layer" in run.output
+    assert "closed form: every expert equally likely" in run.output
     config = AdapMoEConfig.parse(files["config.json"])
     result = json.loads(files["result.json"].read_text())
     (variant,) = result["variants"]
@@ -140,18 +140,18 @@ def test_a_published_profile_and_no_weights(mixtral, tmp_path):
     output = tmp_path / "config.json"
     options = [mixtral, "--profile", ROOT / "configs" / "mixtral_8x7b.json", "--memory", "24GiB", *SPEEDS]
     assert "KV cache of 131072 tokens" in refusal(*options)  # transformers' default of the most
-    assert "keep one" in refusal(*options, "--reserve", "2GiB", "--max-model-len", 32768)
+    assert "set only one" in refusal(*options, "--reserve", "2GiB", "--max-model-len", 32768)
     options += ["--max-model-len", 32768]
     run = plan(*options, "--expert-bits", 4.5, "-o", output)
     assert run.exit_code == 0, run.output
     assert "assumed" in run.output and "256 experts of 94.5 MiB, 23.62 GiB in all" in run.output
     said = " ".join(run.output.split())
-    assert "8% of it and " in said and "4.00 GiB KV cache of 32768 tokens" in said and " CUDA graphs" in said
+    assert "8% of the memory and " in said and "4.00 GiB KV cache of 32768 tokens" in said and " CUDA graphs" in said
     assert AdapMoEConfig.parse(output).transport() == {"cache_experts": 127}
     several = plan(*options, "--expert-bits", "16,8,4.5")
-    assert several.output.count("asked") == 3
+    assert several.output.count("--memory") == 3
     assert "constants only" in refusal(*options, "--max-loss-increase", 0.005)
-    assert "statistics of routing" in refusal(*options, "--allocation", "profile")
+    assert "routing statistics" in refusal(*options, "--allocation", "profile")
 
 
 def write_trace(path, expert_bytes: int, layers: int = 12) -> None:
@@ -185,7 +185,7 @@ def test_a_trace_is_replayed(tmp_path):
         assert one["tokens_per_second"] == pytest.approx(1 / seconds, rel=0.01)
     assert points[-1]["ungated"]["loads"] == 0
     write_trace(trace, 1, layers=3)
-    assert "is of another model (m)" in refusal(TINY_MIXTRAL, "--trace", trace, *SPEEDS)
+    assert "was recorded with another model (m)" in refusal(TINY_MIXTRAL, "--trace", trace, *SPEEDS)
 
 
 def test_gating_a_step():
@@ -205,14 +205,14 @@ def test_what_cannot_be_planned(tmp_path, mixtral):
     assert "--expert-bits 0 is not usable" in refusal(TINY_MIXTRAL, "--expert-bits", 0, *SPEEDS)
     assert "--dtype int3 is not known" in refusal(TINY_MIXTRAL, "--dtype", "int3", *SPEEDS)
     assert "--allocation half is not known" in refusal(TINY_MIXTRAL, "--allocation", "half", *SPEEDS)
-    assert "is of another model" in refusal(mixtral, "--profile", PROFILE, *SPEEDS)
+    assert "is for another model" in refusal(mixtral, "--profile", PROFILE, *SPEEDS)
     assert "no profile is given" in refusal(TINY_MIXTRAL, "--max-loss-increase", 0.005, *SPEEDS)
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "cannot be sized" in refusal(empty, *SPEEDS)
     quantised = MIXTRAL | {"quantization_config": {"quant_method": "awq", "bits": 4}}
     (mixtral / "config.json").write_text(json.dumps(quantised))
-    assert "say with --expert-bits" in refusal(mixtral, *SPEEDS)
+    assert "set --expert-bits" in refusal(mixtral, *SPEEDS)
 
 
 def test_speeds_are_measured(tmp_path):

@@ -62,7 +62,7 @@ def test_thresholds_do_what_is_asked(top_k):
     for share in (1e-4, 1e-3, 1e-2):
         assert profile.loss_increase(profile.threshold_for_loss(share)) == pytest.approx(share * 2.0, rel=1e-3)
     with pytest.raises(
-        AdapMoEError, match=f"target_experts={top_k + 1} is out of reach; choose from 1 to top_k={top_k}"
+        AdapMoEError, match=f"target_experts={top_k + 1} is not possible; choose a number from 1 to top_k={top_k}"
     ):
         profile.threshold_for_experts(top_k + 1)
 
@@ -118,7 +118,9 @@ def test_same_file_again_and_no_other_model(tmp_path):
     assert loaded == profile
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
     other = profile.model.model_copy(update={"hash": "x"})
-    with pytest.raises(AdapMoEError, match=r"profile='p.json' is of another model \(m\): hash is h, this model's is x"):
+    with pytest.raises(
+        AdapMoEError, match=r"profile='p.json' is for another model \(m\): hash is h, this model's is x"
+    ):
         profile.check(other, "p.json")
     profile.check(profile.model, "p.json")
 
@@ -189,10 +191,10 @@ def test_published_profiles(name, layers):
     assert "published" in profile.source
     plan = plan_gating(GatingConfig(mode="token", threshold=0.005), profile)
     assert plan.sensitivity == PUBLISHED[name]["sensitivity"]
-    assert "predicts neither" in describe(plan, profile)
+    assert "no statistics to predict" in describe(plan, profile)
     with pytest.raises(AdapMoEError, match="needs a calibrated profile, this one is published; set threshold"):
         plan_gating(GatingConfig(mode="token", max_loss_increase=0.01), profile)
-    with pytest.raises(AdapMoEError, match="no distribution of weights"):
+    with pytest.raises(AdapMoEError, match="no distribution of costs"):
         plan_gating(GatingConfig(mode="token", target_experts=1.5), profile)
 
 

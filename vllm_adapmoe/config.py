@@ -20,7 +20,7 @@ class AdapMoEError(OneLineError, ValueError):
 
 def _path(text: str) -> str:
     if "\0" in text:
-        raise ValueError("a path should have no NUL in it")
+        raise ValueError("a path must not contain NUL characters")
     return text
 
 
@@ -44,10 +44,10 @@ class GatingConfig(BaseModel):
     """Maximum predicted loss increase as a share of the model's mean token loss: 0.005 is half a percent."""
 
     @model_validator(mode="after")
-    def one_limit(self) -> Self:
+    def exactly_one_limit(self) -> Self:
         given = [key for key in LIMITS if getattr(self, key) is not None]
         if self.mode == "off" and given:
-            raise ValueError(f"{given[0]}={getattr(self, given[0])} has no meaning with mode=off; set mode=token")
+            raise ValueError(f"{given[0]}={getattr(self, given[0])} has no effect with mode=off; set mode=token")
         if self.mode != "off" and len(given) != 1:
             values = ", ".join(f"{key}={getattr(self, key)}" for key in given) or "none"
             raise ValueError(f"mode={self.mode} takes exactly one of {', '.join(LIMITS)}; given: {values}")
@@ -119,7 +119,7 @@ class AdapMoEConfig(BaseModel):
     trace_mib: int = Field(256, ge=1, le=1 << 24, strict=True)
     """Size in MiB at which the trace is moved to `trace_out.1` and a new one is started."""
     profile: PathText | None = None
-    """Profile of this model: a file written by `adapmoe calibrate`, or the name of one that comes with the plugin, such
+    """Profile of this model: a file written by `adapmoe calibrate`, or the name of one shipped with the plugin, such
     as `mixtral_8x7b`. Needed by gating, `allocation=profile` and `eviction=next_token`."""
     gating: GatingConfig = Field(default_factory=lambda: GatingConfig(**{}))
     scheduler: SchedulerConfig = Field(default_factory=lambda: SchedulerConfig(**{}))
@@ -129,18 +129,20 @@ class AdapMoEConfig(BaseModel):
         given = self._budgets()
         if len(given) > 1:
             values = ", ".join(f"{key}={getattr(self, key)}" for key in given)
-            raise ValueError(f"{values} are {len(given)} budgets for one cache; keep one of them")
+            raise ValueError(f"{values} are {len(given)} budgets for one cache; set only one of them")
         if self.gating.mode != "off" and self.profile is None:
             raise ValueError(f"gating.mode={self.gating.mode} needs a profile; set profile, see adapmoe calibrate")
         if self.allocation == "profile" and self.profile is None:
             raise ValueError("allocation=profile needs a profile; set profile, see adapmoe calibrate")
         if self.decode == "in_place":
             if self.gating.mode == "batch":
-                raise ValueError("decode=in_place does not know what a batch would save; set gating.mode=token")
+                raise ValueError(
+                    "gating.mode=batch needs the host, which decode=in_place does not use; set gating.mode=token"
+                )
             if self.store == "file":
-                raise ValueError("decode=in_place reads experts in host memory; set store=host")
+                raise ValueError("decode=in_place reads experts from host memory; set store=host")
             if self.trace_out is not None:
-                raise ValueError("decode=in_place leaves the host nothing to record; remove trace_out")
+                raise ValueError("trace_out needs the host, which decode=in_place does not use; remove trace_out")
         if self.eviction == "next_token" and self.profile is None:
             raise ValueError("eviction=next_token needs a profile; set profile, see adapmoe calibrate")
         return self
@@ -160,7 +162,7 @@ class AdapMoEConfig(BaseModel):
         try:
             return cls.model_validate(given)
         except ValidationError as error:
-            raise AdapMoEError(_one_line(error, cls) + _where(value)) from None
+            raise AdapMoEError(_validation_message(error, cls) + _where(value)) from None
 
     @property
     def automatic(self) -> bool:
@@ -202,11 +204,12 @@ def _read(value: str | Path) -> Any:
     try:
         return parse_json(text, CONFIG_VALUES) if inline else read_json(text, CONFIG_BYTES, CONFIG_VALUES)
     except BadFile as problem:
-        remedy = "pass a readable JSON file" if "cannot be read" in str(problem) else "mend it there"
+        unreadable = "cannot be read" in str(problem)
+        remedy = "pass a readable JSON file" if unreadable else f"correct the {'text' if inline else 'file'}"
         raise AdapMoEError(f"{source} {problem}; {remedy}") from None
 
 
-def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
+def _validation_message(error: ValidationError, model: type[BaseModel]) -> str:
     errors = error.errors()
     first = errors[0]
     owners: dict[str, type[BaseModel]] = {
@@ -224,9 +227,9 @@ def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
         return f"adapmoe_config {key}: " + first["msg"].removeprefix("Value error, ")
     if not key:
         return "adapmoe_config: " + first["msg"].removeprefix("Value error, ")
-    told = [one["msg"] for one in errors if one is first or (alternatives and one["loc"][:1] == (key,))]
-    told = [message.removeprefix("Value error, ") for message in told]
-    reasons = " or ".join(message[0].lower() + message[1:] for message in told)
+    messages = [entry["msg"] for entry in errors if entry is first or (alternatives and entry["loc"][:1] == (key,))]
+    messages = [message.removeprefix("Value error, ") for message in messages]
+    reasons = " or ".join(message[0].lower() + message[1:] for message in messages)
     return f"adapmoe_config {key}={_shown(first['input'])} is not usable: {reasons}"
 
 

@@ -11,7 +11,7 @@ def merged(base: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
     """Merges two configurations key by key, nested keys included; `later` wins where both set a key.
 
     Among mutually exclusive keys the later one wins too: a budget replaces a budget of another kind, a gating limit
-    another limit, and `gating.mode=off` every limit. Conflicts within one configuration are kept, for validation to
+    another limit, and `gating.mode=off` every limit. Conflicts within one configuration remain, for validation to
     report.
     """
     result = dict(base)

@@ -1,8 +1,8 @@
 """Reads untrusted files: packs, profiles, heads, traces and configurations.
 
-Model folders are shared. Whatever is at a path, opening it does not block and reading it takes no more memory than a
-file of its kind may take. `BadFile` says in a few words what is wrong; the caller adds the file's name before and the
-remedy after.
+Model folders are shared. Opening a path never blocks, and reading a file takes no more memory than the limit for its
+kind. The message of `BadFile` is the middle of a sentence: the caller adds the file's name before it and the remedy
+after it.
 """
 
 import errno
@@ -71,7 +71,7 @@ def open_binary(path: str | Path) -> io.BufferedReader:
         raise BadFile(f"cannot be read ({error.strerror})") from None
 
 
-def read_bytes(path: str | Path, most: int) -> bytes:
+def read_bytes(path: str | Path, max_bytes: int) -> bytes:
     """Returns the content of a regular file of at most `most` bytes.
 
     Raises:
@@ -80,32 +80,32 @@ def read_bytes(path: str | Path, most: int) -> bytes:
     try:
         with open_binary(path) as file:
             size = os.fstat(file.fileno()).st_size
-            if size <= most:
+            if size <= max_bytes:
                 data = file.read(size + 1)
                 if len(data) > size:
                     raise BadFile("grows while it is read")
                 return data
     except OSError as error:
         raise BadFile(f"cannot be read ({error.strerror})") from None
-    raise BadFile(f"has {size} bytes, more than the {most} that a file of its kind may have")
+    raise BadFile(f"has {size} bytes, more than the maximum of {max_bytes} for this kind of file")
 
 
-def read_text(path: str | Path, most: int) -> str:
+def read_text(path: str | Path, max_bytes: int) -> str:
     """Returns the text of a file of at most `most` bytes; invalid UTF-8 is replaced.
 
     Raises:
         BadFile: as `read_bytes`.
     """
-    return read_bytes(path, most).decode(errors="replace")
+    return read_bytes(path, max_bytes).decode(errors="replace")
 
 
-def read_json(path: str | Path, most: int, values: int) -> Any:
+def read_json(path: str | Path, max_bytes: int, values: int) -> Any:
     """Parses a JSON file of at most `most` bytes (`parse_json`).
 
     Raises:
         BadFile: as `read_bytes` and `parse_json`.
     """
-    return parse_json(read_bytes(path, most), values)
+    return parse_json(read_bytes(path, max_bytes), values)
 
 
 def parse_json(data: bytes | str, values: int, strict: bool = True) -> Any:
@@ -124,7 +124,7 @@ def parse_json(data: bytes | str, values: int, strict: bool = True) -> Any:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
         # Every value but the first of a list or object follows a comma. Parsed, a short text may take megabytes.
         if text.count(",") > values:
-            raise BadFile(f"has more than the {values} values that a file of its kind may have")
+            raise BadFile(f"has more than {values} values, the maximum for this kind of file")
         if not strict:
             return json.loads(text)
         return json.loads(
@@ -159,11 +159,11 @@ def _no_number(text: str) -> NoReturn:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(pairs) > KEYS:
-        raise BadFile(f"is not usable: an object of {len(pairs)} keys, of {KEYS} at most")
+        raise BadFile(f"is not usable: an object of {len(pairs)} keys, more than the maximum of {KEYS}")
     made: dict[str, Any] = {}
     for key, value in pairs:
         if key in made:
-            raise BadFile(f"gives the key {key!r} twice")
+            raise BadFile(f"has the key {key!r} twice")
         made[key] = value
     return made
 
@@ -172,7 +172,7 @@ def parse_arrays(data: bytes) -> dict[str, np.ndarray]:
     """Returns the arrays of a safetensors container, which take no more memory than `data` itself.
 
     Raises:
-        BadFile: not a safetensors container, or arrays of types that numpy does not know.
+        BadFile: not a safetensors container, or arrays of types that numpy does not support.
     """
     if int.from_bytes(data[:8], "little") > HEADER_BYTES:
         raise BadFile("is damaged (its header is too large)")

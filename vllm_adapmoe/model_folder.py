@@ -12,7 +12,7 @@ from vllm_adapmoe.files import BadFile, parse_json, read_bytes
 CONFIG_BYTES, CONFIG_VALUES = 16 << 20, 1_000_000
 """Maximum bytes and JSON values of a `config.json`; some have a label for each of many classes."""
 TOKENIZER_BYTES = 256 << 20
-MOST = 65_536
+MAX_COUNT = 65_536
 """Maximum number of layers, experts or heads: building the model creates an object for each."""
 
 
@@ -39,10 +39,10 @@ def check_model_folder(folder: Path) -> Path:
 
 
 def check_named_model(model: str) -> str:
-    """Returns MODEL of a command line if it can be one; checks a folder, and leaves a model hub's name to the hub.
+    """Returns the argument MODEL of a command: a folder, which is checked, or a name that only the hub can check.
 
     Raises:
-        AdapMoEError: a path that leads nowhere, or as `check_model_folder`.
+        AdapMoEError: a path that does not exist, or as `check_model_folder`.
     """
     if os.path.isdir(model):
         check_model_folder(Path(model))
@@ -72,8 +72,8 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         if not isinstance(config, dict):
             raise BadFile("is not an object")
         for key, value in _numbers(config):
-            if value > MOST and any(word in key for word in ("layer", "expert", "head")):
-                raise BadFile(f"is not usable: {key} = {value} of {MOST} at most")
+            if value > MAX_COUNT and any(word in key for word in ("layer", "expert", "head")):
+                raise BadFile(f"is not usable: {key} = {value}, more than the maximum of {MAX_COUNT}")
     except BadFile as problem:
         raise AdapMoEError(f"{str(path)!r} {problem}; name the folder of a checkpoint") from None
     return config
@@ -81,16 +81,16 @@ def read_model_config(folder: Path) -> dict[str, Any]:
 
 def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
     """Yields the integers whose key starts with `num_` or `n_`, with their keys, at any depth."""
-    left: list[Any] = [config]
-    while left:
-        value = left.pop()
+    pending: list[Any] = [config]
+    while pending:
+        value = pending.pop()
         if isinstance(value, dict):
-            for key, one in value.items():
-                if isinstance(one, int) and key.startswith(("num_", "n_")):
-                    yield key, one
-            left += value.values()
+            for key, entry in value.items():
+                if isinstance(entry, int) and key.startswith(("num_", "n_")):
+                    yield key, entry
+            pending += value.values()
         elif isinstance(value, list):
-            left += value
+            pending += value
 
 
 def read_tokenizer(folder: Path) -> Any:
@@ -106,7 +106,7 @@ def read_tokenizer(folder: Path) -> Any:
         return Tokenizer.from_str(read_bytes(path, TOKENIZER_BYTES).decode())
     except BadFile as problem:
         raise AdapMoEError(f"{str(path)!r} {problem}; name the folder of a checkpoint") from None
-    except Exception as error:  # the parser has no exception class of its own for invalid input
+    except Exception as error:  # the parser has no exception class for invalid input
         raise AdapMoEError(f"{str(path)!r} is no tokenizer ({error}); name the folder of a checkpoint") from None
 
 

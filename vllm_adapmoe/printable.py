@@ -1,6 +1,6 @@
 """Makes untrusted text safe to print: one line, without control characters."""
 
-LONGEST = 2000
+MAX_CHARACTERS = 2000
 """Maximum characters of a message: text taken from a file may be megabytes."""
 
 
@@ -18,14 +18,16 @@ def printable(text: str) -> str:
     A second call changes nothing.
     """
     if not text.isprintable():
-        text = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
-    if len(text) <= LONGEST:
+        text = "".join(
+            character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+        )
+    if len(text) <= MAX_CHARACTERS:
         return text
-    head, tail = LONGEST // 2, LONGEST // 2 - 100
-    return f"{text[:head]} .. {len(text) - head - tail} characters left out .. {text[-tail:]}"
+    head, tail = MAX_CHARACTERS // 2, MAX_CHARACTERS // 2 - 100
+    return f"{text[:head]} .. {len(text) - head - tail} characters omitted .. {text[-tail:]}"
 
 
 def reason(error: BaseException, lines: int = 1) -> str:
     """Returns the first lines of an error's message that are not blank, joined; the name of its class if all are."""
-    told = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(told[:lines]) or type(error).__name__
+    filled = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(filled[:lines]) or type(error).__name__

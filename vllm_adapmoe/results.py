@@ -31,11 +31,11 @@ def _commit() -> str | None:
         return None
     here = Path(__file__).parent
     git = ["git", "-C", str(here)]
-    found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    if found.returncode:
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    if head.returncode:
         return None
     changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True)
-    return found.stdout.strip() + ("+" if changed.stdout.strip() else "")
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 def _processor() -> str:

@@ -27,7 +27,7 @@ TOKENS_SECONDS = 240
 """Seconds from the start by which the engines whose tokens are compared must answer; correctness comes before speed."""
 DECODE_SECONDS = (300, 330)
 """Seconds from the start after which decoding of the first and of the second model begins no further variant."""
-MOST_HOST_BYTES = 24 << 30
+MAX_HOST_BYTES = 24 << 30
 """Maximum host memory to page-lock, which is slow."""
 SPARE_DEVICE_BYTES = 4 << 30
 """Device memory kept for anything but slots."""
@@ -89,7 +89,7 @@ def run_check(device: Device, spec: CheckSpec) -> Iterator[list[Row]]:
 
 
 def _limits(device: Device, ends: float, spec: CheckSpec) -> Limits:
-    host = min(MOST_HOST_BYTES, host_memory().available // 2)
+    host = min(MAX_HOST_BYTES, host_memory().available // 2)
     if not device.cuda:  # slots are in host memory, too
         return Limits(host // 2, host // 2, ends, spec.warm, spec.tokens)
     return Limits(host, max(0, device.free_bytes() - SPARE_DEVICE_BYTES), ends, spec.warm, spec.tokens)

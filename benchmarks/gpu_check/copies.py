@@ -50,7 +50,7 @@ def check_copies(shape: Shape, device: Device, dtype: torch.dtype, seed: int, ro
     cache = open_cache(store, shape, CacheSetup([2 * shape.experts]), device)
     sizes = sorted({1, shape.top_k, shape.experts})
     try:
-        found: dict[int, list[float]] = {size: [] for size in sizes}
+        by_size: dict[int, list[float]] = {size: [] for size in sizes}
         bandwidths = []
         fetch_all(cache, shape, shape.experts)
         plain()
@@ -59,11 +59,11 @@ def check_copies(shape: Shape, device: Device, dtype: torch.dtype, seed: int, ro
             for size in rotated(sizes, number):
                 before = cache.stats.fetched_bytes
                 seconds = device.seconds(lambda: fetch_all(cache, shape, size))  # noqa: B023 - called at once
-                found[size].append((cache.stats.fetched_bytes - before) / seconds)
+                by_size[size].append((cache.stats.fetched_bytes - before) / seconds)
         speed = spread([bandwidth / 1e9 for bandwidth in bandwidths])
         details = {"plain_gbps": speed, "plain_bytes": len(store.memory), "record_bytes": store.layouts[0].nbytes}
         yield Row(SECTION, "plain page-locked copy", f"{speed['median']:.2f} GB/s", details=details)
-        for size, measured in found.items():
+        for size, measured in by_size.items():
             ratio = spread([speed / bandwidth for speed, bandwidth in zip(measured, bandwidths, strict=True)])
             yield Row(
                 SECTION, f"{shape.name}: requests of {size} of {shape.experts} experts, of the plain copy",

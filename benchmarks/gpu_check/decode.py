@@ -23,7 +23,7 @@ from vllm_adapmoe.policy.controller import CacheController, CacheSetup
 SECTION = "decode"
 FRACTIONS = (0.5, 0.75, 0.25)
 """Residencies to measure, the most interesting first in case time runs out."""
-MOST_OF_FLOOR, JUDGED_AT = 1.25, 0.5
+MAX_OF_FLOOR, JUDGED_AT = 1.25, 0.5
 """Maximum time relative to the floor, and the residency at which it is required, with all parts and in place."""
 WARM, TOKENS = 3, 20
 PLAIN_COPIES = 3
@@ -136,9 +136,9 @@ def check_decode(shape: Shape, device: Device, dtype: torch.dtype, seed: int, li
             judged = fraction == JUDGED_AT and (in_place or variant is PUBLISHED[-1])
             figure = f"{middle * 1e3:.2f} ms, {middle / floor:.2f} of the floor of {floor * 1e3:.2f} ms"
             details = {"seconds": seconds, "floor_seconds": floor, "slots": setup.slots[0], "per_token": stats}
-            target = f"<= {MOST_OF_FLOOR} of the floor" if judged else ""
+            target = f"<= {MAX_OF_FLOOR} of the floor" if judged else ""
             return Row(
-                SECTION, name, figure, target, verdict(middle <= MOST_OF_FLOOR * floor) if judged else "", details
+                SECTION, name, figure, target, verdict(middle <= MAX_OF_FLOOR * floor) if judged else "", details
             )
 
         for fraction in FRACTIONS:

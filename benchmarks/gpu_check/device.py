@@ -65,7 +65,7 @@ class Device:
                 torch.mm(square, square)
 
     def mark(self) -> Callable[[], bool]:
-        """Records an event in the queue; returns a function that tells whether the device has passed it."""
+        """Records an event in the queue; returns a function that returns whether the device has passed it."""
         if not self.cuda:
             return lambda: True
         event = torch.cuda.Event()

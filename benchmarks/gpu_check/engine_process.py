@@ -55,7 +55,7 @@ class EngineProcess:
         self.answers.put(None)
 
     def answer(self) -> Any:
-        """Waits for the next answer; the first one says that the engine is ready.
+        """Waits for the next answer; the first one means that the engine is ready.
 
         Raises:
             EngineFailed: the process ended, with an error line of its stderr, or ran out of time.
@@ -68,7 +68,7 @@ class EngineProcess:
             self.errors.seek(0)
             lines = [line.strip() for line in self.errors if line.strip()]
             named = [line for line in lines if "Error" in line]
-            raise EngineFailed((named or lines or ["it ended without a word"])[-1][-140:])
+            raise EngineFailed((named or lines or ["it ended without output"])[-1][-140:])
         return answer
 
     def decode(self) -> float:
@@ -78,7 +78,7 @@ class EngineProcess:
             EngineFailed: as `answer`.
         """
         assert self.process.stdin is not None
-        with suppress(OSError):  # it has ended, and `answer` says why
+        with suppress(OSError):  # the process has ended, and `answer` raises the reason
             self.process.stdin.write("decode\n")
             self.process.stdin.flush()
         return float(self.answer())

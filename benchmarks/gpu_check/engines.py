@@ -26,17 +26,17 @@ SPARE_BYTES = 1 << 30
 ROUNDS, TOKENS = 5, 65
 FRACTIONS = (0.5, 0.25, 0.75)
 """Residencies to measure, the most interesting first in case time runs out."""
-LEAST_OF_STOCK, LEAST_OF_OTHERS = 0.97, 1.0
+MIN_OF_STOCK, MIN_OF_OFFLOADING = 0.97, 1.0
 """Minimum decode speed relative to stock vLLM with every expert resident, and to vLLM's offloading in equal memory."""
-OTHERS = {"uva": "cpu_offload_gb", "prefetch": "prefetch offloading"}
+OFFLOADING = {"uva": "cpu_offload_gb", "prefetch": "prefetch offloading"}
 
 
 def obstacle() -> Row | None:
-    """Returns a row saying why no engines can run: skipped without vLLM, a failure with it; None if they can."""
+    """Returns a row with the reason why no engine can run: skipped without vLLM, else a failure; None if they can."""
     if importlib.util.find_spec("vllm") is None:
         return Row(ENGINES, "adapmoe in vLLM", "vLLM not importable", "", SKIPPED)
     if not any(plugin.name == "adapmoe" for plugin in entry_points(group="vllm.general_plugins")):
-        why = "vllm-adapmoe not installed beside vLLM (pip install --no-deps .)"
+        why = "vllm-adapmoe not installed in vLLM's environment (pip install --no-deps .)"
         return Row(ENGINES, "adapmoe in vLLM", why, "", NOT_RUN)
     return None
 
@@ -54,7 +54,7 @@ def engine_bytes(shape: Shape, resident: float, vocabulary: int = VOCABULARY) ->
 
 def contenders_of(fraction: float) -> dict[str, str]:
     """Returns the engines to compare the plugin with at a residency, and their names."""
-    return {"stock": "stock vLLM"} if fraction == 1.0 else OTHERS
+    return {"stock": "stock vLLM"} if fraction == 1.0 else OFFLOADING
 
 
 def fitting(shape: Shape, device_bytes: int, host_bytes: int, fractions: Sequence[float] = FRACTIONS) -> Shape:
@@ -66,9 +66,9 @@ def fitting(shape: Shape, device_bytes: int, host_bytes: int, fractions: Sequenc
     for layers in LAYERS:
         reduced = replace(shape, layers=layers)
         compared = {share: len(contenders_of(share)) for share in (1.0, *fractions)}
-        device = max((1 + others) * engine_bytes(reduced, share) for share, others in compared.items())
+        device = max((1 + count) * engine_bytes(reduced, share) for share, count in compared.items())
         # All experts of the plugin's engine, and the offloaded ones of each other engine.
-        host = int(expert_bytes(reduced) * (1 + max(others * (1 - share) for share, others in compared.items())))
+        host = int(expert_bytes(reduced) * (1 + max(count * (1 - share) for share, count in compared.items())))
         if device + SPARE_BYTES <= device_bytes and host + SPARE_BYTES <= host_bytes:
             return reduced
     needed = (
@@ -104,8 +104,8 @@ def check_engines(
             rest = (str(fraction), str(expert_bytes(shape)), str(tokens), str(engine_bytes(shape, fraction)))
             speeds = _measure(["adapmoe", *contenders], lambda kind: [folder, kind, *rest], ends, rounds)  # noqa: B023
             for kind, name in contenders.items():
-                least = LEAST_OF_STOCK if kind == "stock" else LEAST_OF_OTHERS
-                yield _row(f"{what}: adapmoe / {name}", speeds["adapmoe"], speeds[kind], least)
+                min_ratio = MIN_OF_STOCK if kind == "stock" else MIN_OF_OFFLOADING
+                yield _row(f"{what}: adapmoe / {name}", speeds["adapmoe"], speeds[kind], min_ratio)
 
 
 def _measure(
@@ -133,15 +133,15 @@ def _measure(
     return speeds
 
 
-def _row(what: str, ours: list[float] | EngineFailed, theirs: list[float] | EngineFailed, least: float) -> Row:
-    target = f">= {least}"
-    for name, speeds in (("adapmoe", ours), ("the other", theirs)):
+def _row(what: str, ours: list[float] | EngineFailed, baseline: list[float] | EngineFailed, min_ratio: float) -> Row:
+    target = f">= {min_ratio}"
+    for name, speeds in (("adapmoe", ours), ("the other engine", baseline)):
         if isinstance(speeds, EngineFailed):
             return Row(ENGINES, what, f"{name}: {speeds}", target, NOT_RUN)
-    assert not isinstance(ours, EngineFailed) and not isinstance(theirs, EngineFailed)
-    ratio = spread([speed / base for speed, base in zip(ours, theirs, strict=True)])
-    details = {"ratio": ratio, "adapmoe": spread(ours), "other": spread(theirs)}
+    assert not isinstance(ours, EngineFailed) and not isinstance(baseline, EngineFailed)
+    ratio = spread([speed / base for speed, base in zip(ours, baseline, strict=True)])
+    details = {"ratio": ratio, "adapmoe": spread(ours), "other": spread(baseline)}
     figure = (
         f"{ratio['median']:.3f} ({ratio['min']:.3f} .. {ratio['max']:.3f}), {details['adapmoe']['median']:.1f} tokens/s"
     )
-    return Row(ENGINES, what, figure, target, verdict(ratio["median"] >= least), details)
+    return Row(ENGINES, what, figure, target, verdict(ratio["median"] >= min_ratio), details)

@@ -83,12 +83,12 @@ def check_kernel(
             same[tokens] = torch.equal(output, experts_by_address(*routing, *resident, shape.inner))
     finally:
         store.close()
-    most, limit = max(errors.values()), tolerance(dtype)
+    max_error, limit = max(errors.values()), tolerance(dtype)
     batch = ", ".join(map(str, batches))
     details = {"seed": seed, "dropped": DROPPED, "errors_by_batch": errors, "same_by_batch": same}
     yield Row(
         CORRECTNESS, f"{shape.name}: kernel, slots and host mixed, batch {batch}, error against float64",
-        f"{most:.2e}", f"<= {limit:.2e}", verdict(most <= limit), details,
+        f"{max_error:.2e}", f"<= {limit:.2e}", verdict(max_error <= limit), details,
     )  # fmt: skip
     yield Row(
         CORRECTNESS, f"{shape.name}: the same bits with every expert in a slot",

@@ -40,7 +40,7 @@ def addresses(places: Sequence[dict[str, torch.Tensor]], device: Device) -> tupl
 class PinnedRecords:
     """An `ExpertStore` of `records` page-locked records; if there are fewer than experts, experts share them.
 
-    It can stand for a model larger than host memory: as many bytes move, only their values repeat.
+    It can represent a model larger than host memory: as many bytes are moved, but values repeat.
 
     Raises:
         MemoryError: the memory cannot be page-locked.

@@ -39,10 +39,10 @@ def draw_tokens(shape: Shape, count: int, seed: int) -> list[Token]:
     tokens = []
     for _ in range(count):
         order = chance.random((layers, shape.experts)).argsort(1)
-        ids, others = order[:, :top_k], order[:, top_k : 2 * top_k]
+        ids, unselected = order[:, :top_k], order[:, top_k : 2 * top_k]
         kept = np.ones((layers, top_k), dtype=bool)
         kept[:, 1:] = (chance.random(layers) >= single)[:, None]
-        predicted = np.where(chance.random((layers, top_k)) < recall[:, None], ids, others)
+        predicted = np.where(chance.random((layers, top_k)) < recall[:, None], ids, unselected)
         tokens.append(Token(ids, kept, predicted))
     return tokens
 

@@ -105,8 +105,8 @@ def check_slots(shape: Shape, device: Device, dtype: torch.dtype, seed: int) -> 
     )  # fmt: skip
 
 
-def _same_bits(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    return torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+def _same_bits(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    return torch.equal(actual.view(torch.uint8), expected.view(torch.uint8))
 
 
 def check_waves(shape: Shape, device: Device, dtype: torch.dtype, seed: int) -> Iterator[Row]:

@@ -44,7 +44,7 @@ ANSWER = 24
 ENGINE_BYTES = 2560 << 20
 """Device memory per engine: weights 0.5 GiB, CUDA context 0.5 GiB, graphs and allocations of a step."""
 SPARE_BYTES = 1 << 30
-MOST_TOGETHER = 6
+MAX_TOGETHER = 6
 OLDEST_FP8 = (8, 9)
 """Oldest compute capability with FP8 tensor cores, required by Triton's kernel; before it, Marlin widens FP8."""
 
@@ -110,7 +110,7 @@ def engines_together(free_bytes: int, cores: int) -> int:
     if fit < 1:
         needed = (ENGINE_BYTES + SPARE_BYTES) / 2**30
         raise MemoryError(f"{free_bytes / 2**30:.1f} GiB of the device are free, an engine needs {needed:.1f}")
-    return max(1, min(fit, cores // 2, MOST_TOGETHER))
+    return max(1, min(fit, cores // 2, MAX_TOGETHER))
 
 
 def check_tokens(device: Device, seed: int, ends: float, plan: Plan) -> Iterator[Row]:
@@ -157,11 +157,11 @@ def check_tokens(device: Device, seed: int, ends: float, plan: Plan) -> Iterator
             )
         in_place: list[tuple[Contender, Any]] = []
         for contender, result in running.items():
-            found = _outcome(result)
+            outcome = _outcome(result)
             measured = known[contender.kind, "fetch", True] if contender.promise == ROUNDING else None
-            yield _row(plan, contender, found, known[_reference(contender)], measured)
+            yield _row(plan, contender, outcome, known[_reference(contender)], measured)
             if contender.decode == "in_place":
-                in_place.append((contender, found))
+                in_place.append((contender, outcome))
         yield from _agreement(in_place)
 
 
@@ -175,7 +175,7 @@ def _rounds(plan: Plan, kind: str) -> bool:
 
 
 def _spec(
-    model: Path, kind: str, plan: Plan, prompts: list[list[int]], eager: bool, in_pieces: bool, **others: Any
+    model: Path, kind: str, plan: Plan, prompts: list[list[int]], eager: bool, in_pieces: bool, **extra: Any
 ) -> dict[str, Any]:
     """Returns the `Spec` of the process. `in_pieces`: piecewise CUDA graphs between attention layers, as in the plugin
     when steps need the host, instead of graphs of whole steps."""
@@ -186,7 +186,7 @@ def _spec(
         arguments["compilation_config"] = {"cudagraph_mode": "PIECEWISE"}
     return {
         "model": str(model), "prompts": prompts, "tokens": plan.answer, "device_bytes": ENGINE_BYTES,
-        "arguments": arguments, **others,
+        "arguments": arguments, **extra,
     }  # fmt: skip
 
 
@@ -204,32 +204,30 @@ def _outcome(result: Callable[[], Any]) -> Any:
         return error
 
 
-def _row(plan: Plan, contender: Contender, found: Any, stock: Any, eager: Any) -> Row:
+def _row(plan: Plan, contender: Contender, ours: Any, stock: Any, eager: Any) -> Row:
     what = f"{plan.shape.name} {contender.name()}: {contender.promise}"
-    for name, engine in (("stock vLLM", stock), ("adapmoe", found), ("stock vLLM, eager", eager)):
+    for name, engine in (("stock vLLM", stock), ("adapmoe", ours), ("stock vLLM, eager", eager)):
         if isinstance(engine, EngineFailed):
             return Row(CORRECTNESS, what, f"{name}: {engine}"[:160], "", NOT_RUN)
     details = {
-        "runner": found["runner"], "graphs": [found["graphs"], stock["graphs"]], "kernels": found["kernels"],
-        "cache": {key: value for key, value in found["cache"].items() if value},
+        "runner": ours["runner"], "graphs": [ours["graphs"], stock["graphs"]], "kernels": ours["kernels"],
+        "cache": {key: value for key, value in ours["cache"].items() if value},
     }  # fmt: skip
-    if found["kernels"] != stock["kernels"]:
-        return Row(CORRECTNESS, what, f"runs {found['kernels']}, stock {stock['kernels']}", "", verdict(False), details)
-    pairs = [
-        (mine, theirs) for how in ("alone", "together") for mine, theirs in zip(found[how], stock[how], strict=True)
-    ]
+    if ours["kernels"] != stock["kernels"]:
+        return Row(CORRECTNESS, what, f"runs {ours['kernels']}, stock {stock['kernels']}", "", verdict(False), details)
+    pairs = [pair for how in ("alone", "together") for pair in zip(ours[how], stock[how], strict=True)]
     total = sum(len(tokens) for _, (tokens, _) in pairs)
-    equal = sum(_until_differs(mine[0], theirs[0]) for mine, theirs in pairs)
-    same_bits = all(mine == theirs for mine, theirs in pairs)
+    equal = sum(_until_differs(answer[0], expected[0]) for answer, expected in pairs)
+    same_bits = all(answer == expected for answer, expected in pairs)
     equality = f"{equal} of {total} tokens, {'the same' if same_bits else 'other'} log probabilities"
     if contender.promise != ROUNDING:
         met = equal == total and (same_bits or contender.promise != SAME_BITS)
         return Row(CORRECTNESS, what, equality, "all", verdict(met), details)
     limit = distance(eager["noisy"], eager["forced"])
-    apart, best = distance(found["forced"], stock["alone"]), agreement(found["forced"], stock["alone"])
+    apart, best = distance(ours["forced"], stock["alone"]), agreement(ours["forced"], stock["alone"])
     first = [
-        mine[1][0][2] == theirs[1][0][2]
-        for mine, theirs, length in zip(found["forced"], stock["alone"], plan.prompts, strict=True)
+        answer[1][0][2] == expected[1][0][2]
+        for answer, expected, length in zip(ours["forced"], stock["alone"], plan.prompts, strict=True)
         if length > MAX_TOKENS and contender.decode == "in_place"
     ]
     details |= {
@@ -243,46 +241,46 @@ def _row(plan: Plan, contender: Contender, found: Any, stock: Any, eager: Any) -
 
 def _agreement(in_place: list[tuple[Contender, Any]]) -> Iterator[Row]:
     """Checks that engines that read in place give the same bits at different residencies, each run twice."""
-    found = [engine for _, engine in in_place]
-    if len(found) < 2:
+    engines = [engine for _, engine in in_place]
+    if len(engines) < 2:
         return
     shares = " and ".join(f"{contender.resident:.0%}" for contender, _ in in_place)
     what = f"{in_place[0][0].kind} in place, {shares} resident: the same bits, twice"
-    failures = [engine for engine in found if isinstance(engine, EngineFailed)]
+    failures = [engine for engine in engines if isinstance(engine, EngineFailed)]
     if failures:
         yield Row(CORRECTNESS, what, str(failures[0])[:160], "", NOT_RUN)
         return
-    runs = [engine[key] for engine in found if "forced" in engine for key in ("forced", "forced_again")]
-    read = min(engine["cache"].get("in_place", 0) for engine in found)
-    met = len(runs) == 2 * len(found) and all(run == runs[0] for run in runs) and read > 0
+    runs = [engine[key] for engine in engines if "forced" in engine for key in ("forced", "forced_again")]
+    read = min(engine["cache"].get("in_place", 0) for engine in engines)
+    met = len(runs) == 2 * len(engines) and all(run == runs[0] for run in runs) and read > 0
     same = sum(run == runs[0] for run in runs)
-    figure = f"{same} of {2 * len(found)} runs, {read:.0f} experts read in place"
+    figure = f"{same} of {2 * len(engines)} runs, {read:.0f} experts read in place"
     yield Row(CORRECTNESS, what, figure, "all, and some read", verdict(met))
 
 
-def _until_differs(mine: list[int], theirs: list[int]) -> int:
+def _until_differs(tokens: list[int], expected: list[int]) -> int:
     """Returns the number of tokens before the first difference."""
-    pairs = zip(mine, theirs, strict=True)
-    return next((number for number, (token, other) in enumerate(pairs) if token != other), len(mine))
+    pairs = zip(tokens, expected, strict=True)
+    return next((number for number, (token, other) in enumerate(pairs) if token != other), len(tokens))
 
 
-def distance(answers: Sequence[Any], others: Sequence[Any]) -> float:
+def distance(answers: Sequence[Any], reference: Sequence[Any]) -> float:
     """Returns the mean distance of the log probabilities of the same tokens, nats; infinite if the tokens differ."""
-    if [tokens for tokens, _ in answers] != [tokens for tokens, _ in others]:
+    if [tokens for tokens, _ in answers] != [tokens for tokens, _ in reference]:
         return float("inf")
-    steps = [
+    distances = [
         abs(step[0] - other[0])
-        for (_, mine), (_, theirs) in zip(answers, others, strict=True)
-        for step, other in zip(mine, theirs, strict=True)
+        for (_, steps), (_, expected) in zip(answers, reference, strict=True)
+        for step, other in zip(steps, expected, strict=True)
     ]
-    return sum(steps) / len(steps)
+    return sum(distances) / len(distances)
 
 
-def agreement(answers: Sequence[Any], others: Sequence[Any]) -> float:
+def agreement(answers: Sequence[Any], reference: Sequence[Any]) -> float:
     """Returns the share of steps with the same most probable token."""
-    steps = [
+    equal = [
         step[2] == other[2]
-        for (_, mine), (_, theirs) in zip(answers, others, strict=True)
-        for step, other in zip(mine, theirs, strict=True)
+        for (_, steps), (_, expected) in zip(answers, reference, strict=True)
+        for step, other in zip(steps, expected, strict=True)
     ]
-    return sum(steps) / len(steps)
+    return sum(equal) / len(equal)

@@ -31,11 +31,11 @@ def rows_of(cases: list[dict[str, Any]], dtype: torch.dtype) -> Iterator[Row]:
     """Yields a row for each size of pool, over its cases."""
     limit = tolerance(dtype)
     for slots in dict.fromkeys(case["slots"] for case in cases):
-        mine = [case for case in cases if case["slots"] == slots]
-        error = max(case["error"] for case in mine)
-        same = sum(case["same"] and case["dropped"] and case["nothing"] for case in mine)
+        of_pool = [case for case in cases if case["slots"] == slots]
+        error = max(case["error"] for case in of_pool)
+        same = sum(case["same"] and case["dropped"] and case["nothing"] for case in of_pool)
         yield Row(
             CORRECTNESS, f"{WHAT}, a pool of {slots}: error against float64; bits without slots",
-            f"{error:.2e}; {same} of {len(mine)} numbers of tokens", f"<= {limit:.2e}; all",
-            verdict(error <= limit and same == len(mine)), {"cases": mine},
+            f"{error:.2e}; {same} of {len(of_pool)} token counts", f"<= {limit:.2e}; all",
+            verdict(error <= limit and same == len(of_pool)), {"cases": of_pool},
         )  # fmt: skip

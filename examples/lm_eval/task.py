@@ -2,7 +2,7 @@
 
     python examples/lm_eval/task.py examples/tiny_mixtral/heldout /tmp/lm_eval_task
 
-The three wrong ones are what follows elsewhere in the same file, so that style alone does not give it away.
+The three wrong ones follow other passages of the same file, so that style alone does not identify the right one.
 """
 
 import json

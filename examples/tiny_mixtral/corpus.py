@@ -29,20 +29,20 @@ def _hash(name: str) -> int:
 
 def _files(domain: str) -> Iterator[tuple[str, Path]]:
     """Files of a domain with their names below their root, in the order of the names' hashes."""
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for root in _roots():
         for suffix in DOMAINS[domain]:
             for path in root.rglob(f"*{suffix}"):
                 name = path.relative_to(root).as_posix()
                 if name.startswith("site-packages/") or any(word in name.lower() for word in SKIPPED_WORDS):
                     continue
-                found.setdefault(name, path)
-    yield from sorted(found.items(), key=lambda item: _hash(item[0]))
+                paths.setdefault(name, path)
+    yield from sorted(paths.items(), key=lambda item: _hash(item[0]))
 
 
 def documents(domain: str, held_out: bool) -> Iterator[tuple[str, str]]:
     """(name, text) of files of one side of the split, until the domain's share of characters is reached."""
-    left = CHARACTERS[domain] // (10 if held_out else 1)
+    remaining = CHARACTERS[domain] // (10 if held_out else 1)
     seen: set[int] = set()
     for name, path in _files(domain):
         if (_hash("split:" + name) % HELD_OUT_SHARE == 0) != held_out:
@@ -56,6 +56,6 @@ def documents(domain: str, held_out: bool) -> Iterator[tuple[str, str]]:
             continue
         seen.add(_hash(text))
         yield name, text
-        left -= len(text)
-        if left <= 0:
+        remaining -= len(text)
+        if remaining <= 0:
             return

@@ -83,7 +83,7 @@ def routing(model: PreTrainedModel, ids: np.ndarray) -> list[dict[str, float | l
 
 
 def tokens_of(tokenizer, texts: list[str]) -> np.ndarray:
-    ids = [np.array([0, *one]) for one in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    ids = [np.array([0, *tokens]) for tokens in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     return np.concatenate(ids)[:TOKENS_PER_DOMAIN]
 
 
@@ -112,7 +112,7 @@ def main() -> None:
         domain: tokens_of(tokenizer, [text for _, text in documents(domain, held_out=True)]) for domain in DOMAINS
     }
     losses = {
-        domain: {name: loss(one, ids) for name, one in models.items()} | {"unigram": unigram_loss(train, ids)}
+        domain: {name: loss(network, ids) for name, network in models.items()} | {"unigram": unigram_loss(train, ids)}
         for domain, ids in held_out.items()
     }
     mean = {kind: float(np.mean([row[kind] for row in losses.values()])) for kind in (*models, "unigram")}
@@ -123,7 +123,7 @@ def main() -> None:
         "seed": 0,
         "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "transformers")},
         "machine": {"processor": _processor(), "cores_used": 1, "cores": os.cpu_count()},
-        "parameters": {name: sum(p.numel() for p in one.parameters()) for name, one in models.items()},
+        "parameters": {name: sum(p.numel() for p in network.parameters()) for name, network in models.items()},
         "held_out_loss_nats_per_token": losses | {"mean": mean},
         "bundled_held_out_loss": bundled,
         "layers": routing(model, np.concatenate([ids[:16_384] for ids in held_out.values()])),

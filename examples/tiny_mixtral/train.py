@@ -74,7 +74,10 @@ def encode(cache: Path) -> tuple[Path, np.ndarray]:
         np.random.default_rng(0).shuffle(texts)
         tokenizer = train_tokenizer(texts[:: max(1, len(texts) // 2000)], VOCABULARY)
         tokenizer.save_pretrained(folder)
-        ids = [np.array([0, *one], dtype=np.uint16) for one in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        ids = [
+            np.array([0, *tokens], dtype=np.uint16)
+            for tokens in tokenizer(texts, add_special_tokens=False)["input_ids"]
+        ]
         np.save(tokens, np.concatenate(ids))
     return folder, np.load(tokens)
 
@@ -148,7 +151,7 @@ def main() -> None:
     print(f"{len(tokens)} training tokens, {args.steps * BATCH * SEQUENCE} of them used", flush=True)
 
     def save(model: PreTrainedModel) -> None:
-        """Writes the checkpoint in bf16, whole or not at all."""
+        """Writes the checkpoint in bf16, atomically."""
         temporary = args.output.with_name(args.output.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}

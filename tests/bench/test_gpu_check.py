@@ -322,7 +322,7 @@ def only_engines(monkeypatch, free_bytes: int = 64 << 30) -> list[Row]:
 def test_without_vllm_engines_are_skipped_and_without_the_plugin_that_fails(monkeypatch):
     monkeypatch.setattr(engines, "entry_points", lambda group: [])
     (row,) = only_engines(monkeypatch)
-    assert "not installed beside vLLM" in row.figure and row.verdict == NOT_RUN and failed([row])
+    assert "not installed in vLLM's environment" in row.figure and row.verdict == NOT_RUN and failed([row])
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
     (row,) = only_engines(monkeypatch)
     assert (row.figure, row.verdict) == ("vLLM not importable", SKIPPED) and not failed([row])

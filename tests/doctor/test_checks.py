@@ -20,7 +20,7 @@ def levels(findings: list[Finding]) -> list[str]:
 
 def test_a_folder_to_pack_in(tmp_path):
     findings = list(check_disk(tmp_path / "not" / "there", needed=True))
-    assert serves(findings) and "to be made in" in findings[0].text
+    assert serves(findings) and "to be created in" in findings[0].text
     assert "GB/s" in findings[-1].text and findings[-1].works
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"
 

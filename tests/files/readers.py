@@ -22,7 +22,7 @@ from vllm_adapmoe.planning.from_trace import gated
 from vllm_adapmoe.policy.controller import CacheSetup
 from vllm_adapmoe.policy.prediction import PredictedExperts
 from vllm_adapmoe.prefetch.heads import NextTokenHeads
-from vllm_adapmoe.printable import LONGEST, OneLineError
+from vllm_adapmoe.printable import MAX_CHARACTERS, OneLineError
 from vllm_adapmoe.profile.expected_loads import curves_of_profile
 from vllm_adapmoe.profile.model_profile import ModelProfile
 from vllm_adapmoe.profile.thresholds import describe, plan_gating
@@ -230,7 +230,7 @@ READERS = {
 def assert_one_line(error: Exception) -> None:
     message = str(error)
     assert isinstance(error, OneLineError)
-    assert message.isprintable() and len(message) <= LONGEST
+    assert message.isprintable() and len(message) <= MAX_CHARACTERS
     assert ";" in message or "should" in message or "known keys" in message, f"no remedy: {message}"
 
 

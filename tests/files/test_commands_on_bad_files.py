@@ -147,7 +147,7 @@ def test_an_answer_of_no_server(run, answer, monkeypatch):
     monkeypatch.setattr(sample, "ANSWER_BYTES", 1 << 20)
     code, said = run("top", serve(answer), "--once")
     assert code == 1 and said.startswith("adapmoe: error: ") and said.count("\n") == 1 and ";" in said
-    assert {drip: "no whole answer in 1 s", pour: "more than 1048576 bytes"}.get(answer, "") in said
+    assert {drip: "no complete answer in 1 s", pour: "more than 1048576 bytes"}.get(answer, "") in said
 
 
 @pytest.mark.parametrize("address", ["file:///etc/passwd", "a b", "host:80 80", "ftp://x", "http://[", "", "x\ny"])

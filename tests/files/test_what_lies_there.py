@@ -15,7 +15,7 @@ from readers import LAYERS, READERS, index_of, info_json, profile_file, try_read
 
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.files import BadFile, parse_json, read_bytes
-from vllm_adapmoe.printable import LONGEST, OneLineError, printable
+from vllm_adapmoe.printable import MAX_CHARACTERS, OneLineError, printable
 from vllm_adapmoe.profile.model_profile import ModelProfile
 from vllm_adapmoe.simulate.trace import FRAME_BYTES
 from vllm_adapmoe.store.pack_index import HEAD, MAGIC
@@ -159,7 +159,7 @@ def test_a_message_is_one_line_of_bounded_length():
     assert printable("a b é 漢") == "a b é 漢"
     assert printable("a\nb\x1b\u2028\ud800") == "a\\nb\\x1b\\u2028\\ud800"
     long = str(AdapMoEError("x" * 10**7 + "; the remedy"))
-    assert len(long) <= LONGEST and long.endswith("; the remedy") and printable(long) == long
+    assert len(long) <= MAX_CHARACTERS and long.endswith("; the remedy") and printable(long) == long
     with pytest.raises(AdapMoEError, match="too large a number"):
         AdapMoEConfig.parse('{"cache_experts": ' + "9" * 5000 + "}")
     for given in ({"cache_experts": 10**5000}, {"gating": 10**5000}, [10**5000], {3: 4}):
@@ -170,7 +170,7 @@ def test_a_message_is_one_line_of_bounded_length():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('{"a": 1, "a": 2}', "gives the key 'a' twice"),
+        ('{"a": 1, "a": 2}', "has the key 'a' twice"),
         ('{"a": 1e400}', "1e400 is too large a number"),
         ('{"a": -1e999}', "too large a number"),
         ('{"a": NaN}', "NaN is no number"),
@@ -179,7 +179,7 @@ def test_a_message_is_one_line_of_bounded_length():
         ("[9223372036854775808]", "too large a number"),
         ("[" * 100_000, "nested too deeply"),
         ('{"a":' * 100_000, "nested too deeply"),
-        ("[" + "1," * 1001 + "1]", "more than the 1000 values"),
+        ("[" + "1," * 1001 + "1]", "more than 1000 values"),
         ("{" + ",".join(f'"{key}": 1' for key in range(300)) + "}", "an object of 300 keys"),
         (b"\xff", "not UTF-8"),
         (b'\xff\xfe[\0"\0]\0', "not UTF-8"),
@@ -334,14 +334,14 @@ def test_a_pack_whose_records_are_elsewhere(tmp_path):
     for offset in (0, -ALIGNMENT, 1 << 50, index["layers"][1]["offset"]):
         assert "outside of" in said(offset=offset)
     for offset in (ALIGNMENT + 512, "x", None):
-        assert "MoE layer 0 at byte" in said(offset=offset) or "something else" in said(offset=offset)
+        assert "MoE layer 0 at byte" in said(offset=offset) or "not of a pack" in said(offset=offset)
     assert "outside of" in said(digests=first["digests"] * 100_000)
     assert "no checksum" in said(digests=[])
     assert "no checksum" in said(digests=["00"])
     for shape in ([1 << 40], [1 << 62, 1 << 62], [-1], ["x"], [[]], [0.5], [1] * 100_000):
         assert said(layout=[first["layout"][0] | {"shape": shape}])
     for dtype in ("Tensor", "nothing", 5, None, "\n"):
-        assert "something else" in said(layout=[first["layout"][0] | {"dtype": dtype}])
+        assert "not of a pack" in said(layout=[first["layout"][0] | {"dtype": dtype}])
     path.write_bytes(with_index(pack, json.dumps(index | {"layers": []}).encode()))
     assert "has no layer" in try_reading("pack", path)
 

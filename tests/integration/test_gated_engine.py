@@ -211,9 +211,9 @@ def test_configured_gating_compiled(monkeypatch):
             {"gating": {"mode": "token", "threshold": 0.1}, "profile": "none.json"},
             "profile='none.json' is neither a file nor the name",
         ),
-        ({"gating": {"mode": "token", "target_experts": 3}, "profile": "own"}, "target_experts=3.0 is out of reach"),
-        ({"gating": {"mode": "token", "threshold": 0.1}, "profile": "qwen"}, "is of another model"),
-        ({"gating": {"mode": "token", "threshold": 0.1}, "profile": "8x7b"}, "is of another model (Mixtral-8x7B)"),
+        ({"gating": {"mode": "token", "target_experts": 3}, "profile": "own"}, "target_experts=3.0 is not possible"),
+        ({"gating": {"mode": "token", "threshold": 0.1}, "profile": "qwen"}, "is for another model"),
+        ({"gating": {"mode": "token", "threshold": 0.1}, "profile": "8x7b"}, "is for another model (Mixtral-8x7B)"),
         ({"profile": "bare"}, "has no next-token heads, so it is of no use while gating.mode=off"),
         ({"profile": "bare", "eviction": "next_token"}, "has no next-token heads; make it anew with adapmoe calibrate"),
         ({"profile": "alone"}, "put the file beside the profile"),
@@ -266,7 +266,7 @@ def test_calibration_goes_on_where_it_was_killed(tmp_path, method):
     process.wait()
     assert not killed.exists()
     again = subprocess.run(offloaded, check=True, capture_output=True, text=True, env=environment, timeout=400)
-    assert "going on with" in again.stderr + again.stdout
+    assert "resuming from" in again.stderr + again.stdout
     assert killed.read_bytes() == whole.read_bytes()
     assert not partial.exists()
     profile = ModelProfile.load(whole)

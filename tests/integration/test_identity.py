@@ -88,7 +88,7 @@ def test_a_pack_serves_what_it_was_made_from_and_is_only_read(tmp_path, read_onl
     before = tokens(model, profiled)
     first = pack.stat().st_ino
     zero_experts(weights, 60)
-    with pytest.raises(AdapMoEError, match=r"profile=.* is of another model .*: hash is "):
+    with pytest.raises(AdapMoEError, match=r"profile=.* is for another model .*: hash is "):
         tokens(model, profiled)
     stock = tokens(model, None)
     assert stock != before
@@ -124,7 +124,7 @@ def test_a_killed_pack_is_gone_on_with(tmp_path):
     assert re.search(
         r"0\.01 GiB to pack; the disk takes [0-9.]+ GB/s: at least 0 s, .*VLLM_ENGINE_READY_TIMEOUT_S", text
     )
-    assert f"can be replaced by everybody, for '{stores[1]}' has mode 777" in text
+    assert f"can be replaced by all users (mode 777 of '{stores[1]}')" in text
     packs = [Path(store) / "experts-0-of-1.pack" for store in stores]
     assert packs[0].read_bytes() == packs[1].read_bytes()
     assert [path.name for path in packs[0].parent.iterdir()] == [packs[0].name]

@@ -326,7 +326,7 @@ for model, config in (folder / "llama", {{}}), ({str(TINY_MIXTRAL)!r}, {{"store_
     refused = [line for line in run.stdout.splitlines() if line.startswith("refused:")]
     assert len(refused) == 2, run.stderr[-2000:]
     assert "has no routed experts; remove moe_method" in refused[0]
-    assert f"another model (of '{TINY_QWEN}': 'model.safetensors' has" in refused[1] and "store_dir" in refused[1]
+    assert f"another model ('{TINY_QWEN}': 'model.safetensors' has" in refused[1] and "store_dir" in refused[1]
 
 
 def test_a_scheduler_that_does_not_listen_is_named():

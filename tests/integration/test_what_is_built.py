@@ -79,7 +79,7 @@ def write_profile(folder, path, layers: int):
 def test_a_profile_is_compared_with_the_layers_that_are_built(model, tmp_path):
     folder = model("afmoe")
     told = refusal(folder, write_profile(folder, tmp_path / "four.json", 4))
-    assert "is of another model" in told and "num_layers is 4, this model's is 2" in told
+    assert "is for another model" in told and "num_layers is 4, this model's is 2" in told
     with Engine(folder, write_profile(folder, tmp_path / "two.json", LAYERS), **ARGS) as engine:
         answers(engine, prompts(2, COMMON["vocab_size"], seed=1), greedy())
         assert engine.cache_stats()["misses"] > 0

@@ -55,13 +55,13 @@ def test_who_may_replace_a_pack(tmp_path):
     pack.write_bytes(b"")
     assert others_who_may_write(pack) is None
     folder.chmod(0o777)
-    assert others_who_may_write(pack) == f"everybody, for '{folder}' has mode 777"
+    assert others_who_may_write(pack) == f"all users (mode 777 of '{folder}')"
     folder.chmod(0o1777)  # files of others are safe there, but not a name that is still free
-    assert others_who_may_write(pack) == f"everybody, for '{folder}' has mode 1777"
+    assert others_who_may_write(pack) == f"all users (mode 1777 of '{folder}')"
     folder.chmod(0o755)
     os.chown(pack, 12345, -1)
-    assert others_who_may_write(pack) == f"user 12345, to whom '{pack}' belongs"
+    assert others_who_may_write(pack) == f"user 12345 (owner of '{pack}')"
     os.chown(pack, 0, 0)
     os.chown(folder, 0, 54321)
     folder.chmod(0o775)
-    assert others_who_may_write(pack) == f"group 54321, for '{folder}' has mode 775"
+    assert others_who_may_write(pack) == f"group 54321 (mode 775 of '{folder}')"

@@ -94,8 +94,7 @@ def test_a_refusal_is_said_once_with_the_sizes(store_with, caplog, monkeypatch):
     (record,) = caplog.records
     assert record.getMessage() == (
         "1.00 GiB of experts are page-locked; 2.00 GiB are not, and are copied through a buffer, which is slower: the "
-        "driver has not enough memory of the host, or of the GPU, to lock and map it (CUDA error 2); free some of "
-        "both, or set store=file"
+        "driver lacks host or GPU memory to lock and map it (CUDA error 2); free some of both, or set store=file"
     )
 
 
@@ -104,8 +103,8 @@ def test_a_refusal_is_said_once_with_the_sizes(store_with, caplog, monkeypatch):
     [
         (1, False, "`dmesg | grep NVRM` may say why"),
         (2, True, "Windows limits what WSL may lock"),
-        (712, False, "something else in this process has locked it before"),
-        (801, False, "this machine does not support it"),
+        (712, False, "another library in this process has locked it already"),
+        (801, False, "this machine does not support page-locking"),
     ],
 )
 def test_what_is_said_is_true_of_the_error(store_with, caplog, monkeypatch, error, wsl, said):

@@ -57,7 +57,7 @@ def run_evaluate(spec: EvaluateSpec) -> dict[str, Any]:
     """Runs the held-out text through the serving engine as prompts, once per point, and part of it as decode steps.
 
     Raises:
-        AdapMoEError: the profile is of another model, or there is no text.
+        AdapMoEError: the profile is for another model, or there is no text.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # same steps, hence same sums, in every run
     from vllm_adapmoe.integration.measure.engine import Engine, load_profile
@@ -169,8 +169,8 @@ def _decode(
 def _compare(rows: list[dict[str, Any]], top_k: int) -> None:
     """Adds to each `token` point the loss of the other rules at the same mean expert count, interpolated linearly."""
     for rule in ("weight", "count"):
-        found = [(row["mean_experts"], row["loss_increase"]) for row in rows if row["rule"] == rule]
-        experts, increases = zip(*sorted([*found, (float(top_k), 0.0)]), strict=True)
+        measured = [(row["mean_experts"], row["loss_increase"]) for row in rows if row["rule"] == rule]
+        experts, increases = zip(*sorted([*measured, (float(top_k), 0.0)]), strict=True)
         for row in rows:
             if row["rule"] == "token":
                 inside = row["mean_experts"] >= experts[0]

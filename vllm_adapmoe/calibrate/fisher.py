@@ -42,7 +42,8 @@ class Fisher:
         layers = [module for module in self.model.modules() if _is_experts(module)]
         if not layers:
             raise AdapMoEError(
-                f"model={str(model)!r}: transformers does not show which experts a token uses; use --method forward"
+                f"model={str(model)!r}: transformers does not pass {' and '.join(EXPERT_ARGUMENTS)} to "
+                "its experts; use --method forward"
             )
         self.gradients: dict[int, torch.Tensor] = {}
         self.moves: dict[int, torch.Tensor] = {}
@@ -54,12 +55,12 @@ class Fisher:
     def _watch(self, index: int, forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def watched(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Any:
             output = forward(hidden_states, top_k_index, top_k_weights)
-            if not output.requires_grad:  # nothing before the first MoE layer has a gradient
+            if not output.requires_grad:  # the first MoE layer: no parameter requires a gradient
                 output.requires_grad_(True)
             with torch.no_grad():
                 weights = top_k_weights.float()
-                keep = keep_most(weights, torch.full((len(weights),), half(weights.shape[1])))
-                fewer = settle(weights, keep)
+                keep_mask = keep_most(weights, torch.full((len(weights),), half(weights.shape[1])))
+                fewer = settle(weights, keep_mask)
                 moved = forward(hidden_states.detach(), top_k_index, fewer.weights.to(top_k_weights.dtype))
                 self.moves[index], self.costs[index] = moved - output.detach(), fewer.cost
             output.register_hook(lambda gradient: self.gradients.__setitem__(index, gradient))

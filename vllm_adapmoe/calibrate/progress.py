@@ -1,4 +1,4 @@
-"""Progress of a calibration, kept in a file beside its output so that an interrupted one can be resumed."""
+"""Progress of a calibration, in a file beside the output, from which an interrupted calibration resumes."""
 
 import json
 import os
@@ -29,13 +29,13 @@ class Progress:
         AdapMoEError: the file is damaged, is not a progress file, or belongs to another user.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], most: int) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any], max_bytes: int) -> None:
         self.path = path
         self.settings = json.dumps(settings, sort_keys=True).encode()
         self.done: dict[str, Sums] = {}
         self.resumed = False
         try:
-            data = read_bytes(path, most)
+            data = read_bytes(path, max_bytes)
             if path.stat().st_uid != os.geteuid():
                 raise BadFile("is another user's")
             arrays = parse_arrays(data[DIGEST_SIZE:])
@@ -45,7 +45,7 @@ class Progress:
             return
         except BadFile as problem:
             raise AdapMoEError(
-                f"the calibration to go on with, {str(path)!r}, {problem}; remove it to begin anew"
+                f"the calibration to go on with, {str(path)!r}, {problem}; remove it to start again"
             ) from None
         if arrays.pop(SETTINGS).tobytes() == self.settings:
             self.resumed = True

@@ -16,7 +16,7 @@ from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.prefetch.heads import NextTokenHeads, heads_path
 from vllm_adapmoe.profile import statistics
 from vllm_adapmoe.profile.model_profile import (
-    MOST_LAYERS,
+    MAX_LAYERS,
     Confirmation,
     DataInfo,
     LayerProfile,
@@ -71,7 +71,7 @@ def calibrate(spec: CalibrationSpec) -> ModelProfile:
 
     info = describe_model(spec.model)
     if info.top_k == 1:
-        raise AdapMoEError(f"model={str(spec.model)!r} uses one expert per token; there is nothing to gate")
+        raise AdapMoEError(f"model={str(spec.model)!r} uses one expert per token, so gating has no expert to drop")
     method = spec.method
     if method == "auto":
         method = "fisher" if fits_in_memory(spec.model) else "forward"
@@ -90,10 +90,10 @@ def calibrate(spec: CalibrationSpec) -> ModelProfile:
     )
     settings = {"model": info.model_dump(), "data": described.model_dump(), "method": method, "versions": versions}
     sums = len(groups) * 4096  # numbers of a layer's histograms and counts, per expert
-    most = 8 * (info.num_layers or MOST_LAYERS) * info.num_experts * (2 * info.hidden_size + sums) + (1 << 28)
-    progress = Progress(spec.output.with_name(spec.output.name + ".partial"), settings, most)
+    max_bytes = 8 * (info.num_layers or MAX_LAYERS) * info.num_experts * (2 * info.hidden_size + sums) + (1 << 28)
+    progress = Progress(spec.output.with_name(spec.output.name + ".partial"), settings, max_bytes)
     if progress.resumed:
-        tqdm.write(f"going on with {progress.path}: {len(progress.done)} pieces are done")
+        tqdm.write(f"resuming from {progress.path}: {len(progress.done)} pieces are done")
     if method == "fisher":
         _differentiate(spec.model, groups, progress)
     layers, info = _serve(spec, groups, progress, info)
@@ -235,10 +235,10 @@ def _layers(groups: list, progress: Progress, method: str, count: int) -> list[L
             # Dropping moves the layer's output by d. The same weights moved the other way move it by -d, and the mean
             # of the two changes of the loss is the second-order part, without the noise of the first-order one.
             cost = _column(groups, progress, "routing", f"{index}.half_cost")
-            there = _column(groups, progress, "forward", "there")[:, index] - base
+            forth = _column(groups, progress, "forward", "there")[:, index] - base
             back = _column(groups, progress, "forward", "back")[:, index] - base
-            sensitivity, error = ratio((there + back) / 2, cost)
-            # For an insensitive layer and little data the estimate may be negative; all it says is "small".
+            sensitivity, error = ratio((forth + back) / 2, cost)
+            # With little data the estimate for an insensitive layer may be negative: the sensitivity is small.
             sensitivity = max(sensitivity, error)
         layers.append(
             LayerProfile(

@@ -135,7 +135,7 @@ def simulate(
     ] = None,
     compute: Annotated[float, typer.Option(help="Time per layer and step without fetches, ms.")] = 0.5,
     step: Annotated[float, typer.Option(help="Time per step outside the MoE layers, ms.")] = 1.0,
-    lookahead: Annotated[int, typer.Option(min=1, max=8, help="Layers ahead to prefetch for.")] = 3,
+    lookahead: Annotated[int, typer.Option(min=1, max=8, help="Maximum number of layers ahead to prefetch for.")] = 3,
     max_experts: Annotated[int, typer.Option(min=1, help="Maximum prefetches in flight.")] = 1,
     profile: Annotated[Path | None, profile_option("; for policies with /profile")] = None,
     output: Output = None,

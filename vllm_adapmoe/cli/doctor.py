@@ -34,7 +34,9 @@ def doctor(
     os.environ.setdefault("TQDM_DISABLE", "1")
     findings = list(_findings(model, revision, store_dir))
     if as_json:
-        typer.echo(json.dumps({"serves": serves(findings), "findings": [asdict(one) for one in findings]}, indent=1))
+        typer.echo(
+            json.dumps({"serves": serves(findings), "findings": [asdict(finding) for finding in findings]}, indent=1)
+        )
     else:
         print_findings(findings, Console())
     raise typer.Exit(0 if serves(findings) else 1)
@@ -56,7 +58,7 @@ def _findings(model: str | None, revision: str | None, store_dir: Path | None) -
                 return
         yield Finding(
             "Installation", "problem", f"vLLM cannot be imported ({reason(error)})",
-            "install it as the README says, in the environment of this command",
+            "install vLLM in the environment of this command, see README.md",
         )  # fmt: skip
         return
     yield from check_installation()

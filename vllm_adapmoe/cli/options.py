@@ -35,7 +35,7 @@ def quieten_vllm() -> None:
 
 
 def checkpoint_folder(model: str, revision: str | None = None) -> Path:
-    """Returns the folder of a model, after downloading what is missing of a hub's."""
+    """Returns the folder of a model; downloads missing files of a model on the hub."""
     if os.path.isdir(model):
         return Path(model)
     from vllm_adapmoe.integration.loading import model_files  # imports vLLM, which takes seconds
@@ -53,7 +53,7 @@ def profile_option(purpose: str = "") -> Any:
     Args:
         purpose: what the command does with it, as the end of a sentence.
     """
-    text = "Profile: a file written by `adapmoe calibrate`, or the name of one that comes with the plugin"
+    text = "Profile: a file written by `adapmoe calibrate`, or the name of one shipped with the plugin"
     return typer.Option(help=f"{text}{purpose}.", callback=_profile, autocompletion=shipped_profiles)
 
 

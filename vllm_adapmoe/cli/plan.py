@@ -27,7 +27,7 @@ def plan(
     reserve: Annotated[
         str | None,
         typer.Option(
-            help="Part of --memory kept for all but weights and slots, e.g. 2GiB. Default: estimated for a GPU with "
+            help="Part of --memory that is for neither weights nor slots, e.g. 2GiB. Default: estimated for a GPU with "
             "vLLM's defaults: unused share, CUDA context, activations, KV cache of one request, CUDA graphs."
         ),
     ] = None,

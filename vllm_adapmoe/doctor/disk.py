@@ -25,42 +25,42 @@ def check_disk(store_dir: Path | None, needed: bool) -> Iterator[Finding]:
 
     Args:
         store_dir: as in `adapmoe_config`; None: vLLM's cache.
-        needed: packed files are the default on this device. Otherwise a fault is a note, unless `store_dir` is set.
+        needed: packed files are the default on this device; if not, a fault is a note unless `store_dir` is set.
     """
     folder = packs_root(store_dir)
-    wrong: Level = "problem" if needed or store_dir is not None else "note"
-    there = next(one for one in (folder, *folder.parents) if one.exists())
+    fault: Level = "problem" if needed or store_dir is not None else "note"
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     remedy = "name another folder with --store-dir, and as store_dir in adapmoe_config"
     try:
-        with tempfile.TemporaryDirectory(dir=there, prefix="adapmoe-doctor-") as temporary:
+        with tempfile.TemporaryDirectory(dir=existing, prefix="adapmoe-doctor-") as temporary:
             direct = _reads_directly(Path(temporary) / "block")
     except OSError as error:
         yield Finding(
-            SECTION, wrong, f"{folder} cannot be written ({error.strerror})", remedy,
-            fails="packed files (store=file): nowhere to write them",
+            SECTION, fault, f"{folder} cannot be written ({error.strerror})", remedy,
+            fails="packed files (store=file): the folder cannot be written",
         )  # fmt: skip
         return
-    free = shutil.disk_usage(there).free
-    exists = "" if folder == there else f", to be made in {there}"
+    free = shutil.disk_usage(existing).free
+    exists = "" if folder == existing else f", to be created in {existing}"
     yield Finding(SECTION, "ok", f"{folder}{exists}: writable, {free / GiB:.1f} GiB free")
     if direct:
         yield Finding(SECTION, "ok", "direct I/O works")
     else:
         yield Finding(
-            SECTION, "note", "no direct I/O: experts pass through the page cache, whose pages are given back at once",
-            "a file system like ext4 or xfs on a local disk has it",
+            SECTION, "note", "no direct I/O: experts are read through the page cache, which is dropped after each read",
+            "use a file system that has it, such as ext4 or xfs on a local disk",
             fails="reading experts without the page cache (no direct I/O in this folder)",
         )  # fmt: skip
     try:
-        bandwidth = measure_reads(RECORD_BYTES, there)
+        bandwidth = measure_reads(RECORD_BYTES, existing)
     except AdapMoEError:
-        yield Finding(SECTION, wrong, f"no room to measure: {free / GiB:.2f} GiB free", remedy)
+        yield Finding(SECTION, fault, f"no room to measure: {free / GiB:.2f} GiB free", remedy)
         return
     how = "direct reads" if direct else "reads, perhaps from memory"
     text = f"{bandwidth / 1e9:.2f} GB/s in {how} of 3 MiB"
     yield Finding(
         SECTION, "ok" if bandwidth >= SLOW else "note", text,
-        "" if bandwidth >= SLOW else "fetching will be most of what a token takes; a local NVMe disk helps",
+        "" if bandwidth >= SLOW else "fetching will dominate the time per token; use a local NVMe disk",
         works=f"experts in packed files, fetched at {bandwidth / 1e9:.2f} GB/s (store=file)",
     )  # fmt: skip
 

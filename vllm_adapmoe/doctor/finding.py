@@ -44,8 +44,11 @@ def print_findings(findings: Sequence[Finding], console: Console) -> None:
             table.add_row("", Text(finding.remedy, "italic"))
         console.print(table)
     for title, texts in (
-        ("What will work here", [one.works for one in findings if one.works] if serves(findings) else []),
-        ("What will not", [one.fails or one.text for one in findings if one.fails or one.level == "problem"]),
+        ("What will work here", [finding.works for finding in findings if finding.works] if serves(findings) else []),
+        (
+            "What will not",
+            [finding.fails or finding.text for finding in findings if finding.fails or finding.level == "problem"],
+        ),
     ):
         if texts:
             console.print(Text(title, "bold"))

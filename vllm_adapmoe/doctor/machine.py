@@ -39,7 +39,7 @@ def check_machine(device: str) -> Iterator[Finding]:
     yield from _memory()
     cores, nodes = len(os.sched_getaffinity(0)), len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))
     quota = _cpu_quota()
-    limit = "" if quota is None else f", limited to the time of {quota:.1f}"
+    limit = "" if quota is None else f", limited to the CPU time of {quota:.1f}"
     yield Finding(SECTION, "ok", f"{cores} cores{limit}, {max(1, nodes)} NUMA node{'s' if nodes > 1 else ''}")
     yield from _limits()
 
@@ -48,8 +48,8 @@ def _device(device: str) -> Iterator[Finding]:
     if device == "cpu":
         if torch.cuda.is_available():
             yield Finding(
-                SECTION, "note", f"{torch.cuda.get_device_name()} is there, but this vLLM is for the CPU",
-                "install vLLM for CUDA to use it", fails="the GPU is not used: this vLLM is for the CPU",
+                SECTION, "note", f"{torch.cuda.get_device_name()} is present, but this vLLM is built for the CPU",
+                "install vLLM for CUDA to use it", fails="the GPU is not used: this vLLM is built for the CPU",
             )  # fmt: skip
         yield Finding(SECTION, "ok", "runs on the CPU; slots are in host memory, which needs no pinning")
         try:
@@ -92,7 +92,7 @@ def _memory() -> Iterator[Finding]:
     yield Finding(
         SECTION, "ok" if enough else "note",
         f"{text}; the control group allows {limit / GiB:.1f} GiB, page cache included, "
-        f"of which {here.available / GiB:.1f} can still be taken",
+        f"of which {here.available / GiB:.1f} are still available",
         "" if enough else "set cache_gb so that the process stays below the limit",
     )  # fmt: skip
 
@@ -110,14 +110,14 @@ def _limits() -> Iterator[Finding]:
     free = 0 if shm is None else shm.f_bavail * shm.f_frsize
     yield Finding(
         SECTION, "ok" if free >= SHARED_BYTES else "note", f"{free / GiB:.2f} GiB of shared memory free (/dev/shm)",
-        "" if free >= SHARED_BYTES else "vLLM's processes talk through it; docker run --shm-size 1g, or --ipc host",
+        "" if free >= SHARED_BYTES else "vLLM's processes use it; docker run --shm-size 1g, or --ipc host",
     )  # fmt: skip
     locked, (_, files) = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0], resource.getrlimit(resource.RLIMIT_NOFILE)
     text = "unlimited" if locked == resource.RLIM_INFINITY else f"{locked / GiB:.2f} GiB"
     many = files == resource.RLIM_INFINITY or files >= OPEN_FILES
     yield Finding(
         SECTION, "ok" if many else "note", f"limits: {text} of locked memory, {files} open files",
-        "" if many else "many connections need more open files: ulimit -n 65536",
+        "" if many else "many connections need more open files; set ulimit -n 65536",
     )  # fmt: skip
 
 

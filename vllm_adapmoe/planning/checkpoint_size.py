@@ -31,7 +31,7 @@ def measure_checkpoint(
 
     Args:
         folder: folder with `config.json`; no weights are needed.
-        dtype: dtype of the weights; None: as the configuration says.
+        dtype: dtype of the weights; None: the dtype in the configuration.
         expert_bits: bits per weight of a routed expert, scales included; None: those of `dtype`.
 
     Returns:
@@ -44,17 +44,17 @@ def measure_checkpoint(
     model, config = _build(folder)
     text = config.get_text_config()
     dtype = dtype or _dtype(config)
-    if expert_bits is None and any(getattr(one, "quantization_config", None) is not None for one in (config, text)):
-        raise AdapMoEError(f"{folder} is quantised; say with --expert-bits how many bits a weight of an expert takes")
+    if expert_bits is None and any(getattr(part, "quantization_config", None) is not None for part in (config, text)):
+        raise AdapMoEError(f"{folder} is quantised; set --expert-bits to the bits per expert weight")
     bits = expert_bits or 8 * dtype.itemsize
     layers = list(_expert_layers(model))
     top_k = _find(text.to_dict(), TOP_K) or 0
     if not layers or not top_k:
         raise AdapMoEError(f"{folder} has no routed experts; take a mixture-of-experts model")
     if len({(count, weights) for count, weights, _ in layers}) > 1:
-        raise AdapMoEError(f"{folder} has experts of several sizes; adapmoe plan knows models with one")
+        raise AdapMoEError(f"{folder} has experts of several sizes; adapmoe plan supports models with one size")
     count, expert_weights, _ = layers[0]
-    other = sum(parameter.numel() for parameter in model.parameters()) - sum(held for *_, held in layers)
+    other = sum(parameter.numel() for parameter in model.parameters()) - sum(weights for *_, weights in layers)
     embedding = model.get_input_embeddings().weight
     output = model.get_output_embeddings()
     read = other if output is None or output.weight is embedding else other - embedding.numel()
@@ -83,7 +83,7 @@ def measure_step(folder: Path, dtype: torch.dtype | None, max_model_len: int | N
 
     Args:
         folder: folder with `config.json`.
-        dtype: dtype of the weights; None: as the configuration says.
+        dtype: dtype of the weights; None: the dtype in the configuration.
         max_model_len: maximum tokens per request; None: the model's maximum.
 
     Raises:
@@ -96,7 +96,7 @@ def measure_step(folder: Path, dtype: torch.dtype | None, max_model_len: int | N
     rows = map(_kv_numbers, getattr(text, "per_layer_config", None) or [text] * text.num_hidden_layers)
     length = max_model_len or getattr(text, "max_position_embeddings", None)
     if not length:
-        raise AdapMoEError(f"{folder} does not say how many tokens a request may have; set --max-model-len")
+        raise AdapMoEError(f"{folder} has no maximum number of tokens per request; set --max-model-len")
     return StepSize(
         hidden=text.hidden_size,
         inner=round(expert_weights / (3 * text.hidden_size)),
@@ -137,8 +137,8 @@ def _build(folder: Path) -> tuple[Any, Any]:
 
 
 def _dtype(config: Any) -> torch.dtype:
-    given = (getattr(one, "dtype", None) for one in (config, config.get_text_config()))
-    return next((one for one in given if one is not None), torch.bfloat16)
+    dtypes = (getattr(part, "dtype", None) for part in (config, config.get_text_config()))
+    return next((dtype for dtype in dtypes if dtype is not None), torch.bfloat16)
 
 
 def _find(settings: dict[str, Any], names: tuple[str, ...]) -> int | None:
@@ -151,7 +151,7 @@ def _find(settings: dict[str, Any], names: tuple[str, ...]) -> int | None:
 
 
 def _expert_layers(model: nn.Module) -> Iterator[tuple[int, int, int]]:
-    """Yields for each MoE layer the number of routed experts, the weights of one, and the weights held for all.
+    """Yields for each MoE layer the number of routed experts, the weights of one expert, and those of all.
 
     transformers keeps the experts of a layer in one module `experts`: with tensors like `down_proj` `[experts, ...]`,
     or with one submodule per expert. DBRX has tensors `[experts * inner, hidden]`. JetMoE's attention experts, which
@@ -160,13 +160,13 @@ def _expert_layers(model: nn.Module) -> Iterator[tuple[int, int, int]]:
     for name, module in model.named_modules():
         if name.rpartition(".")[2] != "experts":
             continue
-        held = {place: parameter.numel() for place, parameter in module.named_parameters()}
+        weights = sum(parameter.numel() for parameter in module.parameters())
         fused = getattr(module, "down_proj", None)
         children = [child for child, _ in module.named_children()]
         if isinstance(fused, nn.Parameter) and fused.dim() == 3:
-            # LongCat's gates have more rows than this, for experts that compute nothing.
-            yield len(fused), sum(one.numel() // len(one) for one in module.parameters()), sum(held.values())
+            # LongCat's gates have more rows than experts: the others are zero experts, which have no weights.
+            yield len(fused), sum(tensor.numel() // len(tensor) for tensor in module.parameters()), weights
         elif children and all(child.removeprefix("expert_").isdigit() for child in children):
-            yield len(children), sum(held.values()) // len(children), sum(held.values())
+            yield len(children), weights // len(children), weights
         elif "router" not in children and (count := getattr(module, "num_experts", 0)):
-            yield count, sum(held.values()) // count, sum(held.values())
+            yield count, weights // count, weights

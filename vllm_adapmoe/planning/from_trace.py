@@ -44,15 +44,15 @@ class TraceReplay:
             curves: expected loads of each layer by slots, for allocation `profile`.
 
         Raises:
-            AdapMoEError: not a trace, or one of another model.
+            AdapMoEError: not a trace, or one recorded with another model.
         """
         info, steps = read_trace(path)
-        found = (len(info.num_experts), max(info.num_experts), info.top_k)
-        wanted = (model.num_layers, model.num_experts, model.top_k)
-        if found != wanted:
+        recorded = (len(info.num_experts), max(info.num_experts), info.top_k)
+        expected = (model.num_layers, model.num_experts, model.top_k)
+        if recorded != expected:
             raise AdapMoEError(
-                f"--trace={str(path)!r} is of another model ({info.model}): layers, experts and top_k are {found}, "
-                f"this model's are {wanted}; record one with trace_out"
+                f"--trace={str(path)!r} was recorded with another model ({info.model}): layers, experts and top_k are "
+                f"{recorded}, this model's are {expected}; record one with trace_out"
             )
         info = replace(info, expert_bytes=[model.expert_bytes] * model.num_layers)
         return cls(info, steps, model, speed, allocation, curves)
@@ -72,13 +72,13 @@ class TraceReplay:
         if sensitivity is not None:
             steps = GatedSteps(steps, sensitivity, threshold)
             name += ", gated"
-        asked = tokens = 0
+        expert_uses = tokens = 0
         heads = False
         for step in steps:
-            asked += _distinct(step)
+            expert_uses += _distinct(step)
             tokens += len(step.positions)
             heads = heads or bool(step.expected)
-        compute = self.speed.compute_seconds(self.model, asked / len(steps))
+        compute = self.speed.compute_seconds(self.model, expert_uses / len(steps))
         machine = Machine(self.speed.link, compute / self.model.num_layers)
         config = {"allocation": self.allocation}
         if self.allocation == "profile":
@@ -87,7 +87,7 @@ class TraceReplay:
         made = []
         for count in tqdm(slots, desc=name, unit="replay"):
             if count == self.model.experts:  # every expert resident: no cache to replay
-                made.append(Estimate(asked / tokens, 0.0, 0.0, tokens / (len(steps) * compute)))
+                made.append(Estimate(expert_uses / tokens, 0.0, 0.0, tokens / (len(steps) * compute)))
                 continue
             setup = CacheSetup.of(settings, slots_of_pools(self.info, count), self.curves, heads)
             result = replay(self.info, steps, setup, machine)
@@ -121,12 +121,15 @@ def gated(step: Step, sensitivity: Sequence[float], threshold: float) -> Step:
     """Returns a step with adaptive gating by token applied; its predictions still include the dropped experts.
 
     Args:
-        step: the recorded step; experts that were dropped already stay dropped.
+        step: the recorded step; experts dropped when it was recorded remain dropped.
         sensitivity: sensitivity of each layer, nats per token.
         threshold: gating threshold, nats.
     """
     weights = torch.from_numpy(step.weights.astype(np.float32))
-    kept = [gate_tokens(one, value, threshold).weights for one, value in zip(weights, sensitivity, strict=True)]
+    kept = [
+        gate_tokens(layer_weights, value, threshold).weights
+        for layer_weights, value in zip(weights, sensitivity, strict=True)
+    ]
     return replace(step, weights=torch.stack(kept).numpy().astype(np.float16))
 
 

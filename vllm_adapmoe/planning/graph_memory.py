@@ -17,7 +17,7 @@ WHOLE_LAYER_BYTES = 512 << 10
 """Memory of one layer in a graph of a whole step. An estimate: reported 0.21 GiB for 35 sizes of Llama 3.2 1B with 16
 layers (github.com/vllm-project/vllm/pull/11349), which is 384 KiB, and 24 MiB a graph of a 27B model with 64 layers
 (github.com/vllm-project/vllm/issues/50780), which is 375 KiB; a MoE block has more kernels than a dense one."""
-LEAST_GRAPH_BYTES = 1 << 20
+MIN_GRAPH_BYTES = 1 << 20
 """Minimum memory per captured size: `_MIN_PER_GRAPH_BYTES` in vLLM's `cudagraph_utils.py`, "driver overhead per
 graph"."""
 BLOCK_BYTES = 20 << 20
@@ -44,12 +44,12 @@ class CapturedGraphs:
     """Layers of the model, including those without experts."""
 
     def __str__(self) -> str:
-        said = []
+        parts = []
         if self.sizes and self.pieces:
-            said.append(f"{len(self.sizes)} sizes in {self.pieces} pieces")
+            parts.append(f"{len(self.sizes)} sizes in {self.pieces} pieces")
         if self.whole_sizes:
-            said.append(f"{len(self.whole_sizes)} whole")
-        return ", ".join(said)
+            parts.append(f"{len(self.whole_sizes)} whole")
+        return ", ".join(parts)
 
 
 def graph_bytes(graphs: CapturedGraphs, *, row_bytes: int, pair_bytes: int) -> int:
@@ -68,8 +68,8 @@ def graph_bytes(graphs: CapturedGraphs, *, row_bytes: int, pair_bytes: int) -> i
     sizes_of_all = [*sizes, *graphs.whole_sizes]
     if not sizes_of_all:
         return 0
-    own = len(sizes) * max(LEAST_GRAPH_BYTES, graphs.pieces * PIECE_BYTES)
-    own += len(graphs.whole_sizes) * max(LEAST_GRAPH_BYTES, graphs.layers * WHOLE_LAYER_BYTES)
+    own = len(sizes) * max(MIN_GRAPH_BYTES, graphs.pieces * PIECE_BYTES)
+    own += len(graphs.whole_sizes) * max(MIN_GRAPH_BYTES, graphs.layers * WHOLE_LAYER_BYTES)
     large = sum(size * row_bytes > SMALL_BYTES for size in sizes_of_all)
     return own + large * BLOCK_BYTES + max(sizes_of_all) * pair_bytes + WORKSPACE_BYTES
 
@@ -98,7 +98,7 @@ def bookkeeping_bytes(
         tokens: maximum tokens of a step that runs without the host; 0: no such steps, as on the CPU.
         gates_ahead: later layers for which each layer predicts; 0: no prediction.
         heads: each layer has a next-token head.
-        first_head: there is a head that predicts the first layer at the end of the previous step.
+        first_head: a head predicts the first layer at the end of the previous step.
     """
     routing = layers * tokens * (4 * top_k + 8)
     addresses = 2 * layers * experts * 8 if tokens else 0

@@ -37,8 +37,8 @@ def measure_link(record_bytes: int, store_dir: Path | None = None) -> tuple[floa
     if torch.cuda.is_available():
         return measure_copies(record_bytes), f"copies to {torch.cuda.get_device_name()} from page-locked memory"
     folder = packs_root(store_dir)
-    there = next(one for one in (folder, *folder.parents) if one.is_dir())
-    return measure_reads(record_bytes, there), "direct reads from the disk of the packed files"
+    existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+    return measure_reads(record_bytes, existing), "direct reads from the disk of the packed files"
 
 
 def measure_copies(record_bytes: int) -> float:
@@ -66,7 +66,7 @@ def measure_reads(record_bytes: int, folder: Path) -> float:
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise AdapMoEError(
-            f"--link=auto writes {nbytes} bytes to {folder}, {free} are free; name the bandwidth or a --store-dir"
+            f"--link=auto writes {nbytes} bytes to {folder}, {free} are free; set --link 25 (GB/s), or --store-dir"
         )
     buffer = aligned_empty(record_bytes).random_()
     try:
@@ -87,7 +87,7 @@ def measure_reads(record_bytes: int, folder: Path) -> float:
                 os.close(fd)
     except OSError as error:
         raise AdapMoEError(
-            f"--link=auto cannot measure in {folder} ({error.strerror}); name the bandwidth or a --store-dir"
+            f"--link=auto cannot measure in {folder} ({error.strerror}); set --link 25 (GB/s), or --store-dir"
         ) from None
 
 

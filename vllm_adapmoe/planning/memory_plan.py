@@ -83,7 +83,7 @@ class Reserve:
         )
         pieces = model.all_layers + model.num_layers + 1  # split at every attention and at every MoE block
         parts = {
-            "CUDA itself": CONTEXT_BYTES,
+            "CUDA context": CONTEXT_BYTES,
             "activations": activation_bytes(
                 tokens=STEP_TOKENS,
                 logit_rows=REQUESTS,
@@ -113,10 +113,10 @@ class Reserve:
         """Advice on how to reduce the reserve, for error messages."""
         return "lower --max-model-len, or " if self.parts else ""
 
-    def said(self) -> str:
+    def describe(self) -> str:
         """Describes the parts of the reserve, for error messages."""
         parts = ", ".join(f"{nbytes / GiB:.2f} GiB {name}" for name, nbytes in self.parts.items())
-        return f" ({self.share:.0%} of it, {parts})" if parts else ""
+        return f" ({self.share:.0%} of --memory, {parts})" if parts else ""
 
     def slots(self, model: ModelSize, memory: int) -> int:
         """Returns the expert slots that fit into `memory` bytes in total; negative: the other weights do not fit."""
@@ -124,10 +124,10 @@ class Reserve:
         return min(model.experts, int((memory - reserved - model.other_bytes) // model.expert_bytes))
 
     def memory(self, model: ModelSize, slots: int) -> int:
-        """Returns the least total memory in bytes that `slots` fit into."""
-        taken = model.other_bytes + slots * model.expert_bytes + self.nbytes
+        """Returns the minimum total memory in bytes that `slots` fit into."""
+        needed = model.other_bytes + slots * model.expert_bytes + self.nbytes
         # One byte more than the quotient: `slots` rounds down.
-        return int(taken / (1 - self.share)) + 1 if self.share else taken
+        return int(needed / (1 - self.share)) + 1 if self.share else needed
 
 
 @dataclass(frozen=True)
@@ -220,11 +220,11 @@ def slots_for(model: ModelSize, memory: int, reserve: Reserve) -> int:
     """
     slots = reserve.slots(model, memory)
     if slots < model.top_k:
-        left = max(0, slots)
+        fitting = max(0, slots)
         raise AdapMoEError(
-            f"--memory={memory / GiB:.2f}GiB leaves {left} expert slots of {model.expert_bytes / GiB:.4f} GiB beside "
-            f"{model.other_bytes / GiB:.2f} GiB of other weights and the reserve{reserve.said()}, but a token needs "
-            f"{model.top_k} at once; {reserve.remedy}set at least --memory "
+            f"--memory={memory / GiB:.2f}GiB leaves {fitting} expert slots of {model.expert_bytes / GiB:.4f} GiB "
+            f"beside {model.other_bytes / GiB:.2f} GiB of other weights and the reserve{reserve.describe()}, but a "
+            f"token needs {model.top_k} at once; {reserve.remedy}set at least --memory "
             f"{_round_up(reserve.memory(model, model.top_k))}"
         )
     return slots
@@ -235,9 +235,9 @@ def _round_up(nbytes: int) -> str:
     return f"{hundredths / 100:.2f}GiB"
 
 
-def budgets(model: ModelSize, asked: int | None, steps: int = 10) -> list[int]:
+def budgets(model: ModelSize, requested: int | None, steps: int = 10) -> list[int]:
     """Returns the slot counts to estimate: 1/steps, 2/steps .. of all experts, and `asked`; at least top_k."""
     chosen = {round(model.experts * step / steps) for step in range(1, steps + 1)}
-    if asked is not None:
-        chosen.add(asked)
+    if requested is not None:
+        chosen.add(requested)
     return sorted(slots for slots in chosen if slots >= model.top_k)

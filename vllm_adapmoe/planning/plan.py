@@ -73,14 +73,14 @@ def run_plan(question: Question, checkpoint_hash: Callable[[Path], str]) -> dict
             profile.check(info.model_copy(update={"hash": checkpoint_hash(question.model)}), str(question.profile))
     reserve = _reserve(question, dtype)
     if question.allocation == "profile" and not has_statistics(profile):
-        raise AdapMoEError("--allocation=profile needs a --profile with statistics of routing; see adapmoe calibrate")
+        raise AdapMoEError("--allocation=profile needs a --profile with routing statistics; see adapmoe calibrate")
     threshold = _threshold(question, profile)
     weights_gbps, compute_source = None, "as given"
     if question.compute is None:
         weights, source = measure_weights()
         weights_gbps, compute_source = (
             weights / 1e9,
-            f"an estimate, the least it can be: reading weights at the speed of {source}",
+            f"a lower bound: reading weights at the speed of {source}",
         )
     variants = []
     chosen: list[float | None] = [*question.expert_bits] or [None]
@@ -114,8 +114,8 @@ def _reserve(question: Question, dtype: torch.dtype | None) -> Reserve:
         return Reserve.of_gpu(size, measure_step(question.model, dtype, question.max_model_len))
     if question.max_model_len is not None:
         raise AdapMoEError(
-            f"--max-model-len={question.max_model_len} is what the KV cache is counted for, and --reserve="
-            f"{question.reserve} says how much that is; keep one"
+            f"--max-model-len={question.max_model_len} sets the KV cache of the default reserve, which --reserve="
+            f"{question.reserve} replaces; set only one of them"
         )
     return Reserve(parse_bytes("--reserve", question.reserve))
 
@@ -126,7 +126,7 @@ def _threshold(question: Question, profile: ModelProfile | None) -> float | None
     if profile is None or not has_statistics(profile) or profile.base_loss is None:
         have = "no profile is given" if profile is None else f"profile={str(question.profile)!r} has constants only"
         raise AdapMoEError(
-            f"--max-loss-increase={question.max_loss_increase} cannot be planned: {have}; leave it out, or give a "
+            f"--max-loss-increase={question.max_loss_increase} cannot be planned: {have}; omit it, or set a "
             "profile that adapmoe calibrate made"
         )
     if question.max_loss_increase <= 0:
@@ -145,10 +145,10 @@ def _gating(question: Question, profile: ModelProfile | None, threshold: float) 
 
 def _basis(question: Question, profile: ModelProfile | None) -> str:
     if question.trace is not None:
-        return "replay of a trace, prompts and all, with the server's own decisions and defaults"
-    text = "closed form: every expert as likely as another, no memory from token to token, no prefetch, fixed shares"
+        return "replay of a trace, prompts included, with the server's decisions and defaults"
+    text = "closed form: every expert equally likely, independent of the previous token, no prefetch, fixed shares"
     if not has_statistics(profile):
-        text += "; assumed, for no profile has statistics of this model's routing"
+        text += "; assumed, without a profile that has routing statistics"
     return text
 
 
@@ -162,9 +162,9 @@ def _variant(
     weights_gbps: float | None,
 ) -> dict[str, Any]:
     _, size = measure_checkpoint(question.model, dtype, bits)
-    asked = None
+    requested = None
     if question.memory is not None:
-        asked = slots_for(size, parse_bytes("--memory", question.memory), reserve)
+        requested = slots_for(size, parse_bytes("--memory", question.memory), reserve)
     link, link_source = _link(question, size)
     layer_seconds = None if question.compute is None else question.compute / 1e3
     speed = Speed(link, layer_seconds, (weights_gbps or 0) * 1e9)
@@ -176,13 +176,13 @@ def _variant(
         replayed = TraceReplay.load(question.trace, size, speed, question.allocation, loads)
     limits = [None] if threshold is None else [None, threshold]
     estimates: list[list[Estimate]] = []
-    slots_of_rows = budgets(size, asked)
+    slots_of_rows = budgets(size, requested)
     for limit in limits:
         if replayed is None:
             curves = curves_of(size, profile, limit or 0.0)
             estimates.append([closed_form(size, curves, slots, speed, question.allocation) for slots in slots_of_rows])
         else:
-            sensitivity = None if limit is None or profile is None else [one.sensitivity for one in profile.layers]
+            sensitivity = None if limit is None or profile is None else [layer.sensitivity for layer in profile.layers]
             estimates.append(replayed.estimates(slots_of_rows, sensitivity, limit or 0.0))
     points = []
     for number, slots in enumerate(slots_of_rows):
@@ -191,7 +191,7 @@ def _variant(
                 "slots": slots,
                 "resident": slots / size.experts,
                 "memory": reserve.memory(size, slots),
-                "asked": slots == asked,
+                "asked": slots == requested,
                 "ungated": asdict(estimates[0][number]),
                 "gated": asdict(estimates[1][number]) if threshold is not None else None,
             }
@@ -201,7 +201,7 @@ def _variant(
         "size": asdict(size),
         "link": {"gbps": link / 1e9, "source": link_source},
         "points": points,
-        "config": None if asked is None else _config(question, asked),
+        "config": None if requested is None else _config(question, requested),
     }
 
 

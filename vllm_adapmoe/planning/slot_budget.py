@@ -44,7 +44,7 @@ class DeviceMemory:
     remedy: str = "use a device with more memory"
     """Advice on how to leave more memory for slots, for messages."""
     graphs: int = 0
-    """CUDA graphs, which vLLM captures after the KV cache has taken the rest."""
+    """CUDA graphs, which vLLM captures after it has allocated the KV cache."""
     graphs_of: str = ""
     """Description of the captured graphs, for messages."""
     bookkeeping: int = 0
@@ -92,36 +92,36 @@ def activation_bytes(
 
 
 def token_bytes(hidden: int, inner: int, top_k: int, dtype_bytes: int) -> int:
-    """Returns what one token adds to `activation_bytes`, without logits."""
+    """Returns the bytes that one token adds to `activation_bytes`, without logits."""
     stream = STREAM_ROWS * hidden * dtype_bytes
     return stream + top_k * ((2 * inner + inner + 2 * hidden) * dtype_bytes + 4 * hidden)
 
 
-def check_budget(config: AdapMoEConfig, most: int | None, top_k: int, memory: DeviceMemory) -> None:
-    """Rejects, before the model is loaded, a budget that cannot work for any model with at most `most` routed experts.
+def check_budget(config: AdapMoEConfig, max_experts: int | None, top_k: int, memory: DeviceMemory) -> None:
+    """Rejects a budget that cannot work for any model with at most `max_experts` experts, before the model is loaded.
 
     Args:
         config: the budget.
-        most: upper bound of routed experts over all layers; None: not known.
+        max_experts: upper bound of routed experts over all layers; None: not known.
         top_k: slots that one token needs in one layer.
         memory: the memory as far as it is known.
 
     Raises:
         AdapMoEError: too few slots for one token, more slots than experts, or no memory for any slot.
     """
-    slots, key = most or top_k, ""
+    slots, key = max_experts or top_k, ""
     if config.cache_experts is not None:
         slots, key = config.cache_experts, f"cache_experts={config.cache_experts}"
-    elif config.cache_fraction is not None and most is not None:
-        slots, key = int(most * config.cache_fraction + 1e-9), f"cache_fraction={config.cache_fraction}"
+    elif config.cache_fraction is not None and max_experts is not None:
+        slots, key = int(max_experts * config.cache_fraction + 1e-9), f"cache_fraction={config.cache_fraction}"
     if slots < top_k:
         raise AdapMoEError(
             f"{key} gives {slots} expert slots, but a token needs {top_k} at once; set at least cache_experts={top_k}"
         )
-    if most is not None and slots > most:
-        raise AdapMoEError(f"{key} is more than the {most} routed experts that this model can have; set fewer")
+    if max_experts is not None and slots > max_experts:
+        raise AdapMoEError(f"{key} is more than the {max_experts} routed experts that this model can have; set fewer")
     if memory.left <= 0:
-        raise AdapMoEError(f"no memory for expert slots, for {_missing(0, memory)}; {memory.remedy}")
+        raise AdapMoEError(f"no memory for expert slots: {_missing(0, memory)}; {memory.remedy}")
 
 
 def count_slots(config: AdapMoEConfig, shapes: Sequence[ExpertShape], memory: DeviceMemory) -> list[int]:
@@ -155,7 +155,7 @@ def count_slots(config: AdapMoEConfig, shapes: Sequence[ExpertShape], memory: De
             )
     slot_bytes = bytes_of(shapes, slots)
     if slot_bytes > memory.left:
-        fits = memory.left >= _least_bytes(shapes, total_bytes)
+        fits = memory.left >= _min_bytes(shapes, total_bytes)
         smaller = f"set at most cache_gb={memory.left * 1000 // GiB / 1000:.3f}, or " if fits else ""
         raise AdapMoEError(
             f"{key} takes {slot_bytes / GiB:.3f} GiB for {sum(slots)} expert slots, {_missing(slot_bytes, memory)}; "
@@ -202,12 +202,12 @@ def slots_without(shapes: Sequence[ExpertShape], slots: Sequence[int], nbytes: i
     Returns None if a pool would have fewer slots than one token needs.
     """
     total = bytes_of(shapes, slots)
-    left = [count * max(0, total - nbytes) // total for count in slots]
-    return left if all(count >= shape.top_k for shape, count in zip(shapes, left, strict=True)) else None
+    remaining = [count * max(0, total - nbytes) // total for count in slots]
+    return remaining if all(count >= shape.top_k for shape, count in zip(shapes, remaining, strict=True)) else None
 
 
 def _slots_in(shapes: Sequence[ExpertShape], total_bytes: int, memory: DeviceMemory) -> list[int]:
-    needed = _least_bytes(shapes, total_bytes)
+    needed = _min_bytes(shapes, total_bytes)
     if memory.left < needed:
         raise AdapMoEError(
             f"cache_gb=auto needs {needed / GiB:.3f} GiB for the expert slots of one token, "
@@ -217,7 +217,7 @@ def _slots_in(shapes: Sequence[ExpertShape], total_bytes: int, memory: DeviceMem
     return [shape.num_experts * nbytes // total_bytes for shape in shapes]
 
 
-def _least_bytes(shapes: Sequence[ExpertShape], total_bytes: int) -> int:
+def _min_bytes(shapes: Sequence[ExpertShape], total_bytes: int) -> int:
     """Returns the smallest budget in bytes that gives every pool top-k slots."""
     return max(-(-shape.top_k * total_bytes // shape.num_experts) for shape in shapes)
 
@@ -242,8 +242,8 @@ def split_layers(layers: Sequence[int], slots: int, piece_bytes: int, limit: int
     """
     parts = 1
     while parts < len(layers):
-        most = -(-len(layers) // parts)
-        if slots * most * piece_bytes < limit * len(layers):
+        layers_per_pool = -(-len(layers) // parts)
+        if slots * layers_per_pool * piece_bytes < limit * len(layers):
             break
         parts += 1
     return [list(layers[part::parts]) for part in range(parts)]

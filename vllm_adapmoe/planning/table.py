@@ -19,14 +19,14 @@ def print_plan(result: dict[str, Any], console: Console) -> None:
     for variant in result["variants"]:
         _print_variant(result, variant, console)
     gating, compute = result["gating"], result["compute"]
-    console.print("hits, loads: experts of a token, all layers together, that are there, and that a layer waits for")
+    console.print("hits, loads: experts per token, all layers together, that are resident, and that a layer waits for")
     if gating is not None:
         console.print(
             f"gated: {gating['mean_experts']:.2f} experts per token and layer, predicted loss "
             f"+{gating['max_loss_increase']:.2%}"
         )
     reserve = result["reserve"]
-    share = f"{reserve['share']:.0%} of it and " if reserve["share"] else ""
+    share = f"{reserve['share']:.0%} of the memory and " if reserve["share"] else ""
     parts = ", ".join(f"{_size(nbytes)} {name}" for name, nbytes in reserve["parts"].items())
     console.print(
         f"memory: other weights, {share}{parts or _size(reserve['nbytes'])} reserved (--reserve), and the slots",
@@ -48,14 +48,14 @@ def _print_variant(result: dict[str, Any], variant: dict[str, Any], console: Con
     for column in columns + (["gated loads", "MiB/token", "tok/s"] if gated else []):
         table.add_column(column, justify="right", no_wrap=True)
     for point in variant["points"]:
-        asked = point["asked"]
-        memory = result["memory"] if asked else point["memory"]
-        row = ["asked" if asked else "", _size(memory), str(point["slots"]), f"{point['resident']:.0%}"]
-        one = point["ungated"]
-        row += [f"{one['hits']:.1f}", f"{one['loads']:.2f}", *_cost(one)]
+        requested = point["asked"]
+        memory = result["memory"] if requested else point["memory"]
+        row = ["--memory" if requested else "", _size(memory), str(point["slots"]), f"{point['resident']:.0%}"]
+        estimate = point["ungated"]
+        row += [f"{estimate['hits']:.1f}", f"{estimate['loads']:.2f}", *_cost(estimate)]
         if gated:
             row += [f"{point['gated']['loads']:.2f}", *_cost(point["gated"])]
-        table.add_row(*row, style="bold" if asked else None)
+        table.add_row(*row, style="bold" if requested else None)
     console.print(table)
     experts = size["num_layers"] * size["num_experts"]
     console.print(
@@ -77,8 +77,8 @@ def plot_plan(result: dict[str, Any], path: Path) -> None:
     """Plots tokens/s against memory, a line per number of bits, dashed if gated; --memory is a dotted vertical line."""
     from vllm_adapmoe.plot import figure
 
-    most = max(point["memory"] for variant in result["variants"] for point in variant["points"])
-    unit, name = (GiB, "GiB") if most >= GiB else (MiB, "MiB")
+    max_memory = max(point["memory"] for variant in result["variants"] for point in variant["points"])
+    unit, name = (GiB, "GiB") if max_memory >= GiB else (MiB, "MiB")
     with figure(path, f"memory, {name}", "tokens/s") as axes:
         for number, variant in enumerate(result["variants"]):
             bits = variant["expert_bits"]
@@ -89,6 +89,6 @@ def plot_plan(result: dict[str, Any], path: Path) -> None:
                     speed = [point[key]["tokens_per_second"] for point in variant["points"]]
                     axes.plot(memory, speed, style, color=f"C{number}", markersize=4, label=label + key)
         if result["memory"] is not None:
-            axes.axvline(result["memory"] / unit, color="grey", linestyle=":", label="asked")
+            axes.axvline(result["memory"] / unit, color="grey", linestyle=":", label="--memory")
         axes.set_ylim(bottom=0)
         axes.legend(fontsize=8)

@@ -21,12 +21,12 @@ def curves_of_profile(profile: ModelProfile, threshold: float, max_experts: int)
     curves = []
     for index, layer in enumerate(profile.layers):
         if layer.dropped is None or layer.popularity is None:
-            raise AdapMoEError("the profile has no statistics of routing; measure the model with `adapmoe calibrate`")
+            raise AdapMoEError("the profile has no routing statistics; measure the model with `adapmoe calibrate`")
         limit = threshold / layer.sensitivity if layer.sensitivity > 0 else float("inf")
         # Share of tokens that keep more than m experts.
-        more = [1.0, *(1 - one.below(limit)[0] for one in layer.dropped)]
+        more = [1.0, *(1 - histogram.below(limit)[0] for histogram in layer.dropped)]
         before = profile.layers[index - 1].predictions if index and max_experts else None
-        precision = next((one.precision for one in before or () if one.lookahead == 1), [])
+        precision = next((prediction.precision for prediction in before or () if prediction.lookahead == 1), [])
         curves.append(
             expected_loads(
                 len(layer.popularity),

@@ -18,11 +18,11 @@ EDGES = np.logspace(-6, 2, 8 * BINS_PER_DECADE + 1)
 FILE_BYTES, FILE_VALUES = 64 << 20, 2_000_000
 """Maximum bytes and JSON values of a profile. 60 layers of 384 experts with top-8 take 2.4 MiB and 157,000 values, with
 `FORMER_KEYS` 9 MiB and 500,000."""
-MOST_LAYERS, MOST_EXPERTS, MOST_TOP_K = 1024, 65_536, 256
+MAX_LAYERS, MAX_EXPERTS, MAX_TOP_K = 1024, 65_536, 256
 """Maximum sizes of a profiled model: computations on a profile take time and memory in proportion to them."""
 
 FORMER_KEYS = {"loss_change", "loss_change_stderr", "co_use", "output_norm", "reuse"}
-"""Keys of a layer that earlier versions wrote and no decision read. Profiles that have them are still read, without."""
+"""Keys of a layer that earlier versions wrote and no decision used; they are ignored in profiles."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0, le=1e9)]
@@ -79,7 +79,7 @@ class DropHistogram(Strict):
 class Prediction(Strict):
     """Quality of predicting a later layer's experts by applying its gate to this layer's input."""
 
-    lookahead: Annotated[int, Field(ge=1, le=MOST_LAYERS)]
+    lookahead: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
     recall: Share
     """Share of the later layer's experts that are among the top_k predicted."""
     precision: Annotated[list[Share], First]
@@ -100,9 +100,11 @@ class LayerProfile(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def without_former_keys(cls, given: Any) -> Any:
+    def without_former_keys(cls, content: Any) -> Any:
         """Drops `FORMER_KEYS` from a file."""
-        return {key: given[key] for key in given if key not in FORMER_KEYS} if isinstance(given, dict) else given
+        return (
+            {key: content[key] for key in content if key not in FORMER_KEYS} if isinstance(content, dict) else content
+        )
 
 
 class ModelInfo(Strict):
@@ -112,11 +114,11 @@ class ModelInfo(Strict):
     hash: Text | None = None
     architecture: Text
     hidden_size: Annotated[int, Field(ge=0, le=1 << 24)]
-    num_layers: Annotated[int, Field(ge=0, le=MOST_LAYERS)]
+    num_layers: Annotated[int, Field(ge=0, le=MAX_LAYERS)]
     """Number of MoE layers. This and the numbers below are 0 if the configuration lacks them and the model is not built
     yet."""
-    num_experts: Annotated[int, Field(ge=0, le=MOST_EXPERTS)]
-    top_k: Annotated[int, Field(ge=0, le=MOST_TOP_K)]
+    num_experts: Annotated[int, Field(ge=0, le=MAX_EXPERTS)]
+    top_k: Annotated[int, Field(ge=0, le=MAX_TOP_K)]
 
     def check_same(self, model: "ModelInfo", path: str) -> None:
         """Checks that a profile of this model, in the file `path`, fits `model`.
@@ -131,7 +133,7 @@ class ModelInfo(Strict):
             own, other = getattr(self, key), getattr(model, key)
             if own != other and other != 0:
                 raise AdapMoEError(
-                    f"profile={path!r} is of another model ({self.name}): {key} is {own}, this model's is {other}; "
+                    f"profile={path!r} is for another model ({self.name}): {key} is {own}, this model's is {other}; "
                     "make one with adapmoe calibrate"
                 )
 
@@ -194,9 +196,11 @@ class ModelProfile(Strict):
                 raise ValueError(
                     f"layer {index} has popularity of {len(layer.popularity)} of {model.num_experts} experts"
                 )
-            for one in layer.predictions or ():
-                if len(one.precision) > model.top_k:
-                    raise ValueError(f"layer {index} has a precision of {len(one.precision)} ranks of {model.top_k}")
+            for prediction in layer.predictions or ():
+                if len(prediction.precision) > model.top_k:
+                    raise ValueError(
+                        f"layer {index} has a precision of {len(prediction.precision)} ranks of {model.top_k}"
+                    )
         return self
 
     @classmethod
@@ -204,7 +208,7 @@ class ModelProfile(Strict):
         """Reads and validates a profile.
 
         Raises:
-            AdapMoEError: unreadable, of another format, or inconsistent.
+            AdapMoEError: unreadable, in another format, or inconsistent.
         """
         try:
             return cls.model_validate(read_json(os.path.expanduser(path), FILE_BYTES, FILE_VALUES))
@@ -252,8 +256,8 @@ class ModelProfile(Strict):
     def unscaled_loss_increase(self, threshold: float) -> float:
         """Returns the sum over layers of S_l times the mean cost of what tokens drop.
 
-        A token that keeps m experts pays c_m, the sum of the decreases of c from m to top_k; c_j is below the limit for
-        every j >= m and for no other, so the mean is a sum over the histograms.
+        A token that keeps m experts has the cost c_m, the sum of the decreases of c from m to top_k; c_j is below the
+        limit for every j >= m and for no other, so the mean is a sum over the histograms.
         """
         return sum(
             layer.sensitivity * sum(histogram.below(_limit(threshold, layer))[1] for histogram in self._dropped(layer))
@@ -268,7 +272,7 @@ class ModelProfile(Strict):
         """
         if not 1 <= target <= self.model.top_k:
             raise AdapMoEError(
-                f"gating target_experts={target} is out of reach; choose from 1 to top_k={self.model.top_k}"
+                f"gating target_experts={target} is not possible; choose a number from 1 to top_k={self.model.top_k}"
             )
         return self._bisect(lambda threshold: self.mean_experts(threshold) > target)[1]
 
@@ -291,7 +295,7 @@ class ModelProfile(Strict):
     def _dropped(self, layer: LayerProfile) -> Sequence[DropHistogram]:
         if layer.dropped is None:
             raise AdapMoEError(
-                f"this profile ({self.source}) has no distribution of weights to choose a threshold by; "
+                f"this profile ({self.source}) has no distribution of costs to choose a threshold from; "
                 "set gating threshold, or make a profile with adapmoe calibrate"
             )
         return layer.dropped

@@ -1,4 +1,4 @@
-"""Finds the profiles that come with the package by their names."""
+"""Finds the profiles shipped with the package by their names."""
 
 import os
 from pathlib import Path
@@ -9,12 +9,12 @@ FOLDER = Path(__file__).parent.parent / "configs"
 
 
 def shipped_profiles() -> list[str]:
-    """Returns the names of the profiles that come with the package, sorted."""
+    """Returns the names of the profiles shipped with the package, sorted."""
     return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
 def find_profile(profile: str | Path) -> Path:
-    """Returns the file of a profile, given as a path or as the name of one that comes with the package.
+    """Returns the file of a profile, given as a path or as the name of one shipped with the package.
 
     An existing file wins over a shipped profile of that name. A folder does not: models are often downloaded to one
     that has the model's name.
@@ -29,6 +29,6 @@ def find_profile(profile: str | Path) -> Path:
     if str(profile) in names:
         return FOLDER / f"{profile}.json"
     raise AdapMoEError(
-        f"profile={str(profile)!r} is neither a file nor the name of a profile that comes with the plugin; make one "
+        f"profile={str(profile)!r} is neither a file nor the name of a profile shipped with the plugin; make one "
         f"with adapmoe calibrate, or name one of {', '.join(names)}"
     )

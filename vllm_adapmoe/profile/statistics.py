@@ -36,9 +36,9 @@ def routing_sums(weights: torch.Tensor, ids: torch.Tensor, num_experts: int) -> 
     falls = costs[:, :-1] - costs[:, 1:]
     bins = torch.bucketize(costs, torch.from_numpy(EDGES), right=True)
     histogram, fall_histogram = torch.zeros(2, top_k - 1, len(EDGES) + 1, dtype=torch.float64)
-    for kept in range(top_k - 1):
-        histogram[kept] = torch.bincount(bins[:, kept], minlength=len(EDGES) + 1)
-        fall_histogram[kept] = torch.bincount(bins[:, kept], falls[:, kept], minlength=len(EDGES) + 1)
+    for index in range(top_k - 1):
+        histogram[index] = torch.bincount(bins[:, index], minlength=len(EDGES) + 1)
+        fall_histogram[index] = torch.bincount(bins[:, index], falls[:, index], minlength=len(EDGES) + 1)
     used = torch.zeros(tokens, num_experts).scatter_(1, ids.long(), 1)
     sums = {
         "tokens": torch.tensor(tokens),
@@ -55,7 +55,7 @@ def prediction_sums(predicted: torch.Tensor, ids: torch.Tensor, lookahead: int) 
 
     Args:
         predicted: `[tokens, top_k]`, best first.
-        ids: `[tokens, top_k]`, what the later layer chose.
+        ids: `[tokens, top_k]`, the experts that the later layer used.
         lookahead: layers between the two.
     """
     right = (predicted.unsqueeze(-1) == ids.unsqueeze(1)).any(-1).double().sum(0)

@@ -44,7 +44,7 @@ def describe(plan: GatingPlan, profile: ModelProfile) -> str:
     try:
         experts = profile.layer_experts(plan.threshold)
     except AdapMoEError:
-        return text + "; the profile predicts neither experts nor loss"
+        return text + "; the profile has no statistics to predict experts and loss from"
     figures = ", ".join(f"{value:.2f}" for value in experts)
     text += "; predicted" + (" at batch 1 with no expert resident" if plan.rule == "batch" else "")
     text += f": {sum(experts) / len(experts):.2f} of {profile.model.top_k} experts per token (by layer {figures})"

@@ -22,7 +22,7 @@ from safetensors.numpy import save
 from vllm_adapmoe.config import AdapMoEError, PrefetchConfig
 from vllm_adapmoe.experts import CacheShape
 from vllm_adapmoe.policy.prediction import PredictedExperts
-from vllm_adapmoe.profile.model_profile import MOST_EXPERTS, MOST_LAYERS, MOST_TOP_K
+from vllm_adapmoe.profile.model_profile import MAX_EXPERTS, MAX_LAYERS, MAX_TOP_K
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ SAMPLE = 64
 TRACE_LOOKAHEAD = 4
 """Minimum number of later layers that a trace has predictions for."""
 
-PerLayer = Field(min_length=1, max_length=MOST_LAYERS, fail_fast=True)
+PerLayer = Field(min_length=1, max_length=MAX_LAYERS, fail_fast=True)
 
 
 def layers_ahead(prefetch: PrefetchConfig, tracing: bool) -> int:
@@ -49,14 +49,14 @@ class TraceInfo:
     """Description of the traced model and cache; the bounds are enforced when a trace is read."""
 
     model: Annotated[str, Field(max_length=4096)]
-    num_experts: Annotated[list[Annotated[int, Field(ge=1, le=MOST_EXPERTS)]], PerLayer]
+    num_experts: Annotated[list[Annotated[int, Field(ge=1, le=MAX_EXPERTS)]], PerLayer]
     """Number of experts of each MoE layer."""
-    top_k: Annotated[int, Field(ge=1, le=MOST_TOP_K)]
-    lookahead: Annotated[int, Field(ge=0, le=MOST_LAYERS)]
+    top_k: Annotated[int, Field(ge=1, le=MAX_TOP_K)]
+    lookahead: Annotated[int, Field(ge=0, le=MAX_LAYERS)]
     """Layers ahead for which predictions are recorded; 0: none."""
     expert_bytes: Annotated[list[Annotated[int, Field(ge=0, le=1 << 50)]], PerLayer]
     """Bytes per expert of each MoE layer."""
-    pool_of: Annotated[list[Annotated[int, Field(ge=0, le=MOST_LAYERS)]], PerLayer]
+    pool_of: Annotated[list[Annotated[int, Field(ge=0, le=MAX_LAYERS)]], PerLayer]
     """Slot pool of each MoE layer; layers whose experts have the same shape share a pool."""
     format: Literal[1] = FORMAT
 

@@ -32,7 +32,7 @@ def open_direct(path: Path, flags: int) -> tuple[int, bool]:
 @cache
 def _log_buffered(folder: Path) -> None:
     """Logs, once per folder, that direct I/O is not available."""
-    logger.warning("%s has no direct I/O; experts there pass through the page cache", folder)
+    logger.warning("%s does not support direct I/O; experts are read through the page cache", folder)
 
 
 def is_aligned(buffers: Sequence[torch.Tensor]) -> bool:
@@ -47,9 +47,9 @@ def read_full(fd: int, buffers: Sequence[torch.Tensor], offset: int) -> int:
         OSError: the read failed.
     """
     views = [buffer.numpy().data for buffer in buffers]
-    wanted = sum(map(len, views))
+    total = sum(map(len, views))
     done = 0
-    while done < wanted:
+    while done < total:
         count = os.preadv(fd, views, offset + done)
         if count == 0:
             break

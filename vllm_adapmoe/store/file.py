@@ -22,15 +22,15 @@ class PackMissing(StoreError):
 
 
 class PackInvalid(StoreError):
-    """A pack that is truncated, damaged or half-written, and has to be packed again."""
+    """A pack that is truncated, damaged or half-written, and must be repacked."""
 
 
 class PackOfAnother(StoreError):
-    """A valid pack of another model or vLLM version."""
+    """A valid pack for another model or vLLM version."""
 
 
 class PackOutdated(StoreError):
-    """A valid pack whose source files have changed since; it has to be packed again."""
+    """A valid pack whose source files have changed since; it must be repacked."""
 
 
 def open_pack(path: Path, identity: dict[str, str]) -> "FileStore":
@@ -45,19 +45,19 @@ def open_pack(path: Path, identity: dict[str, str]) -> "FileStore":
     """
     try:
         fd, direct = open_direct(path, os.O_RDONLY)
-        file = FileIO(fd)  # closes itself when it is not referenced any more
+        file = FileIO(fd)  # closes the descriptor when garbage collected
         index = _read_index(fd)
     except FileNotFoundError:
-        raise PackMissing(f"{path} does not exist; adapmoe pack, or a start with store=file, writes it") from None
+        raise PackMissing(f"{path} does not exist; adapmoe pack, or a start with store=file, creates it") from None
     except OSError as error:
         raise PackInvalid(f"{path} cannot be read ({error.strerror}); remove it") from None
     except ValueError as error:
-        raise PackInvalid(f"{path} {error}; remove it, and start again to pack anew") from None
+        raise PackInvalid(f"{path} {error}; remove it and start again to repack") from None
     for key, value in identity.items():
-        found = index.identity.get(key)
-        if found != value:
+        packed = index.identity.get(key)
+        if packed != value:
             raise PackOfAnother(
-                f"{path} holds the experts of another {key} ({found}, here {value}); delete it or set another store_dir"
+                f"{path} was packed for another {key} ({packed}, here {value}); delete it or set another store_dir"
             )
     return FileStore(path, file, direct, index)
 
@@ -65,7 +65,7 @@ def open_pack(path: Path, identity: dict[str, str]) -> "FileStore":
 def _read_index(fd: int) -> PackIndex:
     size = os.fstat(fd).st_size
     if size == 0 or size % ALIGNMENT:
-        raise ValueError("is not a whole pack")
+        raise ValueError("is not a complete pack")
     block = aligned_empty(ALIGNMENT)
     read_full(fd, [block], 0)
     offset, length, checksum = decode_head(block.numpy().tobytes(), size)
@@ -114,9 +114,9 @@ class FileStore:
         if difference is None:
             return
         if self._index.origin == sources.origin:
-            raise PackOutdated(f"{self.path} was made before {sources.origin!r} was changed: {difference}")
+            raise PackOutdated(f"{self.path} is outdated: {sources.origin!r} has changed since: {difference}")
         raise PackOfAnother(
-            f"{self.path} holds the experts of another model (of {self._index.origin!r}: {difference}); delete it or "
+            f"{self.path} was packed from another model ({self._index.origin!r}: {difference}); delete it or "
             "set another store_dir"
         )
 
@@ -139,7 +139,7 @@ class FileStore:
         try:
             aside = self._aside.pop()
         except IndexError:  # a check before would race: another thread may take the last one in between
-            aside = aligned_empty(max(one.nbytes for one in self.layouts))
+            aside = aligned_empty(max(layout.nbytes for layout in self.layouts))
         try:
             yield from self._read_record(key, [aside[: layout.nbytes]], offset, tile_bytes)
             for piece, destination in zip(layout.pieces, destinations, strict=True):
@@ -175,10 +175,10 @@ class FileStore:
         raise StoreError(f"{self.path}: cannot read expert {key[1]} of MoE layer {key[0]} ({reason}); check the disk")
 
     def _check(self, key: ExpertKey, buffers: Sequence[torch.Tensor]) -> None:
-        found = blake3(max_threads=1)
+        hasher = blake3(max_threads=1)
         for buffer in buffers:
-            found.update(buffer.numpy().data)
-        if found.digest(len(digest(b""))) == self._index.digests[key[0]][key[1]]:
+            hasher.update(buffer.numpy().data)
+        if hasher.digest(len(digest(b""))) == self._index.digests[key[0]][key[1]]:
             self._unchecked.discard(key)
             return
         raise StoreError(f"{self.path}: expert {key[1]} of MoE layer {key[0]} is damaged; {self._set_aside()}")
@@ -189,12 +189,12 @@ class FileStore:
         try:
             if os.path.samestat(self.path.stat(), os.fstat(self._file.fileno())):
                 self.path.rename(aside)
-                return f"the pack was moved to {aside.name}, start again to pack anew"
+                return f"the pack was renamed to {aside.name}; start again to repack"
         except FileNotFoundError:
-            pass  # another reader has renamed it
+            pass  # another reader has renamed the pack
         except OSError as error:
-            return f"delete the pack ({error.strerror} when moving it aside) and start again to pack anew"
-        return "the pack was moved aside or replaced already, start again"
+            return f"delete the pack (renaming it failed: {error.strerror}) and start again to repack"
+        return "another process has renamed or replaced the pack; start again"
 
     def page_locked(self, key: ExpertKey) -> torch.Tensor | None:
         return None

@@ -116,7 +116,7 @@ class HashCache:
         try:
             stat = os.fstat(fd)
             if stat.st_uid != os.geteuid() or stat.st_mode & 0o022:
-                _log_unusable(self.folder, "others may write there")
+                _log_unusable(self.folder, "other users may write to it")
                 yield None
                 return
             fcntl.flock(fd, fcntl.LOCK_EX)
@@ -141,13 +141,13 @@ def _write_entry(fd: int, path: Path, stamp: Stamp, value: str) -> None:
         os.ftruncate(fd, 0)
         os.pwrite(fd, entry, 0)
     except OSError as error:
-        logger.debug("%s is not remembered: %s", path, error)
+        logger.debug("The hash of %s is not cached: %s", path, error)
 
 
 @cache
 def _log_unusable(folder: Path, reason: str) -> None:
     """Logs, once per folder, that hashes cannot be cached in it."""
     logger.warning(
-        "%s cannot keep the hashes of weight files (%s): where a pack does not know them they are read at each start; "
+        "Hashes of weight files cannot be cached in %s (%s): files that a pack has no stamp of are read at each start; "
         "set VLLM_CACHE_ROOT to a folder of your own", folder, reason,
     )  # fmt: skip

@@ -41,14 +41,14 @@ def others_who_may_write(path: Path) -> str | None:
     """
     for place in (path, *path.absolute().parents):
         try:
-            found = place.stat()
+            status = place.stat()
         except OSError:
             continue
-        if found.st_uid not in (0, os.geteuid()):
-            return f"user {found.st_uid}, to whom {str(place)!r} belongs"
-        sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX and place != path.absolute().parent
-        if found.st_mode & stat.S_IWOTH and not sticky:
-            return f"everybody, for {str(place)!r} has mode {stat.S_IMODE(found.st_mode):o}"
-        if found.st_mode & stat.S_IWGRP and not sticky and found.st_gid != 0:
-            return f"group {found.st_gid}, for {str(place)!r} has mode {stat.S_IMODE(found.st_mode):o}"
+        if status.st_uid not in (0, os.geteuid()):
+            return f"user {status.st_uid} (owner of {str(place)!r})"
+        sticky = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX and place != path.absolute().parent
+        if status.st_mode & stat.S_IWOTH and not sticky:
+            return f"all users (mode {stat.S_IMODE(status.st_mode):o} of {str(place)!r})"
+        if status.st_mode & stat.S_IWGRP and not sticky and status.st_gid != 0:
+            return f"group {status.st_gid} (mode {stat.S_IMODE(status.st_mode):o} of {str(place)!r})"
     return None

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class HostStore:
-    """Backing store in host memory: one buffer `[experts, record bytes]` per layer. It is its own writer.
+    """Backing store in host memory: one buffer `[experts, record bytes]` per layer; also its `StoreWriter`.
 
     Putting a layer again overwrites it in place: the device knows its addresses, and two copies may not fit.
 

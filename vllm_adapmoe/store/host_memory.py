@@ -26,12 +26,12 @@ class GroupLimit:
     file: Path
     limit: int
     """Limit in bytes, page cache included."""
-    held: int
+    unreclaimable: int
     """Bytes in use that the kernel cannot reclaim by dropping file pages."""
 
     @property
     def available(self) -> int:
-        return max(0, self.limit - self.held)
+        return max(0, self.limit - self.unreclaimable)
 
 
 def host_memory(root: Path = Path("/")) -> HostMemory:
@@ -40,17 +40,17 @@ def host_memory(root: Path = Path("/")) -> HostMemory:
     Args:
         root: folder of `proc` and `sys`; another one in tests.
     """
-    least = HostMemory(_meminfo(root)["MemAvailable"], "this machine")
+    lowest = HostMemory(_meminfo(root)["MemAvailable"], "this machine")
     for group in group_limits(root):
-        if group.available < least.available:
-            least = HostMemory(group.available, f"{group.file} = {group.limit / 2**30:.2f} GiB")
-    return least
+        if group.available < lowest.available:
+            lowest = HostMemory(group.available, f"{group.file} = {group.limit / 2**30:.2f} GiB")
+    return lowest
 
 
 def memory_limit(root: Path = Path("/")) -> int | None:
     """Returns the lowest control group limit on this process, in bytes; None: no limit below the machine's memory."""
-    least = min((group.limit for group in group_limits(root)), default=None)
-    return None if least is None or least > _meminfo(root)["MemTotal"] else least
+    lowest = min((group.limit for group in group_limits(root)), default=None)
+    return None if lowest is None or lowest > _meminfo(root)["MemTotal"] else lowest
 
 
 def group_limits(root: Path = Path("/")) -> Iterator[GroupLimit]:

@@ -22,11 +22,11 @@ def read_index(data: bytes, end: int) -> PackIndex:
     """
     content = parse_json(data, INDEX_VALUES)
     if not isinstance(content, dict) or not _is_text(content.get("identity")):
-        raise BadFile("has an index of something else")
+        raise BadFile("has an index that is not of a pack")
     try:
         index = PackIndex.from_json(content)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
-        raise BadFile(f"has an index of something else ({type(error).__name__}: {error})") from None
+        raise BadFile(f"has an index that is not of a pack ({type(error).__name__}: {error})") from None
     spans = []
     for layer, (layout, offset, digests) in enumerate(zip(index.layouts, index.offsets, index.digests, strict=True)):
         if not digests or any(len(digest) != DIGEST_SIZE for digest in digests):
@@ -46,4 +46,4 @@ def read_index(data: bytes, end: int) -> PackIndex:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(one, str) for one in value.values())
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())

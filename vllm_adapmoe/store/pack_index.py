@@ -104,12 +104,12 @@ def decode_head(block: bytes, file_size: int) -> tuple[int, int, bytes]:
     """
     head, checksum = block[: HEAD.size], block[HEAD.size : HEAD.size + 32]
     if len(block) < ALIGNMENT or blake3(head).digest() != checksum:
-        raise ValueError("is not a whole pack")
+        raise ValueError("is not a complete pack")
     magic, offset, size, index_checksum = HEAD.unpack(head)
     if magic != MAGIC:
         raise ValueError("has another format version")
     if size > INDEX_BYTES:
-        raise ValueError(f"has an index of {size} bytes, of {INDEX_BYTES} at most")
+        raise ValueError(f"has an index of {size} bytes, more than the maximum of {INDEX_BYTES}")
     if file_size != offset + align(size):
         raise ValueError(f"has {file_size} bytes instead of {offset + align(size)}")
     return offset, size, index_checksum

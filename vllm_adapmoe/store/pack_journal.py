@@ -1,7 +1,7 @@
 """PackJournal: records which layers of a partial pack are complete, so that the next writer can resume after them.
 
-The first line is what the pack is made from; each further line is one written layer. Each line begins with its own
-checksum. A line with a wrong checksum ends the journal: its writer was killed while writing it.
+The first line records what the pack is made from, each further line one written layer. Each line begins with its
+checksum. A line with a wrong checksum ends the journal: the writer was killed while writing it.
 """
 
 import json
@@ -18,7 +18,7 @@ from vllm_adapmoe.store.record import RecordLayout
 from vllm_adapmoe.store.source_files import SourceFiles
 
 FORMAT = 1
-MOST_BYTES = 256 << 20
+MAX_BYTES = 256 << 20
 """Maximum bytes of a journal; a record takes 36 bytes."""
 Layer = tuple[RecordLayout, int, list[bytes]]
 """Layout, offset of the first record in the file, and the records' checksums."""
@@ -45,10 +45,10 @@ class PackJournal:
     def read(self) -> dict[int, Layer]:
         """Returns the layers recorded by a writer of the same pack, in the order in which they were written.
 
-        Empty without a journal, or if it is of another pack. The caller has to verify the records themselves.
+        Empty without a journal, or if it belongs to another pack. The caller must verify the records themselves.
         """
         try:
-            lines = read_bytes(self.path, MOST_BYTES).split(b"\n")
+            lines = read_bytes(self.path, MAX_BYTES).split(b"\n")
         except BadFile:
             return {}
         contents = []

@@ -106,7 +106,7 @@ class PackWriter:
                 break
             self._layers[index] = layer
             self._end += layout.nbytes * len(digests)
-        os.ftruncate(self._file.fileno(), self._end if self._layers else 0)  # the rest counts as free space
+        os.ftruncate(self._file.fileno(), self._end if self._layers else 0)  # frees the space of incomplete layers
         self._journal.begin(self._layers)
 
     def _is_whole(self, layer: Layer) -> bool:
@@ -116,7 +116,7 @@ class PackWriter:
             return False
         tile = aligned_empty(TILE_BYTES)  # not the record size that the journal claims, which may be anything
         for number, expected in enumerate(digests):
-            found = blake3(max_threads=1)
+            hasher = blake3(max_threads=1)
             for start in range(0, layout.nbytes, TILE_BYTES):
                 part = tile[: layout.nbytes - start]
                 try:
@@ -125,8 +125,8 @@ class PackWriter:
                     return False
                 if count != len(part):
                     return False
-                found.update(part.numpy().data)
-            if found.digest(len(expected)) != expected or len(expected) != DIGEST_SIZE:
+                hasher.update(part.numpy().data)
+            if hasher.digest(len(expected)) != expected or len(expected) != DIGEST_SIZE:
                 return False
         return True
 
@@ -172,7 +172,7 @@ class PackWriter:
         layout = RecordLayout.of(tensors)
         if self._finished is not None:
             if layout != self._finished.layouts[layer]:
-                raise StoreError(f"{self.path} holds MoE layer {layer} in another kernel format; delete it")
+                raise StoreError(f"{self.path} has MoE layer {layer} in another kernel format; delete it")
             return
         start, digests = self._end, []
         try:
@@ -188,7 +188,7 @@ class PackWriter:
             raise self._failed(error) from None
 
     def _record_of(self, layout: RecordLayout) -> torch.Tensor:
-        # Reused from layer to layer: when each layer allocated its own, malloc was seen to keep eight records. The
+        # Reused from layer to layer: malloc kept up to eight records when each layer allocated one. The
         # padding between pieces is never written, so it stays zero.
         if self._record is None or self._record[0] != layout:
             self._record = (layout, aligned_empty(layout.nbytes).zero_())
@@ -200,11 +200,11 @@ class PackWriter:
         try:
             self._index.sources = self._sources.sources()
         except StoreError:
-            self.abort()  # the packed layers may be of two models
+            self.abort()  # some packed layers may be from the old files, others from the new ones
             raise
         if self._layers.keys() != set(range(len(self._layers))):
             self.abort()
-            raise StoreError(f"{self._partial} held layers that the model does not have; start again")
+            raise StoreError(f"{self._partial} had layers that the model does not have; start again")
         for layer in range(len(self._layers)):
             layout, offset, digests = self._layers[layer]
             self._index.layouts.append(layout)
@@ -243,7 +243,7 @@ class PackWriter:
         self.abort()
         remedy = "check the disk"
         if error.errno in NO_SPACE:
-            remedy = f"of {self._expected_bytes} bytes {self._end} are written, {free} are free; free some space there"
+            remedy = f"{self._end} of {self._expected_bytes} bytes are written, {free} are free; free some space"
         return StoreError(f"{self.path} cannot be written ({error.strerror}); {remedy}")
 
 

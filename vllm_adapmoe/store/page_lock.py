@@ -49,18 +49,18 @@ def refusal(error: int) -> tuple[str, str]:
         )
     return {
         OUT_OF_MEMORY: (
-            "the driver has not enough memory of the host, or of the GPU, to lock and map it",
+            "the driver lacks host or GPU memory to lock and map it",
             "free some of both, or set store=file",
         ),
         ALREADY_REGISTERED: (
-            "something else in this process has locked it before",
-            "remove the library that locks memory which it does not own",
+            "another library in this process has locked it already",
+            "remove that library",
         ),
         NOT_SUPPORTED: (
-            "this machine does not support it, as GPUs in confidential mode do not",
-            "use a machine that does, or set store=file",
+            "this machine does not support page-locking (nor do GPUs in confidential mode)",
+            "use another machine, or set store=file",
         ),
-    }.get(error, ("the driver could not lock it", "`dmesg | grep NVRM` may say why; or set store=file"))
+    }.get(error, ("the driver refused", "`dmesg | grep NVRM` may say why; or set store=file"))
 
 
 def _is_wsl() -> bool:

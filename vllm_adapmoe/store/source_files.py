@@ -61,7 +61,7 @@ class SourceFiles:
             return Stamp.of(self._paths[name])
         except OSError as error:
             raise StoreError(
-                f"{str(self._paths[name])!r} cannot be read ({error.strerror}); make the model whole and start again"
+                f"{str(self._paths[name])!r} cannot be read ({error.strerror}); complete the model and start again"
             ) from None
 
     @property
@@ -81,20 +81,22 @@ class SourceFiles:
         Raises:
             StoreError: a file cannot be read.
         """
-        theirs = {source.name: source for source in recorded}
-        for name in sorted(theirs.keys() ^ self._stamps.keys()):
-            return f"{name!r} is {'not there any more' if name in theirs else 'new'}"
+        recorded_files = {source.name: source for source in recorded}
+        for name in sorted(recorded_files.keys() ^ self._stamps.keys()):
+            return f"{name!r} is {'missing' if name in recorded_files else 'new'}"
         doubtful = []
         for name, stamp in self._stamps.items():
-            recorded_stamp = theirs[name].stamp
+            recorded_stamp = recorded_files[name].stamp
             if recorded_stamp is not None and recorded_stamp == stamp:
-                self._hashes[name] = theirs[name].hash
+                self._hashes[name] = recorded_files[name].hash
             elif recorded_stamp is not None and recorded_stamp.nbytes != stamp.nbytes:
                 return f"{name!r} has {stamp.nbytes} bytes, {recorded_stamp.nbytes} before"
             else:
                 doubtful.append(name)
         self._hash(doubtful)
-        return next((f"{name!r} has other bytes" for name in doubtful if self._hashes[name] != theirs[name].hash), None)
+        return next(
+            (f"{name!r} has other bytes" for name in doubtful if self._hashes[name] != recorded_files[name].hash), None
+        )
 
     def model_hash(self) -> str:
         """Returns the hash of all files' names and bytes.
@@ -114,7 +116,7 @@ class SourceFiles:
         for name, stamp in self._stamps.items():
             if self._stamp(name) != stamp:
                 raise StoreError(
-                    f"{str(self._paths[name])!r} has changed while the model was loaded from it; start again"
+                    f"{str(self._paths[name])!r} has changed while the model was being loaded; start again"
                 )
 
     # While the model is loaded
@@ -123,8 +125,8 @@ class SourceFiles:
         """Starts hashing in the background, on `cpus`, in loading order, so that both share the page cache."""
         assert self._running is None
         threads = ThreadPoolExecutor(THREADS, "hash", lambda: os.sched_setaffinity(0, cpus))
-        wanted = [name for name in self._paths if name not in self._hashes]
-        self._running = threads, {name: threads.submit(self._hash_one, name, self._count) for name in wanted}
+        unhashed = [name for name in self._paths if name not in self._hashes]
+        self._running = threads, {name: threads.submit(self._hash_file, name, self._count) for name in unhashed}
 
     def stop_hashing(self) -> None:
         """Stops background hashing."""
@@ -142,7 +144,7 @@ class SourceFiles:
         if self._running is not None:
             threads, futures = self._running
             if not all(future.done() for future in futures.values()):
-                logger.warning("Waiting until the rest of %s has been hashed", self.origin)
+                logger.warning("Waiting for the remaining files of %s to be hashed", self.origin)
             self._hashes |= {name: future.result() for name, future in futures.items()}
             threads.shutdown()
             self._running = None
@@ -158,7 +160,7 @@ class SourceFiles:
 
     # Hashing
 
-    def _hash_one(self, name: str, count: Callable[[int], object]) -> str:
+    def _hash_file(self, name: str, count: Callable[[int], object]) -> str:
         try:
             return self._cache.hash_of(self._paths[name], self._stamps[name], count)[0]
         except OSError as error:
@@ -171,10 +173,10 @@ class SourceFiles:
             return
         start, total = time.monotonic(), sum(self._stamps[name].nbytes for name in names)
         with _bar(total) as count, ThreadPoolExecutor(min(THREADS, len(names)), "hash") as threads:
-            self._hashes |= dict(zip(names, threads.map(lambda name: self._hash_one(name, count), names), strict=True))
+            self._hashes |= dict(zip(names, threads.map(lambda name: self._hash_file(name, count), names), strict=True))
         seconds = time.monotonic() - start
         if seconds > BAR_SECONDS:
-            logger.warning("Identified %s by %.2f GiB of files in %.0f s", self.origin, total / GiB, seconds)
+            logger.warning("Identified %s: hashed %.2f GiB of files in %.0f s", self.origin, total / GiB, seconds)
 
 
 @contextmanager

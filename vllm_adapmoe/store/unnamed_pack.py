@@ -64,7 +64,10 @@ class UnnamedPack:
         """Returns a store of the experts put last (`StoreWriter.seal`)."""
         fd, direct = open_direct(Path(f"/proc/self/fd/{self._file.fileno()}"), os.O_RDONLY)
         index = PackIndex(
-            {}, layouts=self._layouts, offsets=self._offsets, digests=[list(its) for its in self._digests]
+            {},
+            layouts=self._layouts,
+            offsets=self._offsets,
+            digests=[list(layer_digests) for layer_digests in self._digests],
         )
         return FileStore(self.folder / "replaced experts", FileIO(fd), direct, index)
 

@@ -60,7 +60,7 @@ def _totals(view: View) -> Table:
 
 def _layers(layers: list[LayerView], width: int, height: int | None) -> RenderableType:
     if not layers:
-        return Text("no word of single layers yet: nothing was served, or every expert is resident", "dim")
+        return Text("no figures per layer yet: no request was served, or every expert is resident", "dim")
     gated = any(layer.experts_per_token is not None for layer in layers)
     cells = [[_cell(layer, gated, bar) for layer in layers] for bar in BARS]
     longest = [max(map(len, texts)) + GAP for texts in cells]

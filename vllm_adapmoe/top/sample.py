@@ -12,9 +12,9 @@ from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.printable import printable
 
 TIMEOUT = 5.0
-"""Seconds within which the whole answer must arrive."""
+"""Seconds within which the complete answer must arrive."""
 ANSWER_BYTES = 64 << 20
-MOST = 1e18
+MAX_VALUE = 1e18
 """Largest value accepted for a counter; bytes fetched would take years to reach it."""
 LAYERS = 4096
 """Maximum number of layers accepted, more than any model has; each is a line of the view."""
@@ -46,13 +46,13 @@ def parse_sample(text: str, at: float) -> Sample:
         for name, labels, value, *_ in family.samples:
             if name.endswith(("_bucket", "_created")):
                 continue
-            if not abs(value) < MOST:  # NaN, too
+            if not abs(value) < MAX_VALUE:  # NaN, too
                 value = 0.0
             if "layer" in labels and name.startswith(CACHE):
                 by_layer = sample.layers.setdefault(name.removeprefix(CACHE + "layer_"), {})
                 layer = int(labels["layer"])
                 if not 0 <= layer < LAYERS:
-                    raise ValueError(f"layer {layer} of {LAYERS} at most")
+                    raise ValueError(f"layer {layer}, more than the maximum of {LAYERS}")
                 by_layer[layer] = by_layer.get(layer, 0.0) + value
             sample.values[name] = sample.values.get(name, 0.0) + value
             if name == CACHE + "slots":
@@ -99,5 +99,5 @@ def _answer(url: str) -> bytes:
             if len(data) > ANSWER_BYTES:
                 raise ValueError(f"more than {ANSWER_BYTES} bytes")
             if time.monotonic() > end:
-                raise ValueError(f"no whole answer in {TIMEOUT:.0f} s")
+                raise ValueError(f"no complete answer in {TIMEOUT:.0f} s")
     return data

@@ -42,7 +42,7 @@ class LayerView:
     floor: float | None
     """Minimum slots of the layer protected from eviction."""
     hit_rate: float | None
-    """Hit rate between the readings; since the start if there was no request in between."""
+    """Hit rate between the readings; since the start if no request ran in between."""
     experts_per_token: float | None
 
 
@@ -122,8 +122,8 @@ def _layer(layer: int, before: Sample, now: Sample) -> LayerView:
             grown = {
                 name: _growth(start.layers.get(name, {}).get(layer, 0.0), value(name) or 0.0) for name in (part, *whole)
             }
-            if (found := _ratio(grown[part], sum(grown[name] for name in whole))) is not None:
-                return found
+            if (ratio := _ratio(grown[part], sum(grown[name] for name in whole))) is not None:
+                return ratio
         return None
 
     return LayerView(
