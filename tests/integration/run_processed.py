@@ -93,7 +93,7 @@ class Captured(ExpertLoading):
 
     def __init__(self, config: Any, vllm_config: Any) -> None:
         super().__init__(config, vllm_config)
-        self._began, self._slots, self._restored = True, [SLOTS], self.packed is not None
+        self._began, self.pools.slots, self._restored = True, [SLOTS], self.packed is not None
         self.records: dict[str, torch.Tensor] = {}
         self.shared: list[str] = []
 

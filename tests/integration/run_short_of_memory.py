@@ -11,8 +11,8 @@ import sys
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_adapmoe.integration.loading.expert_loading import ExpertLoading
 from vllm_adapmoe.integration.loading.memory import least_kv_cache
+from vllm_adapmoe.integration.loading.slot_pools import SlotPools
 from vllm_adapmoe.integration.measure.engine import Engine
 from vllm_adapmoe.planning.slot_budget import DeviceMemory
 
@@ -28,7 +28,7 @@ def measured(worker: CPUWorker) -> int:
 
 
 # Here, and not in `main`, for the processes that vLLM starts: they import this file.
-ExpertLoading._memory = lambda loading, resident: DeviceMemory(BEFORE * EXPERT_BYTES)  # type: ignore[method-assign]
+SlotPools._memory = lambda pools, resident: DeviceMemory(BEFORE * EXPERT_BYTES)  # type: ignore[method-assign]
 CPUWorker.determine_available_memory = measured  # type: ignore[method-assign]
 
 

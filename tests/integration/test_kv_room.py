@@ -132,7 +132,7 @@ def _stacks(worker: Any) -> list[int]:
 
 
 def _planned(worker: Any) -> int:
-    return worker._loading._memory_before.bookkeeping
+    return worker._loading.pools.memory.bookkeeping
 
 
 @pytest.mark.engine

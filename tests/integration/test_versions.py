@@ -184,7 +184,8 @@ def test_a_model_that_runs_its_experts_in_a_way_of_its_own_is_refused():
 import torch
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
-from vllm_adapmoe.integration.loading.expert_loading import ExpertLoading, experts_base
+from vllm_adapmoe.integration.loading.expert_loading import ExpertLoading
+from vllm_adapmoe.integration.loading.layer_classes import experts_base
 from vllm_adapmoe.integration.settings import EngineSettings
 
 class Substituted(RoutedExperts):

@@ -13,7 +13,7 @@ from vllm.platforms import current_platform
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.integration.compat import old_ray_executor_chosen
 from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
-from vllm_adapmoe.integration.loading import expert_loading as loading
+from vllm_adapmoe.integration.loading import layer_classes
 from vllm_adapmoe.integration.loading.memory import usable_memory
 from vllm_adapmoe.integration.loading.pack_store import check_store
 from vllm_adapmoe.integration.model_info import mentions_experts, most_experts
@@ -37,7 +37,7 @@ def check_model(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
     for is_set, setting, reason in feature_checks(vllm_config):
         if is_set:
             raise AdapMoEError(f"{setting} does not work with moe_method='adapmoe': {reason}")
-    if config.decode == "in_place" and loading.experts_base() is CachedExperts:
+    if config.decode == "in_place" and layer_classes.experts_base() is CachedExperts:
         raise AdapMoEError("decode=in_place needs a GPU, which reads host memory over a link; set decode=fetch")
     ranks = vllm_config.parallel_config.tensor_parallel_size
     if config.gating.mode == "batch" and ranks > 1:

@@ -1,6 +1,6 @@
 """What a MoE layer works with: the loader while weights load; step, gate, predictor and probe while it serves."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -43,7 +43,7 @@ class Loading(Protocol):
     def check(self, layer: int, blank: Mapping[str, torch.Tensor]) -> None:
         """Compares the kernel format of one expert with that of the store."""
 
-    def check_shared(self, layer: RoutedExperts, names: Collection[str]) -> None:
+    def check_shared(self, layer: RoutedExperts, names: Sequence[str]) -> None:
         """Refuses parameters that a layer's experts share, if the store cannot hold them."""
 
 

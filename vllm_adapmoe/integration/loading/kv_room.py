@@ -43,9 +43,9 @@ def room_for_kv_cache(
     has = max(0, available) / GiB
     said = f"vLLM has measured {has:.3f} GiB for a KV cache that takes {needed / GiB:.3f} for {purpose}"
     if not config.automatic or cache is None:
-        slot_bytes = loading.expert_bytes if cache is None else sum(pool.nbytes for pool in cache.pools)
+        slot_bytes = loading.pools.expert_bytes if cache is None else sum(pool.nbytes for pool in cache.pools)
         most = max(0, slot_bytes - missing) * 1000 // GiB / 1000
-        raise AdapMoEError(f"{said}; set at most cache_gb={most:.3f}, or {loading.remedy}")
+        raise AdapMoEError(f"{said}; set at most cache_gb={most:.3f}, or {loading.pools.memory.remedy}")
     taken = loading.give_back(cache, missing)
     logger.info("Expert cache: %s; %.3f GiB of slots give way, %d are left", said, taken / GiB, cache.num_slots)
     return available + taken

@@ -14,8 +14,8 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
-from vllm_adapmoe.integration.loading.expert_loading import slots_device
 from vllm_adapmoe.integration.loading.sharded_state import save_sharded_state
+from vllm_adapmoe.integration.loading.slot_pools import slots_device
 from vllm_adapmoe.integration.loading.weight_update import RecordUpdate, Weights, WeightUpdate
 from vllm_adapmoe.integration.worker.device_only_steps import DeviceOnlySteps
 from vllm_adapmoe.integration.worker.expert_predictor import ExpertPredictor

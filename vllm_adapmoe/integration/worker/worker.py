@@ -19,8 +19,9 @@ from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
 from vllm_adapmoe.integration.layers.collaborators import Collaborators, Probe
 from vllm_adapmoe.integration.layers.gates import Gating
 from vllm_adapmoe.integration.layers.mapped_experts import MappedExperts
-from vllm_adapmoe.integration.loading.expert_loading import expert_loading, slots_device
+from vllm_adapmoe.integration.loading.expert_loading import expert_loading
 from vllm_adapmoe.integration.loading.kv_room import room_for_kv_cache
+from vllm_adapmoe.integration.loading.slot_pools import slots_device
 from vllm_adapmoe.integration.reported_output import ends_step, with_report
 from vllm_adapmoe.integration.scheduler.scheduler import is_cache_aware
 from vllm_adapmoe.integration.settings import EngineSettings
