@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.distributed import get_tensor_model_parallel_rank, get_tp_group
+from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
-from vllm_adapmoe.experts import CacheShape
 from vllm_adapmoe.gating.plan import GatingPlan
 from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
 from vllm_adapmoe.integration.layers.collaborators import Collaborators, Probe
@@ -25,19 +24,17 @@ from vllm_adapmoe.integration.loading.slot_pools import slots_device
 from vllm_adapmoe.integration.reported_output import ends_step, with_report
 from vllm_adapmoe.integration.scheduler.scheduler import is_cache_aware
 from vllm_adapmoe.integration.settings import EngineSettings
+from vllm_adapmoe.integration.worker.build_predictor import build_predictor
 from vllm_adapmoe.integration.worker.compile_key import note_what_is_traced
 from vllm_adapmoe.integration.worker.current_step import CurrentStep
 from vllm_adapmoe.integration.worker.device_only_steps import DeviceOnlySteps
 from vllm_adapmoe.integration.worker.expert_predictor import ExpertPredictor
-from vllm_adapmoe.integration.worker.routers import Routers
 from vllm_adapmoe.integration.worker.step_clock import StepClock
-from vllm_adapmoe.integration.worker.step_recorder import StepRecorder
 from vllm_adapmoe.integration.worker.updated_worker import UpdatedWorker
 from vllm_adapmoe.integration.worker.worker_stats import CounterDelta, StepStats, total_stats
 from vllm_adapmoe.prefetch.heads import NextTokenHeads
-from vllm_adapmoe.prefetch.request_experts import RequestExperts, bits
+from vllm_adapmoe.prefetch.request_experts import bits
 from vllm_adapmoe.scheduling.report import StepReport, StepTimes, WorkerReport, runs_prompt
-from vllm_adapmoe.simulate.trace import TraceInfo, TraceWriter, layers_ahead
 from vllm_adapmoe.units import GiB
 
 if TYPE_CHECKING or current_platform.is_cpu():
@@ -146,59 +143,19 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         """Starts prediction, prefetch and trace recording as configured, replacing the previous predictor."""
         if self.predictor is not None:
             self.predictor.close()
-        self.predictor = self._start_predictor(config)
+        self.predictor = build_predictor(
+            config,
+            self.vllm_config,
+            self.model_runner.get_model(),
+            self.moe_layers,
+            self.expert_cache,
+            self.heads,
+            self.current_step,
+        )
         if self.predictor is not None:
             dtype: Any = self.model_config.dtype
             self.predictor.prepare(dtype, slots_device())
         self.bind_layers()
-
-    def _start_predictor(self, config: AdapMoEConfig) -> ExpertPredictor | None:
-        cache = self.expert_cache
-        prefetching = cache is not None and cache.controller.planner is not None
-        rank = get_tensor_model_parallel_rank()
-        recorder = None
-        if config.trace_out is not None and rank == 0:
-            experts = [layer.local_num_experts for layer in self.moe_layers]
-            shape = CacheShape(
-                experts, max(layer.top_k for layer in self.moe_layers), [0] * len(experts), [0] * len(experts)
-            )
-            if cache is not None:
-                shape = cache.controller.shape
-            info = TraceInfo(
-                model=self.model_config.model,
-                num_experts=list(shape.num_experts),
-                top_k=shape.top_k,
-                lookahead=layers_ahead(config.prefetch, tracing=True),
-                expert_bytes=list(shape.expert_bytes),
-                pool_of=list(shape.pool_of),
-            )
-            trace = TraceWriter(Path(config.trace_out), info, config.trace_mib << 20)
-            recorder = StepRecorder(trace, len(experts), shape.top_k)
-        request_experts = None
-        if cache is not None and (prefetching or config.scheduler.enabled):
-            shape = cache.controller.shape
-            request_experts = RequestExperts(len(shape.num_experts), max(shape.num_experts), shape.top_k)
-        heads = first = None
-        if self.heads is not None:
-            by_next_token = cache is not None and config.eviction in ("auto", "next_token")
-            if recorder is not None or request_experts is not None or by_next_token:
-                heads = self.heads.layers
-            if recorder is not None or (prefetching and config.prefetch.first_layer):
-                first = self.heads.first
-        if request_experts is None and recorder is None and heads is None:
-            return None
-        runners = self.vllm_config.compilation_config.static_forward_context
-        return ExpertPredictor(
-            self.moe_layers,
-            Routers(self.moe_layers, self.model_runner.get_model(), runners),
-            cache if prefetching else None,
-            layers_ahead(config.prefetch, recorder is not None),
-            heads,
-            first,
-            request_experts,
-            recorder,
-            self.current_step,
-        )
 
     def _hook_compute_logits(self) -> None:
         """Passes the predictor the hidden states that tokens are sampled from, as soon as they are computed."""
