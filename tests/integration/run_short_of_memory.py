@@ -11,7 +11,7 @@ import sys
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_adapmoe.integration.loading.memory import least_kv_cache
+from vllm_adapmoe.integration.loading.memory import min_kv_cache
 from vllm_adapmoe.integration.loading.slot_pools import SlotPools
 from vllm_adapmoe.integration.measure.engine import Engine
 from vllm_adapmoe.planning.slot_budget import DeviceMemory
@@ -23,7 +23,7 @@ EXPERT_BYTES = 3 * 128 * 256 * 2
 
 def measured(worker: CPUWorker) -> int:
     """What vLLM would leave to slots and KV cache together."""
-    needed, _ = least_kv_cache(worker.vllm_config)
+    needed, _ = min_kv_cache(worker.vllm_config)
     return (BEFORE - LESS) * EXPERT_BYTES + needed
 
 

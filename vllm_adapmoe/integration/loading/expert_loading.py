@@ -25,12 +25,12 @@ from vllm_adapmoe.integration.loading.layer_classes import cached_classes
 from vllm_adapmoe.integration.loading.memory import ModelWatch
 from vllm_adapmoe.integration.loading.pack_store import (
     cores_of_user,
+    log_packing_time,
     open_or_pack,
     pack_folder,
     pack_name,
-    say_how_long,
     store_kind,
-    warn_of_others,
+    warn_if_replaceable,
 )
 from vllm_adapmoe.integration.loading.slot_pools import SlotPools, slots_device
 from vllm_adapmoe.integration.model_info import check_profile
@@ -81,8 +81,10 @@ class ExpertLoading:
             AdapMoEError: the model's own layer class does more than call kernels, which a cached layer would skip.
         """
         for cls in type(layer).__mro__:
-            theirs = issubclass(cls, RoutedExperts) and not issubclass(cls, CachedExperts) and cls is not RoutedExperts
-            if theirs and "forward_modular" in vars(cls):
+            is_model_class = (
+                issubclass(cls, RoutedExperts) and not issubclass(cls, CachedExperts) and cls is not RoutedExperts
+            )
+            if is_model_class and "forward_modular" in vars(cls):
                 raise AdapMoEError(
                     f"{cls.__name__}, vLLM's class of this model's experts, does not only run them "
                     "(forward_modular); remove moe_method"
@@ -138,23 +140,23 @@ class ExpertLoading:
         else:
             self._sources = source_files(self.vllm_config.model_config, self.vllm_config.load_config)
             path = self.pack_path()
-            found = open_or_pack(self.config, path, self._identity(), self._sources, experts, expert_bytes)
+            pack = open_or_pack(self.config, path, self._identity(), self._sources, experts, expert_bytes)
             if get_tensor_model_parallel_rank() == 0:
-                warn_of_others(path)
-            if isinstance(found, FileStore):
-                self._store = found
+                warn_if_replaceable(path)
+            if isinstance(pack, FileStore):
+                self._store = pack
                 return
-            self._writer = found
+            self._writer = pack
             if get_tensor_model_parallel_rank() == 0:
-                say_how_long(found)
-            if len(found.packed) < len(self.layers):
+                log_packing_time(pack)
+            if len(pack.packed) < len(self.layers):
                 self._sources.start_hashing(cores_of_user())
             action = "Packing experts"
         self._progress = tqdm(
             total=len(self.layers), desc=action, unit="layer", disable=get_tensor_model_parallel_rank() != 0
         )
 
-    def taking_weights(self) -> AbstractContextManager:
+    def weights_context(self) -> AbstractContextManager:
         """Returns the context in which the model loads its weights, whatever its loader."""
         self.begin()
         return nullcontext() if self.all_resident else ExpertWrites(self.layers, self.is_packed)
@@ -230,8 +232,8 @@ class ExpertLoading:
         Raises:
             AdapMoEError: they differ.
         """
-        theirs = [store.num_experts(layer) for layer in range(store.num_layers)]
-        if theirs != [layer.local_num_experts for layer in self.layers]:
+        counts = [store.num_experts(layer) for layer in range(store.num_layers)]
+        if counts != [layer.local_num_experts for layer in self.layers]:
             raise AdapMoEError(f"{self.pack_path()} holds other layers or experts than the model; delete it")
 
     def finish(self, model: Any) -> ExpertCacheManager | None:
@@ -257,18 +259,20 @@ class ExpertLoading:
         assert store is not None
         self._check_experts(store)
         self.pools.plan_for(store)
-        held = None
+        rank_experts = None
         maps = [layer.expert_map for layer in self.layers]
         if maps[0] is not None:
             records = [expert_map.tolist() for expert_map in maps if expert_map is not None]
             store = StoreShard(store, records)
-            held = [[expert for expert, record in enumerate(of_layer) if record >= 0] for of_layer in records]
+            rank_experts = [
+                [expert for expert, record in enumerate(layer_records) if record >= 0] for layer_records in records
+            ]
         shape = CacheShape(
             num_experts=[store.num_experts(layer) for layer in range(store.num_layers)],
             top_k=max(layer.top_k for layer in self.layers),
             pool_of=self.pools.pool_of,
             expert_bytes=[layout.nbytes for layout in store.layouts],
-            held=held,
+            held=rank_experts,
         )
         # On the core that this thread is bound to, readers would compete with the kernels.
         cpus = cores_of_user()
@@ -281,17 +285,17 @@ class ExpertLoading:
 
     def _controller(self, shape: CacheShape) -> CacheController:
         loads = self.settings.expected_loads
-        of_profile = None if loads is None else [len(curve) - 1 for curve in loads]
-        if of_profile is not None and of_profile != list(shape.num_experts):
+        profile_experts = None if loads is None else [len(curve) - 1 for curve in loads]
+        if profile_experts is not None and profile_experts != list(shape.num_experts):
             raise AdapMoEError(
-                f"allocation=profile: the profile is of {len(of_profile)} MoE layers of {set(of_profile)} experts, the "
-                f"model has {len(shape.num_experts)} of {set(shape.num_experts)}; calibrate it anew"
+                f"allocation=profile: the profile is for {len(profile_experts)} MoE layers of {set(profile_experts)} "
+                f"experts, the model has {len(shape.num_experts)} of {set(shape.num_experts)}; calibrate it anew"
             )
         return CacheController(
             shape, CacheSetup.of(self.config, self.pools.slots, loads, self.settings.heads is not None)
         )
 
-    def give_back(self, cache: ExpertCacheManager, nbytes: int) -> int:
+    def shrink_slots(self, cache: ExpertCacheManager, nbytes: int) -> int:
         """Shrinks the slots by at least `nbytes` and empties them; returns the bytes freed.
 
         Raises:
@@ -327,7 +331,7 @@ def expert_loading(settings: EngineSettings, vllm_config: VllmConfig) -> Iterato
         with (
             cached_classes(loading),
             loading.model.watching(),
-            around_weights(model_class, loading.taking_weights),
+            around_weights(model_class, loading.weights_context),
         ):
             yield loading
     except BaseException as error:

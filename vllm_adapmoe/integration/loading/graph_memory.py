@@ -30,13 +30,13 @@ def graphs_of_worker(
     attention = get_layers_from_vllm_config(vllm_config, cast(Any, AttentionLayerBase))
     model, dtype = vllm_config.model_config, cast(Any, vllm_config.model_config.dtype)
     hidden, nbytes = model.get_hidden_size(), int(dtype.itemsize)
-    most, said = 0, ""
+    max_bytes, description = 0, ""
     for graphs in captured_graphs(settings, vllm_config, len(layers), len(attention), resident):
         top_k = max(layer.top_k for layer in layers)
-        taken = graph_bytes(graphs, row_bytes=hidden * nbytes, pair_bytes=token_bytes(hidden, inner, top_k, nbytes))
-        if taken > most:
-            most, said = taken, str(graphs)
-    return most, said
+        needed = graph_bytes(graphs, row_bytes=hidden * nbytes, pair_bytes=token_bytes(hidden, inner, top_k, nbytes))
+        if needed > max_bytes:
+            max_bytes, description = needed, str(graphs)
+    return max_bytes, description
 
 
 def captured_graphs(

@@ -12,7 +12,7 @@ LAYERS_AT_ONCE = 2
 
 
 def check_host_room(
-    shapes: Sequence[ExpertShape], layer_bytes: int, slots: Sequence[int], others: DeviceMemory | None, ranks: int
+    shapes: Sequence[ExpertShape], layer_bytes: int, slots: Sequence[int], other_memory: DeviceMemory | None, ranks: int
 ) -> None:
     """Checks that a host store fits into the available host memory.
 
@@ -30,9 +30,11 @@ def check_host_room(
         "experts": bytes_of(shapes, [shape.num_experts for shape in shapes]),
         f"{LAYERS_AT_ONCE} layers while they load": LAYERS_AT_ONCE * layer_bytes,
     }
-    if others is not None:
+    if other_memory is not None:
         parts["slots"] = bytes_of(shapes, slots)
-        parts["other weights, KV cache and activations"] = others.other_weights + others.kv_cache + others.activations
+        parts["other weights, KV cache and activations"] = (
+            other_memory.other_weights + other_memory.kv_cache + other_memory.activations
+        )
     needed, memory = sum(parts.values()) * ranks, host_memory()
     if needed > memory.available:
         raise AdapMoEError(refusal(parts, ranks, needed, memory))
@@ -40,10 +42,10 @@ def check_host_room(
 
 def refusal(parts: dict[str, int], ranks: int, needed: int, memory: HostMemory) -> str:
     """Returns the error line for the user."""
-    told = " + ".join(f"{nbytes / GiB:.2f} for {part}" for part, nbytes in parts.items() if nbytes)
+    listed = " + ".join(f"{nbytes / GiB:.2f} for {part}" for part, nbytes in parts.items() if nbytes)
     times = f" on each of {ranks} ranks" if ranks > 1 else ""
     return (
-        f"store=host needs {needed} bytes ({needed / GiB:.2f} GiB) of host memory, {told}{times}; "
+        f"store=host needs {needed} bytes ({needed / GiB:.2f} GiB) of host memory, {listed}{times}; "
         f"{memory.available} bytes ({memory.available / GiB:.2f} GiB) are available, limited by {memory.limited_by}; "
         "use store=file"
     )

@@ -125,8 +125,8 @@ def _settings_file(name: str, model: Model, folder: Path) -> Path | None:
     for place in (Path(described), folder):
         if (place / name).is_file():
             return place / name
-    found = try_get_local_file(described, name, revision=model.revision or "main")
-    return found if isinstance(found, Path) and found.is_file() else None
+    path = try_get_local_file(described, name, revision=model.revision or "main")
+    return path if isinstance(path, Path) and path.is_file() else None
 
 
 def model_hash(model: Model, load: LoadConfig) -> str:

@@ -96,7 +96,7 @@ def open_or_pack(
     return PackWriter(path, identity, expert_bytes, sources)
 
 
-def say_how_long(writer: PackWriter) -> None:
+def log_packing_time(writer: PackWriter) -> None:
     """Logs how many bytes are to be packed, how fast the disk is, and advice if that takes too long."""
     if writer.bytes_packed:
         logger.info(
@@ -138,10 +138,10 @@ def check_store(config: AdapMoEConfig, vllm_config: VllmConfig, needed: bool) ->
     problem = why_not_writable(packs_root(config.store_dir))
     if config.store_dir is None and problem is None:
         return  # the worker repacks what is not valid
-    missing = list(_packs_to_make(config, vllm_config))
+    packs_to_make = list(_packs_to_make(config, vllm_config))
     if problem is None:
         return
-    for path, reason in missing:
+    for path, reason in packs_to_make:
         remedy = "name a folder that can be" if config.store_dir is not None else "set store_dir to one that can be"
         raise AdapMoEError(f"{_setting(config)} cannot be written ({problem}), and {path.name} {reason}; {remedy}")
 
@@ -181,13 +181,13 @@ def _packs_to_make(config: AdapMoEConfig, vllm_config: VllmConfig) -> Iterator[t
             yield path, f"is to be made anew: {error}"
 
 
-def warn_of_others(path: Path) -> None:
+def warn_if_replaceable(path: Path) -> None:
     """Warns if other users can replace the pack, and so decide which weights are served."""
-    others = others_who_may_write(path)
-    if others is not None:
+    writers = others_who_may_write(path)
+    if writers is not None:
         logger.warning(
             "%s can be replaced by %s: whoever may write there decides which experts are served; chmod go-w, or set "
-            "another store_dir", path, others,
+            "another store_dir", path, writers,
         )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
 from vllm_adapmoe.integration.layers.mapped_experts import kernel_of
 from vllm_adapmoe.integration.loading.graph_memory import bookkeeping_of_worker, graphs_of_worker
 from vllm_adapmoe.integration.loading.host_room import check_host_room
-from vllm_adapmoe.integration.loading.memory import ModelWatch, least_kv_cache, step_bytes, usable_memory
+from vllm_adapmoe.integration.loading.memory import ModelWatch, min_kv_cache, step_bytes, usable_memory
 from vllm_adapmoe.integration.settings import EngineSettings
 from vllm_adapmoe.planning.slot_budget import (
     DeviceMemory,
@@ -132,7 +132,7 @@ class SlotPools:
     def _memory(self, resident: bool) -> DeviceMemory:
         """Returns the memory this worker may use and its uses other than slots; `resident`: every expert has one."""
         weights = self.model.other_weights([p for layer in self.layers for p in layer.expert_parameters().values()])
-        kv_cache, kv_cache_of = least_kv_cache(self.vllm_config)
+        kv_cache, kv_cache_of = min_kv_cache(self.vllm_config)
         inner = max(layer.moe_config.intermediate_size_per_partition for layer in self.layers)
         graphs, graphs_of = graphs_of_worker(self.settings, self.vllm_config, self.layers, inner, resident)
         return replace(

@@ -93,11 +93,11 @@ class WeightUpdate:
         cache: ExpertCacheManager | None,
         records: RecordUpdate | None,
         config: ModelConfig,
-        made_up: bool,
+        dummy_weights: bool,
     ) -> None:
         self.model, self.layers, self.cache, self.records = model, layers, cache, records
-        own = next((layer for layer in layers if not layer.came_by_loader), None)
-        if own is not None and not made_up:
+        own = next((layer for layer in layers if not layer.loaded_by_weight_loader), None)
+        if own is not None and not dummy_weights:
             raise AdapMoEError(
                 f"{type(model).__name__} copies weights into {own.layer_name} by itself, past vLLM's reloading; "
                 "restart the engine to serve other weights"
@@ -112,14 +112,14 @@ class WeightUpdate:
         self.device = layers[0].loading.device
         self._config = config
         self._source = {name: getattr(self._config, name) for name in SOURCE if hasattr(self._config, name)}
-        self._kept = [(tensor, tensor.clone()) for tensor in _never_on_meta(model)]
+        self._saved_tensors = [(tensor, tensor.clone()) for tensor in _never_on_meta(model)]
         self._put: set[int] = set()
         self._copied = False
         """Whether a tensor in the kernel's format has been copied over an old one."""
         self._loaded = False
         """Whether vLLM has finished its part."""
         self._modules = dict(model.named_modules())
-        self.claimed: set[str] = set()
+        self.reported_names: set[str] = set()
         """Names of the parameters that the model reports as loaded."""
         if cache is not None:
             self._stack.enter_context(cache.quiet())
@@ -143,20 +143,20 @@ class WeightUpdate:
             AdapMoEError: some weights of the layer are missing, or have another format.
         """
         assert self.records is not None and self.cache is not None
-        missing = self.layers[layer].missing()
+        missing = self.layers[layer].missing_weight()
         if missing is not None:
             raise AdapMoEError(f"{self.layers[layer].layer_name} has come without {missing}")
-        here = {name: (tensor.dtype, tuple(tensor.shape[1:])) for name, tensor in tensors.items()}
-        there = {piece.name: (piece.dtype, piece.shape) for piece in self.cache.store.layouts[layer].pieces}
-        if here != there:
-            raise AdapMoEError(f"{self.layers[layer].layer_name} has come in another format: {here} for {there}")
+        actual = {name: (tensor.dtype, tuple(tensor.shape[1:])) for name, tensor in tensors.items()}
+        expected = {piece.name: (piece.dtype, piece.shape) for piece in self.cache.store.layouts[layer].pieces}
+        if actual != expected:
+            raise AdapMoEError(f"{self.layers[layer].layer_name} has come in another format: {actual} for {expected}")
         self._put.add(layer)
         self.records.put(layer, tensors)
 
     def check_shared(self, layer: Any, names: Any) -> None:
         """Does nothing: `ExpertLoading.check_shared` has checked the same parameters at the start."""
 
-    def noting(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
+    def watch_copies(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields weights in the kernel's format, and records that vLLM has begun to copy them over the old ones."""
         for name, tensor in weights:
             yield name, tensor
@@ -168,7 +168,7 @@ class WeightUpdate:
         Raises:
             AdapMoEError: the model copied one itself, bypassing vLLM's reloading, which loses the copy.
         """
-        self.claimed |= names
+        self.reported_names |= names
         for name in sorted(names):
             path, _, own = name.rpartition(".")
             module = self._modules.get(path)
@@ -203,19 +203,19 @@ class WeightUpdate:
         for prefix, module in self.model.named_modules():
             if not isinstance(module, CachedExperts):
                 continue
-            missing = module.missing()
+            missing = module.missing_weight()
             if missing is not None:
                 raise AdapMoEError(f"{module.layer_name} has come without {missing}")
-            own = {name for name in self.claimed if name.startswith(f"{prefix}.")}
+            own = {name for name in self.reported_names if name.startswith(f"{prefix}.")}
             if own and not module.reloaded:
                 raise self._copied_by_itself(min(own))
-        came = [layer.reloaded or layer.cache_layer in self._put for layer in self.layers]
-        if any(came) and not all(came):
-            raise AdapMoEError(f"the experts of {self.layers[came.index(False)].layer_name} have not come")
-        self._leave()
-        if any(came) and self.records is not None:
+        received = [layer.reloaded or layer.cache_layer in self._put for layer in self.layers]
+        if any(received) and not all(received):
+            raise AdapMoEError(f"the experts of {self.layers[received.index(False)].layer_name} have not come")
+        self._close()
+        if any(received) and self.records is not None:
             self.records.serve()
-        return any(came)
+        return any(received)
 
     def abort(self) -> bool:
         """Restores the model's tensors; returns whether all of them hold the old weights."""
@@ -228,14 +228,14 @@ class WeightUpdate:
             if info.kernel_tensors is not None:
                 _place_kernel_tensors(module, info)
             info.reset()
-        for tensor, before in self._kept:
+        for tensor, before in self._saved_tensors:
             tensor.copy_(before)
         for name, value in self._source.items():
             setattr(self._config, name, value)
-        self._leave()
+        self._close()
         return as_before
 
-    def _leave(self) -> None:
+    def _close(self) -> None:
         self._stack.close()
         for layer in self.layers:
             layer.end_reload()

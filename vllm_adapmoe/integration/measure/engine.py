@@ -61,17 +61,17 @@ class Engine:
             defaults |= forcing_arguments()
         self.llm = LLM(str(model), **(defaults | method | engine_args))
 
-    def params(self, tokens: int, forced: list[int] | None = None, **others: Any) -> SamplingParams:
+    def params(self, tokens: int, forced: list[int] | None = None, **arguments: Any) -> SamplingParams:
         """Returns parameters for greedy sampling of exactly `tokens` tokens.
 
         Args:
             tokens: number of output tokens.
             forced: tokens to output instead of the model's; None: the model's. Needs an engine made with `forced`.
-            others: further arguments of `SamplingParams`.
+            arguments: further arguments of `SamplingParams`.
         """
         given = {} if forced is None else forced_sampling(self.llm.llm_engine.vllm_config, forced)
         return SamplingParams(
-            max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False, **(given | others)
+            max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False, **(given | arguments)
         )  # fmt: skip
 
     def generate(

@@ -95,10 +95,10 @@ class MeasuredWorker:
         self.probes = self.routing_probe.of_layers
         self.bind_layers()
 
-    def probe_layer(self, recording: bool, disturbed: int | None = None, step: float = 0.0) -> None:
+    def probe_layer(self, recording: bool, perturbed: int | None = None, step: float = 0.0) -> None:
         """Configures the probe: whether to record, and which layer to move `step` of the way to half its experts."""
         probe = self.routing_probe
-        probe.recording, probe.disturbed, probe.step = recording, disturbed, step
+        probe.recording, probe.perturbed, probe.step = recording, perturbed, step
 
     def read_probe(self) -> list[dict[str, list]]:
         """Returns the sums of each layer since the last call."""

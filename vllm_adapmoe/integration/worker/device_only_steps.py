@@ -82,10 +82,10 @@ class DeviceOnlySteps:
     def step(self, tokens: int, current: CurrentStep) -> Iterator[None]:
         """Surrounds the launch of a step of `tokens` tokens."""
         if self.in_place is not None and tokens <= self.routing.tokens and self._all_on_device():
-            about: Requests = []
-            with self.in_place.step(tokens, about):
+            requests: Requests = []
+            with self.in_place.step(tokens, requests):
                 yield
-                about += current.requests()
+                requests += current.requests()
             return
         self.routing.layers.clear()  # drop entries of graph capture
         yield

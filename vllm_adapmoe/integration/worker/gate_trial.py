@@ -56,9 +56,9 @@ def try_gate(gate: torch.nn.Module, hidden: int, experts: int, dtype: torch.dtyp
         raise Unpredictable(f"it sees {width} values of a token, the experts {hidden}")
     with _restored(gate), torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
         failed: list[Exception] = []
-        for each in _dtypes(gate, dtype):
+        for candidate in _dtypes(gate, dtype):
             try:
-                return _read(gate, width, hidden, experts, each, device)
+                return _read(gate, width, hidden, experts, candidate, device)
             except Unpredictable:
                 raise
             except Exception as error:  # a model's router may raise anything when called outside the model
@@ -95,9 +95,9 @@ def _read(
         rows[start : start + count] = (plus - minus) / (2 * STEP)
     x = torch.randn(2 * len(LENGTHS), width, generator=torch.Generator().manual_seed(0))
     x = (x * torch.tensor(LENGTHS).repeat(2).unsqueeze(1)).to(device, dtype)
-    said = x.float() @ rows
-    error = logits(x) - bias - said
-    if not _rms(error) <= TOLERANCE * _rms(said):  # `not <=`, so that NaN counts as not linear
+    predicted = x.float() @ rows
+    error = logits(x) - bias - predicted
+    if not _rms(error) <= TOLERANCE * _rms(predicted):  # `not <=`, so that NaN counts as not linear
         raise Unpredictable("it is not linear")
     return LinearGate(pad(rows, (0, 0, 0, hidden - width)), bias)
 
@@ -121,16 +121,16 @@ def _restored(gate: torch.nn.Module) -> Iterator[None]:
     """Reverts changes to a module after the context: attributes, and the contents of parameters and buffers."""
     tensors = [(tensor, tensor.clone()) for tensor in (*gate.parameters(), *gate.buffers())]
     attributes = [
-        (held, dict(held))
+        (namespace, dict(namespace))
         for part in gate.modules()
-        for held in (part.__dict__, part.__dict__["_parameters"], part.__dict__["_buffers"])
+        for namespace in (part.__dict__, part.__dict__["_parameters"], part.__dict__["_buffers"])
     ]
     try:
         yield
     finally:
-        for held, before in attributes:
-            held.clear()
-            held.update(before)
+        for namespace, before in attributes:
+            namespace.clear()
+            namespace.update(before)
         for tensor, contents in tensors:
             if not torch.equal(tensor, contents):
                 tensor.copy_(contents)

@@ -82,8 +82,8 @@ class Routers:
         layers: dict[str, list[int]] = {}
         for index, reason in sorted(self._reasons.items()):
             layers.setdefault(reason, []).append(index)
-        said = "; ".join(f"{ranges(its)} ({reason})" for reason, its in layers.items())
-        logger.warning("Expert cache: nothing is predicted of MoE layers %s", said)
+        text = "; ".join(f"{ranges(indices)} ({reason})" for reason, indices in layers.items())
+        logger.warning("Expert cache: nothing is predicted of MoE layers %s", text)
 
 
 def ranges(numbers: Sequence[int]) -> str:

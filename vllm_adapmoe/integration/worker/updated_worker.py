@@ -47,7 +47,7 @@ class UpdatedWorker(Worker):
     _update: WeightUpdate | None = None
     """Weight update in progress; None if there is none."""
     _records: RecordUpdate | None = None
-    _made_up: bool
+    _dummy_weights: bool
     """Whether the engine was started with dummy weights, without a checkpoint."""
     broken: str | None = None
     """Reason why the weights are a mixture of old and new ones; None if they are consistent."""
@@ -74,14 +74,14 @@ class UpdatedWorker(Worker):
         def reload() -> None:
             weights = weights_iterator
             if not is_checkpoint_format and weights is not None:
-                weights = update.noting(weights)
+                weights = update.watch_copies(weights)
             with torch.no_grad():  # vLLM copies weights in the kernel's format into parameters with gradients
                 super(UpdatedWorker, self).reload_weights(
                     weights_iterator=weights, weights_path=weights_path, is_checkpoint_format=is_checkpoint_format
                 )
             self._finish(update)
 
-        self._or_abort("reload_weights", reload)
+        self._run_or_abort("reload_weights", reload)
 
     def _check_parameters(self, call: str, remedy: str) -> None:
         """Checks that the kernels read the parameters, so that weights may be written into them.
@@ -116,7 +116,7 @@ class UpdatedWorker(Worker):
                 super(UpdatedWorker, self).finish_weight_update()
                 raise self._in_place()
 
-        self._or_abort("start_weight_update", start)
+        self._run_or_abort("start_weight_update", start)
 
     def update_weights(self, update_info: dict | list[dict]) -> None:
         """Receives weights of an update in progress, like vLLM's method.
@@ -127,7 +127,7 @@ class UpdatedWorker(Worker):
         update: Callable[[], None] = lambda: super(UpdatedWorker, self).update_weights(update_info)  # noqa: E731
         if self._update is None:
             update()  # raises vLLM's error
-        self._or_abort("update_weights", update)
+        self._run_or_abort("update_weights", update)
 
     def finish_weight_update(self) -> None:
         """Completes a weight update, like vLLM's method.
@@ -143,7 +143,7 @@ class UpdatedWorker(Worker):
 
         if self._update is None:
             super().finish_weight_update()  # raises vLLM's error
-        self._or_abort("finish_weight_update", finish)
+        self._run_or_abort("finish_weight_update", finish)
 
     def save_sharded_state(self, path: str, pattern: str | None = None, max_size: int | None = None) -> None:
         """Saves a sharded state like vLLM's method, with experts from the store where parameters are slots.
@@ -211,17 +211,17 @@ class UpdatedWorker(Worker):
         if cache is not None and self._records is None:
             self._records = RecordUpdate(cache)
         model: nn.Module = self.model_runner.get_model()
-        update, said = None, "another rank cannot take new weights"
+        update, reason = None, "another rank cannot take new weights"
         try:
             update = WeightUpdate(
-                model, self.moe_layers, cache, self._records, self.vllm_config.model_config, self._made_up
+                model, self.moe_layers, cache, self._records, self.vllm_config.model_config, self._dummy_weights
             )
         except (AdapMoEError, StoreError) as error:
-            said = str(error)
+            reason = str(error)
         if not _all_ranks(update is not None):
             if update is not None:
                 update.abort()
-            raise AdapMoEError(f"{call}: {said}; nothing has changed")
+            raise AdapMoEError(f"{call}: {reason}; nothing has changed")
         assert update is not None
         self._update = update
         return update
@@ -247,7 +247,7 @@ class UpdatedWorker(Worker):
                 "is a guess from here on", self._config.profile,
             )  # fmt: skip
 
-    def _or_abort(self, call: str, action: Callable[[], None]) -> None:
+    def _run_or_abort(self, call: str, action: Callable[[], None]) -> None:
         """Runs a part of the current update; an error on any rank aborts the update on every rank.
 
         Raises:
@@ -262,19 +262,19 @@ class UpdatedWorker(Worker):
             return
         update, self._update = self._update, None
         as_before = _all_ranks(update is not None and update.abort())
-        said = "another rank has failed" if error is None else " ".join(str(error).split()) or type(error).__name__
+        reason = "another rank has failed" if error is None else " ".join(str(error).split()) or type(error).__name__
         if as_before and self.broken is None:
-            raise AdapMoEError(f"{call}: {said}; the old weights are served") from error
+            raise AdapMoEError(f"{call}: {reason}; the old weights are served") from error
         if not as_before:
             self.broken = "the model holds weights of two checkpoints: replace all of them, or restart the engine"
-        raise AdapMoEError(f"{call}: {said}; every request fails from here on: {self.broken}") from error
+        raise AdapMoEError(f"{call}: {reason}; every request fails from here on: {self.broken}") from error
 
 
-def _all_ranks(well: bool) -> bool:
+def _all_ranks(succeeded: bool) -> bool:
     """Returns whether `well` is true on every rank. Collective: every rank must call it."""
     group = get_tp_group()
     if group.world_size == 1:
-        return well
-    worst = torch.tensor(int(well))
-    dist.all_reduce(worst, dist.ReduceOp.MIN, group=group.cpu_group)
-    return bool(worst)
+        return succeeded
+    all_succeeded = torch.tensor(int(succeeded))
+    dist.all_reduce(all_succeeded, dist.ReduceOp.MIN, group=group.cpu_group)
+    return bool(all_succeeded)

@@ -25,7 +25,7 @@ from vllm_adapmoe.integration.reported_output import ends_step, with_report
 from vllm_adapmoe.integration.scheduler.scheduler import is_cache_aware
 from vllm_adapmoe.integration.settings import EngineSettings
 from vllm_adapmoe.integration.worker.build_predictor import build_predictor
-from vllm_adapmoe.integration.worker.compile_key import note_what_is_traced
+from vllm_adapmoe.integration.worker.compile_key import record_traced_layers
 from vllm_adapmoe.integration.worker.current_step import CurrentStep
 from vllm_adapmoe.integration.worker.device_only_steps import DeviceOnlySteps
 from vllm_adapmoe.integration.worker.expert_predictor import ExpertPredictor
@@ -72,7 +72,7 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         settings = EngineSettings.of(self.vllm_config)
         config = self._config = settings.config
         self._step_report, self._since, self._clock = None, CounterDelta(), StepClock(slots_device())
-        self._made_up = self.vllm_config.load_config.load_format == "dummy"
+        self._dummy_weights = self.vllm_config.load_config.load_format == "dummy"
         # Other ranks, or another scheduler, would not know of the failure and would continue the request.
         fails_requests = self.vllm_config.parallel_config.world_size == 1 and is_cache_aware(
             self.vllm_config.scheduler_config.scheduler_cls
@@ -90,7 +90,7 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         self.use_gating(settings.gating)
         self.restart_predictor(config)
         model = self.model_runner.get_model()
-        note_what_is_traced(self.vllm_config, model, self.moe_layers, self.device_only is not None)
+        record_traced_layers(self.vllm_config, model, self.moe_layers, self.device_only is not None)
         self.runs_stock_layers = all(layer.is_stock for layer in self.moe_layers)
         """Whether vLLM's own layers were compiled, which cannot gate or fetch."""
         self._hook_compute_logits()
@@ -173,7 +173,7 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
 
         model.compute_logits = watched
 
-    def _leave_room(self, available: int) -> int:
+    def _bytes_for_kv_cache(self, available: int) -> int:
         """Returns the bytes for the KV cache: `available`, plus those of slots given up for it."""
         room = room_for_kv_cache(self._config, self.vllm_config, self._loading, self.expert_cache, available)
         if room != available and self.device_only is not None and self.device_only.in_place is not None:
@@ -255,7 +255,7 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
             slots=self.expert_cache.num_slots,
             resident=bits(self.expert_cache.resident()),
             expected={name: expected & held for name, expected in experts.top_expected().items()},
-            times=[StepTimes(seconds, *about) for seconds, about in self._clock.finished()],
+            times=[StepTimes(seconds, *inputs) for seconds, inputs in self._clock.finished()],
         )
 
     def sample_tokens(self, grammar_output: Any) -> Any:
@@ -293,7 +293,7 @@ class AdapMoEWorker(ExpertCacheWorker, Worker):
         """Returns the bytes for the KV cache, by vLLM's measurement of what the slot count only estimated."""
         with self._quiet():  # vLLM captures graphs to measure them
             available = super().determine_available_memory()
-        return self._leave_room(available)
+        return self._bytes_for_kv_cache(available)
 
 
 class AdapMoECPUWorker(ExpertCacheWorker, CPUWorker):
@@ -311,6 +311,6 @@ class AdapMoECPUWorker(ExpertCacheWorker, CPUWorker):
         available = super().determine_available_memory()
         if self.expert_cache is None or self.cache_config.kv_cache_memory_bytes is not None:
             return available
-        available = self._leave_room(available - slot_bytes(self.expert_cache))
+        available = self._bytes_for_kv_cache(available - slot_bytes(self.expert_cache))
         logger.info("Expert cache: %.2f GiB of that for the KV cache, the rest for slots", available / GiB)
         return available
