@@ -1,4 +1,4 @@
-"""Describes the model that an engine serves, as far as its configuration tells."""
+"""Describes the model that an engine serves, by its configuration."""
 
 from pathlib import Path
 

@@ -119,6 +119,6 @@ def _min_capability(formats: Collection[str], backend: str) -> Capability:
 def _capability_remedy(formats: Collection[str]) -> str:
     minimums = [_min_capability(formats, backend) for backend in _common(formats)]
     if not minimums:
-        return "use a checkpoint whose experts have one format"
+        return "use a checkpoint with one format for all experts"
     major, minor = min(minimums)
     return f"use a device of compute capability {major}.{minor} or later"

@@ -38,12 +38,12 @@ def check_model(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
         if is_set:
             raise AdapMoEError(f"{setting} does not work with moe_method='adapmoe': {reason}")
     if config.decode == "in_place" and layer_classes.experts_base() is CachedExperts:
-        raise AdapMoEError("decode=in_place needs a GPU, which reads host memory over a link; set decode=fetch")
+        raise AdapMoEError("decode=in_place needs a GPU, whose kernels read host memory; set decode=fetch")
     ranks = vllm_config.parallel_config.tensor_parallel_size
     if config.gating.mode == "batch" and ranks > 1:
         # What a rank drops would depend on its resident experts, so ranks would sum shards of different experts.
         raise AdapMoEError(
-            f"gating.mode=batch does not work with tensor_parallel_size={ranks}: every rank has others resident; "
+            f"gating.mode=batch does not work with tensor_parallel_size={ranks}: resident experts differ by rank; "
             "use gating.mode=token"
         )
     expert_bound = max_experts(model)
@@ -68,7 +68,7 @@ def check_model(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
 
 
 def _device_memory(config: AdapMoEConfig, vllm_config: VllmConfig) -> DeviceMemory:
-    """Returns the device memory as far as it is known before the model is built; the worker fills in the rest."""
+    """Returns the device memory known before the model is built; the worker adds what depends on the model."""
     if vllm_config.parallel_config.use_ray:  # workers run on other machines; this one may have no device
         return DeviceMemory(sys.maxsize)
     kv_cache = vllm_config.cache_config.kv_cache_memory_bytes
@@ -81,10 +81,10 @@ def feature_checks(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
     offload, speculative = vllm_config.offload_config, vllm_config.speculative_config
     weights_move = "it moves weights that the expert cache moves already; remove it"
     return [
-        (parallel.enable_eplb, "enable_eplb=True", "replicas of experts have no place in the slot map; remove it"),
+        (parallel.enable_eplb, "enable_eplb=True", "the slot map has no replicas of experts; remove it"),
         (parallel.enable_dbo, "enable_dbo=True", "two micro-batches would compete for the slots; remove it"),
         (parallel.enable_expert_parallel and not current_platform.is_cpu(), "enable_expert_parallel=True on a GPU",
-         "its kernels take vLLM's expert map, which knows nothing of slots; use tensor_parallel_size alone"),
+         "its kernels read vLLM's expert map, which has no slots; use tensor_parallel_size alone"),
         (parallel.data_parallel_size > 1, f"data_parallel_size={parallel.data_parallel_size}",
          "data-parallel ranks exchange tokens between experts; run one engine per replica"),
         (parallel.pipeline_parallel_size > 1, f"pipeline_parallel_size={parallel.pipeline_parallel_size}",
@@ -92,19 +92,19 @@ def feature_checks(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
         (parallel.use_ray and current_platform.is_cpu(), "distributed_executor_backend='ray'",
          "vLLM's Ray executor has no CPU workers; remove it, and scale with replicas (examples/ray_serve.md)"),
         (parallel.use_ray and old_ray_executor_chosen(), "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0",
-         "the old Ray executor runs the model past the worker, which would not see failed reads; unset it"),
+         "the old Ray executor bypasses the worker, which would not see failed reads; unset it"),
         (current_platform.is_cuda() and envs.VLLM_USE_BREAKABLE_CUDAGRAPH, "VLLM_USE_BREAKABLE_CUDAGRAPH=1",
-         "graphs would be broken elsewhere than where the host decides; set VLLM_USE_BREAKABLE_CUDAGRAPH=0, "
-         "for vLLM sets it by itself for some models"),
+         "graphs would not be split where the host decides; set VLLM_USE_BREAKABLE_CUDAGRAPH=0, as vLLM enables it for "
+         "some models"),
         (vllm_config.lora_config is not None, "enable_lora=True", "adapters of experts are not cached; remove it"),
         (getattr(model, "enable_sleep_mode", False), "enable_sleep_mode=True",
-         "discarding weights would empty the slots behind the cache's back; remove it"),
+         "it discards weights, and so the slots' contents, without notifying the cache; remove it"),
         (offload.uva.cpu_offload_gb > 0, f"cpu_offload_gb={offload.uva.cpu_offload_gb}", weights_move),
         (offload.prefetch.offload_group_size > 0, f"offload_group_size={offload.prefetch.offload_group_size}",
          weights_move),
         (current_platform.is_zen_cpu() and os.environ.get("ZENDNNL_MATMUL_WEIGHT_CACHE") != "0",
          "zentorch with its cache of weights",
-         "it goes by addresses, and would compute with experts that have left; set ZENDNNL_MATMUL_WEIGHT_CACHE=0"),
+         "the cache is keyed by address, so it would compute with evicted experts; set ZENDNNL_MATMUL_WEIGHT_CACHE=0"),
         (load.load_format not in LOAD_FORMATS, f"load_format={load.load_format!r}",
          "it does not load expert by expert; use auto"),
         (speculative is not None and speculative.method not in DRAFTS_WITHOUT_EXPERTS,

@@ -28,14 +28,14 @@ def set_moe_backend(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
     if formats is None:
         assert quantisation is not None
         logger.warning(
-            "moe_backend=%s: which kernels compute quantization=%s with part of the experts resident is not known; "
-            "the one that vLLM chooses is checked after loading", kernel.moe_backend, quantisation.get_name(),
+            "moe_backend=%s: it is not known which kernels compute quantization=%s with part of the experts resident; "
+            "vLLM's choice is checked after loading", kernel.moe_backend, quantisation.get_name(),
         )  # fmt: skip
         return
     if MXFP4_W4A4 in formats and not marlin_takes_mxfp4_with_quantised_activations():
         raise AdapMoEError(
-            f"moe_backend={kernel.moe_backend}: this vLLM has no kernel that computes experts in {MXFP4_W4A4} on part "
-            "of the experts; vLLM 0.32 and later have --moe-backend marlin"
+            f"moe_backend={kernel.moe_backend}: this vLLM has no kernel that computes experts in {MXFP4_W4A4} with "
+            "part of them resident; vLLM 0.32 and later have --moe-backend marlin"
         )
     device = current_platform.get_device_capability()
     capability = None if device is None else (device.major, device.minor)
@@ -43,7 +43,7 @@ def set_moe_backend(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
         backend = choose_backend(formats, capability, kernel.moe_backend)
     except AdapMoEError as error:
         if _certainly_resident(config, vllm_config):
-            logger.info("%s; it stays, for every expert is resident", error)
+            logger.info("%s; kept, because every expert is resident", error)
             return
         raise
     if kernel.moe_backend == AUTO:

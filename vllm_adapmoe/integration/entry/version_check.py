@@ -49,7 +49,7 @@ def check_version(version: str | None = None) -> None:
     absent = next(missing_names(), None)
     if absent is None and (release is None or release > Version(NEWEST).release):
         logger.warning(
-            "vLLM %s is not tested with vllm-adapmoe (%s is); everything that it uses is there", version, SUPPORTED
+            "vLLM %s is not tested with vllm-adapmoe (%s is); but has every name that it uses", version, SUPPORTED
         )
         return
     why = "it is too old" if absent is None else f"{absent} is missing"

@@ -20,7 +20,7 @@ from vllm_adapmoe.store.base import ExpertsUnavailable
 class CachedExperts(StreamedExperts):
     """Mixin over `RoutedExperts`, or a model's subclass of it, that runs experts from the slots of a cache.
 
-    While weights load, the layer hands its experts to `loading` and keeps none. Afterwards its parameters are the
+    While weights load, the layer passes its experts to `loading` and frees them. Afterwards its parameters are the
     tensors of a slot pool, `[slots, ...]`, shared with other layers, and `cache` maps experts to slots. If every
     expert fits, `cache` stays None; without a gate, the layer then runs vLLM's own code.
     """
@@ -36,7 +36,7 @@ class CachedExperts(StreamedExperts):
         super().__init__(*args, **kwargs)
 
     def bind(self, collaborators: Collaborators) -> None:
-        """Sets what the layer works with while it serves, once the model is loaded and whenever it changes."""
+        """Sets the layer's collaborators, once the model is loaded and whenever one of them changes."""
         self.step = collaborators.step
         self.gating = collaborators.gating
         self.predictor = collaborators.predictor
@@ -120,7 +120,7 @@ class CachedExperts(StreamedExperts):
                 step = remaining
 
     def _is_dummy_run(self, context: ForwardContext) -> bool:
-        """Whether this is profiling, warm-up or graph capture, whose ids are arbitrary and must load nothing."""
+        """Whether this is profiling, warm-up or graph capture, whose arbitrary ids must not load experts."""
         return not context.attn_metadata or self.step is None or not self.step.running
 
     def _run_dummy(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
@@ -226,7 +226,7 @@ class CachedExperts(StreamedExperts):
             self.cache.release(self.cache_layer, experts)
 
     def _run_kept(self, step: StepRouting, keep_mask: torch.Tensor, prediction: LayerPrediction | None) -> torch.Tensor:
-        """Runs the kept (token, expert) pairs; `keep`: bool `[tokens, top_k]`, on the host.
+        """Runs the kept (token, expert) pairs; `keep_mask`: bool `[tokens, top_k]`, on the host.
 
         CPU kernels accept neither a map nor an absent expert, so each pair becomes a row with one expert, and dropped
         pairs cost no work. Under expert parallelism a rank sums over its own experts, and vLLM adds up the ranks'
@@ -253,7 +253,7 @@ class CachedExperts(StreamedExperts):
         """Runs (token, expert) pairs, loading each expert once; yields indices of pairs, and their outputs."""
         experts = distinct(ids, self.local_num_experts)
         groups = waves(experts, self.slots)
-        if len(groups) <= 1:  # none if all are other ranks'; the cache still has to see the event
+        if len(groups) <= 1:  # zero if other ranks have all; the cache still needs the event
             yield slice(None), self._run_wave(x, weights, token, ids, experts, prediction, ())
             return
         wave_of = torch.zeros(experts[-1] + 1, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""What a MoE layer works with: the loader while weights load; step, gate, predictor and probe while it serves."""
+"""Interfaces of a MoE layer's collaborators: the loader; and step, gate, predictor and probe while it serves."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Loading(Protocol):
-    """The loader that a layer hands its experts to."""
+    """Receives the experts of layers while weights load."""
 
     @property
     def device(self) -> torch.device:
@@ -108,7 +108,7 @@ class Step(Protocol):
 
 @dataclass(frozen=True)
 class Collaborators:
-    """What a serving layer works with, next to the cache that its slots are from."""
+    """The collaborators of a serving layer, other than the cache that owns its slots."""
 
     step: Step
     gating: LayerGate | None = None

@@ -62,10 +62,10 @@ class ExpertTensors:
 
     @classmethod
     def of(cls, own: Mapping[str, torch.Tensor], names: Collection[str]) -> Self:
-        """Selects the tensors called `names`, in that order, from `held`, with their aliases.
+        """Selects the tensors called `names`, in that order, from `own`, with their aliases.
 
         Raises:
-            KeyError: one of them is not held.
+            KeyError: `own` lacks one of them.
         """
         selected = cls({})
         for name in [*names, *(name for name in own if name not in names)]:

@@ -1,7 +1,7 @@
 """Tracks copies that a model's own loader makes directly into experts, bypassing their weight loader.
 
-gpt-oss in bf16 does so (`GptOssModel._load_weights_other`). Its layers stream like others': a layer is moved into the
-store once it is complete and the loader writes elsewhere, so that at most two are in memory.
+gpt-oss in bf16 does so (`GptOssModel._load_weights_other`). Its layers stream like those of other models: a layer
+is moved into the store once it is complete and the loader writes elsewhere, so that at most two are in memory.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -62,7 +62,7 @@ class ExpertWrites(TorchDispatchMode):
 
     def _finish_written_layer(self) -> None:
         layer = self._layer
-        # Layers that use the weight loader finish by its own count.
+        # Layers that use the weight loader finish when it has counted all weights.
         if layer is None or layer.finished or layer.has_arrivals or self.is_packed(layer.cache_layer):
             return
         written = {name: sum(parts.values()) for name, parts in self._written.items()}

@@ -129,8 +129,8 @@ def graphs_in_pieces(config: CompilationConfig, in_pieces: bool = True) -> None:
 
 def _drop_pieces(config: CompilationConfig, mode: CUDAGraphMode) -> None:
     logger.warning(
-        "Expert cache: this model's MoE blocks cannot be left out of CUDA graphs: cudagraph_mode=%s instead of %s; "
-        "vLLM's own implementation of the model can, if there is one (model_impl=vllm)",
+        "Expert cache: this model's MoE blocks cannot be split out of CUDA graphs: cudagraph_mode=%s instead of %s; "
+        "set model_impl=vllm if vLLM implements this model itself",
         mode.name, config.cudagraph_mode.name,
     )  # fmt: skip
     config.cudagraph_mode = mode

@@ -86,7 +86,7 @@ class MappedExperts(CachedExperts):
             return self.in_place.experts(self.cache_layer, x, weights, ids, costs)
         if capturing:
             raise RuntimeError(
-                f"a CUDA graph is captured around {self.layer_name}, whose experts the host fetches while a step runs; "
+                f"a CUDA graph is captured around {self.layer_name}, whose experts the host fetches during the step; "
                 "set cudagraph_mode=PIECEWISE, with vLLM's own splitting_ops"
             )
         if not self._is_dummy_run(context) and self._may_defer(len(x)):
@@ -227,11 +227,11 @@ def in_place_obstacle(layer: CachedExperts, cache: ExpertCacheManager) -> str | 
     if layer.swiglu_limit is not None:
         return f"its activation is clamped at {layer.swiglu_limit}"
     if layer.apply_router_weight_on_input:
-        return "its router's weights go on the input"
+        return "it multiplies the input by the router's weights"
     if layout[GATE_UP].shape != (2 * layout[DOWN].shape[1], layout[DOWN].shape[0]):
         return f"its kernel's weights are {layout[GATE_UP].shape} and {layout[DOWN].shape}"
     if layout[DOWN].nbytes % ALIGNMENT:
-        return f"its experts are not of whole {ALIGNMENT} bytes"
+        return f"the size of its experts is not a multiple of {ALIGNMENT} bytes"
     if cache.store.page_locked((layer.cache_layer, 0)) is None:
         return "its backing copies are not in page-locked memory"
     return None

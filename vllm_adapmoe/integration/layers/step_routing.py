@@ -24,12 +24,12 @@ class StepRouting:
     """`GateStack.product` of the input, float32 `[tokens, columns]`, on the host; None: not computed yet."""
 
     def ungated_mask(self) -> torch.Tensor:
-        """Returns the `keep` of a step without gating: everything but padding."""
+        """Returns the keep mask of a step without gating: everything but padding."""
         keep_mask = torch.ones(self.ids.shape, dtype=torch.bool)
         return keep_mask if self.real is None else keep_mask & self.real.unsqueeze(1)
 
     def replace_failed(self, failed: torch.Tensor) -> "StepRouting | None":
-        """Returns the step with failed rows given a healthy row's experts; None if no healthy row is left.
+        """Returns the step with failed rows given a healthy row's experts; None if no healthy row remains.
 
         Args:
             failed: bool `[tokens]`, on the host.

@@ -17,13 +17,13 @@ from vllm_adapmoe.integration.layers.expert_writes import on_host
 from vllm_adapmoe.integration.layers.heap import trim_heap
 
 SHAPE = "_weight_shape"
-"""Suffix of the shapes that compressed-tensors stores beside packed weights. vLLM's reloading counts elements, and a
+"""Suffix of the shapes that compressed-tensors stores with packed weights. vLLM's reloading counts elements, and a
 shape shared by two halves twice, so it considers a layer complete before its last shape has been loaded
 (`online_process_loader` of 0.32)."""
 
 
 class StreamedExperts(RoutedExperts):
-    """Mixin over `RoutedExperts`, or a model's subclass of it, that hands its experts to `loading` and keeps none."""
+    """Mixin over `RoutedExperts`, or a model's subclass of it, that passes its experts to `loading` and frees them."""
 
     loading: Loading
     cache_layer: int
@@ -89,7 +89,7 @@ class StreamedExperts(RoutedExperts):
         loaded_weight: torch.Tensor,
         weight_name: str,
         shard_id: str,
-        expert_id: int | None = None,  # as DBRX's has it
+        expert_id: int | None = None,  # optional, as in the weight loader of DBRX
         return_success: bool = False,
     ) -> bool | None:
         load: Any = super().weight_loader
@@ -102,7 +102,7 @@ class StreamedExperts(RoutedExperts):
             loaded = load(param, loaded_weight, weight_name, shard_id, expert_id, return_success=True)
             return loaded if return_success else None
         if self.expert_map is not None and expert_id is not None and self.expert_map[expert_id] < 0:
-            return False if return_success else None  # another rank has it
+            return False if return_success else None  # an expert of another rank
         if self.loading.is_packed(self.cache_layer):
             self._record_arrival(param, loaded_weight, shard_id, expert_id)
             return True if return_success else None
@@ -110,8 +110,8 @@ class StreamedExperts(RoutedExperts):
             return True if return_success else None
         if self._finished:
             raise AdapMoEError(
-                f"{self.layer_name}: the checkpoint holds {weight_name} beyond what {type(self.quant_method).__name__} "
-                "declares, and after the layer was taken into the cache; remove moe_method"
+                f"{self.layer_name}: the checkpoint has {weight_name}, which {type(self.quant_method).__name__} does "
+                "not declare, after the layer was moved into the cache; remove moe_method"
             )
         success: bool = load(param, loaded_weight, weight_name, shard_id, expert_id, return_success=True)
         # Online quantisation first makes a dry run on meta parameters, to count what will be loaded.
@@ -158,7 +158,7 @@ class StreamedExperts(RoutedExperts):
         vars(self).pop("_loaded_names", None)
 
     def end_reload(self) -> None:
-        """Ends a reload: expects no more weights, and looks up the experts' tensors, which vLLM has put back."""
+        """Ends a reload: expects no more weights, and looks up the experts' tensors, which vLLM has restored."""
         self._finished = self.serving = True
         if hasattr(self, "expert_tensors"):
             self.expert_tensors = ExpertTensors.of(own_tensors(self), list(self.expert_tensors.tensors))
@@ -174,7 +174,7 @@ class StreamedExperts(RoutedExperts):
         return self._finished and bool(self._arrived)
 
     def missing_weight(self) -> str | None:
-        """Describes a weight not yet received, if others have been since `begin_reload`; else None."""
+        """Describes a weight not yet received, if other weights have been since `begin_reload`; else None."""
         if not self._arrived:
             return None
         if self._first_arrivals:
@@ -222,7 +222,7 @@ class StreamedExperts(RoutedExperts):
             self.loading.put(self.cache_layer, self.expert_tensors.tensors)
         self.expert_tensors.free()
         in_use = {id(tensor) for tensor in own_tensors(self).values()}
-        for parameter in parameters.values():  # a loader may still reference replaced parameters
+        for parameter in parameters.values():  # a loader may still hold references to replaced parameters
             if id(parameter) not in in_use:
                 parameter.data = parameter.data.new_empty(0)
         trim_heap()
@@ -262,7 +262,7 @@ class StreamedExperts(RoutedExperts):
                 setattr(holder, name, value)
 
     def _check_weights(self) -> None:
-        """Checks that the weights are plain tensors: a kernel would go on reading other ones instead of slots.
+        """Checks that the weights are plain tensors: with any other kind, a kernel would not read the slots.
 
         Raises:
             AdapMoEError: the kernel keeps a weight in another form.

@@ -59,5 +59,5 @@ def check_layers(layers: Sequence[RoutedExperts], model: str, quantization: str 
         if not hasattr(layer.quant_method, "is_monolithic"):  # without a kernel this property raises
             raise AdapMoEError(
                 f"quantization={quantization!r}: vLLM has no kernel for its experts on this "
-                f"{current_platform.device_type}; remove it, or take a checkpoint in another format"
+                f"{current_platform.device_type}; remove it, or use a checkpoint in another format"
             )

@@ -86,8 +86,8 @@ class ExpertLoading:
             )
             if is_model_class and "forward_modular" in vars(cls):
                 raise AdapMoEError(
-                    f"{cls.__name__}, vLLM's class of this model's experts, does not only run them "
-                    "(forward_modular); remove moe_method"
+                    f"{cls.__name__}, vLLM's class for this model's experts, overrides forward_modular, which a cached "
+                    "layer would skip; remove moe_method"
                 )
         self.layers.append(layer)
         return len(self.layers) - 1
@@ -127,8 +127,8 @@ class ExpertLoading:
         if not self.all_resident and any(layer.quant_method.is_monolithic for layer in self.layers):
             method = type(self.layers[0].quant_method).__name__
             raise AdapMoEError(
-                f"moe_backend={self.vllm_config.kernel_config.moe_backend}: the kernel of {method} routes by itself, "
-                "out of the cache's sight; set --moe-backend marlin or triton"
+                f"moe_backend={self.vllm_config.kernel_config.moe_backend}: the kernel of {method} is monolithic: it "
+                "routes internally, and the cache cannot see the experts; set --moe-backend marlin or triton"
             )
         if self.all_resident:
             logger.info("Expert cache: all %d experts fit, none is offloaded", experts)
@@ -157,7 +157,7 @@ class ExpertLoading:
         )
 
     def weights_context(self) -> AbstractContextManager:
-        """Returns the context in which the model loads its weights, whatever its loader."""
+        """Returns the context in which the model loads weights, with any loader."""
         self.begin()
         return nullcontext() if self.all_resident else ExpertWrites(self.layers, self.is_packed)
 
@@ -201,7 +201,7 @@ class ExpertLoading:
         """
         if names and self.store_kind == "file":
             raise AdapMoEError(
-                f"store=file does not hold {names[0]}, which {type(layer.quant_method).__name__} makes from all "
+                f"store=file does not hold {names[0]}, which {type(layer.quant_method).__name__} computes from all "
                 "experts of a layer; set store='host'"
             )
 
@@ -227,14 +227,14 @@ class ExpertLoading:
             self._progress.update()
 
     def _check_experts(self, store: ExpertStore) -> None:
-        """Checks the store's numbers of layers and experts against the model's, whatever a pack's identity says.
+        """Checks the store's numbers of layers and experts against the model's, in addition to a pack's identity.
 
         Raises:
             AdapMoEError: they differ.
         """
         counts = [store.num_experts(layer) for layer in range(store.num_layers)]
         if counts != [layer.local_num_experts for layer in self.layers]:
-            raise AdapMoEError(f"{self.pack_path()} holds other layers or experts than the model; delete it")
+            raise AdapMoEError(f"{self.pack_path()} has other numbers of layers or experts than the model; delete it")
 
     def finish(self, model: Any) -> ExpertCacheManager | None:
         """Seals the store, creates the cache and connects every layer to it; None if every expert is resident.
@@ -251,8 +251,8 @@ class ExpertLoading:
         if self._sources is not None:
             if getattr(model, "secondary_weights", None):
                 raise AdapMoEError(
-                    f"model={self.vllm_config.model_config.model!r} has weights of more than one checkpoint, which a "
-                    "pack cannot be held to; set store='host'"
+                    f"model={self.vllm_config.model_config.model!r} has weights of more than one checkpoint, and a "
+                    "pack identifies only one; set store='host'"
                 )
             self._sources.check_unchanged()
         store = self._store if self._writer is None else self._writer.seal()
@@ -274,7 +274,7 @@ class ExpertLoading:
             expert_bytes=[layout.nbytes for layout in store.layouts],
             held=rank_experts,
         )
-        # On the core that this thread is bound to, readers would compete with the kernels.
+        # Readers on the core that this thread is bound to would compete with the kernels.
         cpus = cores_of_user()
         cache = ExpertCacheManager(
             store, self._controller(shape), self.device, link_gbps=self.config.link_gbps, reader_cpus=cpus

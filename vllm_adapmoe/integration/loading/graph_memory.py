@@ -18,7 +18,7 @@ from vllm_adapmoe.simulate.trace import layers_ahead
 def graphs_of_worker(
     settings: EngineSettings, vllm_config: VllmConfig, layers: Sequence[CachedExperts], inner: int, resident: bool
 ) -> tuple[int, str]:
-    """Returns the most bytes that CUDA graphs take, and a description of them; 0 with enforce_eager and on the CPU.
+    """Returns the maximum bytes of CUDA graphs, and a description of them; 0 with enforce_eager and on the CPU.
 
     Args:
         settings: the engine's settings of the method.

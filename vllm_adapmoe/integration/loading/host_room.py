@@ -1,4 +1,4 @@
-"""Checks that a store in host memory fits before it is filled: a container beyond its limit is killed."""
+"""Checks that a store in host memory fits before it is filled: a container that exceeds its memory limit is killed."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from vllm_adapmoe.store.host_memory import HostMemory, host_memory
 from vllm_adapmoe.units import GiB
 
 LAYERS_AT_ONCE = 2
-"""Layers in memory beside the records: one as loaded, and one in the kernel's format."""
+"""Layers in memory in addition to the records: one as loaded, and one in the kernel's format."""
 
 
 def check_host_room(
@@ -18,7 +18,7 @@ def check_host_room(
 
     Args:
         shapes: shapes of this rank's experts, by pool.
-        layer_bytes: bytes of the experts of its largest layer.
+        layer_bytes: bytes of the experts of the largest layer.
         slots: number of slots of each pool.
         others: this rank's other memory, if that and the slots are in host memory, too (on the CPU); else None.
         ranks: number of ranks on this machine, each needing the same.

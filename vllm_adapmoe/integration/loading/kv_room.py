@@ -1,4 +1,4 @@
-"""Shrinks the slots if, after vLLM has measured memory, the KV cache of one request does not fit beside them."""
+"""Shrinks the slots if, by vLLM's own measurement, the KV cache of one request does not fit in addition to them."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def room_for_kv_cache(
     cache: ExpertCacheManager | None,
     available: int,
 ) -> int:
-    """Returns the bytes for vLLM's KV cache: `available`, plus those of slots that had to be given up for it.
+    """Returns the bytes for vLLM's KV cache: `available`, plus those of slots released for it.
 
     With `cache_gb=auto` the slots took what estimates of activations and CUDA graphs left. vLLM measures both
     (`determine_available_memory`), and would refuse to start if its KV cache could not hold one request. Every rank
@@ -47,7 +47,7 @@ def room_for_kv_cache(
         max_gb = max(0, slot_bytes - missing) * 1000 // GiB / 1000
         raise AdapMoEError(f"{measured}; set at most cache_gb={max_gb:.3f}, or {loading.pools.memory.remedy}")
     freed = loading.shrink_slots(cache, missing)
-    logger.info("Expert cache: %s; %.3f GiB of slots give way, %d are left", measured, freed / GiB, cache.num_slots)
+    logger.info("Expert cache: %s; released %.3f GiB of slots, %d slots remain", measured, freed / GiB, cache.num_slots)
     return available + freed
 
 

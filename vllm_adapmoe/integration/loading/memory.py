@@ -1,4 +1,4 @@
-"""Computes the memory that vLLM may use on a device, and what it needs there beside experts."""
+"""Computes the memory that vLLM may use on a device, and what it needs on it in addition to experts."""
 
 import math
 import weakref
@@ -58,7 +58,7 @@ def step_bytes(vllm_config: VllmConfig, inner: int, top_k: int) -> int:
 
 
 def min_kv_cache(vllm_config: VllmConfig) -> tuple[int, str]:
-    """Returns the least bytes of KV cache that vLLM starts with, and what they are for.
+    """Returns the minimum bytes of KV cache that vLLM starts with, and what they are for.
 
     They hold one request of full length and the block that vLLM reserves, by vLLM's own count over all built layers:
     latents of MLA, sliding windows, and the state of layers without attention.

@@ -72,7 +72,7 @@ class SlotPools:
         self.shapes: list[ExpertShape] = []
         """Shape of the experts of each pool, in their load-time format."""
         self.memory: DeviceMemory
-        """Memory that this worker may use, and what it uses beside slots."""
+        """Memory that this worker may use, and its uses other than slots."""
 
     @property
     def num_experts(self) -> int:
@@ -184,8 +184,8 @@ class SlotPools:
             parts = [group] if limit is None else split_layers(group, slots, longest, limit)
             if len(parts) > 1:
                 logger.info(
-                    "Expert cache: %d layers have %d pools instead of one, for their kernel reads %.0f GiB of a tensor "
-                    "at most", len(group), len(parts), (limit or 0) / GiB,
+                    "Expert cache: %d layers have %d pools instead of one, because their kernel addresses at most %.0f "
+                    "GiB of a tensor", len(group), len(parts), (limit or 0) / GiB,
                 )  # fmt: skip
             for part in parts:
                 groups.append(part)
@@ -204,8 +204,8 @@ class SlotPools:
         slots = slots_without(shapes, self.slots, nbytes)
         if slots is None:
             raise AdapMoEError(
-                f"cache_gb=auto: {nbytes / GiB:.3f} of {bytes_of(shapes, self.slots) / GiB:.3f} GiB of slots would "
-                f"have to go to the KV cache, and one token needs more than is left; {self.memory.remedy}"
+                f"cache_gb=auto: {nbytes / GiB:.3f} of {bytes_of(shapes, self.slots) / GiB:.3f} GiB of slots are "
+                f"needed for the KV cache, and too few slots for one token would remain; {self.memory.remedy}"
             )
         freed = bytes_of(shapes, self.slots) - bytes_of(shapes, slots)
         self.slots = slots

@@ -1,4 +1,4 @@
-"""Replaces the weights of a running model: new experts go into the store, and slots drop the old ones."""
+"""Replaces the weights of a running model: writes the new experts into the store, and empties the slots."""
 
 from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import ExitStack
@@ -72,11 +72,11 @@ class WeightUpdate:
 
     Args:
         model: vLLM's model.
-        layers: its MoE layers.
+        layers: the MoE layers of `model`.
         cache: the cache of their experts; None if every expert is resident.
         records: where new experts are written; None if every expert is resident.
         config: the model's configuration, in which vLLM records the source of the weights.
-        made_up: whether the engine was started without a checkpoint (`load_format=dummy`).
+        dummy_weights: whether the engine was started without a checkpoint (`load_format=dummy`).
 
     Raises:
         AdapMoEError: this model's weights cannot be replaced.
@@ -96,11 +96,11 @@ class WeightUpdate:
         dummy_weights: bool,
     ) -> None:
         self.model, self.layers, self.cache, self.records = model, layers, cache, records
-        own = next((layer for layer in layers if not layer.loaded_by_weight_loader), None)
-        if own is not None and not dummy_weights:
+        bypassed = next((layer for layer in layers if not layer.loaded_by_weight_loader), None)
+        if bypassed is not None and not dummy_weights:
             raise AdapMoEError(
-                f"{type(model).__name__} copies weights into {own.layer_name} by itself, past vLLM's reloading; "
-                "restart the engine to serve other weights"
+                f"{type(model).__name__} copies weights into {bypassed.layer_name} in its own code, which bypasses "
+                "vLLM's reloading; restart the engine to serve other weights"
             )
         if records is not None:
             records.prepare()
@@ -117,7 +117,7 @@ class WeightUpdate:
         self._copied = False
         """Whether a tensor in the kernel's format has been copied over an old one."""
         self._loaded = False
-        """Whether vLLM has finished its part."""
+        """Whether vLLM has loaded and processed all weights of the update."""
         self._modules = dict(model.named_modules())
         self.reported_names: set[str] = set()
         """Names of the parameters that the model reports as loaded."""
@@ -145,11 +145,16 @@ class WeightUpdate:
         assert self.records is not None and self.cache is not None
         missing = self.layers[layer].missing_weight()
         if missing is not None:
-            raise AdapMoEError(f"{self.layers[layer].layer_name} has come without {missing}")
+            raise AdapMoEError(
+                f"{self.layers[layer].layer_name}: {missing} was not received; send every weight of a layer"
+            )
         actual = {name: (tensor.dtype, tuple(tensor.shape[1:])) for name, tensor in tensors.items()}
         expected = {piece.name: (piece.dtype, piece.shape) for piece in self.cache.store.layouts[layer].pieces}
         if actual != expected:
-            raise AdapMoEError(f"{self.layers[layer].layer_name} has come in another format: {actual} for {expected}")
+            raise AdapMoEError(
+                f"{self.layers[layer].layer_name}: the new experts have the format {actual}, the cache has {expected}; "
+                "send weights of the checkpoint's format"
+            )
         self._put.add(layer)
         self.records.put(layer, tensors)
 
@@ -166,7 +171,7 @@ class WeightUpdate:
         """Checks parameters that the model reports as loaded.
 
         Raises:
-            AdapMoEError: the model copied one itself, bypassing vLLM's reloading, which loses the copy.
+            AdapMoEError: the model copied one in its own code, bypassing vLLM's reloading, which loses the copy.
         """
         self.reported_names |= names
         for name in sorted(names):
@@ -182,8 +187,8 @@ class WeightUpdate:
 
     def _copied_by_itself(self, name: str) -> AdapMoEError:
         return AdapMoEError(
-            f"{type(self.model).__name__} copies {name} by itself, past vLLM's reloading; restart the engine to serve "
-            "other weights"
+            f"{type(self.model).__name__} copies {name} in its own code, which bypasses vLLM's reloading; restart the "
+            "engine to serve other weights"
         )
 
     # Ending the update
@@ -205,13 +210,16 @@ class WeightUpdate:
                 continue
             missing = module.missing_weight()
             if missing is not None:
-                raise AdapMoEError(f"{module.layer_name} has come without {missing}")
+                raise AdapMoEError(f"{module.layer_name}: {missing} was not received; send every weight of a layer")
             own = {name for name in self.reported_names if name.startswith(f"{prefix}.")}
             if own and not module.reloaded:
                 raise self._copied_by_itself(min(own))
         received = [layer.reloaded or layer.cache_layer in self._put for layer in self.layers]
         if any(received) and not all(received):
-            raise AdapMoEError(f"the experts of {self.layers[received.index(False)].layer_name} have not come")
+            raise AdapMoEError(
+                f"the experts of {self.layers[received.index(False)].layer_name} were not received, those of other "
+                "layers were; send all layers or none"
+            )
         self._close()
         if any(received) and self.records is not None:
             self.records.serve()
@@ -249,7 +257,7 @@ SOURCE = ("model", "model_weights", "revision")
 
 
 def _never_on_meta(model: nn.Module) -> Iterator[torch.Tensor]:
-    """Yields tensors that vLLM's reloading never moves to meta, and so overwrites immediately."""
+    """Yields tensors that vLLM's reloading never moves to the meta device, and so overwrites immediately."""
     for module in model.modules():
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if name in SKIP_TENSORS:

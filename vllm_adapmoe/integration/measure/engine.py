@@ -155,7 +155,7 @@ def describe_model(model: Path) -> ModelInfo:
     config = arguments.create_model_config()
     if config.runner_type != "generate":
         raise AdapMoEError(
-            f"model={str(model)!r} is a pooling model, which predicts no token: there is no loss to measure; "
+            f"model={str(model)!r} is a pooling model, which samples no tokens, so that no loss can be measured; "
             "serve it without a profile"
         )
     return model_info(config).model_copy(update={"hash": model_hash(config, arguments.create_load_config())})

@@ -1,4 +1,4 @@
-"""MeasuredWorker: what calibration, evaluation and benchmarks ask of a worker, as vLLM's `worker_extension_cls`."""
+"""MeasuredWorker: worker methods for calibration, evaluation and benchmarks, as vLLM's `worker_extension_cls`."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -52,8 +52,8 @@ class MeasuredWorker:
         """
         if plan is not None and self.runs_stock_layers and not self.model_config.enforce_eager:
             raise AdapMoEError(
-                "gating is not in the compiled model of an engine that started without it, with every expert resident; "
-                "start it with gating, or with enforce_eager=True"
+                "gating is not in the compiled model, because the engine started without it and with all experts "
+                "resident; start it with gating, or with enforce_eager=True"
             )
         in_place = self.device_only is not None and self.device_only.in_place is not None
         if in_place and self.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():

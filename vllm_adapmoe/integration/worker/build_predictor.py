@@ -37,7 +37,7 @@ def build_predictor(
         model: the model that contains the layers' routers.
         layers: the model's MoE layers, in order.
         cache: the cache of their experts; None if every expert is resident.
-        next_token_heads: the profile's; None if there are none.
+        next_token_heads: heads of the profile; None: it has none, or there is no profile.
         current: the worker's current step.
     """
     prefetching = cache is not None and cache.controller.planner is not None

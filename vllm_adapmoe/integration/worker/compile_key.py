@@ -1,4 +1,4 @@
-"""Adds to the key of vLLM's compile cache what a model's configuration does not determine."""
+"""Extends the key of vLLM's compile cache by how the MoE blocks are traced."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -93,7 +93,9 @@ class ExpertPredictor:
         self.routers = routers
         self.top_k = max(layer.top_k for layer in layers)
         if heads is not None and [head.shape[1:] for head in heads] != [(count,) for count in routers.num_experts]:
-            logger.warning("Expert cache: the profile's next-token heads are not of this model's shape, and not used")
+            logger.warning(
+                "Expert cache: the profile's next-token heads have another shape than this model, and are not used"
+            )
             heads = first = None
         self.heads = heads
         self._first_head = first
@@ -103,7 +105,7 @@ class ExpertPredictor:
         self.last_rows: torch.Tensor | None = None
         """Index of each request's last row in the current step; None: every row is a last row."""
         self.expected_at_start: np.ndarray | None = None
-        """Experts expected for the step before it began."""
+        """Experts that the step is expected to use, predicted before it begins."""
         self._first_layer: HostCopy | None = None
         """First-layer prediction from the last step's hidden states, in flight to the host."""
 
@@ -142,7 +144,7 @@ class ExpertPredictor:
 
     def give_up(self, error: Exception) -> None:
         """Stops predicting and recording for good, and logs the error."""
-        logger.error("Expert cache: a prediction failed, and there are none any more", exc_info=error)
+        logger.error("Expert cache: a prediction failed; predictions are off until the engine restarts", exc_info=error)
         self.failed = True
         self.cache = self.heads = self.experts = self.first = self.expected_at_start = self._first_layer = None
         if self.recorder is not None:

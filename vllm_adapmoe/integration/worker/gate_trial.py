@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 
 STEP = 16.0
-"""Length of the probe vectors: the longer, the less precision is lost beside a large bias in bf16."""
+"""Length of the probe vectors: the longer, the less precision is lost against a large bias in bf16."""
 LENGTHS = (0.5, 1.0, 2.0, 4.0)
 """Lengths of random test inputs; several, because a router that normalises its input is linear at a fixed length."""
 TOLERANCE = 0.05
@@ -20,7 +20,7 @@ ROWS = 512
 
 
 class Unpredictable(Exception):
-    """Raised for a router whose choice cannot be predicted; the text says why."""
+    """Raised for a router whose choice cannot be predicted; the message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ def try_gate(gate: torch.nn.Module, hidden: int, experts: int, dtype: torch.dtyp
         Unpredictable: it is sharded, takes another input, does not return one logit per expert, or is not linear.
     """
     if any(isinstance(part, ColumnParallelLinear | RowParallelLinear) and part.tp_size > 1 for part in gate.modules()):
-        raise Unpredictable("it is shared out to several ranks")
+        raise Unpredictable("it is sharded over several ranks")
     width = _input_size(gate, hidden)
     if width > hidden:
-        raise Unpredictable(f"it sees {width} values of a token, the experts {hidden}")
+        raise Unpredictable(f"its input has {width} values per token, the experts' {hidden}")
     with _restored(gate), torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
         failed: list[Exception] = []
         for candidate in _dtypes(gate, dtype):
@@ -79,9 +79,9 @@ def _read(
         output = gate(x)
         output = output[0] if isinstance(output, tuple) else output
         if not isinstance(output, torch.Tensor) or not output.is_floating_point() or output.dim() != 2:
-            raise Unpredictable("it gives no logits")
+            raise Unpredictable("it returns no logits")
         if output.shape != (len(x), experts):
-            raise Unpredictable(f"it gives {output.shape[1]} logits for {experts} experts")
+            raise Unpredictable(f"it returns {output.shape[1]} logits for {experts} experts")
         return output.float()
 
     bias = logits(torch.zeros(1, width, dtype=dtype, device=device))[0].clone()

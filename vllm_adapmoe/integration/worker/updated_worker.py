@@ -30,7 +30,7 @@ READ_SLOTS = {
     "compute_weight_checksums": "compare what save_sharded_state writes",
     "reset_weights": "replace the weights with reload_weights",
 }
-"""Methods of vLLM's worker that would take slots for weights, and their replacements; the last two since 0.33."""
+"""Methods of vLLM's worker that would treat slots as weights, and their replacements; the last two since 0.33."""
 
 
 class UpdatedWorker(Worker):
@@ -56,8 +56,8 @@ class UpdatedWorker(Worker):
         """Replaces the weights like `GPUModelRunner.reload_weights`, experts included.
 
         Raises:
-            AdapMoEError: the update failed; the line says what is served from now on: the old weights, or nothing until
-                another update has replaced all of them.
+            AdapMoEError: the update failed; the message names what is served from now on: the old weights, or nothing
+                until another update has replaced all of them.
         """
         self._reload_weights(*args, **kwargs)
 
@@ -180,7 +180,7 @@ class UpdatedWorker(Worker):
 
         def refuse(call: str, remedy: str, *args: Any, **kwargs: Any) -> None:
             raise AdapMoEError(
-                f"{call} takes a model's parameters for its weights, and experts are in slots here; {remedy}, or start "
+                f"{call} reads or writes parameters, which hold slots instead of weights; {remedy}, or start "
                 "with a slot for every expert"
             )
 
@@ -203,7 +203,7 @@ class UpdatedWorker(Worker):
 
     def _begin_update(self, call: str) -> WeightUpdate:
         if self._update is not None:
-            raise AdapMoEError(f"{call}: another update of the weights is under way; call finish_weight_update first")
+            raise AdapMoEError(f"{call}: another weight update is in progress; call finish_weight_update first")
         cache = self.expert_cache
         if self.device_only is not None:
             torch.accelerator.synchronize()
@@ -211,7 +211,7 @@ class UpdatedWorker(Worker):
         if cache is not None and self._records is None:
             self._records = RecordUpdate(cache)
         model: nn.Module = self.model_runner.get_model()
-        update, reason = None, "another rank cannot take new weights"
+        update, reason = None, "another rank cannot replace its weights"
         try:
             update = WeightUpdate(
                 model, self.moe_layers, cache, self._records, self.vllm_config.model_config, self._dummy_weights
@@ -232,19 +232,19 @@ class UpdatedWorker(Worker):
         if with_experts:
             self.broken = None
         if self.broken is not None:
-            raise AdapMoEError(f"no experts have come; {self.broken}")
+            raise AdapMoEError(f"no experts were received; {self.broken}")
         if self.predictor is not None:
             dtype: Any = self.model_config.dtype
             self.predictor.follow_weights(dtype, slots_device())
         if with_experts and self.expert_cache is not None:
             logger.info(
-                "Expert cache: experts are replaced, and no slot is filled; a pack on disk stays as it was, of the "
-                "weights before"
+                "Expert cache: the experts were replaced, and all slots are empty; a pack on disk still holds the "
+                "previous weights"
             )
         if self._config.profile is not None:
             logger.info(
-                "Expert cache: profile=%r was made of the weights that the engine started with: what it says of them "
-                "is a guess from here on", self._config.profile,
+                "Expert cache: profile=%r was made from the weights that the engine started with, and only "
+                "approximates the new ones; calibrate again", self._config.profile,
             )  # fmt: skip
 
     def _run_or_abort(self, call: str, action: Callable[[], None]) -> None:
@@ -267,7 +267,7 @@ class UpdatedWorker(Worker):
             raise AdapMoEError(f"{call}: {reason}; the old weights are served") from error
         if not as_before:
             self.broken = "the model holds weights of two checkpoints: replace all of them, or restart the engine"
-        raise AdapMoEError(f"{call}: {reason}; every request fails from here on: {self.broken}") from error
+        raise AdapMoEError(f"{call}: {reason}; every request fails from now on: {self.broken}") from error
 
 
 def _all_ranks(succeeded: bool) -> bool:

@@ -68,7 +68,7 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
     """Whether vLLM is running warm-up steps."""
 
     def load_model(self, **kwargs: Any) -> None:
-        """Loads the model and allocates its slots, before vLLM profiles memory: the KV cache gets what they leave."""
+        """Loads the model and allocates its slots, before vLLM measures the memory that remains for the KV cache."""
         settings = EngineSettings.of(self.vllm_config)
         config = self._config = settings.config
         self._step_report, self._since, self._clock = None, CounterDelta(), StepClock(slots_device())
@@ -108,7 +108,7 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
             )  # fmt: skip
 
     def bind_layers(self) -> None:
-        """Gives every layer what it works with from the next step on."""
+        """Sets the collaborators of every layer from the next step on."""
         device_only = self.device_only
         for index, layer in enumerate(self.moe_layers):
             layer.bind(
@@ -174,7 +174,7 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         model.compute_logits = watched
 
     def _bytes_for_kv_cache(self, available: int) -> int:
-        """Returns the bytes for the KV cache: `available`, plus those of slots given up for it."""
+        """Returns the bytes for the KV cache: `available`, plus those of slots released for it."""
         room = room_for_kv_cache(self._config, self.vllm_config, self._loading, self.expert_cache, available)
         if room != available and self.device_only is not None and self.device_only.in_place is not None:
             self.device_only.in_place.follow_pools()
@@ -183,7 +183,7 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
     def compile_or_warm_up_model(self) -> Any:
         """Warms up and captures CUDA graphs, for which model runner V2 runs steps of dummy requests.
 
-        Those load no experts and are not counted. A capture is global: no fetch may be in flight meanwhile.
+        Dummy steps load no experts and are not counted. Capture is global, so no fetch may be in flight during it.
         """
         self._warming_up = True
         try:
@@ -224,7 +224,9 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         if not self.current_step.rows:
             return
         if self._update is not None:
-            raise AdapMoEError("a step was run while weights are replaced; pause generation before start_weight_update")
+            raise AdapMoEError(
+                "a step ran while weights were being replaced; pause generation before start_weight_update"
+            )
         if self.broken is None:
             return
         if not self.current_step.fails_requests:
@@ -312,5 +314,5 @@ class AdapMoECPUWorker(ExpertCacheWorker, CPUWorker):
         if self.expert_cache is None or self.cache_config.kv_cache_memory_bytes is not None:
             return available
         available = self._bytes_for_kv_cache(available - slot_bytes(self.expert_cache))
-        logger.info("Expert cache: %.2f GiB of that for the KV cache, the rest for slots", available / GiB)
+        logger.info("Expert cache: %.2f GiB of that for the KV cache, the remainder for slots", available / GiB)
         return available
