@@ -27,7 +27,7 @@ def test_plain_words(tmp_path):
     assert max(map(len, run.stdout.splitlines())) <= 80
     words = " ".join(run.stdout.split())
     for text in (
-        "are supported", "takes --moe-method", "host memory available", "8 experts, 2 per token",
+        "are supported", "accepts --moe-method", "host memory available", "8 experts, 2 per token",
         "passes the checks of a start", "What will work here", "What will not", "enable_lora", "start packs again",
     ):  # fmt: skip
         assert text in words

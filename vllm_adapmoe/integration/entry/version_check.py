@@ -105,14 +105,14 @@ def exists(path: str) -> bool:
     for count in range(len(parts), 0, -1):
         module = ".".join(parts[:count])
         try:
-            found = importlib.import_module(module)
+            target = importlib.import_module(module)
         except ModuleNotFoundError as error:
             if f"{module}.".startswith(f"{error.name}."):
                 continue
             return True  # the module exists but a dependency of it is missing: not a matter of vLLM's version
         try:
             for name in parts[count:]:
-                found = getattr(found, name)
+                target = getattr(target, name)
         except (AttributeError, ImportError):
             return False
         return True

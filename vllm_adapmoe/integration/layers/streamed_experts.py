@@ -196,8 +196,8 @@ class StreamedExperts(RoutedExperts):
         self._finished = True
         parameters = self.expert_parameters()
         self._move_to_device(parameters)
-        foreign = {id(tensor) for tensor in own_tensors(self).values()}
-        foreign -= {id(parameter) for parameter in parameters.values()}
+        loaded = own_tensors(self)  # referenced until the end, so that no id is reused
+        foreign = {id(tensor) for tensor in loaded.values()} - {id(parameter) for parameter in parameters.values()}
         if self._first_arrivals is not None and current_platform.is_cpu():
             # If a kernel exists already, vLLM treats the weights as a GPU's and does not pack them for the CPU
             # (`UnquantizedFusedMoEMethod._setup_kernel`).
@@ -209,10 +209,10 @@ class StreamedExperts(RoutedExperts):
             self._process_weights(self)
             if self.loading.all_resident:
                 return
-            own = {path: tensor for path, tensor in own_tensors(self).items() if id(tensor) not in foreign}
-            names = [path for path, tensor in own.items() if _is_of_experts(path, tensor, self.local_num_experts)]
-            shared = {path for path in own if isinstance(own[path], nn.Parameter) and own[path].numel()} - set(names)
-            self.loading.check_shared(self, sorted(shared))
+            processed = {path: tensor for path, tensor in own_tensors(self).items() if id(tensor) not in foreign}
+            names = [path for path, tensor in processed.items() if _is_of_experts(path, tensor, self.local_num_experts)]
+            filled = {path for path, tensor in processed.items() if isinstance(tensor, nn.Parameter) and tensor.numel()}
+            self.loading.check_shared(self, sorted(filled - set(names)))
         tensors = {path: tensor for path, tensor in own_tensors(self).items() if id(tensor) not in foreign}
         self.expert_tensors = ExpertTensors.of(tensors, [name for name in names if name in tensors])
         self._check_weights()

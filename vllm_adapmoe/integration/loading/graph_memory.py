@@ -78,10 +78,10 @@ def bookkeeping_of_worker(
     settings: EngineSettings, vllm_config: VllmConfig, layers: Sequence[CachedExperts], resident: bool
 ) -> int:
     """Returns the bytes of gates, tables and buffers that the worker will allocate for these layers."""
-    config, heads = settings.config, settings.heads is not None
+    config, has_heads = settings.config, settings.heads is not None
     prefetch, tracing = config.prefetch, config.trace_out is not None
     prefetching = not resident and prefetch.lookahead > 0 and prefetch.max_experts > 0
-    follows = tracing or prefetching or heads or (not resident and config.scheduler.enabled)
+    follows = tracing or prefetching or has_heads or (not resident and config.scheduler.enabled)
     ahead = layers_ahead(prefetch, tracing) if follows else 0
     device_only = not current_platform.is_cpu() and not (resident and settings.gating is None)
     return bookkeeping_bytes(
@@ -91,6 +91,6 @@ def bookkeeping_of_worker(
         hidden=vllm_config.model_config.get_hidden_size(),
         tokens=MAX_TOKENS if device_only else 0,
         gates_ahead=ahead,
-        heads=heads and follows,
-        first_head=heads and (tracing or (prefetching and prefetch.first_layer)),
+        heads=has_heads and follows,
+        first_head=has_heads and (tracing or (prefetching and prefetch.first_layer)),
     )

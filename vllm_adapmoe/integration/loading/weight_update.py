@@ -175,17 +175,17 @@ class WeightUpdate:
         """
         self.reported_names |= names
         for name in sorted(names):
-            path, _, own = name.rpartition(".")
+            path, _, parameter = name.rpartition(".")
             module = self._modules.get(path)
-            if module is None or isinstance(module, CachedExperts) or own in SKIP_LOAD_TENSORS:
+            if module is None or isinstance(module, CachedExperts) or parameter in SKIP_LOAD_TENSORS:
                 continue
             info = get_layerwise_info(module)
-            tensor = getattr(module, own, None)
+            tensor = getattr(module, parameter, None)
             expected = info.can_load() and isinstance(tensor, torch.Tensor) and tensor.is_meta
-            if expected and own not in {loaded for loaded, _ in info.loaded_weights}:
-                raise self._copied_by_itself(name)
+            if expected and parameter not in {loaded for loaded, _ in info.loaded_weights}:
+                raise self._bypassed_reloading(name)
 
-    def _copied_by_itself(self, name: str) -> AdapMoEError:
+    def _bypassed_reloading(self, name: str) -> AdapMoEError:
         return AdapMoEError(
             f"{type(self.model).__name__} copies {name} in its own code, which bypasses vLLM's reloading; restart the "
             "engine to serve other weights"
@@ -211,9 +211,9 @@ class WeightUpdate:
             missing = module.missing_weight()
             if missing is not None:
                 raise AdapMoEError(f"{module.layer_name}: {missing} was not received; send every weight of a layer")
-            own = {name for name in self.reported_names if name.startswith(f"{prefix}.")}
-            if own and not module.reloaded:
-                raise self._copied_by_itself(min(own))
+            reported = {name for name in self.reported_names if name.startswith(f"{prefix}.")}
+            if reported and not module.reloaded:
+                raise self._bypassed_reloading(min(reported))
         received = [layer.reloaded or layer.cache_layer in self._put for layer in self.layers]
         if any(received) and not all(received):
             raise AdapMoEError(

@@ -191,14 +191,14 @@ class ExpertPredictor:
         if self.heads is not None:  # not in `_prefetch`: the victims of this event depend on it
             last = self.last_rows
             if outputs is not None:
-                heads = outputs if last is None else outputs[last.numpy()]
+                head_outputs = outputs if last is None else outputs[last.numpy()]
             else:
-                heads = stack.outputs(x if last is None else x[last.to(x.device)])
-            expected = chance_of_any(heads[:, stack.width :])
+                head_outputs = stack.outputs(x if last is None else x[last.to(x.device)])
+            expected = chance_of_any(head_outputs[:, stack.width :])
             if self.experts is not None:
-                self.experts.predicted(index, heads[:, stack.width :])
+                self.experts.predicted(index, head_outputs[:, stack.width :])
             if last is None and len(x) <= SAMPLE:
-                outputs = heads
+                outputs = head_outputs
         elif self.experts is not None:
             self.experts.used(index, (ids if self.last_rows is None else ids[self.last_rows]).numpy())
         return LayerPrediction(expected, partial(self._prefetch, index, x, weights, ids, keep_mask, expected, outputs))

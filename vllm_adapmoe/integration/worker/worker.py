@@ -252,11 +252,11 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         stall_seconds, loads, fetch_seconds = self._since(stats, counted).tolist()
         prefill = runs_prompt(self.current_step.rows, scheduler_output.scheduled_spec_decode_tokens)
         self._clock.stop((stall_seconds, int(loads), fetch_seconds, prefill))
-        held = bits(self.expert_cache.controller.held)  # other ranks' experts take no slot here
+        rank_experts = bits(self.expert_cache.controller.held)  # other ranks' experts take no slot here
         return StepReport(
             slots=self.expert_cache.num_slots,
             resident=bits(self.expert_cache.resident()),
-            expected={name: expected & held for name, expected in experts.top_expected().items()},
+            expected={name: expected & rank_experts for name, expected in experts.top_expected().items()},
             times=[StepTimes(seconds, *inputs) for seconds, inputs in self._clock.finished()],
         )
 
