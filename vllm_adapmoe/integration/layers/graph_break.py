@@ -105,7 +105,7 @@ def _entry_shared(
 
 
 def graphs_without_host(config: CompilationConfig, max_tokens: int, in_pieces: bool = True) -> None:
-    """Configures full graphs for decode steps of at most `most_tokens`, and piecewise ones if `in_pieces`."""
+    """Configures full graphs for decode steps of at most `max_tokens`, and piecewise ones if `in_pieces`."""
     if config.cudagraph_mode == CUDAGraphMode.FULL:  # would capture prompts, too
         config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
     if not in_pieces and config.cudagraph_mode.has_piecewise_cudagraphs():

@@ -271,7 +271,7 @@ class UpdatedWorker(Worker):
 
 
 def _all_ranks(succeeded: bool) -> bool:
-    """Returns whether `well` is true on every rank. Collective: every rank must call it."""
+    """Returns whether `succeeded` is true on every rank. Collective: every rank must call it."""
     group = get_tp_group()
     if group.world_size == 1:
         return succeeded
