@@ -31,7 +31,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype  # noqa: E402
 from tests.integration.played_layers import EXPERTS, build, configure, save, start  # noqa: E402
 from tests.integration.quantised_configs import CHECKPOINTS, ONLINE, OVERRIDDEN  # noqa: E402
 from vllm_adapmoe.config import AdapMoEError  # noqa: E402
-from vllm_adapmoe.integration.layers.expert_tensors import held_tensors  # noqa: E402
+from vllm_adapmoe.integration.layers.expert_tensors import own_tensors  # noqa: E402
 from vllm_adapmoe.integration.loading import expert_loading as loading_module  # noqa: E402
 from vllm_adapmoe.integration.loading.expert_loading import ExpertLoading, expert_loading  # noqa: E402
 from vllm_adapmoe.integration.settings import EngineSettings  # noqa: E402
@@ -93,7 +93,7 @@ class Captured(ExpertLoading):
 
     def __init__(self, config: Any, vllm_config: Any) -> None:
         super().__init__(config, vllm_config)
-        self._began, self._slots, self._restored = True, [SLOTS], self.packed is not None
+        self._began, self.pools.slots, self._restored = True, [SLOTS], self.packed is not None
         self.records: dict[str, torch.Tensor] = {}
         self.shared: list[str] = []
 
@@ -173,7 +173,7 @@ def tell(name: str, folder: Path, **args: Any) -> dict[str, Any]:
     layer = plain["layer"]
     pools = {key: torch.zeros((SLOTS, *record.shape[1:]), dtype=record.dtype) for key, record in records.items()}
     layer.expert_tensors.replace(pools)
-    left = [path for path, tensor in held_tensors(layer).items() if tensor.dim() and len(tensor) == EXPERTS]
+    left = [path for path, tensor in own_tensors(layer).items() if tensor.dim() and len(tensor) == EXPERTS]
     left = [path for path in left if path != "workspace"]  # Marlin's locks, until 0.30
     return {
         "kernel": type(layer.quant_method.moe_kernel.fused_experts).__name__,
@@ -203,7 +203,7 @@ def numbers(layer) -> dict[str, float]:
 
 
 def _held(processed: dict[str, Any], path: str) -> torch.Tensor:
-    return held_tensors(processed["layer"])[path]
+    return own_tensors(processed["layer"])[path]
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,8 @@ import sys
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_adapmoe.integration.loading.expert_loading import ExpertLoading
-from vllm_adapmoe.integration.loading.memory import least_kv_cache
+from vllm_adapmoe.integration.loading.memory import min_kv_cache
+from vllm_adapmoe.integration.loading.slot_pools import SlotPools
 from vllm_adapmoe.integration.measure.engine import Engine
 from vllm_adapmoe.planning.slot_budget import DeviceMemory
 
@@ -23,12 +23,12 @@ EXPERT_BYTES = 3 * 128 * 256 * 2
 
 def measured(worker: CPUWorker) -> int:
     """What vLLM would leave to slots and KV cache together."""
-    needed, _ = least_kv_cache(worker.vllm_config)
+    needed, _ = min_kv_cache(worker.vllm_config)
     return (BEFORE - LESS) * EXPERT_BYTES + needed
 
 
 # Here, and not in `main`, for the processes that vLLM starts: they import this file.
-ExpertLoading._memory = lambda loading, resident: DeviceMemory(BEFORE * EXPERT_BYTES)  # type: ignore[method-assign]
+SlotPools._memory = lambda pools, resident: DeviceMemory(BEFORE * EXPERT_BYTES)  # type: ignore[method-assign]
 CPUWorker.determine_available_memory = measured  # type: ignore[method-assign]
 
 

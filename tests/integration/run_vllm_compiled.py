@@ -15,7 +15,7 @@ from vllm.compilation.passes.utility.fix_functionalization import FixFunctionali
 from vllm.config import CompilationMode
 from vllm.platforms.cpu import CpuPlatform
 
-from vllm_adapmoe.integration.loading.expert_loading import ExpertLoading
+from vllm_adapmoe.integration.loading.slot_pools import SlotPools
 from vllm_adapmoe.planning.slot_budget import DeviceMemory
 
 settle = CpuPlatform.check_and_update_config.__func__  # type: ignore[attr-defined]
@@ -32,8 +32,8 @@ def keep_the_mode(cls: type[CpuPlatform], vllm_config: Any) -> None:
 # Here, and not below, for the processes that vLLM starts: they import this file.
 CpuPlatform.check_and_update_config = classmethod(keep_the_mode)  # type: ignore[assignment]
 FixFunctionalizationPass.__call__ = lambda self, graph: None  # type: ignore[method-assign]
-ExpertLoading._memory = (  # type: ignore[method-assign]
-    lambda loading, resident=True: DeviceMemory(int(os.environ["ROOM"]))
+SlotPools._memory = (  # type: ignore[method-assign]
+    lambda pools, resident=True: DeviceMemory(int(os.environ["ROOM"]))
 )
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def test_choices(formats, capability, wish, backend):
         ({MXFP4}, HOPPER, "triton", "set --moe-backend marlin, or leave it out"),
         ({FP8}, (8, 0), "triton", "set --moe-backend marlin, or leave it out"),
         ({INT_WEIGHTS}, (7, 0), "auto", "use a device of compute capability 7.5 or later"),
-        ({UNQUANTISED, NVFP4}, HOPPER, "auto", "use a checkpoint whose experts have one format"),
+        ({UNQUANTISED, NVFP4}, HOPPER, "auto", "use a checkpoint with one format for all experts"),
         ({W4A8}, HOPPER, "auto", "use a W4A16 or FP8 checkpoint"),
         ({MXFP4_COMPRESSED}, (10, 0), "auto", "use an NVFP4 or FP8 checkpoint"),
         ({MXFP4_COMPRESSED}, (10, 3), "marlin", "use an NVFP4 or FP8 checkpoint"),

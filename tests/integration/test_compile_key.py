@@ -11,7 +11,7 @@ from vllm.compilation.caching import aot_compile_hash_factors
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
-from vllm_adapmoe.integration.worker.compile_key import note_what_is_traced
+from vllm_adapmoe.integration.worker.compile_key import record_traced_layers
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def layers(**attributes: Any) -> list[Any]:
 
 
 def key(config: Any, *what: Any) -> list[str]:
-    note_what_is_traced(config, torch.nn.Sequential(), *what)
+    record_traced_layers(config, torch.nn.Sequential(), *what)
     return aot_compile_hash_factors(config)
 
 
@@ -53,8 +53,8 @@ def test_a_part_that_was_built_with_a_copy_of_the_configuration_knows_it(config)
     assert copied.additional_config is not config.additional_config
     model = torch.nn.Sequential(torch.nn.Sequential())
     model[0].vllm_config = copied
-    note_what_is_traced(config, model, layers(), False)
+    record_traced_layers(config, model, layers(), False)
     before = aot_compile_hash_factors(copied)
-    note_what_is_traced(config, model, layers(cache=object()), False)
+    record_traced_layers(config, model, layers(cache=object()), False)
     assert aot_compile_hash_factors(copied) != before
     assert copied.additional_config == config.additional_config

@@ -28,7 +28,7 @@ from vllm_adapmoe.device import experts_by_address
 from vllm_adapmoe.integration.layers import mapped_experts
 from vllm_adapmoe.integration.layers.cached_experts import padding_rows
 from vllm_adapmoe.integration.layers.graph_break import break_graph_at, graphs_in_pieces, graphs_without_host
-from vllm_adapmoe.integration.loading import expert_loading as loading
+from vllm_adapmoe.integration.loading import layer_classes
 from vllm_adapmoe.integration.measure.engine import Engine
 from vllm_adapmoe.integration.worker import device_only_steps
 from vllm_adapmoe.store.record import RecordLayout
@@ -67,7 +67,7 @@ def as_on_gpu(monkeypatch):
     stand_in(monkeypatch)
     monkeypatch.setattr(mapped_experts, "takes_slots", lambda kernel: kernel.apply.__func__ is run_with_map)
     monkeypatch.setattr(mapped_experts, "run_on_slots", lambda kernel, experts: None)
-    monkeypatch.setattr(loading, "experts_base", lambda: mapped_experts.MappedExperts)
+    monkeypatch.setattr(layer_classes, "experts_base", lambda: mapped_experts.MappedExperts)
 
 
 HALF = VLLM_STEPS | {"cache_fraction": 0.5, "store": "host"}

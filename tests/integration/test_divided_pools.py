@@ -8,10 +8,10 @@ from conftest import TINY_MIXTRAL
 
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy, prompts
 from vllm_adapmoe.config import AdapMoEConfig
-from vllm_adapmoe.integration.loading import expert_loading as loading
+from vllm_adapmoe.integration.loading import slot_pools
 from vllm_adapmoe.integration.measure.engine import Engine
 from vllm_adapmoe.integration.settings import EngineSettings
-from vllm_adapmoe.planning.slot_budget import DeviceMemory, ExpertShape, count_slots
+from vllm_adapmoe.planning.slot_budget import DeviceMemory, ExpertShape
 from vllm_adapmoe.store.record import RecordLayout
 
 EXPERTS = 96
@@ -38,8 +38,8 @@ def stock():
 @pytest.mark.engine
 @pytest.mark.parametrize("store", ["host", "file"])
 def test_pools_stay_below_what_the_kernel_reads(stock, monkeypatch, store):
-    monkeypatch.setattr(loading, "kernel_of", lambda layer: type("MarlinExperts", (), {})())
-    monkeypatch.setitem(loading.TENSOR_BYTES, "MarlinExperts", LIMIT)
+    monkeypatch.setattr(slot_pools, "kernel_of", lambda layer: type("MarlinExperts", (), {})())
+    monkeypatch.setitem(slot_pools.TENSOR_BYTES, "MarlinExperts", LIMIT)
     with Engine(TINY_MIXTRAL, VLLM_STEPS | {"cache_experts": EXPERTS // 2, "store": store}, **ARGS) as engine:
         assert answers(engine, ASKED, PARAMS) == stock
         found = engine.llm.collective_rpc(pools)[0]
@@ -50,18 +50,17 @@ def test_pools_stay_below_what_the_kernel_reads(stock, monkeypatch, store):
 @pytest.mark.parametrize(("kernel", "pools"), [("MarlinExperts", 3), ("TritonExperts", 1)])
 def test_only_a_kernel_with_a_limit_divides(monkeypatch, kernel, pools):
     """Layers of two shapes: 12 whose tensors are too long together, and 2 whose are not."""
-    monkeypatch.setattr(loading, "kernel_of", lambda layer: type(kernel, (), {})())
-    monkeypatch.setitem(loading.TENSOR_BYTES, "MarlinExperts", LIMIT)
+    monkeypatch.setattr(slot_pools, "kernel_of", lambda layer: type(kernel, (), {})())
+    monkeypatch.setitem(slot_pools.TENSOR_BYTES, "MarlinExperts", LIMIT)
     gate_up, down = torch.empty(8, GATE_UP_BYTES), torch.empty(8, GATE_UP_BYTES // 2)
     big = RecordLayout.of({"w13": gate_up.to(torch.uint8), "w2": down.to(torch.uint8)})
     small = RecordLayout.of({"w13": gate_up[:, :1024].to(torch.uint8)})
-    own = loading.ExpertLoading(EngineSettings(config=AdapMoEConfig(cache_fraction=0.5)), None)  # type: ignore[arg-type]
-    own.layers = [SimpleNamespace(local_num_experts=8)] * 14  # type: ignore[list-item]
-    own._groups = [list(range(12)), [12, 13]]
-    own._loaded_shapes = [ExpertShape(96, big.nbytes, 2), ExpertShape(16, small.nbytes, 2)]
-    own._slots = [48, 8]
-    store = SimpleNamespace(layouts=[big] * 12 + [small] * 2)
-    assert own._split_pools(store) == (pools > 1)  # type: ignore[arg-type]
-    assert sorted(layer for group in own._groups for layer in group) == list(range(14))
-    slots = count_slots(own.config, own._shapes_in(store), DeviceMemory(1 << 40))  # type: ignore[arg-type]
-    assert slots == [48 // pools] * pools + [8]
+    layers = [SimpleNamespace(local_num_experts=8)] * 14
+    planned = slot_pools.SlotPools(EngineSettings(config=AdapMoEConfig(cache_fraction=0.5)), None, layers, None)  # type: ignore[arg-type]
+    planned.groups = [list(range(12)), [12, 13]]
+    planned.shapes = [ExpertShape(96, big.nbytes, 2), ExpertShape(16, small.nbytes, 2)]
+    planned.slots, planned.memory = [48, 8], DeviceMemory(1 << 40)
+    planned.plan_for(SimpleNamespace(layouts=[big] * 12 + [small] * 2))  # type: ignore[arg-type]
+    assert len(planned.groups) == pools + 1
+    assert sorted(layer for group in planned.groups for layer in group) == list(range(14))
+    assert planned.slots == [48 // pools] * pools + [8]

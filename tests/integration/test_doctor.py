@@ -27,8 +27,8 @@ def test_plain_words(tmp_path):
     assert max(map(len, run.stdout.splitlines())) <= 80
     words = " ".join(run.stdout.split())
     for text in (
-        "are supported", "takes --moe-method", "host memory available", "8 experts, 2 per token",
-        "passes the checks of a start", "What will work here", "What will not", "enable_lora", "first start packs anew",
+        "are supported", "accepts --moe-method", "host memory available", "8 experts, 2 per token",
+        "passes the checks of a start", "What will work here", "What will not", "enable_lora", "start packs again",
     ):  # fmt: skip
         assert text in words
 
@@ -50,8 +50,8 @@ def test_a_plugin_that_vllm_is_told_to_leave_out():
     assert run.returncode == 1
     words = " ".join(run.stdout.split())
     assert "VLLM_PLUGINS=another leaves the plugin out" in words
-    assert "without a word, where only additional_config asks for the cache" in words
-    assert "does not take it" not in words, "not the model's fault"
+    assert "silently serves with every expert resident if only additional_config enables the cache" in words
+    assert "cannot load it" not in words, "not the model's fault"
     assert "What will work here" not in words
 
 

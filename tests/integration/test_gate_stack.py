@@ -176,7 +176,7 @@ class OfOneToken(Router):
         (Ids(), "no logits"),
         (OfOneToken(), "no logits"),
         (Router(EXPERTS + 2), f"{EXPERTS + 2} logits for {EXPERTS} experts"),
-        (torch.nn.Linear(2 * HIDDEN, EXPERTS), f"{2 * HIDDEN} values of a token, the experts {HIDDEN}"),
+        (torch.nn.Linear(2 * HIDDEN, EXPERTS), f"{2 * HIDDEN} values per token, the experts' {HIDDEN}"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, torch.nn.Module) else "",
 )

@@ -120,9 +120,9 @@ def test_a_killed_pack_is_gone_on_with(tmp_path):
     assert both.stdout.splitlines()[-1] == f"packed 12 layers into {stores[1]}"
     assert f"packed 5 layers into {stores[0]}" in both.stdout
     text = both.stdout + both.stderr
-    assert "7 layers (0.01 GiB) were packed by a start that was ended" in text
+    assert "7 layers (0.01 GiB) were packed by an interrupted start" in text
     assert re.search(
-        r"0\.01 GiB to pack; the disk takes [0-9.]+ GB/s: at least 0 s, .*VLLM_ENGINE_READY_TIMEOUT_S", text
+        r"0\.01 GiB to pack at [0-9.]+ GB/s of disk writes: at least 0 s, .*VLLM_ENGINE_READY_TIMEOUT_S", text
     )
     assert f"can be replaced by all users (mode 777 of '{stores[1]}')" in text
     packs = [Path(store) / "experts-0-of-1.pack" for store in stores]
@@ -143,7 +143,7 @@ def test_a_folder_that_packs_cannot_be_made_in_is_said_before_any_weight_is_read
     line = run.stderr.splitlines()[-1]
     assert line.startswith("adapmoe: error: the folder of packed experts, ")
     assert f"'{tmp_path}/closed/cache/adapmoe' (VLLM_CACHE_ROOT), cannot be written (Permission denied)" in line
-    assert "set store_dir to one that can be" in line
+    assert "set store_dir to a writable folder" in line
     assert "Loading safetensors" not in run.stdout + run.stderr
 
 

@@ -20,7 +20,7 @@ from vllm.platforms import current_platform
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy, hidden_states, prompts
 from tests.integration.test_architectures import PROMPT, check_gating
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
-from vllm_adapmoe.integration.layers.expert_tensors import ExpertTensors, held_tensors
+from vllm_adapmoe.integration.layers.expert_tensors import ExpertTensors, own_tensors
 from vllm_adapmoe.integration.loading.expert_loading import ExpertLoading
 from vllm_adapmoe.integration.measure.engine import Engine
 
@@ -200,7 +200,7 @@ def test_kernels_read_slots_through_tensors_of_their_own():
     foreign = {id(layer.bias)}
     kernel = ScalesOfItsOwn(int8_w8a8_moe_quant_config(layer.w13_scale, layer.w2_scale, None, None))
     layer.quant_method.moe_kernel = kernel
-    held = {path: tensor for path, tensor in held_tensors(layer).items() if id(tensor) not in foreign}
+    held = {path: tensor for path, tensor in own_tensors(layer).items() if id(tensor) not in foreign}
     experts = ExpertTensors.of(held, [path for path, tensor in held.items() if len(tensor) == 4])
     assert list(experts.tensors) == ["w13_weight", "w13_scale", "w2_scale", "quant_method.moe_kernel.copy"]
     slots = {name: torch.rand(2, *tensor.shape[1:], dtype=tensor.dtype) for name, tensor in experts.tensors.items()}

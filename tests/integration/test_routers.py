@@ -61,12 +61,20 @@ LATENT_INPUT = {"transform": linear(LATENT)}
 @pytest.mark.parametrize(
     ("made", "hidden", "why"),
     [
-        (block(Runner(**LATENT_INPUT), gate=linear()), LATENT, "it sees another input than the experts"),  # Nemotron-H
-        (block(Runner(**LATENT_INPUT), gate=linear()), 2 * HIDDEN, "it sees another input"),
-        (block(Runner(), gate=linear(EXPERTS + 4)), HIDDEN, "Linear: it gives 12 logits for 8 experts"),  # LongCat
-        (block(Runner(e_score_correction_bias=torch.zeros(12)), gate=linear()), HIDDEN, "it ranks 12 choices"),
-        (block(Runner(_hash_indices_table=torch.zeros(3, 2)), gate=linear()), HIDDEN, "the token's id decides"),
-        (block(Runner()), HIDDEN, "no router is beside the experts"),
+        (
+            block(Runner(**LATENT_INPUT), gate=linear()),
+            LATENT,
+            "its input differs from the experts' input",
+        ),  # Nemotron-H
+        (block(Runner(**LATENT_INPUT), gate=linear()), 2 * HIDDEN, "its input differs"),
+        (block(Runner(), gate=linear(EXPERTS + 4)), HIDDEN, "Linear: it returns 12 logits for 8 experts"),  # LongCat
+        (
+            block(Runner(e_score_correction_bias=torch.zeros(12)), gate=linear()),
+            HIDDEN,
+            "its correction has 12 entries",
+        ),
+        (block(Runner(_hash_indices_table=torch.zeros(3, 2)), gate=linear()), HIDDEN, "the token's id selects"),
+        (block(Runner()), HIDDEN, "the block has no gate or router module"),
     ],
     ids=["latent", "wider than the router", "zero experts", "biases of zero experts", "hash", "elsewhere"],
 )
@@ -83,8 +91,8 @@ def test_one_line_for_all_layers(caplog):
     assert tried(made) == [False] * 4 + [True, False]
     made.report()
     assert caplog.messages == [
-        "Expert cache: nothing is predicted of MoE layers 0, 5 (no router is beside the experts); "
-        "1 to 3 (Linear: it gives 9 logits for 8 experts)"
+        "Expert cache: no predictions for MoE layers 0, 5 (the block has no gate or router module); "
+        "1 to 3 (Linear: it returns 9 logits for 8 experts)"
     ]
 
 

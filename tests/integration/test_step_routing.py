@@ -28,13 +28,13 @@ def test_on_the_host_nothing_is_copied():
 def test_padding_keeps_nothing():
     ids = torch.zeros(3, 2, dtype=torch.int32)
     step = StepRouting(torch.zeros(3, 4), torch.ones(3, 2), ids, torch.tensor([True, True, False]), None)
-    assert step.all_kept().tolist() == [[True, True], [True, True], [False, False]]
+    assert step.ungated_mask().tolist() == [[True, True], [True, True], [False, False]]
 
 
 def test_failed_rows_need_what_a_healthy_row_needs():
     """Padding, whose ids are -1, is no healthy row."""
     ids = torch.tensor([[-1, -1], [3, 4], [5, 6]])
     step = StepRouting(torch.zeros(3, 2), torch.ones(3, 2), ids, torch.tensor([False, True, True]), None)
-    left = step.without(torch.tensor([False, True, False]))
+    left = step.replace_failed(torch.tensor([False, True, False]))
     assert left is not None and left.ids.tolist() == [[-1, -1], [5, 6], [5, 6]]
-    assert step.without(torch.tensor([False, True, True])) is None
+    assert step.replace_failed(torch.tensor([False, True, True])) is None

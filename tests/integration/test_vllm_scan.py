@@ -122,7 +122,7 @@ def test_names_that_slot_kernels_binds_again(monkeypatch):
         bound.setdefault(f"{function.__module__}.{function.__qualname__}", set()).update(names)
         return function
 
-    monkeypatch.setattr(slot_kernels, "_bound_again", note)
+    monkeypatch.setattr(slot_kernels, "_rebound", note)
     for kernel in slot_kernels._BINDINGS:
         slot_kernels.run_on_slots(kernel.__new__(kernel), 4)
     assert bound == REBOUND

@@ -106,7 +106,7 @@ def test_every_way_with_experts_in_a_pack(stock, tmp_path):
         check_saved(engine, tmp_path / "saved again", other_state)
 
         call(engine, "start_weight_update")
-        assert "under way" in refusal(engine, "reload_weights", weights_path=str(other))
+        assert "is in progress" in refusal(engine, "reload_weights", weights_path=str(other))
         said = refusal(engine, "update_weights", update_info={"folder": str(tmp_path / "nowhere")})
         assert "old weights are served" in said
         assert served(engine) == of_other

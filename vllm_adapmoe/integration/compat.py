@@ -88,8 +88,8 @@ def requests_of_step(runner: Any, scheduler_output: Any) -> list[tuple[str, int,
         computed = [states.num_computed_tokens_np[states.req_id_to_index[name]] for name in names]
     else:
         batch = runner.input_batch
-        there = [(name, batch.num_computed_tokens_cpu[i]) for i, name in enumerate(batch.req_ids) if name in scheduled]
-        names, computed = [name for name, _ in there], [count for _, count in there]
+        rows = [(name, batch.num_computed_tokens_cpu[i]) for i, name in enumerate(batch.req_ids) if name in scheduled]
+        names, computed = [name for name, _ in rows], [count for _, count in rows]
     return [(name, int(count), scheduled[name]) for name, count in zip(names, computed, strict=True)]
 
 

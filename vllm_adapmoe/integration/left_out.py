@@ -1,4 +1,4 @@
-"""Detects that VLLM_PLUGINS leaves the plugin out: no code of ours runs inside vLLM then to report it."""
+"""Detects that VLLM_PLUGINS leaves the plugin out: vLLM then runs none of our code that could report it."""
 
 import os
 

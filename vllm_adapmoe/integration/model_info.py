@@ -1,4 +1,4 @@
-"""Describes the model that an engine serves, as far as its configuration tells."""
+"""Describes the model that an engine serves, by its configuration."""
 
 from pathlib import Path
 
@@ -29,8 +29,8 @@ def check_profile(profiled: ProfiledModel, model: ModelConfig, built: dict[str, 
     Raises:
         AdapMoEError: the profile is of another model.
     """
-    told = {"num_experts": model.get_num_experts(), "top_k": model.get_num_experts_per_tok()}
-    counts = built | {key: count for key, count in told.items() if count}
+    configured = {"num_experts": model.get_num_experts(), "top_k": model.get_num_experts_per_tok()}
+    counts = built | {key: count for key, count in configured.items() if count}
     profiled.model.check_same(profiled.model.model_copy(update=counts), profiled.path)
 
 
@@ -48,14 +48,14 @@ def mentions_experts(model: ModelConfig) -> bool:
     def names(settings: object) -> bool:
         if isinstance(settings, dict):
             return any(
-                any(word in str(key).lower() for word in MENTIONS) or names(its) for key, its in settings.items()
+                any(word in str(key).lower() for word in MENTIONS) or names(value) for key, value in settings.items()
             )
         return isinstance(settings, list) and any(map(names, settings))
 
     return bool(model.get_num_experts()) or names(model.hf_config.to_dict())
 
 
-def most_experts(model: ModelConfig) -> int | None:
+def max_experts(model: ModelConfig) -> int | None:
     """Returns an upper bound of a model's routed experts over all layers; None if its configuration gives no count.
 
     How many of its layers are MoE layers is known only when it is built.

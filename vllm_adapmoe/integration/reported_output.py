@@ -7,14 +7,14 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from vllm_adapmoe.scheduling.report import WorkerReport
 
-NOTHING = WorkerReport()
+EMPTY = WorkerReport()
 
 
 @dataclass
 class ReportedOutput(ModelRunnerOutput):
     """`ModelRunnerOutput` with a worker's report."""
 
-    report: WorkerReport = NOTHING
+    report: WorkerReport = EMPTY
 
     @classmethod
     def of(cls, output: ModelRunnerOutput, report: WorkerReport) -> "ReportedOutput":
@@ -51,4 +51,4 @@ def with_report(output: Any, report: WorkerReport) -> Any:
 
 def report_of(output: Any) -> WorkerReport:
     """Returns the report of an output; an empty one if a worker without cached experts has made it."""
-    return output.report if isinstance(output, ReportedOutput) else NOTHING
+    return output.report if isinstance(output, ReportedOutput) else EMPTY

@@ -68,7 +68,7 @@ FORMATS = {
 """Known expert formats by name; a format without backends cannot be served from slots."""
 
 
-def choose_backend(formats: Collection[str], capability: Capability | None, wish: str) -> str:
+def choose_backend(formats: Collection[str], capability: Capability | None, requested: str) -> str:
     """Returns the value of `moe_backend` to set.
 
     Args:
@@ -79,25 +79,27 @@ def choose_backend(formats: Collection[str], capability: Capability | None, wish
     Raises:
         AdapMoEError: no vLLM kernel computes these formats on slots, or the requested one does not.
     """
-    able = [name for name in _common(formats) if capability is None or _runs(formats, name, capability)]
+    usable = [name for name in _common(formats) if capability is None or _runs(formats, name, capability)]
     if capability is None:  # prefer the backend that runs on the oldest devices
-        able.sort(key=lambda name: _least(formats, name))
-    told = f"experts in {' and '.join(sorted(formats))}"
+        usable.sort(key=lambda name: _min_capability(formats, name))
+    subject = f"experts in {' and '.join(sorted(formats))}"
     if capability is not None:
-        told += f" at compute capability {capability[0]}.{capability[1]}"
-    if not able:
+        subject += f" at compute capability {capability[0]}.{capability[1]}"
+    if not usable:
         named = next((FORMATS[name].remedy for name in sorted(formats) if FORMATS[name].remedy), "")
-        remedy = named or _least_remedy(formats)
-        raise AdapMoEError(f"moe_backend={wish}: no kernel of vLLM computes {told} on part of the experts; {remedy}")
-    if wish == AUTO:
-        return able[0]
-    if wish not in able:
-        others = "".join(f", {name}" for name in able[1:])
+        remedy = named or _capability_remedy(formats)
         raise AdapMoEError(
-            f"moe_backend={wish} does not compute {told} on part of the experts; set --moe-backend {able[0]}{others}, "
-            "or leave it out"
+            f"moe_backend={requested}: vLLM has no kernel that computes {subject} with part of them resident; {remedy}"
         )
-    return wish
+    if requested == AUTO:
+        return usable[0]
+    if requested not in usable:
+        alternatives = "".join(f", {name}" for name in usable[1:])
+        raise AdapMoEError(
+            f"moe_backend={requested} does not compute {subject} with part of them resident; set --moe-backend "
+            f"{usable[0]}{alternatives}, or leave it out"
+        )
+    return requested
 
 
 def _common(formats: Collection[str]) -> list[str]:
@@ -107,16 +109,16 @@ def _common(formats: Collection[str]) -> list[str]:
 
 def _runs(formats: Collection[str], backend: str, capability: Capability) -> bool:
     ignored = any(start <= capability < stop for start, stop in (FORMATS[name].ignored for name in formats))
-    return _least(formats, backend) <= capability and not ignored
+    return _min_capability(formats, backend) <= capability and not ignored
 
 
-def _least(formats: Collection[str], backend: str) -> Capability:
+def _min_capability(formats: Collection[str], backend: str) -> Capability:
     return max(FORMATS[name].backends[backend] for name in formats)
 
 
-def _least_remedy(formats: Collection[str]) -> str:
-    least = [_least(formats, backend) for backend in _common(formats)]
-    if not least:
-        return "use a checkpoint whose experts have one format"
-    major, minor = min(least)
+def _capability_remedy(formats: Collection[str]) -> str:
+    minimums = [_min_capability(formats, backend) for backend in _common(formats)]
+    if not minimums:
+        return "use a checkpoint with one format for all experts"
+    major, minor = min(minimums)
     return f"use a device of compute capability {major}.{minor} or later"

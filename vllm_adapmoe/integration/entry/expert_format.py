@@ -43,10 +43,10 @@ def expert_formats(quantisation: Any, sizes: tuple[int, int] | None, ranks: int)
     if quantisation is None:
         return {UNQUANTISED}
     name = str(quantisation.get_name())
-    found = FIXED[name] if name in FIXED else TOLD[name](quantisation) if name in TOLD else None
-    if found is None or None in found:
+    formats = FIXED[name] if name in FIXED else READERS[name](quantisation) if name in READERS else None
+    if formats is None or None in formats:
         return None
-    kinds = {str(kind) for kind in found}
+    kinds = {str(kind) for kind in formats}
     if INT_WEIGHTS in kinds and sizes is not None and not _fits_marlin(quantisation, sizes[0], sizes[1] // ranks):
         # vLLM then reads AWQ and GPTQ as `moe_wna16`, and others with Triton.
         kinds = kinds - {INT_WEIGHTS} | {MOE_WNA16}
@@ -178,7 +178,7 @@ def _key(weight: Any) -> str | None:
     return INT8 if weight.dtype == torch.int8 or "8" in str(weight.dtype) else None
 
 
-TOLD: dict[str, Callable[[Any], Iterable[str | None] | None]] = {
+READERS: dict[str, Callable[[Any], Iterable[str | None] | None]] = {
     "fp8": _fp8,
     "deepseek_v4_fp8": _deepseek_v4,
     "modelopt_mixed": _modelopt_mixed,

@@ -13,10 +13,10 @@ from vllm.platforms import current_platform
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.integration.compat import old_ray_executor_chosen
 from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
-from vllm_adapmoe.integration.loading import expert_loading as loading
+from vllm_adapmoe.integration.loading import layer_classes
 from vllm_adapmoe.integration.loading.memory import usable_memory
 from vllm_adapmoe.integration.loading.pack_store import check_store
-from vllm_adapmoe.integration.model_info import mentions_experts, most_experts
+from vllm_adapmoe.integration.model_info import max_experts, mentions_experts
 from vllm_adapmoe.planning.slot_budget import DeviceMemory, check_budget
 
 LOAD_FORMATS = {"auto", "hf", "safetensors", "fastsafetensors", "pt", "mistral", "npcache", "dummy", "runai_streamer"}
@@ -37,18 +37,20 @@ def check_model(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
     for is_set, setting, reason in feature_checks(vllm_config):
         if is_set:
             raise AdapMoEError(f"{setting} does not work with moe_method='adapmoe': {reason}")
-    if config.decode == "in_place" and loading.experts_base() is CachedExperts:
-        raise AdapMoEError("decode=in_place needs a GPU, which reads host memory over a link; set decode=fetch")
+    if config.decode == "in_place" and layer_classes.experts_base() is CachedExperts:
+        raise AdapMoEError("decode=in_place needs a GPU, whose kernels read host memory; set decode=fetch")
     ranks = vllm_config.parallel_config.tensor_parallel_size
     if config.gating.mode == "batch" and ranks > 1:
         # What a rank drops would depend on its resident experts, so ranks would sum shards of different experts.
         raise AdapMoEError(
-            f"gating.mode=batch does not work with tensor_parallel_size={ranks}: every rank has others resident; "
+            f"gating.mode=batch does not work with tensor_parallel_size={ranks}: resident experts differ by rank; "
             "use gating.mode=token"
         )
-    most = most_experts(model)
+    expert_bound = max_experts(model)
     if vllm_config.parallel_config.enable_expert_parallel and ranks > 1:
-        most = None if most is None else -(-model.get_num_experts() // ranks) * model.get_total_num_hidden_layers()
+        expert_bound = (
+            None if expert_bound is None else -(-model.get_num_experts() // ranks) * model.get_total_num_hidden_layers()
+        )
         for is_set, setting, reason in (
             (config.trace_out is not None, f"trace_out={config.trace_out!r}",
              "a replay would need the experts of all ranks; record with tensor_parallel_size alone"),
@@ -57,16 +59,16 @@ def check_model(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
         ):  # fmt: skip
             if is_set:
                 raise AdapMoEError(f"{setting} does not work with enable_expert_parallel=True: {reason}")
-    check_budget(config, most, model.get_num_experts_per_tok() or 1, _device_memory(config, vllm_config))
+    check_budget(config, expert_bound, model.get_num_experts_per_tok() or 1, _device_memory(config, vllm_config))
     # The number of experts is known only from the built model, but with fewer slots than one layer has experts a store
     # is certainly needed.
-    few_slots = (config.cache_fraction or 1) < 1
-    few_slots |= (config.cache_experts or sys.maxsize) < (model.get_num_experts() or 0)
-    check_store(config, vllm_config, few_slots)
+    needs_store = (config.cache_fraction or 1) < 1
+    needs_store |= (config.cache_experts or sys.maxsize) < (model.get_num_experts() or 0)
+    check_store(config, vllm_config, needs_store)
 
 
 def _device_memory(config: AdapMoEConfig, vllm_config: VllmConfig) -> DeviceMemory:
-    """Returns the device memory as far as it is known before the model is built; the worker fills in the rest."""
+    """Returns the device memory known before the model is built; the worker adds what depends on the model."""
     if vllm_config.parallel_config.use_ray:  # workers run on other machines; this one may have no device
         return DeviceMemory(sys.maxsize)
     kv_cache = vllm_config.cache_config.kv_cache_memory_bytes
@@ -79,10 +81,10 @@ def feature_checks(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
     offload, speculative = vllm_config.offload_config, vllm_config.speculative_config
     weights_move = "it moves weights that the expert cache moves already; remove it"
     return [
-        (parallel.enable_eplb, "enable_eplb=True", "replicas of experts have no place in the slot map; remove it"),
+        (parallel.enable_eplb, "enable_eplb=True", "the slot map has no replicas of experts; remove it"),
         (parallel.enable_dbo, "enable_dbo=True", "two micro-batches would compete for the slots; remove it"),
         (parallel.enable_expert_parallel and not current_platform.is_cpu(), "enable_expert_parallel=True on a GPU",
-         "its kernels take vLLM's expert map, which knows nothing of slots; use tensor_parallel_size alone"),
+         "its kernels read vLLM's expert map, which has no slots; use tensor_parallel_size alone"),
         (parallel.data_parallel_size > 1, f"data_parallel_size={parallel.data_parallel_size}",
          "data-parallel ranks exchange tokens between experts; run one engine per replica"),
         (parallel.pipeline_parallel_size > 1, f"pipeline_parallel_size={parallel.pipeline_parallel_size}",
@@ -90,19 +92,19 @@ def feature_checks(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
         (parallel.use_ray and current_platform.is_cpu(), "distributed_executor_backend='ray'",
          "vLLM's Ray executor has no CPU workers; remove it, and scale with replicas (examples/ray_serve.md)"),
         (parallel.use_ray and old_ray_executor_chosen(), "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0",
-         "the old Ray executor runs the model past the worker, which would not see failed reads; unset it"),
+         "the old Ray executor bypasses the worker, which would not see failed reads; unset it"),
         (current_platform.is_cuda() and envs.VLLM_USE_BREAKABLE_CUDAGRAPH, "VLLM_USE_BREAKABLE_CUDAGRAPH=1",
-         "graphs would be broken elsewhere than where the host decides; set VLLM_USE_BREAKABLE_CUDAGRAPH=0, "
-         "for vLLM sets it by itself for some models"),
+         "graphs would not be split where the host decides; set VLLM_USE_BREAKABLE_CUDAGRAPH=0, as vLLM enables it for "
+         "some models"),
         (vllm_config.lora_config is not None, "enable_lora=True", "adapters of experts are not cached; remove it"),
         (getattr(model, "enable_sleep_mode", False), "enable_sleep_mode=True",
-         "discarding weights would empty the slots behind the cache's back; remove it"),
+         "it discards weights, and so the slots' contents, without notifying the cache; remove it"),
         (offload.uva.cpu_offload_gb > 0, f"cpu_offload_gb={offload.uva.cpu_offload_gb}", weights_move),
         (offload.prefetch.offload_group_size > 0, f"offload_group_size={offload.prefetch.offload_group_size}",
          weights_move),
         (current_platform.is_zen_cpu() and os.environ.get("ZENDNNL_MATMUL_WEIGHT_CACHE") != "0",
          "zentorch with its cache of weights",
-         "it goes by addresses, and would compute with experts that have left; set ZENDNNL_MATMUL_WEIGHT_CACHE=0"),
+         "the cache is keyed by address, so it would compute with evicted experts; set ZENDNNL_MATMUL_WEIGHT_CACHE=0"),
         (load.load_format not in LOAD_FORMATS, f"load_format={load.load_format!r}",
          "it does not load expert by expert; use auto"),
         (speculative is not None and speculative.method not in DRAFTS_WITHOUT_EXPERTS,

@@ -8,7 +8,7 @@ from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.integration.compat import marlin_takes_mxfp4_with_quantised_activations
 from vllm_adapmoe.integration.entry.backends import AUTO, MXFP4_W4A4, choose_backend
 from vllm_adapmoe.integration.entry.expert_format import expert_formats
-from vllm_adapmoe.integration.model_info import expert_sizes, most_experts
+from vllm_adapmoe.integration.model_info import expert_sizes, max_experts
 
 logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
 
@@ -28,22 +28,22 @@ def set_moe_backend(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
     if formats is None:
         assert quantisation is not None
         logger.warning(
-            "moe_backend=%s: which kernels compute quantization=%s with part of the experts resident is not known; "
-            "the one that vLLM chooses is checked after loading", kernel.moe_backend, quantisation.get_name(),
+            "moe_backend=%s: it is not known which kernels compute quantization=%s with part of the experts resident; "
+            "vLLM's choice is checked after loading", kernel.moe_backend, quantisation.get_name(),
         )  # fmt: skip
         return
     if MXFP4_W4A4 in formats and not marlin_takes_mxfp4_with_quantised_activations():
         raise AdapMoEError(
-            f"moe_backend={kernel.moe_backend}: this vLLM has no kernel that computes experts in {MXFP4_W4A4} on part "
-            "of the experts; vLLM 0.32 and later have --moe-backend marlin"
+            f"moe_backend={kernel.moe_backend}: this vLLM has no kernel that computes experts in {MXFP4_W4A4} with "
+            "part of them resident; vLLM 0.32 and later have --moe-backend marlin"
         )
-    found = current_platform.get_device_capability()
-    capability = None if found is None else (found.major, found.minor)
+    device = current_platform.get_device_capability()
+    capability = None if device is None else (device.major, device.minor)
     try:
         backend = choose_backend(formats, capability, kernel.moe_backend)
     except AdapMoEError as error:
-        if _surely_resident(config, vllm_config):
-            logger.info("%s; it stays, for every expert is resident", error)
+        if _certainly_resident(config, vllm_config):
+            logger.info("%s; kept, because every expert is resident", error)
             return
         raise
     if kernel.moe_backend == AUTO:
@@ -54,11 +54,11 @@ def set_moe_backend(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
         kernel.moe_backend = backend  # type: ignore[assignment]  # one of vLLM's names for it
 
 
-def _surely_resident(config: AdapMoEConfig, vllm_config: VllmConfig) -> bool:
+def _certainly_resident(config: AdapMoEConfig, vllm_config: VllmConfig) -> bool:
     """Returns whether the budget holds every expert whatever its size, and nothing is gated or traced."""
     if config.gating.mode != "off" or config.trace_out is not None:
         return False
     if config.cache_fraction == 1.0:
         return True
-    most = most_experts(vllm_config.model_config)
-    return most is not None and config.cache_experts == most
+    expert_bound = max_experts(vllm_config.model_config)
+    return expert_bound is not None and config.cache_experts == expert_bound

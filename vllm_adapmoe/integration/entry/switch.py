@@ -43,7 +43,7 @@ def switch_on(engine_args: Any, vllm_config: VllmConfig) -> None:
         config = config.model_copy(update={"profile": str(find_profile(config.profile))})
     if engine_args.worker_cls != "auto":
         raise AdapMoEError(
-            f"worker_cls={engine_args.worker_cls!r} leaves no place for moe_method={METHOD!r}; remove one"
+            f"worker_cls={engine_args.worker_cls!r} conflicts with moe_method={METHOD!r}, which sets it; remove one"
         )
     device = current_platform.device_type
     if device not in WORKERS:
@@ -93,7 +93,7 @@ def _profile(config: AdapMoEConfig, vllm_config: VllmConfig) -> ModelProfile | N
 
 
 def _follow_profile(config: AdapMoEConfig, profile: ModelProfile) -> EngineSettings:
-    """Returns the settings with what the profile gives: gating plan, expected loads by slots, and next-token heads."""
+    """Returns the settings and what the profile adds: gating plan, expected loads by slots, and next-token heads."""
     assert config.profile is not None
     plan = plan_gating(config.gating, profile)
     loads = heads = None
@@ -110,13 +110,13 @@ def _follow_profile(config: AdapMoEConfig, profile: ModelProfile) -> EngineSetti
         heads = HeadsFile(path=str(path), hash=profile.heads, shape=shape)
     elif config.eviction == "next_token":
         raise AdapMoEError(
-            f"eviction=next_token: profile={config.profile!r} has no next-token heads; make it anew with "
+            f"eviction=next_token: profile={config.profile!r} has no next-token heads; make it again with "
             "adapmoe calibrate"
         )
     elif plan is None and config.allocation != "profile":
         raise AdapMoEError(
-            f"profile={config.profile!r} has no next-token heads, so it is of no use while gating.mode=off and "
-            f"allocation={config.allocation}; set gating, remove it, or make it anew with adapmoe calibrate"
+            f"profile={config.profile!r} has no next-token heads, so it has no effect while gating.mode=off and "
+            f"allocation={config.allocation}; set gating, remove it, or make it again with adapmoe calibrate"
         )
     profiled = ProfiledModel(path=config.profile, model=profile.model)
     return EngineSettings(config=config, gating=plan, expected_loads=loads, heads=heads, profiled=profiled)

@@ -46,13 +46,13 @@ def check_version(version: str | None = None) -> None:
     if is_supported(version):
         return
     release = _release(version)
-    gone = next(missing(), None)
-    if gone is None and (release is None or release > Version(NEWEST).release):
+    absent = next(missing_names(), None)
+    if absent is None and (release is None or release > Version(NEWEST).release):
         logger.warning(
-            "vLLM %s is not tested with vllm-adapmoe (%s is); everything that it uses is there", version, SUPPORTED
+            "vLLM %s is not tested with vllm-adapmoe (%s is); but has every name that it uses", version, SUPPORTED
         )
         return
-    why = "it is too old" if gone is None else f"{gone} is missing"
+    why = "it is too old" if absent is None else f"{absent} is missing"
     raise AdapMoEError(f"vLLM {version} is not supported ({SUPPORTED}): {why}; {remedy()}")
 
 
@@ -74,15 +74,15 @@ def _release(version: str) -> tuple[int, ...] | None:
         return None
 
 
-def missing() -> Iterator[str]:
+def missing_names() -> Iterator[str]:
     """Yields the names that our code uses and the installed vLLM lacks, then its abstract methods that we lack."""
     for module, names in EDITED.items():
         yield from (f"{module}.{name}" for name in names if not exists(f"{module}.{name}"))
     for file in package_files():
         for ways in needs(file):
-            gone = [[use.path for use in way if not exists(use.path)] for way in ways]
-            if all(gone):
-                yield gone[0][0]
+            absent = [[use.path for use in way if not exists(use.path)] for way in ways]
+            if all(absent):
+                yield absent[0][0]
     yield from _abstract_methods()
 
 
@@ -105,14 +105,14 @@ def exists(path: str) -> bool:
     for count in range(len(parts), 0, -1):
         module = ".".join(parts[:count])
         try:
-            found = importlib.import_module(module)
+            target = importlib.import_module(module)
         except ModuleNotFoundError as error:
             if f"{module}.".startswith(f"{error.name}."):
                 continue
             return True  # the module exists but a dependency of it is missing: not a matter of vLLM's version
         try:
             for name in parts[count:]:
-                found = getattr(found, name)
+                target = getattr(target, name)
         except (AttributeError, ImportError):
             return False
         return True

@@ -20,7 +20,7 @@ from vllm_adapmoe.store.base import ExpertsUnavailable
 class CachedExperts(StreamedExperts):
     """Mixin over `RoutedExperts`, or a model's subclass of it, that runs experts from the slots of a cache.
 
-    While weights load, the layer hands its experts to `loading` and keeps none. Afterwards its parameters are the
+    While weights load, the layer passes its experts to `loading` and frees them. Afterwards its parameters are the
     tensors of a slot pool, `[slots, ...]`, shared with other layers, and `cache` maps experts to slots. If every
     expert fits, `cache` stays None; without a gate, the layer then runs vLLM's own code.
     """
@@ -36,7 +36,7 @@ class CachedExperts(StreamedExperts):
         super().__init__(*args, **kwargs)
 
     def bind(self, collaborators: Collaborators) -> None:
-        """Sets what the layer works with while it serves, once the model is loaded and whenever it changes."""
+        """Sets the layer's collaborators, once the model is loaded and whenever one of them changes."""
         self.step = collaborators.step
         self.gating = collaborators.gating
         self.predictor = collaborators.predictor
@@ -114,13 +114,13 @@ class CachedExperts(StreamedExperts):
                     raise
                 failed = torch.isin(step.ids, torch.tensor(error.experts, dtype=step.ids.dtype)).any(1)
                 self.step.fail(failed, error)
-                others = step.without(failed)
-                if others is None:
+                remaining = step.replace_failed(failed)
+                if remaining is None:
                     return torch.zeros_like(x)
-                step = others
+                step = remaining
 
     def _is_dummy_run(self, context: ForwardContext) -> bool:
-        """Whether this is profiling, warm-up or graph capture, whose ids are arbitrary and must load nothing."""
+        """Whether this is profiling, warm-up or graph capture, whose arbitrary ids must not load experts."""
         return not context.attn_metadata or self.step is None or not self.step.running
 
     def _run_dummy(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
@@ -131,24 +131,24 @@ class CachedExperts(StreamedExperts):
     ) -> StepRouting:
         """Gates a step where possible on the device, and copies its routing to the host in one transfer."""
         gate = self.gating
-        gated = None if gate is None else gate.alone(weights)
+        gated = None if gate is None else gate.gate_each(weights)
         on_host = weights if gate is not None and gated is None else None
-        keep, cost = (None, None) if gated is None else (gated.keep, gated.cost)
+        keep_mask, cost = (None, None) if gated is None else (gated.keep, gated.cost)
         product = self._product(x)
-        read = read_together(ids, padding, keep, cost, on_host, product)
-        host_ids, padding, keep, cost, on_host, product = read
+        read = read_together(ids, padding, keep_mask, cost, on_host, product)
+        host_ids, padding, keep_mask, cost, on_host, product = read
         assert host_ids is not None
         real = None if padding is None else ~padding
         if gate is not None and on_host is not None:
-            batch = gate.with_batch(on_host, host_ids, self._resident_or_loading())
-            keep, cost = batch.keep, batch.cost
+            batch = gate.gate_together(on_host, host_ids, self._resident_or_loading())
+            keep_mask, cost = batch.keep, batch.cost
             weights = batch.weights.to(x.device)
         elif gated is not None:
             weights = gated.weights
         if gate is not None:
-            assert keep is not None and cost is not None
-            keep = gate.count(keep, cost, real)
-        return StepRouting(x, weights, host_ids, real, keep, product)
+            assert keep_mask is not None and cost is not None
+            keep_mask = gate.count(keep_mask, cost, real)
+        return StepRouting(x, weights, host_ids, real, keep_mask, product)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor | None:
         """Returns the product that later layers are predicted from, if it is to be copied together with the routing."""
@@ -156,11 +156,11 @@ class CachedExperts(StreamedExperts):
 
     def _run_step(self, step: StepRouting) -> torch.Tensor:
         prediction = self._predict(step)
-        if step.keep is not None:
-            return self._run_kept(step, step.keep, prediction)
+        if step.keep_mask is not None:
+            return self._run_kept(step, step.keep_mask, prediction)
         experts = distinct(step.ids if step.real is None else step.ids[step.real], self.local_num_experts)
         if len(experts) > self.slots or self.expert_map is not None:
-            return self._run_kept(step, step.all_kept(), prediction)
+            return self._run_kept(step, step.ungated_mask(), prediction)
         ids = step.ids if step.real is None else step.ids * step.real.unsqueeze(1)
         slots = self._acquire(experts, prediction).index_select(0, ids.view(-1)).view_as(ids)
         if step.real is not None:
@@ -172,11 +172,11 @@ class CachedExperts(StreamedExperts):
     def _predict(self, step: StepRouting) -> LayerPrediction | None:
         if self.predictor is None:
             return None
-        keep = step.all_kept() if step.keep is None else step.keep
-        count = len(keep) if step.real is None else int(step.real.sum())  # padding comes last
+        keep_mask = step.ungated_mask() if step.keep_mask is None else step.keep_mask
+        count = len(keep_mask) if step.real is None else int(step.real.sum())  # padding comes last
         product = None if step.product is None else step.product[:count]
         return self.predictor.predict(
-            self.cache_layer, step.x[:count], step.weights[:count], step.ids[:count], keep[:count], product
+            self.cache_layer, step.x[:count], step.weights[:count], step.ids[:count], keep_mask[:count], product
         )
 
     @property
@@ -225,8 +225,8 @@ class CachedExperts(StreamedExperts):
         if self.cache is not None:
             self.cache.release(self.cache_layer, experts)
 
-    def _run_kept(self, step: StepRouting, keep: torch.Tensor, prediction: LayerPrediction | None) -> torch.Tensor:
-        """Runs the kept (token, expert) pairs; `keep`: bool `[tokens, top_k]`, on the host.
+    def _run_kept(self, step: StepRouting, keep_mask: torch.Tensor, prediction: LayerPrediction | None) -> torch.Tensor:
+        """Runs the kept (token, expert) pairs; `keep_mask`: bool `[tokens, top_k]`, on the host.
 
         CPU kernels accept neither a map nor an absent expert, so each pair becomes a row with one expert, and dropped
         pairs cost no work. Under expert parallelism a rank sums over its own experts, and vLLM adds up the ranks'
@@ -234,8 +234,8 @@ class CachedExperts(StreamedExperts):
         """
         x = step.x
         if self.expert_map is not None:
-            keep = keep & (self.expert_map.cpu()[step.ids.long()] >= 0)
-        token, choice = keep.nonzero(as_tuple=True)
+            keep_mask = keep_mask & (self.expert_map.cpu()[step.ids.long()] >= 0)
+        token, choice = keep_mask.nonzero(as_tuple=True)
         weights = step.weights[token.to(x.device), choice.to(x.device)].unsqueeze(1)
         total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for rows, outputs in self._run_rows(x, weights, token, step.ids[token, choice].long(), prediction):
@@ -253,7 +253,7 @@ class CachedExperts(StreamedExperts):
         """Runs (token, expert) pairs, loading each expert once; yields indices of pairs, and their outputs."""
         experts = distinct(ids, self.local_num_experts)
         groups = waves(experts, self.slots)
-        if len(groups) <= 1:  # none if all are other ranks'; the cache still has to see the event
+        if len(groups) <= 1:  # zero if other ranks have all; the cache still needs the event
             yield slice(None), self._run_wave(x, weights, token, ids, experts, prediction, ())
             return
         wave_of = torch.zeros(experts[-1] + 1, dtype=torch.int64)
@@ -282,8 +282,8 @@ class CachedExperts(StreamedExperts):
         outputs = None
         for arrived in self._arrivals(experts, prediction, event_experts):
             rows = None if len(arrived) == len(experts) else _where(ids, arrived)
-            its = (weights, token, ids) if rows is None else (weights[rows.to(x.device)], token[rows], ids[rows])
-            part = self._run_pairs(x[its[1].to(x.device)], its[0], its[2])
+            pairs = (weights, token, ids) if rows is None else (weights[rows.to(x.device)], token[rows], ids[rows])
+            part = self._run_pairs(x[pairs[1].to(x.device)], pairs[0], pairs[2])
             if rows is None:
                 outputs = part
                 continue

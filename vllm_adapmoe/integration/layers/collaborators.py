@@ -1,6 +1,6 @@
-"""What a MoE layer works with: the loader while weights load; step, gate, predictor and probe while it serves."""
+"""Interfaces of a MoE layer's collaborators: the loader; and step, gate, predictor and probe while it serves."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Loading(Protocol):
-    """The loader that a layer hands its experts to."""
+    """Receives the experts of layers while weights load."""
 
     @property
     def device(self) -> torch.device:
@@ -43,7 +43,7 @@ class Loading(Protocol):
     def check(self, layer: int, blank: Mapping[str, torch.Tensor]) -> None:
         """Compares the kernel format of one expert with that of the store."""
 
-    def check_shared(self, layer: RoutedExperts, names: Collection[str]) -> None:
+    def check_shared(self, layer: RoutedExperts, names: Sequence[str]) -> None:
         """Refuses parameters that a layer's experts share, if the store cannot hold them."""
 
 
@@ -78,7 +78,7 @@ class Predictor(Protocol):
     def product(self, index: int, x: torch.Tensor) -> torch.Tensor | None:
         """Computes on the device what `predict` needs of the input; None if it needs nothing."""
 
-    def pass_first_layer(self) -> None:
+    def skip_first_layer(self) -> None:
         """Begins a step whose first layer ran without the host."""
 
 
@@ -108,7 +108,7 @@ class Step(Protocol):
 
 @dataclass(frozen=True)
 class Collaborators:
-    """What a serving layer works with, next to the cache that its slots are from."""
+    """The collaborators of a serving layer, other than the cache that owns its slots."""
 
     step: Step
     gating: LayerGate | None = None

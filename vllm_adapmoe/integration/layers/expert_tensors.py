@@ -11,19 +11,19 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 MODULE_INTERNALS = {"_parameters", "_buffers", "_modules"}
 
 
-def held_tensors(layer: RoutedExperts) -> dict[str, torch.Tensor]:
+def own_tensors(layer: RoutedExperts) -> dict[str, torch.Tensor]:
     """Returns every tensor of a layer, its quantisation method and its kernel, each once, by attribute path.
 
     Kernels keep more than parameters, e.g. converted scales and replaced biases. Parameters come first, and paths are
     reproducible for layers built in the same way.
     """
-    found = dict(layer.named_parameters(recurse=False)) | dict(layer.named_buffers(recurse=False))
-    seen = {id(tensor) for tensor in found.values()}
-    others = {name: value for name, value in vars(layer).items() if name not in MODULE_INTERNALS}
-    for name, value in (others | {"quant_method": vars(layer.quant_method)}).items():
+    selected = dict(layer.named_parameters(recurse=False)) | dict(layer.named_buffers(recurse=False))
+    seen = {id(tensor) for tensor in selected.values()}
+    attributes = {name: value for name, value in vars(layer).items() if name not in MODULE_INTERNALS}
+    for name, value in (attributes | {"quant_method": vars(layer.quant_method)}).items():
         for path, tensor in _walk(name, value, seen):
-            found[path] = tensor
-    return found
+            selected[path] = tensor
+    return selected
 
 
 def _walk(path: str, value: Any, seen: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -61,21 +61,21 @@ class ExpertTensors:
     """Other tensor objects that share a tensor's memory: object, its shape per expert, and that tensor's path."""
 
     @classmethod
-    def of(cls, held: Mapping[str, torch.Tensor], names: Collection[str]) -> Self:
-        """Selects the tensors called `names`, in that order, from `held`, with their aliases.
+    def of(cls, own: Mapping[str, torch.Tensor], names: Collection[str]) -> Self:
+        """Selects the tensors called `names`, in that order, from `own`, with their aliases.
 
         Raises:
-            KeyError: one of them is not held.
+            KeyError: `own` lacks one of them.
         """
-        found = cls({})
-        for name in [*names, *(name for name in held if name not in names)]:
-            tensor = held[name]
-            twin = next((path for path, other in found.tensors.items() if _same_memory(tensor, other)), None)
-            if twin is not None:
-                found._aliases.append((tensor, tensor.shape[1:], twin))
+        selected = cls({})
+        for name in [*names, *(name for name in own if name not in names)]:
+            tensor = own[name]
+            original = next((path for path, other in selected.tensors.items() if _same_memory(tensor, other)), None)
+            if original is not None:
+                selected._aliases.append((tensor, tensor.shape[1:], original))
             elif name in names:
-                found.tensors[name] = tensor
-        return found
+                selected.tensors[name] = tensor
+        return selected
 
     def holds(self, tensor: object) -> bool:
         """Returns whether this very object is one of the tensors or aliases."""
@@ -94,12 +94,12 @@ class ExpertTensors:
             tensor.data = tensor.data.new_empty(0)
 
 
-def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+def _same_memory(tensor: torch.Tensor, other: torch.Tensor) -> bool:
     return (
-        one.dtype == other.dtype
-        and one.numel() == other.numel() > 0
-        and one.shape[:1] == other.shape[:1]
-        and one.data_ptr() == other.data_ptr()
-        and one.is_contiguous()
+        tensor.dtype == other.dtype
+        and tensor.numel() == other.numel() > 0
+        and tensor.shape[:1] == other.shape[:1]
+        and tensor.data_ptr() == other.data_ptr()
+        and tensor.is_contiguous()
         and other.is_contiguous()
     )

@@ -1,7 +1,7 @@
 """Tracks copies that a model's own loader makes directly into experts, bypassing their weight loader.
 
-gpt-oss in bf16 does so (`GptOssModel._load_weights_other`). Its layers stream like others': a layer is moved into the
-store once it is complete and the loader writes elsewhere, so that at most two are in memory.
+gpt-oss in bf16 does so (`GptOssModel._load_weights_other`). Its layers stream like those of other models: a layer
+is moved into the store once it is complete and the loader writes elsewhere, so that at most two are in memory.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -51,7 +51,7 @@ class ExpertWrites(TorchDispatchMode):
             if layer is not None and layer.finished:
                 layer = None
             if layer is not self._layer:
-                self._leave()
+                self._finish_written_layer()
                 self._layer, self._written = layer, {}
             if layer is not None:
                 if self.is_packed(layer.cache_layer):
@@ -60,13 +60,13 @@ class ExpertWrites(TorchDispatchMode):
                 self._written.setdefault(name, {})[part] = target.numel()
         return func(*args, **(kwargs or {}))
 
-    def _leave(self) -> None:
+    def _finish_written_layer(self) -> None:
         layer = self._layer
-        # Layers that use the weight loader finish by its own count.
+        # Layers that use the weight loader finish when it has counted all weights.
         if layer is None or layer.finished or layer.has_arrivals or self.is_packed(layer.cache_layer):
             return
         written = {name: sum(parts.values()) for name, parts in self._written.items()}
-        if all(written.get(name, 0) >= one.numel() for name, one in layer.expert_parameters().items()):
+        if all(written.get(name, 0) >= parameter.numel() for name, parameter in layer.expert_parameters().items()):
             layer.finish_loading()
 
 

@@ -74,7 +74,7 @@ class LayerGate:
         """Whether the rule asks which experts are resident, which only the host knows."""
         return self.plan.rule == "batch"
 
-    def alone(self, weights: torch.Tensor) -> Gated | None:
+    def gate_each(self, weights: torch.Tensor) -> Gated | None:
         """Gates each token by itself, on the device of `weights` `[tokens, top_k]`; None if the rule needs a batch."""
         plan = self.plan
         if plan.rule == "token":
@@ -86,7 +86,7 @@ class LayerGate:
         assert plan.experts is not None
         return gate_to_count(weights, plan.experts, self._generator)
 
-    def with_batch(self, weights: torch.Tensor, ids: torch.Tensor, resident: torch.Tensor) -> Gated:
+    def gate_together(self, weights: torch.Tensor, ids: torch.Tensor, resident: torch.Tensor) -> Gated:
         """Gates the tokens of a batch together, by which experts are resident.
 
         Args:

@@ -47,18 +47,18 @@ def _moe_shared_into(
     output.copy_(routed)
 
 
-def _nothing(*args: object, **kwargs: object) -> None:
+def _fake(*args: object, **kwargs: object) -> None:
     return None
 
 
 direct_register_custom_op(
-    op_name="adapmoe_moe_into", op_func=_moe_into, mutates_args=["hidden_states", "output"], fake_impl=_nothing
+    op_name="adapmoe_moe_into", op_func=_moe_into, mutates_args=["hidden_states", "output"], fake_impl=_fake
 )
 direct_register_custom_op(
     op_name="adapmoe_moe_shared_into",
     op_func=_moe_shared_into,
     mutates_args=["shared_output", "output"],
-    fake_impl=_nothing,
+    fake_impl=_fake,
 )
 
 
@@ -104,15 +104,15 @@ def _entry_shared(
     return shared_output, output
 
 
-def graphs_without_host(config: CompilationConfig, most_tokens: int, in_pieces: bool = True) -> None:
-    """Configures full graphs for decode steps of at most `most_tokens`, and piecewise ones if `in_pieces`."""
+def graphs_without_host(config: CompilationConfig, max_tokens: int, in_pieces: bool = True) -> None:
+    """Configures full graphs for decode steps of at most `max_tokens`, and piecewise ones if `in_pieces`."""
     if config.cudagraph_mode == CUDAGraphMode.FULL:  # would capture prompts, too
         config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
     if not in_pieces and config.cudagraph_mode.has_piecewise_cudagraphs():
         full = config.cudagraph_mode.has_full_cudagraphs()
-        _no_pieces(config, CUDAGraphMode.FULL_DECODE_ONLY if full else CUDAGraphMode.NONE)
+        _drop_pieces(config, CUDAGraphMode.FULL_DECODE_ONLY if full else CUDAGraphMode.NONE)
     if config.cudagraph_mode.has_full_cudagraphs() and config.cudagraph_capture_sizes:
-        sizes = [size for size in config.cudagraph_capture_sizes if size <= most_tokens]
+        sizes = [size for size in config.cudagraph_capture_sizes if size <= max_tokens]
         config.cudagraph_capture_sizes = sizes
         config.max_cudagraph_capture_size = max(sizes, default=0)
 
@@ -124,13 +124,13 @@ def graphs_in_pieces(config: CompilationConfig, in_pieces: bool = True) -> None:
         pieces = mode == CUDAGraphMode.FULL or mode.has_piecewise_cudagraphs()
         config.cudagraph_mode = CUDAGraphMode.PIECEWISE if pieces else CUDAGraphMode.NONE
     if not in_pieces and config.cudagraph_mode != CUDAGraphMode.NONE:
-        _no_pieces(config, CUDAGraphMode.NONE)
+        _drop_pieces(config, CUDAGraphMode.NONE)
 
 
-def _no_pieces(config: CompilationConfig, mode: CUDAGraphMode) -> None:
+def _drop_pieces(config: CompilationConfig, mode: CUDAGraphMode) -> None:
     logger.warning(
-        "Expert cache: this model's MoE blocks cannot be left out of CUDA graphs: cudagraph_mode=%s instead of %s; "
-        "vLLM's own implementation of the model can, if there is one (model_impl=vllm)",
+        "Expert cache: this model's MoE blocks cannot be split out of CUDA graphs: cudagraph_mode=%s instead of %s; "
+        "set model_impl=vllm if vLLM implements this model itself",
         mode.name, config.cudagraph_mode.name,
     )  # fmt: skip
     config.cudagraph_mode = mode

@@ -82,11 +82,11 @@ class MappedExperts(CachedExperts):
                 raise RuntimeError(
                     f"a CUDA graph of {len(x)} tokens; experts are read in place for {self.in_place.routing.tokens}"
                 )
-            weights, ids, costs = self._choose(topk_weights, topk_ids, context)
+            weights, ids, costs = self._gate_on_device(topk_weights, topk_ids, context)
             return self.in_place.experts(self.cache_layer, x, weights, ids, costs)
         if capturing:
             raise RuntimeError(
-                f"a CUDA graph is captured around {self.layer_name}, whose experts the host fetches while a step runs; "
+                f"a CUDA graph is captured around {self.layer_name}, whose experts the host fetches during the step; "
                 "set cudagraph_mode=PIECEWISE, with vLLM's own splitting_ops"
             )
         if not self._is_dummy_run(context) and self._may_defer(len(x)):
@@ -96,12 +96,12 @@ class MappedExperts(CachedExperts):
         return super().run_experts(x, topk_weights, topk_ids)
 
     def _may_defer(self, tokens: int) -> bool:
-        alone = self.gating is None or not self.gating.needs_residency
+        tokens_gated_alone = self.gating is None or not self.gating.needs_residency
         return (
             self.deferred is not None
             and self.probe is None
             and (self.predictor is None or not self.predictor.is_tracing)
-            and alone
+            and tokens_gated_alone
             and tokens <= self.deferred.tokens
         )
 
@@ -109,13 +109,13 @@ class MappedExperts(CachedExperts):
         """Pins the layer if it is fully resident (`ExpertCacheManager.whole_layer`); yields whether it is."""
         return nullcontext(True) if self.cache is None else self.cache.whole_layer(self.cache_layer)
 
-    def _choose(
+    def _gate_on_device(
         self, weights: torch.Tensor, ids: torch.Tensor, context: ForwardContext
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Gates on the device: returns weights, int32 ids with -1 for dropped and padding, and the cost of dropping."""
         ids, costs = ids.int(), None
         if self.gating is not None:
-            gated = self.gating.alone(weights)
+            gated = self.gating.gate_each(weights)
             assert gated is not None
             weights, costs = gated.weights, gated.cost
             ids = ids.masked_fill(~gated.keep, -1)
@@ -130,8 +130,8 @@ class MappedExperts(CachedExperts):
         """Runs a fully resident layer without the host, which reads the recorded routing later."""
         assert self.deferred is not None
         if self.predictor is not None and self.cache_layer == 0:
-            self.predictor.pass_first_layer()
-        weights, ids, costs = self._choose(topk_weights, topk_ids, context)
+            self.predictor.skip_first_layer()
+        weights, ids, costs = self._gate_on_device(topk_weights, topk_ids, context)
         self.deferred.record(self.cache_layer, ids, costs)
         slot_map = self._slot_map()
         slots = slot_map.numpy().tobytes()
@@ -143,10 +143,10 @@ class MappedExperts(CachedExperts):
     def _run_dummy(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         """Runs the kernels of a step of this size on arbitrary slots, to warm up and to allocate the same memory."""
         if self.in_place is not None and len(x) <= self.in_place.routing.tokens:
-            weights, ids, costs = self._choose(topk_weights, topk_ids, get_forward_context())
+            weights, ids, costs = self._gate_on_device(topk_weights, topk_ids, get_forward_context())
             return self.in_place.warm_up(self.cache_layer, x, weights, ids, costs)
-        held = self.local_num_experts if self.cache is None else self.cache.pool(self.cache_layer).num_slots
-        rows = torch.arange(self.local_num_experts, dtype=torch.int32).clamp(max=held - 1)
+        num_slots = self.local_num_experts if self.cache is None else self.cache.pool(self.cache_layer).num_slots
+        rows = torch.arange(self.local_num_experts, dtype=torch.int32).clamp(max=num_slots - 1)
         output = self._run_mapped(x, topk_weights, topk_ids, self._rows(rows, x.device))
         if self.slots < self.local_num_experts:  # the sum over waves takes memory in addition to one wave's output
             output = torch.zeros(x.shape, dtype=torch.float32, device=x.device).add_(output).to(x.dtype)
@@ -159,12 +159,12 @@ class MappedExperts(CachedExperts):
         if step.real is not None and not step.real.any():
             return torch.zeros_like(step.x)
         prediction = self._predict(step)
-        return self._run_kept(step, step.all_kept() if step.keep is None else step.keep, prediction)
+        return self._run_kept(step, step.ungated_mask() if step.keep_mask is None else step.keep_mask, prediction)
 
-    def _run_kept(self, step: StepRouting, keep: torch.Tensor, prediction: LayerPrediction | None) -> torch.Tensor:
+    def _run_kept(self, step: StepRouting, keep_mask: torch.Tensor, prediction: LayerPrediction | None) -> torch.Tensor:
         """Runs the kept (token, expert) pairs wave by wave, each once all of its experts are resident."""
-        x, experts = step.x, distinct(step.ids[keep], self.local_num_experts)
-        ids = to_device(torch.where(keep, step.ids, self.local_num_experts), x.device)
+        x, experts = step.x, distinct(step.ids[keep_mask], self.local_num_experts)
+        ids = to_device(torch.where(keep_mask, step.ids, self.local_num_experts), x.device)
         groups = waves(experts, self.slots)
         if len(groups) == 1:
             return self._run_group(x, step.weights, ids, experts, prediction, ())
@@ -227,11 +227,11 @@ def in_place_obstacle(layer: CachedExperts, cache: ExpertCacheManager) -> str | 
     if layer.swiglu_limit is not None:
         return f"its activation is clamped at {layer.swiglu_limit}"
     if layer.apply_router_weight_on_input:
-        return "its router's weights go on the input"
+        return "it multiplies the input by the router's weights"
     if layout[GATE_UP].shape != (2 * layout[DOWN].shape[1], layout[DOWN].shape[0]):
         return f"its kernel's weights are {layout[GATE_UP].shape} and {layout[DOWN].shape}"
     if layout[DOWN].nbytes % ALIGNMENT:
-        return f"its experts are not of whole {ALIGNMENT} bytes"
+        return f"the size of its experts is not a multiple of {ALIGNMENT} bytes"
     if cache.store.page_locked((layer.cache_layer, 0)) is None:
         return "its backing copies are not in page-locked memory"
     return None

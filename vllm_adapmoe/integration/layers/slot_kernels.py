@@ -32,7 +32,7 @@ def run_on_slots(experts: FusedMoEExpertsModular, num_experts: int) -> None:
             row of each expert, -1 if absent, and a final -1 for the id `num_experts`, which dropped pairs have.
     """
     names = _BINDINGS[type(experts)](num_experts)
-    experts.apply = _bound_again(type(experts).apply, names).__get__(experts)  # type: ignore[method-assign]
+    experts.apply = _rebound(type(experts).apply, names).__get__(experts)  # type: ignore[method-assign]
 
 
 def align_on_slots(
@@ -64,7 +64,7 @@ def align_on_slots(
 
 
 def _triton(num_experts: int) -> dict[str, Any]:
-    assign = _bound_again(triton_moe._prepare_expert_assignment, {"moe_align_block_size": align_on_slots})
+    assign = _rebound(triton_moe._prepare_expert_assignment, {"moe_align_block_size": align_on_slots})
     return {"_prepare_expert_assignment": assign, "try_get_optimal_moe_config": _tiles_for(num_experts)}
 
 
@@ -87,7 +87,7 @@ def _marlin(num_experts: int) -> dict[str, Any]:
     # the size, and so Marlin's order of summation, depend on the number of slots.
     exact = SimpleNamespace(ceil=lambda tokens: tokens)
     names = {"moe_align_block_size": align_on_slots, "math": exact}
-    return {"fused_marlin_moe": _bound_again(marlin_moe.fused_marlin_moe, names)}
+    return {"fused_marlin_moe": _rebound(marlin_moe.fused_marlin_moe, names)}
 
 
 _BINDINGS: dict[type, Callable[[int], dict[str, Any]]] = {
@@ -101,7 +101,7 @@ KERNELS = frozenset(cls.__name__ for cls in _BINDINGS)
 """Names of the kernel classes that `run_on_slots` supports."""
 
 
-def _bound_again(function: Any, names: Mapping[str, Any]) -> FunctionType:
+def _rebound(function: Any, names: Mapping[str, Any]) -> FunctionType:
     """Returns a copy of a function with some global names rebound; the original is unchanged.
 
     Raises:

@@ -18,27 +18,27 @@ class StepRouting:
     """Logical expert ids, integer `[tokens, top_k]`, on the host."""
     real: torch.Tensor | None
     """Bool `[tokens]`, on the host: False for padding; None: no padding."""
-    keep: torch.Tensor | None
+    keep_mask: torch.Tensor | None
     """Bool `[tokens, top_k]`, on the host: experts that gating keeps, none for padding; None: no gating."""
     product: torch.Tensor | None = None
     """`GateStack.product` of the input, float32 `[tokens, columns]`, on the host; None: not computed yet."""
 
-    def all_kept(self) -> torch.Tensor:
-        """Returns the `keep` of a step without gating: everything but padding."""
-        keep = torch.ones(self.ids.shape, dtype=torch.bool)
-        return keep if self.real is None else keep & self.real.unsqueeze(1)
+    def ungated_mask(self) -> torch.Tensor:
+        """Returns the keep mask of a step without gating: everything but padding."""
+        keep_mask = torch.ones(self.ids.shape, dtype=torch.bool)
+        return keep_mask if self.real is None else keep_mask & self.real.unsqueeze(1)
 
-    def without(self, failed: torch.Tensor) -> "StepRouting | None":
-        """Returns the step with failed rows given a healthy row's experts; None if no healthy row is left.
+    def replace_failed(self, failed: torch.Tensor) -> "StepRouting | None":
+        """Returns the step with failed rows given a healthy row's experts; None if no healthy row remains.
 
         Args:
             failed: bool `[tokens]`, on the host.
         """
-        others = ~failed if self.real is None else self.real & ~failed  # routers give padding the id -1
-        if not others.any():
+        healthy = ~failed if self.real is None else self.real & ~failed  # routers give padding the id -1
+        if not healthy.any():
             return None
-        healthy = int(others.nonzero()[0])
-        return replace(self, ids=torch.where(failed.unsqueeze(1), self.ids[healthy], self.ids))
+        donor = int(healthy.nonzero()[0])
+        return replace(self, ids=torch.where(failed.unsqueeze(1), self.ids[donor], self.ids))
 
 
 def read_together(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:

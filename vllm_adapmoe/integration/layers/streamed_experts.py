@@ -12,18 +12,18 @@ from vllm.platforms import current_platform
 
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.integration.layers.collaborators import Loading
-from vllm_adapmoe.integration.layers.expert_tensors import ExpertTensors, held_tensors
+from vllm_adapmoe.integration.layers.expert_tensors import ExpertTensors, own_tensors
 from vllm_adapmoe.integration.layers.expert_writes import on_host
 from vllm_adapmoe.integration.layers.heap import trim_heap
 
 SHAPE = "_weight_shape"
-"""Suffix of the shapes that compressed-tensors stores beside packed weights. vLLM's reloading counts elements, and a
+"""Suffix of the shapes that compressed-tensors stores with packed weights. vLLM's reloading counts elements, and a
 shape shared by two halves twice, so it considers a layer complete before its last shape has been loaded
 (`online_process_loader` of 0.32)."""
 
 
 class StreamedExperts(RoutedExperts):
-    """Mixin over `RoutedExperts`, or a model's subclass of it, that hands its experts to `loading` and keeps none."""
+    """Mixin over `RoutedExperts`, or a model's subclass of it, that passes its experts to `loading` and frees them."""
 
     loading: Loading
     cache_layer: int
@@ -89,7 +89,7 @@ class StreamedExperts(RoutedExperts):
         loaded_weight: torch.Tensor,
         weight_name: str,
         shard_id: str,
-        expert_id: int | None = None,  # as DBRX's has it
+        expert_id: int | None = None,  # optional, as in the weight loader of DBRX
         return_success: bool = False,
     ) -> bool | None:
         load: Any = super().weight_loader
@@ -99,24 +99,24 @@ class StreamedExperts(RoutedExperts):
                     f"{weight_name} cannot be loaded into {self.layer_name}, whose experts are in slots; "
                     "call reload_weights with weights_iterator"
                 )
-            took = load(param, loaded_weight, weight_name, shard_id, expert_id, return_success=True)
-            return took if return_success else None
+            loaded = load(param, loaded_weight, weight_name, shard_id, expert_id, return_success=True)
+            return loaded if return_success else None
         if self.expert_map is not None and expert_id is not None and self.expert_map[expert_id] < 0:
-            return False if return_success else None  # another rank has it
+            return False if return_success else None  # an expert of another rank
         if self.loading.is_packed(self.cache_layer):
-            self._note_arrival(param, loaded_weight, shard_id, expert_id)
+            self._record_arrival(param, loaded_weight, shard_id, expert_id)
             return True if return_success else None
         if self._finished and self._first_arrivals is not None and weight_name.endswith(SHAPE):
             return True if return_success else None
         if self._finished:
             raise AdapMoEError(
-                f"{self.layer_name}: the checkpoint holds {weight_name} beyond what {type(self.quant_method).__name__} "
-                "declares, and after the layer was taken into the cache; remove moe_method"
+                f"{self.layer_name}: the checkpoint has {weight_name}, which {type(self.quant_method).__name__} does "
+                "not declare, after the layer was moved into the cache; remove moe_method"
             )
         success: bool = load(param, loaded_weight, weight_name, shard_id, expert_id, return_success=True)
         # Online quantisation first makes a dry run on meta parameters, to count what will be loaded.
         if success and not param.is_meta:
-            self._note_arrival(param, loaded_weight, shard_id, expert_id)
+            self._record_arrival(param, loaded_weight, shard_id, expert_id)
             if len(self._arrived) == self._expected_arrivals():
                 self.finish_loading()
         return success if return_success else None
@@ -133,7 +133,7 @@ class StreamedExperts(RoutedExperts):
             return ("w2",)
         return ("w1", "w3") if self.moe_config.is_act_and_mul else ("w1",)
 
-    def _note_arrival(
+    def _record_arrival(
         self, param: nn.Parameter, loaded_weight: torch.Tensor, shard_id: str | None, expert_id: int | None
     ) -> None:
         name = self._loaded_names.get(id(param))
@@ -158,13 +158,13 @@ class StreamedExperts(RoutedExperts):
         vars(self).pop("_loaded_names", None)
 
     def end_reload(self) -> None:
-        """Ends a reload: expects no more weights, and looks up the experts' tensors, which vLLM has put back."""
+        """Ends a reload: expects no more weights, and looks up the experts' tensors, which vLLM has restored."""
         self._finished = self.serving = True
         if hasattr(self, "expert_tensors"):
-            self.expert_tensors = ExpertTensors.of(held_tensors(self), list(self.expert_tensors.tensors))
+            self.expert_tensors = ExpertTensors.of(own_tensors(self), list(self.expert_tensors.tensors))
 
     @property
-    def came_by_loader(self) -> bool:
+    def loaded_by_weight_loader(self) -> bool:
         """Whether the experts were loaded by `weight_loader`, not by the model's own code."""
         return bool(self._arrived if self._first_arrivals is None else self._first_arrivals)
 
@@ -173,17 +173,17 @@ class StreamedExperts(RoutedExperts):
         """Whether weights have arrived since `begin_reload` and are in the kernel's format."""
         return self._finished and bool(self._arrived)
 
-    def missing(self) -> str | None:
-        """Describes a weight not yet received, if others have been since `begin_reload`; else None."""
+    def missing_weight(self) -> str | None:
+        """Describes a weight not yet received, if other weights have been since `begin_reload`; else None."""
         if not self._arrived:
             return None
         if self._first_arrivals:
-            lacking = sorted(
-                (one for one in self._first_arrivals - self._arrived if not one[0].endswith(SHAPE)), key=str
+            missing = sorted(
+                (arrival for arrival in self._first_arrivals - self._arrived if not arrival[0].endswith(SHAPE)), key=str
             )
-            return None if not lacking else "{} of expert {} ({})".format(*lacking[0])
-        found, wanted = len(self._arrived), self._expected_arrivals()  # the first weights were dummy weights
-        return None if found >= wanted else f"{wanted - found} of {wanted} tensors"
+            return None if not missing else "{} of expert {} ({})".format(*missing[0])
+        received, expected = len(self._arrived), self._expected_arrivals()  # the first weights were dummy weights
+        return None if received >= expected else f"{expected - received} of {expected} tensors"
 
     def finish_loading(self) -> None:
         """Converts the loaded experts to the kernel's format, moves them into the store and frees them.
@@ -196,8 +196,8 @@ class StreamedExperts(RoutedExperts):
         self._finished = True
         parameters = self.expert_parameters()
         self._move_to_device(parameters)
-        held = held_tensors(self)
-        foreign = {id(tensor) for tensor in held.values()} - {id(parameter) for parameter in parameters.values()}
+        loaded = own_tensors(self)  # referenced until the end, so that no id is reused
+        foreign = {id(tensor) for tensor in loaded.values()} - {id(parameter) for parameter in parameters.values()}
         if self._first_arrivals is not None and current_platform.is_cpu():
             # If a kernel exists already, vLLM treats the weights as a GPU's and does not pack them for the CPU
             # (`UnquantizedFusedMoEMethod._setup_kernel`).
@@ -209,11 +209,11 @@ class StreamedExperts(RoutedExperts):
             self._process_weights(self)
             if self.loading.all_resident:
                 return
-            own = {path: tensor for path, tensor in held_tensors(self).items() if id(tensor) not in foreign}
-            names = [path for path, tensor in own.items() if _is_of_experts(path, tensor, self.local_num_experts)]
-            shared = {path for path in own if isinstance(own[path], nn.Parameter) and own[path].numel()} - set(names)
-            self.loading.check_shared(self, sorted(shared))
-        tensors = {path: tensor for path, tensor in held_tensors(self).items() if id(tensor) not in foreign}
+            processed = {path: tensor for path, tensor in own_tensors(self).items() if id(tensor) not in foreign}
+            names = [path for path, tensor in processed.items() if _is_of_experts(path, tensor, self.local_num_experts)]
+            filled = {path for path, tensor in processed.items() if isinstance(tensor, nn.Parameter) and tensor.numel()}
+            self.loading.check_shared(self, sorted(filled - set(names)))
+        tensors = {path: tensor for path, tensor in own_tensors(self).items() if id(tensor) not in foreign}
         self.expert_tensors = ExpertTensors.of(tensors, [name for name in names if name in tensors])
         self._check_weights()
         if self.loading.is_packed(self.cache_layer):
@@ -221,9 +221,9 @@ class StreamedExperts(RoutedExperts):
         else:
             self.loading.put(self.cache_layer, self.expert_tensors.tensors)
         self.expert_tensors.free()
-        held_now = {id(tensor) for tensor in held_tensors(self).values()}
-        for parameter in parameters.values():  # a loader may still reference replaced parameters
-            if id(parameter) not in held_now:
+        in_use = {id(tensor) for tensor in own_tensors(self).values()}
+        for parameter in parameters.values():  # a loader may still hold references to replaced parameters
+            if id(parameter) not in in_use:
                 parameter.data = parameter.data.new_empty(0)
         trim_heap()
 
@@ -240,19 +240,19 @@ class StreamedExperts(RoutedExperts):
         for parameter in parameters.values():
             parameter.data = torch.zeros((1, *parameter.shape[1:]), dtype=parameter.dtype, device=self.loading.device)
         self._loaded_expert_biases.update(name for name in names if name.endswith("_bias"))
-        with self._told_experts(1):
+        with self._with_expert_count(1):
             self._process_weights(self)
 
     @contextmanager
-    def _told_experts(self, count: int) -> Iterator[None]:
+    def _with_expert_count(self, count: int) -> Iterator[None]:
         """Makes the layer appear to have `count` experts to its quantisation method, inside the context."""
-        told = [
+        counts = [
             (self, "local_num_experts"),
             (self, "num_experts"),
             (self.quant_method, "num_experts"),
             (self.moe_config, "num_local_experts"),
         ]
-        before = [(holder, name, vars(holder)[name]) for holder, name in told if name in vars(holder)]
+        before = [(holder, name, vars(holder)[name]) for holder, name in counts if name in vars(holder)]
         for holder, name, _ in before:
             setattr(holder, name, count)
         try:
@@ -262,7 +262,7 @@ class StreamedExperts(RoutedExperts):
                 setattr(holder, name, value)
 
     def _check_weights(self) -> None:
-        """Checks that the weights are plain tensors: a kernel would go on reading other ones instead of slots.
+        """Checks that the weights are plain tensors: with any other kind, a kernel would not read the slots.
 
         Raises:
             AdapMoEError: the kernel keeps a weight in another form.

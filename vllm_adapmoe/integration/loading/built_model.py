@@ -19,7 +19,7 @@ def around_weights(model_class: type[nn.Module], enter: Callable[[], AbstractCon
     This works with every loader, whether or not the model passes the weights to its layers' weight loaders.
     """
     built: Any = model_class
-    original, own = built.load_weights, "load_weights" in vars(model_class)
+    original, is_own_method = built.load_weights, "load_weights" in vars(model_class)
 
     @functools.wraps(original)
     def load_weights(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -30,7 +30,7 @@ def around_weights(model_class: type[nn.Module], enter: Callable[[], AbstractCon
     try:
         yield
     finally:
-        if own:
+        if is_own_method:
             built.load_weights = original
         else:
             del built.load_weights
@@ -59,5 +59,5 @@ def check_layers(layers: Sequence[RoutedExperts], model: str, quantization: str 
         if not hasattr(layer.quant_method, "is_monolithic"):  # without a kernel this property raises
             raise AdapMoEError(
                 f"quantization={quantization!r}: vLLM has no kernel for its experts on this "
-                f"{current_platform.device_type}; remove it, or take a checkpoint in another format"
+                f"{current_platform.device_type}; remove it, or use a checkpoint in another format"
             )

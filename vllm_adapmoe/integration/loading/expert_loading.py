@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,42 +11,30 @@ from tqdm import tqdm
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
-from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.model_loader.utils import get_model_architecture
-from vllm.platforms import current_platform
 
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.experts import CacheShape
 from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
 from vllm_adapmoe.integration.layers.expert_writes import ExpertWrites
-from vllm_adapmoe.integration.layers.mapped_experts import MappedExperts, kernel_of
 from vllm_adapmoe.integration.loading.built_model import around_weights, check_layers, experts_built
-from vllm_adapmoe.integration.loading.graph_memory import bookkeeping_of_worker, graphs_of_worker
-from vllm_adapmoe.integration.loading.host_room import check_host_room
 from vllm_adapmoe.integration.loading.identity import load_identity, source_files
-from vllm_adapmoe.integration.loading.memory import ModelWatch, least_kv_cache, step_bytes, usable_memory
+from vllm_adapmoe.integration.loading.layer_classes import cached_classes
+from vllm_adapmoe.integration.loading.memory import ModelWatch
 from vllm_adapmoe.integration.loading.pack_store import (
     cores_of_user,
+    log_packing_time,
     open_or_pack,
     pack_folder,
     pack_name,
-    say_how_long,
     store_kind,
-    warn_of_others,
+    warn_if_replaceable,
 )
+from vllm_adapmoe.integration.loading.slot_pools import SlotPools, slots_device
 from vllm_adapmoe.integration.model_info import check_profile
 from vllm_adapmoe.integration.settings import EngineSettings
-from vllm_adapmoe.planning.slot_budget import (
-    DeviceMemory,
-    ExpertShape,
-    bytes_of,
-    choose_slots,
-    count_slots,
-    slots_without,
-    split_layers,
-)
 from vllm_adapmoe.policy.controller import CacheController, CacheSetup
 from vllm_adapmoe.store.base import ExpertStore, StoreError, StoreWriter
 from vllm_adapmoe.store.file import FileStore
@@ -56,11 +43,6 @@ from vllm_adapmoe.store.pack_writer import PackWriter
 from vllm_adapmoe.store.record import RecordLayout
 from vllm_adapmoe.store.shard import StoreShard
 from vllm_adapmoe.store.source_files import SourceFiles
-from vllm_adapmoe.units import GiB
-
-TENSOR_BYTES = {"MarlinExperts": 32 * GiB}
-"""Longest tensor that a kernel can address. Marlin's offset into all experts of a pool, `b_gl_rd`, is 32 bits wide and
-counts units of 16 bytes (`csrc/moe/marlin_moe_wna16/marlin_template.h` of vLLM 0.32)."""
 
 logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
 
@@ -79,8 +61,8 @@ class ExpertLoading:
         self.vllm_config = vllm_config
         self.layers: list[CachedExperts] = []
         self.model = ModelWatch()
+        self.pools = SlotPools(settings, vllm_config, self.layers, self.model)
         self._began = False
-        self._slots: list[int] = []
         self._store: ExpertStore | None = None
         self._writer: StoreWriter | None = None
         self._sources: SourceFiles | None = None
@@ -99,11 +81,13 @@ class ExpertLoading:
             AdapMoEError: the model's own layer class does more than call kernels, which a cached layer would skip.
         """
         for cls in type(layer).__mro__:
-            theirs = issubclass(cls, RoutedExperts) and not issubclass(cls, CachedExperts) and cls is not RoutedExperts
-            if theirs and "forward_modular" in vars(cls):
+            is_model_class = (
+                issubclass(cls, RoutedExperts) and not issubclass(cls, CachedExperts) and cls is not RoutedExperts
+            )
+            if is_model_class and "forward_modular" in vars(cls):
                 raise AdapMoEError(
-                    f"{cls.__name__}, vLLM's class of this model's experts, does not only run them "
-                    "(forward_modular); remove moe_method"
+                    f"{cls.__name__}, vLLM's class for this model's experts, overrides forward_modular, which a cached "
+                    "layer would skip; remove moe_method"
                 )
         self.layers.append(layer)
         return len(self.layers) - 1
@@ -119,7 +103,7 @@ class ExpertLoading:
     def all_resident(self) -> bool:
         """Whether there is a slot for every expert: vLLM's own parameters are then used, and nothing is stored."""
         self.begin()
-        return sum(self._slots) == sum(layer.local_num_experts for layer in self.layers)
+        return self.pools.all_resident
 
     @property
     def store_kind(self) -> str:
@@ -138,123 +122,44 @@ class ExpertLoading:
         check_layers(self.layers, model.model, model.quantization)
         if self.settings.profiled is not None:
             check_profile(self.settings.profiled, model, experts_built(self.layers))
-        shapes = self._loaded_shapes = self._shapes()
-        self._slots, memory = choose_slots(self.config, shapes, self._memory(resident=True), self._memory(False))
-        self._memory_before = memory
-        slot_bytes = bytes_of(shapes, self._slots)
-        logger.info("Expert cache: %.2f GiB for slots of %.2f left: %s", slot_bytes / GiB, memory.left / GiB, memory)
-        experts = sum(shape.num_experts for shape in shapes)
+        self.pools.plan()
+        experts, expert_bytes = self.pools.num_experts, self.pools.expert_bytes
         if not self.all_resident and any(layer.quant_method.is_monolithic for layer in self.layers):
             method = type(self.layers[0].quant_method).__name__
             raise AdapMoEError(
-                f"moe_backend={self.vllm_config.kernel_config.moe_backend}: the kernel of {method} routes by itself, "
-                "out of the cache's sight; set --moe-backend marlin or triton"
+                f"moe_backend={self.vllm_config.kernel_config.moe_backend}: the kernel of {method} is monolithic: it "
+                "routes internally, and the cache cannot see the experts; set --moe-backend marlin or triton"
             )
         if self.all_resident:
             logger.info("Expert cache: all %d experts fit, none is offloaded", experts)
             return
-        expert_bytes = self.expert_bytes
         if self.store_kind == "host":
-            self._check_host_room()
+            self.pools.check_host_room()
             self._writer = HostStore(self.device)
             action = "Loading experts"
         else:
             self._sources = source_files(self.vllm_config.model_config, self.vllm_config.load_config)
             path = self.pack_path()
-            found = open_or_pack(self.config, path, self._identity(), self._sources, experts, expert_bytes)
+            pack = open_or_pack(self.config, path, self._identity(), self._sources, experts, expert_bytes)
             if get_tensor_model_parallel_rank() == 0:
-                warn_of_others(path)
-            if isinstance(found, FileStore):
-                self._store = found
+                warn_if_replaceable(path)
+            if isinstance(pack, FileStore):
+                self._store = pack
                 return
-            self._writer = found
+            self._writer = pack
             if get_tensor_model_parallel_rank() == 0:
-                say_how_long(found)
-            if len(found.packed) < len(self.layers):
+                log_packing_time(pack)
+            if len(pack.packed) < len(self.layers):
                 self._sources.start_hashing(cores_of_user())
             action = "Packing experts"
         self._progress = tqdm(
             total=len(self.layers), desc=action, unit="layer", disable=get_tensor_model_parallel_rank() != 0
         )
 
-    def taking_weights(self) -> AbstractContextManager:
-        """Returns the context in which the model loads its weights, whatever its loader."""
+    def weights_context(self) -> AbstractContextManager:
+        """Returns the context in which the model loads weights, with any loader."""
         self.begin()
         return nullcontext() if self.all_resident else ExpertWrites(self.layers, self.is_packed)
-
-    def _layers_by_shape(self) -> list[list[int]]:
-        groups: dict[tuple, list[int]] = {}
-        for index, layer in enumerate(self.layers):
-            shape = tuple(
-                (name, tuple(parameter.shape), parameter.dtype) for name, parameter in layer.expert_parameters().items()
-            )
-            groups.setdefault(shape, []).append(index)
-        return list(groups.values())
-
-    def _shapes(self) -> list[ExpertShape]:
-        self._groups = self._layers_by_shape()
-        shapes = []
-        for group in self._groups:
-            layer = self.layers[group[0]]
-            parameters = layer.expert_parameters().values()
-            shapes.append(
-                ExpertShape(
-                    num_experts=sum(self.layers[index].local_num_experts for index in group),
-                    bytes_per_expert=sum(p.numel() * p.element_size() for p in parameters) // layer.local_num_experts,
-                    top_k=max(self.layers[index].top_k for index in group),
-                )
-            )
-        return shapes
-
-    def _shapes_in(self, store: ExpertStore) -> list[ExpertShape]:
-        """Returns the shapes in the kernel's format: online quantisation halves an expert, padding may enlarge it."""
-        return [
-            replace(shape, bytes_per_expert=sum(piece.nbytes for piece in store.layouts[group[0]].pieces))
-            for shape, group in zip(self._loaded_shapes, self._groups, strict=True)
-        ]
-
-    def _split_pools(self, store: ExpertStore) -> bool:
-        """Divides pools with a tensor too long for their kernel; returns whether any was divided."""
-        groups, shapes = [], []
-        for group, shape, slots in zip(self._groups, self._loaded_shapes, self._slots, strict=True):
-            limit = TENSOR_BYTES.get(type(kernel_of(self.layers[group[0]])).__name__)
-            longest = max(piece.nbytes for piece in store.layouts[group[0]].pieces)
-            parts = [group] if limit is None else split_layers(group, slots, longest, limit)
-            if len(parts) > 1:
-                logger.info(
-                    "Expert cache: %d layers have %d pools instead of one, for their kernel reads %.0f GiB of a tensor "
-                    "at most", len(group), len(parts), (limit or 0) / GiB,
-                )  # fmt: skip
-            for part in parts:
-                groups.append(part)
-                shapes.append(replace(shape, num_experts=sum(self.layers[index].local_num_experts for index in part)))
-        divided = len(groups) > len(self._groups)
-        self._groups, self._loaded_shapes = groups, shapes
-        return divided
-
-    def _memory(self, resident: bool) -> DeviceMemory:
-        """Returns the memory this worker may use and its uses other than slots; `resident`: every expert has one."""
-        weights = self.model.other_weights([p for layer in self.layers for p in layer.expert_parameters().values()])
-        kv_cache, kv_cache_of = least_kv_cache(self.vllm_config)
-        inner = max(layer.moe_config.intermediate_size_per_partition for layer in self.layers)
-        graphs, graphs_of = graphs_of_worker(self.settings, self.vllm_config, self.layers, inner, resident)
-        return replace(
-            usable_memory(self.config, self.vllm_config),
-            in_use=self.model.bytes_in_use(weights),
-            other_weights=sum(weight.nbytes for weight in weights),
-            activations=step_bytes(self.vllm_config, inner, max(layer.top_k for layer in self.layers)),
-            kv_cache=kv_cache,
-            kv_cache_of=kv_cache_of,
-            graphs=graphs,
-            graphs_of=graphs_of,
-            bookkeeping=bookkeeping_of_worker(self.settings, self.vllm_config, self.layers, resident),
-        )
-
-    def _check_host_room(self) -> None:
-        layer_bytes = max(sum(p.nbytes for p in layer.expert_parameters().values()) for layer in self.layers)
-        others = self._memory_before if current_platform.is_cpu() else None
-        ranks = self.vllm_config.parallel_config.local_world_size
-        check_host_room(self._loaded_shapes, layer_bytes, self._slots, others, ranks)
 
     def pack_path(self) -> Path:
         """Returns the path of this rank's packed file, in `store_dir` or in the model's folder in vLLM's cache."""
@@ -296,7 +201,7 @@ class ExpertLoading:
         """
         if names and self.store_kind == "file":
             raise AdapMoEError(
-                f"store=file does not hold {names[0]}, which {type(layer.quant_method).__name__} makes from all "
+                f"store=file does not hold {names[0]}, which {type(layer.quant_method).__name__} computes from all "
                 "experts of a layer; set store='host'"
             )
 
@@ -322,14 +227,14 @@ class ExpertLoading:
             self._progress.update()
 
     def _check_experts(self, store: ExpertStore) -> None:
-        """Checks the store's numbers of layers and experts against the model's, whatever a pack's identity says.
+        """Checks the store's numbers of layers and experts against the model's, in addition to a pack's identity.
 
         Raises:
             AdapMoEError: they differ.
         """
-        theirs = [store.num_experts(layer) for layer in range(store.num_layers)]
-        if theirs != [layer.local_num_experts for layer in self.layers]:
-            raise AdapMoEError(f"{self.pack_path()} holds other layers or experts than the model; delete it")
+        counts = [store.num_experts(layer) for layer in range(store.num_layers)]
+        if counts != [layer.local_num_experts for layer in self.layers]:
+            raise AdapMoEError(f"{self.pack_path()} has other numbers of layers or experts than the model; delete it")
 
     def finish(self, model: Any) -> ExpertCacheManager | None:
         """Seals the store, creates the cache and connects every layer to it; None if every expert is resident.
@@ -346,34 +251,30 @@ class ExpertLoading:
         if self._sources is not None:
             if getattr(model, "secondary_weights", None):
                 raise AdapMoEError(
-                    f"model={self.vllm_config.model_config.model!r} has weights of more than one checkpoint, which a "
-                    "pack cannot be held to; set store='host'"
+                    f"model={self.vllm_config.model_config.model!r} has weights of more than one checkpoint, and a "
+                    "pack identifies only one; set store='host'"
                 )
             self._sources.check_unchanged()
         store = self._store if self._writer is None else self._writer.seal()
         assert store is not None
         self._check_experts(store)
-        self._slots = count_slots(self.config, self._shapes_in(store), self._memory_before)
-        if self._split_pools(store):
-            self._slots = count_slots(self.config, self._shapes_in(store), self._memory_before)
-        held = None
+        self.pools.plan_for(store)
+        rank_experts = None
         maps = [layer.expert_map for layer in self.layers]
         if maps[0] is not None:
             records = [expert_map.tolist() for expert_map in maps if expert_map is not None]
             store = StoreShard(store, records)
-            held = [[expert for expert, record in enumerate(of_layer) if record >= 0] for of_layer in records]
-        pool_of = [0] * len(self.layers)
-        for pool, group in enumerate(self._groups):
-            for index in group:
-                pool_of[index] = pool
+            rank_experts = [
+                [expert for expert, record in enumerate(layer_records) if record >= 0] for layer_records in records
+            ]
         shape = CacheShape(
             num_experts=[store.num_experts(layer) for layer in range(store.num_layers)],
             top_k=max(layer.top_k for layer in self.layers),
-            pool_of=pool_of,
+            pool_of=self.pools.pool_of,
             expert_bytes=[layout.nbytes for layout in store.layouts],
-            held=held,
+            held=rank_experts,
         )
-        # On the core that this thread is bound to, readers would compete with the kernels.
+        # Readers on the core that this thread is bound to would compete with the kernels.
         cpus = cores_of_user()
         cache = ExpertCacheManager(
             store, self._controller(shape), self.device, link_gbps=self.config.link_gbps, reader_cpus=cpus
@@ -384,45 +285,29 @@ class ExpertLoading:
 
     def _controller(self, shape: CacheShape) -> CacheController:
         loads = self.settings.expected_loads
-        of_profile = None if loads is None else [len(curve) - 1 for curve in loads]
-        if of_profile is not None and of_profile != list(shape.num_experts):
+        profile_experts = None if loads is None else [len(curve) - 1 for curve in loads]
+        if profile_experts is not None and profile_experts != list(shape.num_experts):
             raise AdapMoEError(
-                f"allocation=profile: the profile is of {len(of_profile)} MoE layers of {set(of_profile)} experts, the "
-                f"model has {len(shape.num_experts)} of {set(shape.num_experts)}; calibrate it anew"
+                f"allocation=profile: the profile is for {len(profile_experts)} MoE layers of {set(profile_experts)} "
+                f"experts, the model has {len(shape.num_experts)} of {set(shape.num_experts)}; calibrate it anew"
             )
-        return CacheController(shape, CacheSetup.of(self.config, self._slots, loads, self.settings.heads is not None))
+        return CacheController(
+            shape, CacheSetup.of(self.config, self.pools.slots, loads, self.settings.heads is not None)
+        )
 
-    @property
-    def expert_bytes(self) -> int:
-        """Bytes of all experts in their load-time format."""
-        return sum(shape.num_experts * shape.bytes_per_expert for shape in self._loaded_shapes)
-
-    @property
-    def remedy(self) -> str:
-        """Advice that frees memory, for error messages."""
-        return self._memory_before.remedy
-
-    def give_back(self, cache: ExpertCacheManager, nbytes: int) -> int:
+    def shrink_slots(self, cache: ExpertCacheManager, nbytes: int) -> int:
         """Shrinks the slots by at least `nbytes` and empties them; returns the bytes freed.
 
         Raises:
             AdapMoEError: too few slots for one token would be left.
         """
-        shapes = self._shapes_in(cache.store)
-        slots = slots_without(shapes, self._slots, nbytes)
-        if slots is None:
-            raise AdapMoEError(
-                f"cache_gb=auto: {nbytes / GiB:.3f} of {bytes_of(shapes, self._slots) / GiB:.3f} GiB of slots would "
-                f"have to go to the KV cache, and one token needs more than is left; {self.remedy}"
-            )
-        taken = bytes_of(shapes, self._slots) - bytes_of(shapes, slots)
-        self._slots = slots
+        freed = self.pools.shrink(cache.store, nbytes)
         for layer in self.layers:
             layer.expert_tensors.free()
         cache.resize(self._controller(cache.controller.shape), self.config.link_gbps)
         for layer in self.layers:
             layer.use_cache(cache)
-        return taken
+        return freed
 
     def abort(self, error: BaseException) -> None:
         """Removes a half-written pack after an `Exception`; after a signal to end, the next start continues it."""
@@ -442,39 +327,15 @@ def expert_loading(settings: EngineSettings, vllm_config: VllmConfig) -> Iterato
     # Imports the model, so that its own expert classes are known.
     model_class, _ = get_model_architecture(vllm_config.model_config)
     loading = ExpertLoading(settings, vllm_config)
-    names = []
-    base = experts_base()
-    for cls in _expert_classes(RoutedExperts):
-        cached = type(f"Cached{cls.__name__}", (base, cls), {"loading": loading})
-        PluggableLayer.register_oot(cached, name=cls.__name__)
-        names.append(cls.__name__)
     try:
-        with loading.model.watching(), around_weights(model_class, loading.taking_weights):
+        with (
+            cached_classes(loading),
+            loading.model.watching(),
+            around_weights(model_class, loading.weights_context),
+        ):
             yield loading
     except BaseException as error:
         loading.abort(error)
         if isinstance(error, StoreError):  # one line for the user, like every error before serving
             raise AdapMoEError(str(error)) from None
         raise
-    finally:
-        for name in names:
-            del op_registry_oot[name]
-
-
-def slots_device() -> torch.device:
-    """Returns the device of this worker's slots, with its index: in other threads the current GPU is the first one."""
-    kind = current_platform.device_type
-    return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
-
-
-def experts_base() -> type[CachedExperts]:
-    """Returns the layer class that holds and runs experts on this platform."""
-    return CachedExperts if current_platform.is_cpu() else MappedExperts
-
-
-def _expert_classes(cls: type[RoutedExperts]) -> list[type[RoutedExperts]]:
-    classes = [cls]
-    for subclass in cls.__subclasses__():
-        if not issubclass(subclass, CachedExperts):
-            classes += _expert_classes(subclass)
-    return classes

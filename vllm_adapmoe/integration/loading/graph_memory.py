@@ -18,7 +18,7 @@ from vllm_adapmoe.simulate.trace import layers_ahead
 def graphs_of_worker(
     settings: EngineSettings, vllm_config: VllmConfig, layers: Sequence[CachedExperts], inner: int, resident: bool
 ) -> tuple[int, str]:
-    """Returns the most bytes that CUDA graphs take, and a description of them; 0 with enforce_eager and on the CPU.
+    """Returns the maximum bytes of CUDA graphs, and a description of them; 0 with enforce_eager and on the CPU.
 
     Args:
         settings: the engine's settings of the method.
@@ -30,13 +30,13 @@ def graphs_of_worker(
     attention = get_layers_from_vllm_config(vllm_config, cast(Any, AttentionLayerBase))
     model, dtype = vllm_config.model_config, cast(Any, vllm_config.model_config.dtype)
     hidden, nbytes = model.get_hidden_size(), int(dtype.itemsize)
-    most, said = 0, ""
+    max_bytes, description = 0, ""
     for graphs in captured_graphs(settings, vllm_config, len(layers), len(attention), resident):
         top_k = max(layer.top_k for layer in layers)
-        taken = graph_bytes(graphs, row_bytes=hidden * nbytes, pair_bytes=token_bytes(hidden, inner, top_k, nbytes))
-        if taken > most:
-            most, said = taken, str(graphs)
-    return most, said
+        needed = graph_bytes(graphs, row_bytes=hidden * nbytes, pair_bytes=token_bytes(hidden, inner, top_k, nbytes))
+        if needed > max_bytes:
+            max_bytes, description = needed, str(graphs)
+    return max_bytes, description
 
 
 def captured_graphs(
@@ -78,10 +78,10 @@ def bookkeeping_of_worker(
     settings: EngineSettings, vllm_config: VllmConfig, layers: Sequence[CachedExperts], resident: bool
 ) -> int:
     """Returns the bytes of gates, tables and buffers that the worker will allocate for these layers."""
-    config, heads = settings.config, settings.heads is not None
+    config, has_heads = settings.config, settings.heads is not None
     prefetch, tracing = config.prefetch, config.trace_out is not None
     prefetching = not resident and prefetch.lookahead > 0 and prefetch.max_experts > 0
-    follows = tracing or prefetching or heads or (not resident and config.scheduler.enabled)
+    follows = tracing or prefetching or has_heads or (not resident and config.scheduler.enabled)
     ahead = layers_ahead(prefetch, tracing) if follows else 0
     device_only = not current_platform.is_cpu() and not (resident and settings.gating is None)
     return bookkeeping_bytes(
@@ -91,6 +91,6 @@ def bookkeeping_of_worker(
         hidden=vllm_config.model_config.get_hidden_size(),
         tokens=MAX_TOKENS if device_only else 0,
         gates_ahead=ahead,
-        heads=heads and follows,
-        first_head=heads and (tracing or (prefetching and prefetch.first_layer)),
+        heads=has_heads and follows,
+        first_head=has_heads and (tracing or (prefetching and prefetch.first_layer)),
     )

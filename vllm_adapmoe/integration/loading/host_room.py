@@ -1,4 +1,4 @@
-"""Checks that a store in host memory fits before it is filled: a container beyond its limit is killed."""
+"""Checks that a store in host memory fits before it is filled: a container that exceeds its memory limit is killed."""
 
 from collections.abc import Sequence
 
@@ -8,17 +8,17 @@ from vllm_adapmoe.store.host_memory import HostMemory, host_memory
 from vllm_adapmoe.units import GiB
 
 LAYERS_AT_ONCE = 2
-"""Layers in memory beside the records: one as loaded, and one in the kernel's format."""
+"""Layers in memory in addition to the records: one as loaded, and one in the kernel's format."""
 
 
 def check_host_room(
-    shapes: Sequence[ExpertShape], layer_bytes: int, slots: Sequence[int], others: DeviceMemory | None, ranks: int
+    shapes: Sequence[ExpertShape], layer_bytes: int, slots: Sequence[int], other_memory: DeviceMemory | None, ranks: int
 ) -> None:
     """Checks that a host store fits into the available host memory.
 
     Args:
         shapes: shapes of this rank's experts, by pool.
-        layer_bytes: bytes of the experts of its largest layer.
+        layer_bytes: bytes of the experts of the largest layer.
         slots: number of slots of each pool.
         others: this rank's other memory, if that and the slots are in host memory, too (on the CPU); else None.
         ranks: number of ranks on this machine, each needing the same.
@@ -30,9 +30,11 @@ def check_host_room(
         "experts": bytes_of(shapes, [shape.num_experts for shape in shapes]),
         f"{LAYERS_AT_ONCE} layers while they load": LAYERS_AT_ONCE * layer_bytes,
     }
-    if others is not None:
+    if other_memory is not None:
         parts["slots"] = bytes_of(shapes, slots)
-        parts["other weights, KV cache and activations"] = others.other_weights + others.kv_cache + others.activations
+        parts["other weights, KV cache and activations"] = (
+            other_memory.other_weights + other_memory.kv_cache + other_memory.activations
+        )
     needed, memory = sum(parts.values()) * ranks, host_memory()
     if needed > memory.available:
         raise AdapMoEError(refusal(parts, ranks, needed, memory))
@@ -40,10 +42,10 @@ def check_host_room(
 
 def refusal(parts: dict[str, int], ranks: int, needed: int, memory: HostMemory) -> str:
     """Returns the error line for the user."""
-    told = " + ".join(f"{nbytes / GiB:.2f} for {part}" for part, nbytes in parts.items() if nbytes)
+    listed = " + ".join(f"{nbytes / GiB:.2f} for {part}" for part, nbytes in parts.items() if nbytes)
     times = f" on each of {ranks} ranks" if ranks > 1 else ""
     return (
-        f"store=host needs {needed} bytes ({needed / GiB:.2f} GiB) of host memory, {told}{times}; "
+        f"store=host needs {needed} bytes ({needed / GiB:.2f} GiB) of host memory, {listed}{times}; "
         f"{memory.available} bytes ({memory.available / GiB:.2f} GiB) are available, limited by {memory.limited_by}; "
         "use store=file"
     )

@@ -1,4 +1,4 @@
-"""Identifies a model by the files that vLLM loads it from, wherever they come from, and by how it is loaded."""
+"""Identifies a model by the files that vLLM loads, local or downloaded, and by how it loads them."""
 
 import os
 from dataclasses import dataclass
@@ -82,14 +82,14 @@ def check_identifiable(model: Model, load: LoadConfig) -> type[BaseModelLoader]:
     weights = model.model_weights or model.model
     if is_runai_obj_uri(weights):
         raise AdapMoEError(
-            f"model={weights!r} is in object storage, where only reading it all tells whether it has changed; "
-            "set store='host' and no profile, or download it and name the folder"
+            f"model={weights!r} is in object storage, where a change can only be detected by reading every byte; "
+            "set store='host' and no profile, or download it and pass the folder"
         )
     loader = type(get_model_loader(load))
     # npcache loads its own converted copies of the weights.
     if loader not in (DummyModelLoader, RunaiModelStreamerLoader, DefaultModelLoader) or load.load_format == "npcache":
         raise AdapMoEError(
-            f"load_format={load.load_format!r} is not one whose files are known here; set load_format='auto', or "
+            f"load_format={load.load_format!r} reads files that cannot be identified; set load_format='auto', or "
             "store='host' and no profile"
         )
     return loader
@@ -112,7 +112,7 @@ def _weight_files(
             folder, files, *_ = DefaultModelLoader(load)._prepare_weights(name, None, model.revision, True, None)
     except Exception as error:  # from vLLM, huggingface_hub, ModelScope or the network
         raise AdapMoEError(
-            f"model={model.model!r}: vLLM finds no weights of it ({reason(error)}); download it first, or name its "
+            f"model={model.model!r}: vLLM finds no weights of it ({reason(error)}); download it first, or pass its "
             "folder"
         ) from None
     # Links are not resolved: a hub's snapshots and a user's `latest` keep their names.
@@ -120,13 +120,13 @@ def _weight_files(
 
 
 def _settings_file(name: str, model: Model, folder: Path) -> Path | None:
-    """Finds a settings file beside the weights, or where vLLM has downloaded it (elsewhere with `download_dir`)."""
+    """Finds a settings file next to the weights, or where vLLM has downloaded it (elsewhere with `download_dir`)."""
     described = model.hf_config_path or model.model
     for place in (Path(described), folder):
         if (place / name).is_file():
             return place / name
-    found = try_get_local_file(described, name, revision=model.revision or "main")
-    return found if isinstance(found, Path) and found.is_file() else None
+    path = try_get_local_file(described, name, revision=model.revision or "main")
+    return path if isinstance(path, Path) and path.is_file() else None
 
 
 def model_hash(model: Model, load: LoadConfig) -> str:

@@ -1,4 +1,4 @@
-"""Computes the memory that vLLM may use on a device, and what it needs there beside experts."""
+"""Computes the memory that vLLM may use on a device, and what it needs on it in addition to experts."""
 
 import math
 import weakref
@@ -57,8 +57,8 @@ def step_bytes(vllm_config: VllmConfig, inner: int, top_k: int) -> int:
     )
 
 
-def least_kv_cache(vllm_config: VllmConfig) -> tuple[int, str]:
-    """Returns the least bytes of KV cache that vLLM starts with, and what they are for.
+def min_kv_cache(vllm_config: VllmConfig) -> tuple[int, str]:
+    """Returns the minimum bytes of KV cache that vLLM starts with, and what they are for.
 
     They hold one request of full length and the block that vLLM reserves, by vLLM's own count over all built layers:
     latents of MLA, sliding windows, and the state of layers without attention.
@@ -105,7 +105,7 @@ class ModelWatch:
     def other_weights(self, experts: Collection[nn.Parameter]) -> list[nn.Parameter]:
         """Returns the parameters that are not in `experts`, each once."""
         known = {id(expert) for expert in experts}
-        alive = {id(found): found for reference in self._parameters if (found := reference()) is not None}
+        alive = {id(parameter): parameter for reference in self._parameters if (parameter := reference()) is not None}
         return [parameter for key, parameter in alive.items() if key not in known]
 
     def bytes_in_use(self, weights: Collection[nn.Parameter]) -> int:

@@ -13,7 +13,7 @@ from vllm_adapmoe.printable import reason
 
 CONFIG = ["config.json"]
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt"]
-"""Patterns of what a checkpoint has beside its weights: configuration and tokenizer."""
+"""Patterns of a checkpoint's files other than weights: configuration and tokenizer."""
 
 
 def config_folder(model: str, revision: str | None = None) -> Path:
@@ -52,7 +52,7 @@ def _snapshot(model: str, revision: str | None, patterns: list[str]) -> Path:
     if Path(model).is_dir():
         return Path(model)
     if Path(model).exists():
-        raise AdapMoEError(f"model={model!r} is a file; name the folder of a checkpoint, or a model on the hub")
+        raise AdapMoEError(f"model={model!r} is a file; pass the folder of a checkpoint, or a model on the hub")
     try:
         if envs.VLLM_USE_MODELSCOPE:
             from modelscope.hub.snapshot_download import snapshot_download as download
@@ -61,8 +61,8 @@ def _snapshot(model: str, revision: str | None, patterns: list[str]) -> Path:
         folder = Path(download(model, revision=revision, allow_patterns=patterns))
     except Exception as error:  # from huggingface_hub, ModelScope or the network
         raise AdapMoEError(
-            f"model={model!r} is no folder, and cannot be downloaded ({reason(error)}); name a folder, or a model on "
-            "the hub"
+            f"model={model!r} is not a folder, and cannot be downloaded ({reason(error)}); pass a folder, or a model "
+            "on the hub"
         ) from None
     if not (folder / "config.json").is_file():
         raise AdapMoEError(f"model={model!r} has no config.json on this machine; download it first")

@@ -58,7 +58,7 @@ def open_valid(path: Path, identity: dict[str, str], sources: SourceFiles) -> Fi
     """Opens a pack that was made with these settings, from these files as they are now.
 
     Raises:
-        StoreError: there is no such pack; the subclass tells why.
+        StoreError: there is no such pack; the subclass gives the reason.
     """
     store = open_pack(path, identity)
     try:
@@ -74,8 +74,8 @@ def open_or_pack(
 ) -> FileStore | PackWriter:
     """Opens a valid pack, or returns the writer of a new one.
 
-    An invalid pack, or one whose source files have changed, is overwritten, as nothing can use it any more. Another
-    model's pack in a folder that the user named is left alone.
+    An invalid pack, or one whose source files have changed, is overwritten, because no engine can use it. Another
+    model's pack in a folder that the user named is not touched.
 
     Raises:
         AdapMoEError: `store_dir` holds another model's pack.
@@ -90,17 +90,17 @@ def open_or_pack(
     except PackOfAnother as error:
         if config.store_dir is not None:
             raise AdapMoEError(f"store_dir={config.store_dir!r}: {error}") from None
-        logger.info("Expert cache: packing %d experts anew: %s", experts, error)
+        logger.info("Expert cache: packing %d experts again: %s", experts, error)
     except (PackInvalid, PackOutdated) as error:
-        logger.warning("Expert cache: packing %d experts anew: %s", experts, error)
+        logger.warning("Expert cache: packing %d experts again: %s", experts, error)
     return PackWriter(path, identity, expert_bytes, sources)
 
 
-def say_how_long(writer: PackWriter) -> None:
+def log_packing_time(writer: PackWriter) -> None:
     """Logs how many bytes are to be packed, how fast the disk is, and advice if that takes too long."""
     if writer.bytes_packed:
         logger.info(
-            "Expert cache: %d layers (%.2f GiB) were packed by a start that was ended: going on after them",
+            "Expert cache: %d layers (%.2f GiB) were packed by an interrupted start; packing continues after them",
             len(writer.packed), writer.bytes_packed / GiB,
         )  # fmt: skip
     if not writer.bytes_left:
@@ -109,9 +109,9 @@ def say_how_long(writer: PackWriter) -> None:
     seconds, limit = writer.bytes_left / rate, envs.VLLM_ENGINE_READY_TIMEOUT_S
     log = logger.info if seconds < limit / 2 else logger.warning
     log(
-        "Expert cache: %.2f GiB to pack; the disk takes %.2f GB/s: at least %.0f s, and reading the model and bringing "
-        "it into the kernel's format come on top. A server waits %d s for its engine: set VLLM_ENGINE_READY_TIMEOUT_S "
-        "higher, or pack before it starts with `adapmoe pack`. A start that is ended goes on where the last one was",
+        "Expert cache: %.2f GiB to pack at %.2f GB/s of disk writes: at least %.0f s, plus the time to read the model "
+        "and convert it to the kernel's format. A server waits %d s for its engine: raise VLLM_ENGINE_READY_TIMEOUT_S, "
+        "or pack first with `adapmoe pack`. An interrupted start continues where it stopped",
         writer.bytes_left / GiB, rate / 1e9, seconds, limit,
     )  # fmt: skip
 
@@ -122,7 +122,7 @@ def check_store(config: AdapMoEConfig, vllm_config: VllmConfig, needed: bool) ->
     Args:
         config: the method's configuration; without `store_dir`, packs are in vLLM's cache.
         vllm_config: the engine's configuration.
-        needed: there are certainly fewer slots than experts. If not, the default folder need not be writable.
+        needed: whether there are certainly fewer slots than experts; if False, the default folder need not be writable.
 
     Raises:
         AdapMoEError: the folder cannot be written, or holds another model's pack; or the model cannot be identified.
@@ -138,11 +138,11 @@ def check_store(config: AdapMoEConfig, vllm_config: VllmConfig, needed: bool) ->
     problem = why_not_writable(packs_root(config.store_dir))
     if config.store_dir is None and problem is None:
         return  # the worker repacks what is not valid
-    missing = list(_packs_to_make(config, vllm_config))
+    packs_to_make = list(_packs_to_make(config, vllm_config))
     if problem is None:
         return
-    for path, reason in missing:
-        remedy = "name a folder that can be" if config.store_dir is not None else "set store_dir to one that can be"
+    for path, reason in packs_to_make:
+        remedy = f"{'set' if config.store_dir is None else 'change'} store_dir to a writable folder"
         raise AdapMoEError(f"{_setting(config)} cannot be written ({problem}), and {path.name} {reason}; {remedy}")
 
 
@@ -172,22 +172,22 @@ def _packs_to_make(config: AdapMoEConfig, vllm_config: VllmConfig) -> Iterator[t
             store.check_sources(sources)
             store.close()
         except PackMissing:
-            yield path, "is not there"
+            yield path, "does not exist"
         except (PackInvalid, PackOutdated) as error:
-            yield path, f"is to be made anew: {error}"
+            yield path, f"has to be packed again: {error}"
         except StoreError as error:
             if config.store_dir is not None:
                 raise AdapMoEError(f"store_dir={config.store_dir!r}: {error}") from None
-            yield path, f"is to be made anew: {error}"
+            yield path, f"has to be packed again: {error}"
 
 
-def warn_of_others(path: Path) -> None:
+def warn_if_replaceable(path: Path) -> None:
     """Warns if other users can replace the pack, and so decide which weights are served."""
-    others = others_who_may_write(path)
-    if others is not None:
+    writers = others_who_may_write(path)
+    if writers is not None:
         logger.warning(
-            "%s can be replaced by %s: whoever may write there decides which experts are served; chmod go-w, or set "
-            "another store_dir", path, others,
+            "%s can be replaced by %s: they decide which experts are served; run chmod go-w on it, or set "
+            "another store_dir", path, writers,
         )  # fmt: skip
 
 

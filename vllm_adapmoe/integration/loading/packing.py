@@ -25,7 +25,7 @@ def pack_experts(model: str, store_dir: str | None, **engine_args: Any) -> Path:
     except OneLineError:
         raise
     except Exception as error:  # vLLM, transformers and hubs raise errors of any type
-        raise AdapMoEError(f"model={model!r}: vLLM does not take it: {reason(error, lines=2)}") from None
+        raise AdapMoEError(f"model={model!r}: vLLM cannot load it: {reason(error, lines=2)}") from None
     experts, top_k = described.get_num_experts(), described.get_num_experts_per_tok() or 1
     # The fewest slots that one token needs: any cache with fewer slots than experts has a store.
     fraction = top_k / experts if top_k < experts else 0.5

@@ -47,17 +47,17 @@ def save_sharded_state(
     """
     names = PartNames(PATTERN if pattern is None else pattern)
     slots = {tensor.untyped_storage().data_ptr() for pool in cache.pools for tensor in pool.tensors.values()}
-    others = {
+    other_tensors = {
         name: tensor
         for name, tensor in model.state_dict().items()
         if tensor.untyped_storage().data_ptr() not in slots
     }  # fmt: skip
-    _save(others, path, names, max_size)
+    _save(other_tensors, path, names, max_size)
     for prefix, module in model.named_modules():
         if isinstance(module, CachedExperts):
-            own = module.state_dict()
+            state = module.state_dict()
             experts = read_layer(records, module.cache_layer)
-            _save({f"{prefix}.{name}": t for name, t in experts.items() if name in own}, path, names, max_size)
+            _save({f"{prefix}.{name}": t for name, t in experts.items() if name in state}, path, names, max_size)
 
 
 def _save(tensors: dict[str, torch.Tensor], path: str, names: PartNames, max_size: int | None) -> None:

@@ -1,4 +1,4 @@
-"""Replaces the weights of a running model: new experts go into the store, and slots drop the old ones."""
+"""Replaces the weights of a running model: writes the new experts into the store, and empties the slots."""
 
 from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import ExitStack
@@ -72,11 +72,11 @@ class WeightUpdate:
 
     Args:
         model: vLLM's model.
-        layers: its MoE layers.
+        layers: the MoE layers of `model`.
         cache: the cache of their experts; None if every expert is resident.
         records: where new experts are written; None if every expert is resident.
         config: the model's configuration, in which vLLM records the source of the weights.
-        made_up: whether the engine was started without a checkpoint (`load_format=dummy`).
+        dummy_weights: whether the engine was started without a checkpoint (`load_format=dummy`).
 
     Raises:
         AdapMoEError: this model's weights cannot be replaced.
@@ -93,14 +93,14 @@ class WeightUpdate:
         cache: ExpertCacheManager | None,
         records: RecordUpdate | None,
         config: ModelConfig,
-        made_up: bool,
+        dummy_weights: bool,
     ) -> None:
         self.model, self.layers, self.cache, self.records = model, layers, cache, records
-        own = next((layer for layer in layers if not layer.came_by_loader), None)
-        if own is not None and not made_up:
+        bypassed = next((layer for layer in layers if not layer.loaded_by_weight_loader), None)
+        if bypassed is not None and not dummy_weights:
             raise AdapMoEError(
-                f"{type(model).__name__} copies weights into {own.layer_name} by itself, past vLLM's reloading; "
-                "restart the engine to serve other weights"
+                f"{type(model).__name__} copies weights into {bypassed.layer_name} in its own code, which bypasses "
+                "vLLM's reloading; restart the engine to serve other weights"
             )
         if records is not None:
             records.prepare()
@@ -112,14 +112,14 @@ class WeightUpdate:
         self.device = layers[0].loading.device
         self._config = config
         self._source = {name: getattr(self._config, name) for name in SOURCE if hasattr(self._config, name)}
-        self._kept = [(tensor, tensor.clone()) for tensor in _never_on_meta(model)]
+        self._saved_tensors = [(tensor, tensor.clone()) for tensor in _never_on_meta(model)]
         self._put: set[int] = set()
         self._copied = False
         """Whether a tensor in the kernel's format has been copied over an old one."""
         self._loaded = False
-        """Whether vLLM has finished its part."""
+        """Whether vLLM has loaded and processed all weights of the update."""
         self._modules = dict(model.named_modules())
-        self.claimed: set[str] = set()
+        self.reported_names: set[str] = set()
         """Names of the parameters that the model reports as loaded."""
         if cache is not None:
             self._stack.enter_context(cache.quiet())
@@ -143,20 +143,25 @@ class WeightUpdate:
             AdapMoEError: some weights of the layer are missing, or have another format.
         """
         assert self.records is not None and self.cache is not None
-        missing = self.layers[layer].missing()
+        missing = self.layers[layer].missing_weight()
         if missing is not None:
-            raise AdapMoEError(f"{self.layers[layer].layer_name} has come without {missing}")
-        here = {name: (tensor.dtype, tuple(tensor.shape[1:])) for name, tensor in tensors.items()}
-        there = {piece.name: (piece.dtype, piece.shape) for piece in self.cache.store.layouts[layer].pieces}
-        if here != there:
-            raise AdapMoEError(f"{self.layers[layer].layer_name} has come in another format: {here} for {there}")
+            raise AdapMoEError(
+                f"{self.layers[layer].layer_name}: {missing} was not received; send every weight of a layer"
+            )
+        actual = {name: (tensor.dtype, tuple(tensor.shape[1:])) for name, tensor in tensors.items()}
+        expected = {piece.name: (piece.dtype, piece.shape) for piece in self.cache.store.layouts[layer].pieces}
+        if actual != expected:
+            raise AdapMoEError(
+                f"{self.layers[layer].layer_name}: the new experts have the format {actual}, the cache has {expected}; "
+                "send weights of the checkpoint's format"
+            )
         self._put.add(layer)
         self.records.put(layer, tensors)
 
     def check_shared(self, layer: Any, names: Any) -> None:
         """Does nothing: `ExpertLoading.check_shared` has checked the same parameters at the start."""
 
-    def noting(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
+    def watch_copies(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields weights in the kernel's format, and records that vLLM has begun to copy them over the old ones."""
         for name, tensor in weights:
             yield name, tensor
@@ -166,24 +171,24 @@ class WeightUpdate:
         """Checks parameters that the model reports as loaded.
 
         Raises:
-            AdapMoEError: the model copied one itself, bypassing vLLM's reloading, which loses the copy.
+            AdapMoEError: the model copied one in its own code, bypassing vLLM's reloading, which loses the copy.
         """
-        self.claimed |= names
+        self.reported_names |= names
         for name in sorted(names):
-            path, _, own = name.rpartition(".")
+            path, _, parameter = name.rpartition(".")
             module = self._modules.get(path)
-            if module is None or isinstance(module, CachedExperts) or own in SKIP_LOAD_TENSORS:
+            if module is None or isinstance(module, CachedExperts) or parameter in SKIP_LOAD_TENSORS:
                 continue
             info = get_layerwise_info(module)
-            tensor = getattr(module, own, None)
+            tensor = getattr(module, parameter, None)
             expected = info.can_load() and isinstance(tensor, torch.Tensor) and tensor.is_meta
-            if expected and own not in {loaded for loaded, _ in info.loaded_weights}:
-                raise self._copied_by_itself(name)
+            if expected and parameter not in {loaded for loaded, _ in info.loaded_weights}:
+                raise self._bypassed_reloading(name)
 
-    def _copied_by_itself(self, name: str) -> AdapMoEError:
+    def _bypassed_reloading(self, name: str) -> AdapMoEError:
         return AdapMoEError(
-            f"{type(self.model).__name__} copies {name} by itself, past vLLM's reloading; restart the engine to serve "
-            "other weights"
+            f"{type(self.model).__name__} copies {name} in its own code, which bypasses vLLM's reloading; restart the "
+            "engine to serve other weights"
         )
 
     # Ending the update
@@ -203,19 +208,22 @@ class WeightUpdate:
         for prefix, module in self.model.named_modules():
             if not isinstance(module, CachedExperts):
                 continue
-            missing = module.missing()
+            missing = module.missing_weight()
             if missing is not None:
-                raise AdapMoEError(f"{module.layer_name} has come without {missing}")
-            own = {name for name in self.claimed if name.startswith(f"{prefix}.")}
-            if own and not module.reloaded:
-                raise self._copied_by_itself(min(own))
-        came = [layer.reloaded or layer.cache_layer in self._put for layer in self.layers]
-        if any(came) and not all(came):
-            raise AdapMoEError(f"the experts of {self.layers[came.index(False)].layer_name} have not come")
-        self._leave()
-        if any(came) and self.records is not None:
+                raise AdapMoEError(f"{module.layer_name}: {missing} was not received; send every weight of a layer")
+            reported = {name for name in self.reported_names if name.startswith(f"{prefix}.")}
+            if reported and not module.reloaded:
+                raise self._bypassed_reloading(min(reported))
+        received = [layer.reloaded or layer.cache_layer in self._put for layer in self.layers]
+        if any(received) and not all(received):
+            raise AdapMoEError(
+                f"the experts of {self.layers[received.index(False)].layer_name} were not received, those of other "
+                "layers were; send all layers or none"
+            )
+        self._close()
+        if any(received) and self.records is not None:
             self.records.serve()
-        return any(came)
+        return any(received)
 
     def abort(self) -> bool:
         """Restores the model's tensors; returns whether all of them hold the old weights."""
@@ -228,14 +236,14 @@ class WeightUpdate:
             if info.kernel_tensors is not None:
                 _place_kernel_tensors(module, info)
             info.reset()
-        for tensor, before in self._kept:
+        for tensor, before in self._saved_tensors:
             tensor.copy_(before)
         for name, value in self._source.items():
             setattr(self._config, name, value)
-        self._leave()
+        self._close()
         return as_before
 
-    def _leave(self) -> None:
+    def _close(self) -> None:
         self._stack.close()
         for layer in self.layers:
             layer.end_reload()
@@ -249,7 +257,7 @@ SOURCE = ("model", "model_weights", "revision")
 
 
 def _never_on_meta(model: nn.Module) -> Iterator[torch.Tensor]:
-    """Yields tensors that vLLM's reloading never moves to meta, and so overwrites immediately."""
+    """Yields tensors that vLLM's reloading never moves to the meta device, and so overwrites immediately."""
     for module in model.modules():
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if name in SKIP_TENSORS:

@@ -61,17 +61,17 @@ class Engine:
             defaults |= forcing_arguments()
         self.llm = LLM(str(model), **(defaults | method | engine_args))
 
-    def params(self, tokens: int, forced: list[int] | None = None, **others: Any) -> SamplingParams:
+    def params(self, tokens: int, forced: list[int] | None = None, **arguments: Any) -> SamplingParams:
         """Returns parameters for greedy sampling of exactly `tokens` tokens.
 
         Args:
             tokens: number of output tokens.
             forced: tokens to output instead of the model's; None: the model's. Needs an engine made with `forced`.
-            others: further arguments of `SamplingParams`.
+            arguments: further arguments of `SamplingParams`.
         """
         given = {} if forced is None else forced_sampling(self.llm.llm_engine.vllm_config, forced)
         return SamplingParams(
-            max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False, **(given | others)
+            max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False, **(given | arguments)
         )  # fmt: skip
 
     def generate(
@@ -155,7 +155,7 @@ def describe_model(model: Path) -> ModelInfo:
     config = arguments.create_model_config()
     if config.runner_type != "generate":
         raise AdapMoEError(
-            f"model={str(model)!r} is a pooling model, which predicts no token: there is no loss to measure; "
+            f"model={str(model)!r} is a pooling model, which samples no tokens, so that no loss can be measured; "
             "serve it without a profile"
         )
     return model_info(config).model_copy(update={"hash": model_hash(config, arguments.create_load_config())})

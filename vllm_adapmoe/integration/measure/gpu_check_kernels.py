@@ -95,9 +95,9 @@ def compare(device: torch.device, dtype: torch.dtype, seed: int) -> list[Case]:
     cases = []
     for slots in POOLS:
         chosen = torch.randperm(slots, generator=generator, device=device)[:EXPERTS]
-        pool = tuple(one.new_full((slots, *one.shape[1:]), float("nan")) for one in (w1, w2))
-        for part, one in zip(pool, (w1, w2), strict=True):
-            part[chosen] = one
+        pool = tuple(weight.new_full((slots, *weight.shape[1:]), float("nan")) for weight in (w1, w2))
+        for part, weight in zip(pool, (w1, w2), strict=True):
+            part[chosen] = weight
         row_of = torch.cat((chosen.int(), chosen.new_full((1,), -1, dtype=torch.int32)))
         kernel = Kernel((pool[0], pool[1]), on_slots=True)
         for tokens in TOKENS:
@@ -107,13 +107,13 @@ def compare(device: torch.device, dtype: torch.dtype, seed: int) -> list[Case]:
             ids = order[:, :TOP_K].int().contiguous()
             dropped = torch.rand(tokens, TOP_K, generator=generator, device=device) < DROPPED
             output, expected = kernel.run(x, weights, ids, row_of), _reference(x, weights, ids, w1, w2)
-            kept = whole.run(x, weights * ~dropped, ids)
+            masked = whole.run(x, weights * ~dropped, ids)
             error = (output.double() - expected).abs().max() / expected.abs().max()
             cases.append(
                 Case(
                     slots, tokens, float(error) if bool(output.isfinite().all()) else float("inf"),
                     torch.equal(output, whole.run(x, weights, ids)),
-                    torch.equal(kernel.run(x, weights, ids.masked_fill(dropped, EXPERTS), row_of), kept),
+                    torch.equal(kernel.run(x, weights, ids.masked_fill(dropped, EXPERTS), row_of), masked),
                     not kernel.run(x, weights, torch.full_like(ids, EXPERTS), row_of).any(),
                 )
             )  # fmt: skip

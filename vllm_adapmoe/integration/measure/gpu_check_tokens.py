@@ -56,7 +56,7 @@ def main() -> None:
     arguments |= {"kv_cache_memory_bytes": KV_CACHE_BYTES} | device_arguments(spec.device_bytes)
     with Engine(spec.model, spec.adapmoe, forced=True, **(arguments | (spec.arguments or {}))) as engine:
         config = engine.llm.llm_engine.vllm_config
-        said: dict[str, Any] = {
+        results: dict[str, Any] = {
             "runner": "V2" if config.use_v2_model_runner else "V1",
             "graphs": str(config.compilation_config.cudagraph_mode),
             "kernels": engine.llm.collective_rpc(_kernels)[0],
@@ -64,15 +64,15 @@ def main() -> None:
             "together": _answers(engine, spec.prompts, spec.tokens),
         }
         if spec.forced is not None:
-            said["forced"] = _forced(engine, spec.prompts, spec.forced)
-            said["forced_again"] = _forced(engine, spec.prompts, spec.forced)
+            results["forced"] = _forced(engine, spec.prompts, spec.forced)
+            results["forced_again"] = _forced(engine, spec.prompts, spec.forced)
         if spec.noise is not None:
-            answers = [tokens for tokens, _ in said["alone"]]
-            said["forced"] = _forced(engine, spec.prompts, answers)
+            answers = [tokens for tokens, _ in results["alone"]]
+            results["forced"] = _forced(engine, spec.prompts, answers)
             engine.llm.collective_rpc(_add_noise, args=(spec.noise,))
-            said["noisy"] = _forced(engine, spec.prompts, answers)
-        said["cache"] = engine.cache_stats()
-    print(f"\n{MARK}{json.dumps(said)}", flush=True)
+            results["noisy"] = _forced(engine, spec.prompts, answers)
+        results["cache"] = engine.cache_stats()
+    print(f"\n{MARK}{json.dumps(results)}", flush=True)
 
 
 def _answers(

@@ -27,7 +27,7 @@ class RoutingProbe:
     def __init__(self, layers: list[CachedExperts], model: torch.nn.Module, runners: dict[str, Any]) -> None:
         self.layers = layers
         self.recording = True
-        self.disturbed: int | None = None
+        self.perturbed: int | None = None
         self.step = 0.0
         self.sums: list[Sums] = [{} for _ in layers]
         self.predicted: dict[tuple[int, int], torch.Tensor] = {}
@@ -128,7 +128,7 @@ class LayerProbe:
         if probe.fits:
             rows = slice(None) if real is None else real
             probe.fit(self.index, x[rows], ids[rows], _sequence_starts(len(ids))[rows])
-        if probe.disturbed != self.index:
+        if probe.perturbed != self.index:
             return weights
         counts = torch.full((len(ids),), half(ids.shape[1]), device=weights.device)
         return weights + probe.step * (settle(weights, keep_most(weights, counts)).weights - weights)

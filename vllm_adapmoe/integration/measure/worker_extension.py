@@ -1,4 +1,4 @@
-"""MeasuredWorker: what calibration, evaluation and benchmarks ask of a worker, as vLLM's `worker_extension_cls`."""
+"""MeasuredWorker: worker methods for calibration, evaluation and benchmarks, as vLLM's `worker_extension_cls`."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -52,8 +52,8 @@ class MeasuredWorker:
         """
         if plan is not None and self.runs_stock_layers and not self.model_config.enforce_eager:
             raise AdapMoEError(
-                "gating is not in the compiled model of an engine that started without it, with every expert resident; "
-                "start it with gating, or with enforce_eager=True"
+                "gating is not in the compiled model, because the engine started without it and with all experts "
+                "resident; start it with gating, or with enforce_eager=True"
             )
         in_place = self.device_only is not None and self.device_only.in_place is not None
         if in_place and self.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
@@ -95,10 +95,10 @@ class MeasuredWorker:
         self.probes = self.routing_probe.of_layers
         self.bind_layers()
 
-    def probe_layer(self, recording: bool, disturbed: int | None = None, step: float = 0.0) -> None:
+    def probe_layer(self, recording: bool, perturbed: int | None = None, step: float = 0.0) -> None:
         """Configures the probe: whether to record, and which layer to move `step` of the way to half its experts."""
         probe = self.routing_probe
-        probe.recording, probe.disturbed, probe.step = recording, disturbed, step
+        probe.recording, probe.perturbed, probe.step = recording, perturbed, step
 
     def read_probe(self) -> list[dict[str, list]]:
         """Returns the sums of each layer since the last call."""

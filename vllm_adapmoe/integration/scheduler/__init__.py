@@ -1,1 +1,1 @@
-"""Schedulers that take the expert cache into account, and the metrics in the front end."""
+"""Cache-aware schedulers, and the metrics in the front end."""

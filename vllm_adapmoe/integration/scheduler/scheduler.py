@@ -62,8 +62,8 @@ class ExpertCacheScheduler(Scheduler):
             self._ran_at[name] = now
             self._waiting_since.pop(name, None)
         for name in output.finished_req_ids:
-            for known in (self._ran_at, self._waiting_since, self._expected):
-                known.pop(name, None)
+            for times in (self._ran_at, self._waiting_since, self._expected):
+                times.pop(name, None)
         return output
 
     def _hold(self, now: float) -> bool:
@@ -115,7 +115,7 @@ class ExpertCacheScheduler(Scheduler):
             Decoding(name, self._expected.get(name), now - self._ran_at.setdefault(name, now), self._priority(request))
             for name, request in requests.items()
         ]
-        held = held_back(
+        held_requests = held_back(
             decoding,
             self._report.resident,
             self._report.slots,
@@ -124,10 +124,10 @@ class ExpertCacheScheduler(Scheduler):
             # A request held back now is considered again only after this step.
             max(0.0, self.holding.max_affinity_delay_ms / 1000 - self.prices.decode_step),
         )
-        for name in held:
+        for name in held_requests:
             request = requests[name]
             request.next_decode_eligible_step = max(request.next_decode_eligible_step, self.current_step + 2)
-        return len(held)
+        return len(held_requests)
 
     # Output of the worker
 
@@ -143,8 +143,8 @@ class ExpertCacheScheduler(Scheduler):
         failed = self._finish_failed(report.failed_requests)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for request in failed:
-            of_client = outputs.setdefault(request.client_index, EngineCoreOutputs())
-            of_client.outputs.append(
+            client_outputs = outputs.setdefault(request.client_index, EngineCoreOutputs())
+            client_outputs.outputs.append(
                 EngineCoreOutput(
                     request_id=request.request_id,
                     new_token_ids=[],
@@ -156,12 +156,12 @@ class ExpertCacheScheduler(Scheduler):
 
     def _finish_failed(self, request_ids: Collection[str]) -> list[Request]:
         """Ends requests whose experts could not be read, before any output of their last step is used."""
-        known = [request_id for request_id in request_ids if request_id in self.requests]
-        for request_id in known:
+        known_ids = [request_id for request_id in request_ids if request_id in self.requests]
+        for request_id in known_ids:
             # The step wrote wrong values, which must not be reused as a cached prefix.
             for blocks in self.kv_cache_manager.get_block_ids(request_id):
                 self.kv_cache_manager.evict_blocks(set(blocks))
-        return self.finish_requests(known, RequestStatus.FINISHED_ERROR) if known else []
+        return self.finish_requests(known_ids, RequestStatus.FINISHED_ERROR) if known_ids else []
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         stats = super().make_stats(*args, **kwargs)

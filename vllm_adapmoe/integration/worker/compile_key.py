@@ -1,4 +1,4 @@
-"""Adds to the key of vLLM's compile cache what a model's configuration does not determine."""
+"""Extends the key of vLLM's compile cache by how the MoE blocks are traced."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
 KEY = "adapmoe_traced"
 
 
-def note_what_is_traced(
+def record_traced_layers(
     vllm_config: VllmConfig, model: torch.nn.Module, layers: Sequence[CachedExperts], split: bool
 ) -> None:
     """Records in the configuration how `torch.compile` will trace the MoE blocks, so that it enters the cache key.
@@ -28,7 +28,9 @@ def note_what_is_traced(
         split: whether MoE blocks are split off from CUDA graphs.
     """
     traced = {"own": [index for index, layer in enumerate(layers) if not layer.is_stock], "split": split}
-    held: list[Any] = [getattr(module, "vllm_config", None) for module in model.modules()]
-    for config in [vllm_config, *(one for one in held if isinstance(one, VllmConfig))]:
+    of_modules: list[Any] = [getattr(module, "vllm_config", None) for module in model.modules()]
+    for config in (vllm_config, *of_modules):
+        if not isinstance(config, VllmConfig):
+            continue
         assert isinstance(config.additional_config, dict)
         config.additional_config[KEY] = traced

@@ -77,15 +77,15 @@ def _obstacle(
     device: torch.device,
 ) -> str | None:
     if config.gating.mode == "batch":
-        return "gating.mode=batch asks the host what is resident"
+        return "gating.mode=batch needs to know on the host which experts are resident"
     if config.trace_out is not None:
-        return "trace_out records what the host sees"
+        return "trace_out records routing on the host"
     if config.link_gbps is not None:
-        return "link_gbps limits what is fetched, not what is read in place"
+        return "link_gbps limits fetches, not reads in place"
     if vllm_config.parallel_config.enable_expert_parallel:
-        return "with expert parallelism a rank has a part of the experts only"
+        return "with expert parallelism a rank has only a part of the experts"
     if device.type == "cuda" and not readable_in_place():
-        return "this GPU cannot use the host's addresses"
+        return "this GPU cannot read host memory by the host's addresses"
     for layer in layers:
         if (reason := in_place_obstacle(layer, cache)) is not None:
             return f"{layer.layer_name}: {reason}"

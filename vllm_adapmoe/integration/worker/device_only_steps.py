@@ -15,7 +15,7 @@ from vllm_adapmoe.device.in_place import InPlaceDecode
 from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
 from vllm_adapmoe.integration.layers.graph_break import break_graph_at, graphs_in_pieces, graphs_without_host
 from vllm_adapmoe.integration.layers.mapped_experts import MappedExperts
-from vllm_adapmoe.integration.loading.expert_loading import slots_device
+from vllm_adapmoe.integration.loading.slot_pools import slots_device
 from vllm_adapmoe.integration.settings import EngineSettings
 from vllm_adapmoe.integration.worker.current_step import CurrentStep, Requests
 from vllm_adapmoe.integration.worker.decode_path import choose_decode
@@ -82,10 +82,10 @@ class DeviceOnlySteps:
     def step(self, tokens: int, current: CurrentStep) -> Iterator[None]:
         """Surrounds the launch of a step of `tokens` tokens."""
         if self.in_place is not None and tokens <= self.routing.tokens and self._all_on_device():
-            about: Requests = []
-            with self.in_place.step(tokens, about):
+            requests: Requests = []
+            with self.in_place.step(tokens, requests):
                 yield
-                about += current.requests()
+                requests += current.requests()
             return
         self.routing.layers.clear()  # drop entries of graph capture
         yield

@@ -31,7 +31,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _harmless(
+def _disabled_by_errors(
     method: "Callable[Concatenate[ExpertPredictor, P], T]",
 ) -> "Callable[Concatenate[ExpertPredictor, P], T | None]":
     """Wraps a method so that an error disables predictions from then on instead of ending the step."""
@@ -93,7 +93,9 @@ class ExpertPredictor:
         self.routers = routers
         self.top_k = max(layer.top_k for layer in layers)
         if heads is not None and [head.shape[1:] for head in heads] != [(count,) for count in routers.num_experts]:
-            logger.warning("Expert cache: the profile's next-token heads are not of this model's shape, and not used")
+            logger.warning(
+                "Expert cache: the profile's next-token heads have another shape than this model, and are not used"
+            )
             heads = first = None
         self.heads = heads
         self._first_head = first
@@ -102,8 +104,8 @@ class ExpertPredictor:
         self.first: torch.Tensor | None = None
         self.last_rows: torch.Tensor | None = None
         """Index of each request's last row in the current step; None: every row is a last row."""
-        self.begun: np.ndarray | None = None
-        """Experts expected for the step before it began."""
+        self.expected_at_start: np.ndarray | None = None
+        """Experts that the step is expected to use, predicted before it begins."""
         self._first_layer: HostCopy | None = None
         """First-layer prediction from the last step's hidden states, in flight to the host."""
 
@@ -142,24 +144,26 @@ class ExpertPredictor:
 
     def give_up(self, error: Exception) -> None:
         """Stops predicting and recording for good, and logs the error."""
-        logger.error("Expert cache: a prediction failed, and there are none any more", exc_info=error)
+        logger.error("Expert cache: a prediction failed; predictions are off until the engine restarts", exc_info=error)
         self.failed = True
-        self.cache = self.heads = self.experts = self.first = self.begun = self._first_layer = None
+        self.cache = self.heads = self.experts = self.first = self.expected_at_start = self._first_layer = None
         if self.recorder is not None:
             self.recorder.give_up()
             self.recorder = None
 
-    @_harmless
+    @_disabled_by_errors
     def begin_step(self, rows: Mapping[str, int]) -> None:
         """Prefetches for the first layers of a step about to run; `rows`: number of rows of each request."""
         self._take_first_layer()
         self._first_layer = None  # a prediction that has not arrived by now is too late
-        self.begun = None if self.experts is None else self.experts.of_any(list(rows), self.lookahead)
+        self.expected_at_start = None if self.experts is None else self.experts.of_any(list(rows), self.lookahead)
         if self.cache is not None:
             prompt_tokens = sum(count for count in rows.values() if count > 1)
-            self.cache.prefetch_first_layers(prompt_tokens, () if self.begun is None else list(self.begun))
+            self.cache.prefetch_first_layers(
+                prompt_tokens, () if self.expected_at_start is None else list(self.expected_at_start)
+            )
 
-    @_harmless
+    @_disabled_by_errors
     def predict(
         self,
         index: int,
@@ -187,27 +191,27 @@ class ExpertPredictor:
         if self.heads is not None:  # not in `_prefetch`: the victims of this event depend on it
             last = self.last_rows
             if outputs is not None:
-                heads = outputs if last is None else outputs[last.numpy()]
+                head_outputs = outputs if last is None else outputs[last.numpy()]
             else:
-                heads = stack.outputs(x if last is None else x[last.to(x.device)])
-            expected = chance_of_any(heads[:, stack.width :])
+                head_outputs = stack.outputs(x if last is None else x[last.to(x.device)])
+            expected = chance_of_any(head_outputs[:, stack.width :])
             if self.experts is not None:
-                self.experts.predicted(index, heads[:, stack.width :])
+                self.experts.predicted(index, head_outputs[:, stack.width :])
             if last is None and len(x) <= SAMPLE:
-                outputs = heads
+                outputs = head_outputs
         elif self.experts is not None:
             self.experts.used(index, (ids if self.last_rows is None else ids[self.last_rows]).numpy())
         return LayerPrediction(expected, partial(self._prefetch, index, x, weights, ids, keep_mask, expected, outputs))
 
-    @_harmless
+    @_disabled_by_errors
     def product(self, index: int, x: torch.Tensor) -> torch.Tensor | None:
         """Computes on the device what `predict` needs of a decode step's input, to be copied with the routing."""
         stack = self.stacks[index]
-        wanted = self.heads is not None or ((self.cache is not None or self.recorder is not None) and any(stack.slices))
-        return stack.product(x) if wanted and len(x) <= SAMPLE else None
+        needed = self.heads is not None or ((self.cache is not None or self.recorder is not None) and any(stack.slices))
+        return stack.product(x) if needed and len(x) <= SAMPLE else None
 
-    @_harmless
-    def pass_first_layer(self) -> None:
+    @_disabled_by_errors
+    def skip_first_layer(self) -> None:
         """Begins a step whose first layer ran without the host, so that nothing is predicted from it."""
         self._read_requests(None)
 
@@ -221,9 +225,9 @@ class ExpertPredictor:
         if self.experts is not None:
             self.experts.begin([name for name, _, _ in requests])
         if self.recorder is not None and tokens is not None:
-            self.recorder.begin(requests, tokens, self.begun)
+            self.recorder.begin(requests, tokens, self.expected_at_start)
 
-    @_harmless
+    @_disabled_by_errors
     def _prefetch(
         self,
         index: int,
@@ -257,7 +261,7 @@ class ExpertPredictor:
                 index, {distance: predict_experts(distance) for distance in range(1, len(stack.slices) + 1)}
             )
 
-    @_harmless
+    @_disabled_by_errors
     def end_step(self, hidden: torch.Tensor) -> None:
         """Predicts the first layer of the next step, after the model has run.
 
@@ -282,7 +286,7 @@ class ExpertPredictor:
             self.recorder.add_predictions(-1, {1: predicted})
             self.recorder.end()
 
-    @_harmless
+    @_disabled_by_errors
     def record_in_place(self, requests: Requests, ids: np.ndarray) -> None:
         """Records the experts that requests used in a step that ran without the host.
 

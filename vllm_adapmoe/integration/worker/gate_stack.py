@@ -36,7 +36,7 @@ class GateStack:
             self.slices.append(slice(end, end + len(gate.bias)))
             end += len(gate.bias)
         self.width = end
-        """Number of columns of all gates; the head's columns come after them."""
+        """Number of columns of all gates; followed by the head's columns."""
         if head is not None:
             weights.append(_of_height(torch.from_numpy(head[:-1]).to(device), hidden))
             biases.append(torch.from_numpy(head[-1]).to(device))

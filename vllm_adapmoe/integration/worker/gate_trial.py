@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 
 STEP = 16.0
-"""Length of the probe vectors: the longer, the less precision is lost beside a large bias in bf16."""
+"""Length of the probe vectors: the longer, the less precision is lost against a large bias in bf16."""
 LENGTHS = (0.5, 1.0, 2.0, 4.0)
 """Lengths of random test inputs; several, because a router that normalises its input is linear at a fixed length."""
 TOLERANCE = 0.05
@@ -20,7 +20,7 @@ ROWS = 512
 
 
 class Unpredictable(Exception):
-    """Raised for a router whose choice cannot be predicted; the text says why."""
+    """Raised for a router whose choice cannot be predicted; the message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,15 @@ def try_gate(gate: torch.nn.Module, hidden: int, experts: int, dtype: torch.dtyp
         Unpredictable: it is sharded, takes another input, does not return one logit per expert, or is not linear.
     """
     if any(isinstance(part, ColumnParallelLinear | RowParallelLinear) and part.tp_size > 1 for part in gate.modules()):
-        raise Unpredictable("it is shared out to several ranks")
+        raise Unpredictable("it is sharded over several ranks")
     width = _input_size(gate, hidden)
     if width > hidden:
-        raise Unpredictable(f"it sees {width} values of a token, the experts {hidden}")
+        raise Unpredictable(f"its input has {width} values per token, the experts' {hidden}")
     with _restored(gate), torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
         failed: list[Exception] = []
-        for each in _dtypes(gate, dtype):
+        for candidate in _dtypes(gate, dtype):
             try:
-                return _read(gate, width, hidden, experts, each, device)
+                return _read(gate, width, hidden, experts, candidate, device)
             except Unpredictable:
                 raise
             except Exception as error:  # a model's router may raise anything when called outside the model
@@ -79,9 +79,9 @@ def _read(
         output = gate(x)
         output = output[0] if isinstance(output, tuple) else output
         if not isinstance(output, torch.Tensor) or not output.is_floating_point() or output.dim() != 2:
-            raise Unpredictable("it gives no logits")
+            raise Unpredictable("it returns no logits")
         if output.shape != (len(x), experts):
-            raise Unpredictable(f"it gives {output.shape[1]} logits for {experts} experts")
+            raise Unpredictable(f"it returns {output.shape[1]} logits for {experts} experts")
         return output.float()
 
     bias = logits(torch.zeros(1, width, dtype=dtype, device=device))[0].clone()
@@ -95,9 +95,9 @@ def _read(
         rows[start : start + count] = (plus - minus) / (2 * STEP)
     x = torch.randn(2 * len(LENGTHS), width, generator=torch.Generator().manual_seed(0))
     x = (x * torch.tensor(LENGTHS).repeat(2).unsqueeze(1)).to(device, dtype)
-    said = x.float() @ rows
-    error = logits(x) - bias - said
-    if not _rms(error) <= TOLERANCE * _rms(said):  # `not <=`, so that NaN counts as not linear
+    predicted = x.float() @ rows
+    error = logits(x) - bias - predicted
+    if not _rms(error) <= TOLERANCE * _rms(predicted):  # `not <=`, so that NaN counts as not linear
         raise Unpredictable("it is not linear")
     return LinearGate(pad(rows, (0, 0, 0, hidden - width)), bias)
 
@@ -121,16 +121,16 @@ def _restored(gate: torch.nn.Module) -> Iterator[None]:
     """Reverts changes to a module after the context: attributes, and the contents of parameters and buffers."""
     tensors = [(tensor, tensor.clone()) for tensor in (*gate.parameters(), *gate.buffers())]
     attributes = [
-        (held, dict(held))
+        (namespace, dict(namespace))
         for part in gate.modules()
-        for held in (part.__dict__, part.__dict__["_parameters"], part.__dict__["_buffers"])
+        for namespace in (part.__dict__, part.__dict__["_parameters"], part.__dict__["_buffers"])
     ]
     try:
         yield
     finally:
-        for held, before in attributes:
-            held.clear()
-            held.update(before)
+        for namespace, before in attributes:
+            namespace.clear()
+            namespace.update(before)
         for tensor, contents in tensors:
             if not torch.equal(tensor, contents):
                 tensor.copy_(contents)

@@ -63,16 +63,16 @@ class Routers:
         """
         runner, block, correction = self.runners[index], self._blocks[index], self.corrections[index]
         if getattr(runner.router, "_hash_indices_table", None) is not None:
-            raise Unpredictable("the token's id decides")
+            raise Unpredictable("the token's id selects the experts")
         if correction is not None and correction.shape != (self.num_experts[index],):
-            raise Unpredictable(f"it ranks {len(correction)} choices, of {self.num_experts[index]} experts")
+            raise Unpredictable(f"its correction has {len(correction)} entries for {self.num_experts[index]} experts")
         gate = runner.gate
         if gate is None and runner.routed_input_transform is not None:
-            raise Unpredictable("it sees another input than the experts")
+            raise Unpredictable("its input differs from the experts' input")
         if gate is None and block is not None:
             gate = getattr(block, "gate", None) or getattr(block, "router", None)
         if not isinstance(gate, torch.nn.Module):
-            raise Unpredictable("no router is beside the experts")
+            raise Unpredictable("the block has no gate or router module")
         return gate
 
     def report(self) -> None:
@@ -82,8 +82,8 @@ class Routers:
         layers: dict[str, list[int]] = {}
         for index, reason in sorted(self._reasons.items()):
             layers.setdefault(reason, []).append(index)
-        said = "; ".join(f"{ranges(its)} ({reason})" for reason, its in layers.items())
-        logger.warning("Expert cache: nothing is predicted of MoE layers %s", said)
+        text = "; ".join(f"{ranges(indices)} ({reason})" for reason, indices in layers.items())
+        logger.warning("Expert cache: no predictions for MoE layers %s", text)
 
 
 def ranges(numbers: Sequence[int]) -> str:

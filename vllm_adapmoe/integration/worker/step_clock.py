@@ -38,16 +38,16 @@ class StepClock:
             self._spare.append(self._begun)
         self._begun = self._mark()
 
-    def stop(self, about: Any) -> None:
+    def stop(self, payload: Any) -> None:
         """Marks that the step has been launched; `finished` yields `about` with its time."""
         assert self._begun is not None
-        self._flights.append((self._begun, self._mark(), about))
+        self._flights.append((self._begun, self._mark(), payload))
         self._begun = None
 
     def finished(self) -> Iterator[tuple[float, Any]]:
         """Yields seconds and `about` of steps finished since the last call, oldest first."""
         while self._flights:
-            first, last, about = self._flights[0]
+            first, last, payload = self._flights[0]
             if self._on_host:
                 seconds = last - first
             elif last.query():  # which implies the first, recorded before it on the same stream
@@ -56,7 +56,7 @@ class StepClock:
             else:
                 return
             self._flights.popleft()
-            yield seconds, about
+            yield seconds, payload
 
     def _mark(self) -> Any:
         if self._on_host:

@@ -25,7 +25,7 @@ class StepRecorder:
         self.top_k = top_k
         self._step: Step | None = None
         """Step being recorded, or not yet written to the trace."""
-        self._whole = False
+        self._complete = False
         """Whether all layers of the step are recorded."""
 
     def begin(self, requests: Requests, tokens: int, predicted_before: np.ndarray | None) -> None:
@@ -34,7 +34,7 @@ class StepRecorder:
         `predicted_before`: experts expected for the step before it began, as in `Step.begin`; None: not predicted.
         """
         self.end()
-        self._whole = False
+        self._complete = False
         self._step = Step(
             seconds=time.monotonic(),
             requests=[name for name, _, rows in requests for _ in range(rows)],
@@ -66,7 +66,7 @@ class StepRecorder:
         step.weights[index, :, :chosen] = np.where(keep_mask, np.maximum(weights, 1e-6), 0)
         if expected is not None:
             step.expected[index] = expected
-        self._whole = index == self.layers - 1
+        self._complete = index == self.layers - 1
 
     def add_predictions(self, index: int, by_distance: Mapping[int, PredictedExperts | None]) -> None:
         """Records the predictions made at a layer, by number of layers ahead; layer -1: at the end of the step."""
@@ -77,7 +77,7 @@ class StepRecorder:
 
     def end(self) -> None:
         """Writes the step to the trace, if all of its layers are recorded."""
-        if self._step is not None and self._whole:
+        if self._step is not None and self._complete:
             self.trace.add(self._step)
         self._step = None
 

@@ -14,8 +14,8 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
-from vllm_adapmoe.integration.loading.expert_loading import slots_device
 from vllm_adapmoe.integration.loading.sharded_state import save_sharded_state
+from vllm_adapmoe.integration.loading.slot_pools import slots_device
 from vllm_adapmoe.integration.loading.weight_update import RecordUpdate, Weights, WeightUpdate
 from vllm_adapmoe.integration.worker.device_only_steps import DeviceOnlySteps
 from vllm_adapmoe.integration.worker.expert_predictor import ExpertPredictor
@@ -30,7 +30,7 @@ READ_SLOTS = {
     "compute_weight_checksums": "compare what save_sharded_state writes",
     "reset_weights": "replace the weights with reload_weights",
 }
-"""Methods of vLLM's worker that would take slots for weights, and their replacements; the last two since 0.33."""
+"""Methods of vLLM's worker that would treat slots as weights, and their replacements; the last two since 0.33."""
 
 
 class UpdatedWorker(Worker):
@@ -47,7 +47,7 @@ class UpdatedWorker(Worker):
     _update: WeightUpdate | None = None
     """Weight update in progress; None if there is none."""
     _records: RecordUpdate | None = None
-    _made_up: bool
+    _dummy_weights: bool
     """Whether the engine was started with dummy weights, without a checkpoint."""
     broken: str | None = None
     """Reason why the weights are a mixture of old and new ones; None if they are consistent."""
@@ -56,8 +56,8 @@ class UpdatedWorker(Worker):
         """Replaces the weights like `GPUModelRunner.reload_weights`, experts included.
 
         Raises:
-            AdapMoEError: the update failed; the line says what is served from now on: the old weights, or nothing until
-                another update has replaced all of them.
+            AdapMoEError: the update failed; the message names what is served from now on: the old weights, or nothing
+                until another update has replaced all of them.
         """
         self._reload_weights(*args, **kwargs)
 
@@ -74,14 +74,14 @@ class UpdatedWorker(Worker):
         def reload() -> None:
             weights = weights_iterator
             if not is_checkpoint_format and weights is not None:
-                weights = update.noting(weights)
+                weights = update.watch_copies(weights)
             with torch.no_grad():  # vLLM copies weights in the kernel's format into parameters with gradients
                 super(UpdatedWorker, self).reload_weights(
                     weights_iterator=weights, weights_path=weights_path, is_checkpoint_format=is_checkpoint_format
                 )
             self._finish(update)
 
-        self._or_abort("reload_weights", reload)
+        self._run_or_abort("reload_weights", reload)
 
     def _check_parameters(self, call: str, remedy: str) -> None:
         """Checks that the kernels read the parameters, so that weights may be written into them.
@@ -116,7 +116,7 @@ class UpdatedWorker(Worker):
                 super(UpdatedWorker, self).finish_weight_update()
                 raise self._in_place()
 
-        self._or_abort("start_weight_update", start)
+        self._run_or_abort("start_weight_update", start)
 
     def update_weights(self, update_info: dict | list[dict]) -> None:
         """Receives weights of an update in progress, like vLLM's method.
@@ -127,7 +127,7 @@ class UpdatedWorker(Worker):
         update: Callable[[], None] = lambda: super(UpdatedWorker, self).update_weights(update_info)  # noqa: E731
         if self._update is None:
             update()  # raises vLLM's error
-        self._or_abort("update_weights", update)
+        self._run_or_abort("update_weights", update)
 
     def finish_weight_update(self) -> None:
         """Completes a weight update, like vLLM's method.
@@ -143,7 +143,7 @@ class UpdatedWorker(Worker):
 
         if self._update is None:
             super().finish_weight_update()  # raises vLLM's error
-        self._or_abort("finish_weight_update", finish)
+        self._run_or_abort("finish_weight_update", finish)
 
     def save_sharded_state(self, path: str, pattern: str | None = None, max_size: int | None = None) -> None:
         """Saves a sharded state like vLLM's method, with experts from the store where parameters are slots.
@@ -180,7 +180,7 @@ class UpdatedWorker(Worker):
 
         def refuse(call: str, remedy: str, *args: Any, **kwargs: Any) -> None:
             raise AdapMoEError(
-                f"{call} takes a model's parameters for its weights, and experts are in slots here; {remedy}, or start "
+                f"{call} reads or writes parameters, which hold slots instead of weights; {remedy}, or start "
                 "with a slot for every expert"
             )
 
@@ -203,7 +203,7 @@ class UpdatedWorker(Worker):
 
     def _begin_update(self, call: str) -> WeightUpdate:
         if self._update is not None:
-            raise AdapMoEError(f"{call}: another update of the weights is under way; call finish_weight_update first")
+            raise AdapMoEError(f"{call}: another weight update is in progress; call finish_weight_update first")
         cache = self.expert_cache
         if self.device_only is not None:
             torch.accelerator.synchronize()
@@ -211,17 +211,17 @@ class UpdatedWorker(Worker):
         if cache is not None and self._records is None:
             self._records = RecordUpdate(cache)
         model: nn.Module = self.model_runner.get_model()
-        update, said = None, "another rank cannot take new weights"
+        update, reason = None, "another rank cannot replace its weights"
         try:
             update = WeightUpdate(
-                model, self.moe_layers, cache, self._records, self.vllm_config.model_config, self._made_up
+                model, self.moe_layers, cache, self._records, self.vllm_config.model_config, self._dummy_weights
             )
         except (AdapMoEError, StoreError) as error:
-            said = str(error)
+            reason = str(error)
         if not _all_ranks(update is not None):
             if update is not None:
                 update.abort()
-            raise AdapMoEError(f"{call}: {said}; nothing has changed")
+            raise AdapMoEError(f"{call}: {reason}; nothing has changed")
         assert update is not None
         self._update = update
         return update
@@ -232,22 +232,22 @@ class UpdatedWorker(Worker):
         if with_experts:
             self.broken = None
         if self.broken is not None:
-            raise AdapMoEError(f"no experts have come; {self.broken}")
+            raise AdapMoEError(f"no experts were received; {self.broken}")
         if self.predictor is not None:
             dtype: Any = self.model_config.dtype
             self.predictor.follow_weights(dtype, slots_device())
         if with_experts and self.expert_cache is not None:
             logger.info(
-                "Expert cache: experts are replaced, and no slot is filled; a pack on disk stays as it was, of the "
-                "weights before"
+                "Expert cache: the experts were replaced, and all slots are empty; a pack on disk still holds the "
+                "previous weights"
             )
         if self._config.profile is not None:
             logger.info(
-                "Expert cache: profile=%r was made of the weights that the engine started with: what it says of them "
-                "is a guess from here on", self._config.profile,
+                "Expert cache: profile=%r was made from the weights that the engine started with, and only "
+                "approximates the new ones; calibrate again", self._config.profile,
             )  # fmt: skip
 
-    def _or_abort(self, call: str, action: Callable[[], None]) -> None:
+    def _run_or_abort(self, call: str, action: Callable[[], None]) -> None:
         """Runs a part of the current update; an error on any rank aborts the update on every rank.
 
         Raises:
@@ -262,19 +262,19 @@ class UpdatedWorker(Worker):
             return
         update, self._update = self._update, None
         as_before = _all_ranks(update is not None and update.abort())
-        said = "another rank has failed" if error is None else " ".join(str(error).split()) or type(error).__name__
+        reason = "another rank has failed" if error is None else " ".join(str(error).split()) or type(error).__name__
         if as_before and self.broken is None:
-            raise AdapMoEError(f"{call}: {said}; the old weights are served") from error
+            raise AdapMoEError(f"{call}: {reason}; the old weights are served") from error
         if not as_before:
             self.broken = "the model holds weights of two checkpoints: replace all of them, or restart the engine"
-        raise AdapMoEError(f"{call}: {said}; every request fails from here on: {self.broken}") from error
+        raise AdapMoEError(f"{call}: {reason}; every request fails from now on: {self.broken}") from error
 
 
-def _all_ranks(well: bool) -> bool:
-    """Returns whether `well` is true on every rank. Collective: every rank must call it."""
+def _all_ranks(succeeded: bool) -> bool:
+    """Returns whether `succeeded` is true on every rank. Collective: every rank must call it."""
     group = get_tp_group()
     if group.world_size == 1:
-        return well
-    worst = torch.tensor(int(well))
-    dist.all_reduce(worst, dist.ReduceOp.MIN, group=group.cpu_group)
-    return bool(worst)
+        return succeeded
+    all_succeeded = torch.tensor(int(succeeded))
+    dist.all_reduce(all_succeeded, dist.ReduceOp.MIN, group=group.cpu_group)
+    return bool(all_succeeded)

@@ -6,37 +6,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.distributed import get_tensor_model_parallel_rank, get_tp_group
+from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
-from vllm_adapmoe.experts import CacheShape
 from vllm_adapmoe.gating.plan import GatingPlan
 from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
 from vllm_adapmoe.integration.layers.collaborators import Collaborators, Probe
 from vllm_adapmoe.integration.layers.gates import Gating
 from vllm_adapmoe.integration.layers.mapped_experts import MappedExperts
-from vllm_adapmoe.integration.loading.expert_loading import expert_loading, slots_device
+from vllm_adapmoe.integration.loading.expert_loading import expert_loading
 from vllm_adapmoe.integration.loading.kv_room import room_for_kv_cache
+from vllm_adapmoe.integration.loading.slot_pools import slots_device
 from vllm_adapmoe.integration.reported_output import ends_step, with_report
 from vllm_adapmoe.integration.scheduler.scheduler import is_cache_aware
 from vllm_adapmoe.integration.settings import EngineSettings
-from vllm_adapmoe.integration.worker.compile_key import note_what_is_traced
+from vllm_adapmoe.integration.worker.build_predictor import build_predictor
+from vllm_adapmoe.integration.worker.compile_key import record_traced_layers
 from vllm_adapmoe.integration.worker.current_step import CurrentStep
 from vllm_adapmoe.integration.worker.device_only_steps import DeviceOnlySteps
 from vllm_adapmoe.integration.worker.expert_predictor import ExpertPredictor
-from vllm_adapmoe.integration.worker.routers import Routers
 from vllm_adapmoe.integration.worker.step_clock import StepClock
-from vllm_adapmoe.integration.worker.step_recorder import StepRecorder
 from vllm_adapmoe.integration.worker.updated_worker import UpdatedWorker
 from vllm_adapmoe.integration.worker.worker_stats import CounterDelta, StepStats, total_stats
 from vllm_adapmoe.prefetch.heads import NextTokenHeads
-from vllm_adapmoe.prefetch.request_experts import RequestExperts, bits
+from vllm_adapmoe.prefetch.request_experts import bits
 from vllm_adapmoe.scheduling.report import StepReport, StepTimes, WorkerReport, runs_prompt
-from vllm_adapmoe.simulate.trace import TraceInfo, TraceWriter, layers_ahead
 from vllm_adapmoe.units import GiB
 
 if TYPE_CHECKING or current_platform.is_cpu():
@@ -70,11 +68,11 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
     """Whether vLLM is running warm-up steps."""
 
     def load_model(self, **kwargs: Any) -> None:
-        """Loads the model and allocates its slots, before vLLM profiles memory: the KV cache gets what they leave."""
+        """Loads the model and allocates its slots, before vLLM measures the memory that remains for the KV cache."""
         settings = EngineSettings.of(self.vllm_config)
         config = self._config = settings.config
         self._step_report, self._since, self._clock = None, CounterDelta(), StepClock(slots_device())
-        self._made_up = self.vllm_config.load_config.load_format == "dummy"
+        self._dummy_weights = self.vllm_config.load_config.load_format == "dummy"
         # Other ranks, or another scheduler, would not know of the failure and would continue the request.
         fails_requests = self.vllm_config.parallel_config.world_size == 1 and is_cache_aware(
             self.vllm_config.scheduler_config.scheduler_cls
@@ -92,7 +90,7 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         self.use_gating(settings.gating)
         self.restart_predictor(config)
         model = self.model_runner.get_model()
-        note_what_is_traced(self.vllm_config, model, self.moe_layers, self.device_only is not None)
+        record_traced_layers(self.vllm_config, model, self.moe_layers, self.device_only is not None)
         self.runs_stock_layers = all(layer.is_stock for layer in self.moe_layers)
         """Whether vLLM's own layers were compiled, which cannot gate or fetch."""
         self._hook_compute_logits()
@@ -110,7 +108,7 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
             )  # fmt: skip
 
     def bind_layers(self) -> None:
-        """Gives every layer what it works with from the next step on."""
+        """Sets the collaborators of every layer from the next step on."""
         device_only = self.device_only
         for index, layer in enumerate(self.moe_layers):
             layer.bind(
@@ -145,59 +143,19 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         """Starts prediction, prefetch and trace recording as configured, replacing the previous predictor."""
         if self.predictor is not None:
             self.predictor.close()
-        self.predictor = self._start_predictor(config)
+        self.predictor = build_predictor(
+            config,
+            self.vllm_config,
+            self.model_runner.get_model(),
+            self.moe_layers,
+            self.expert_cache,
+            self.heads,
+            self.current_step,
+        )
         if self.predictor is not None:
             dtype: Any = self.model_config.dtype
             self.predictor.prepare(dtype, slots_device())
         self.bind_layers()
-
-    def _start_predictor(self, config: AdapMoEConfig) -> ExpertPredictor | None:
-        cache = self.expert_cache
-        prefetching = cache is not None and cache.controller.planner is not None
-        rank = get_tensor_model_parallel_rank()
-        recorder = None
-        if config.trace_out is not None and rank == 0:
-            experts = [layer.local_num_experts for layer in self.moe_layers]
-            shape = CacheShape(
-                experts, max(layer.top_k for layer in self.moe_layers), [0] * len(experts), [0] * len(experts)
-            )
-            if cache is not None:
-                shape = cache.controller.shape
-            info = TraceInfo(
-                model=self.model_config.model,
-                num_experts=list(shape.num_experts),
-                top_k=shape.top_k,
-                lookahead=layers_ahead(config.prefetch, tracing=True),
-                expert_bytes=list(shape.expert_bytes),
-                pool_of=list(shape.pool_of),
-            )
-            trace = TraceWriter(Path(config.trace_out), info, config.trace_mib << 20)
-            recorder = StepRecorder(trace, len(experts), shape.top_k)
-        request_experts = None
-        if cache is not None and (prefetching or config.scheduler.enabled):
-            shape = cache.controller.shape
-            request_experts = RequestExperts(len(shape.num_experts), max(shape.num_experts), shape.top_k)
-        heads = first = None
-        if self.heads is not None:
-            by_next_token = cache is not None and config.eviction in ("auto", "next_token")
-            if recorder is not None or request_experts is not None or by_next_token:
-                heads = self.heads.layers
-            if recorder is not None or (prefetching and config.prefetch.first_layer):
-                first = self.heads.first
-        if request_experts is None and recorder is None and heads is None:
-            return None
-        runners = self.vllm_config.compilation_config.static_forward_context
-        return ExpertPredictor(
-            self.moe_layers,
-            Routers(self.moe_layers, self.model_runner.get_model(), runners),
-            cache if prefetching else None,
-            layers_ahead(config.prefetch, recorder is not None),
-            heads,
-            first,
-            request_experts,
-            recorder,
-            self.current_step,
-        )
 
     def _hook_compute_logits(self) -> None:
         """Passes the predictor the hidden states that tokens are sampled from, as soon as they are computed."""
@@ -215,8 +173,8 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
 
         model.compute_logits = watched
 
-    def _leave_room(self, available: int) -> int:
-        """Returns the bytes for the KV cache: `available`, plus those of slots given up for it."""
+    def _bytes_for_kv_cache(self, available: int) -> int:
+        """Returns the bytes for the KV cache: `available`, plus those of slots released for it."""
         room = room_for_kv_cache(self._config, self.vllm_config, self._loading, self.expert_cache, available)
         if room != available and self.device_only is not None and self.device_only.in_place is not None:
             self.device_only.in_place.follow_pools()
@@ -225,7 +183,7 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
     def compile_or_warm_up_model(self) -> Any:
         """Warms up and captures CUDA graphs, for which model runner V2 runs steps of dummy requests.
 
-        Those load no experts and are not counted. A capture is global: no fetch may be in flight meanwhile.
+        Dummy steps load no experts and are not counted. Capture is global, so no fetch may be in flight during it.
         """
         self._warming_up = True
         try:
@@ -266,7 +224,9 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         if not self.current_step.rows:
             return
         if self._update is not None:
-            raise AdapMoEError("a step was run while weights are replaced; pause generation before start_weight_update")
+            raise AdapMoEError(
+                "a step ran while weights were being replaced; pause generation before start_weight_update"
+            )
         if self.broken is None:
             return
         if not self.current_step.fails_requests:
@@ -292,12 +252,12 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         stall_seconds, loads, fetch_seconds = self._since(stats, counted).tolist()
         prefill = runs_prompt(self.current_step.rows, scheduler_output.scheduled_spec_decode_tokens)
         self._clock.stop((stall_seconds, int(loads), fetch_seconds, prefill))
-        held = bits(self.expert_cache.controller.held)  # other ranks' experts take no slot here
+        rank_experts = bits(self.expert_cache.controller.held)  # other ranks' experts take no slot here
         return StepReport(
             slots=self.expert_cache.num_slots,
             resident=bits(self.expert_cache.resident()),
-            expected={name: expected & held for name, expected in experts.top_expected().items()},
-            times=[StepTimes(seconds, *about) for seconds, about in self._clock.finished()],
+            expected={name: expected & rank_experts for name, expected in experts.top_expected().items()},
+            times=[StepTimes(seconds, *inputs) for seconds, inputs in self._clock.finished()],
         )
 
     def sample_tokens(self, grammar_output: Any) -> Any:
@@ -335,7 +295,7 @@ class AdapMoEWorker(ExpertCacheWorker, Worker):
         """Returns the bytes for the KV cache, by vLLM's measurement of what the slot count only estimated."""
         with self._quiet():  # vLLM captures graphs to measure them
             available = super().determine_available_memory()
-        return self._leave_room(available)
+        return self._bytes_for_kv_cache(available)
 
 
 class AdapMoECPUWorker(ExpertCacheWorker, CPUWorker):
@@ -353,6 +313,6 @@ class AdapMoECPUWorker(ExpertCacheWorker, CPUWorker):
         available = super().determine_available_memory()
         if self.expert_cache is None or self.cache_config.kv_cache_memory_bytes is not None:
             return available
-        available = self._leave_room(available - slot_bytes(self.expert_cache))
-        logger.info("Expert cache: %.2f GiB of that for the KV cache, the rest for slots", available / GiB)
+        available = self._bytes_for_kv_cache(available - slot_bytes(self.expert_cache))
+        logger.info("Expert cache: %.2f GiB of that for the KV cache, the remainder for slots", available / GiB)
         return available

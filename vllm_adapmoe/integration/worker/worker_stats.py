@@ -77,8 +77,8 @@ class StepStats:
         """Returns the increments since the last call, or None. Collective: all ranks must call it equally often."""
         counters = None
         if self.cache is not None:
-            mine = self._of_cache(self.cache)
-            counters = mine if self.group is None else self._of_all_ranks(mine, self.group)
+            counters = self._of_cache(self.cache)
+            counters = counters if self.group is None else self._of_all_ranks(counters, self.group)
         if gating is not None:
             gated = self._of_gates(gating)
             slots: dict[str, Any] = _slots(None, self.layers)
@@ -104,14 +104,14 @@ class StepStats:
             layer_floors=controller.layer_floors() or None,
         )
 
-    def _of_all_ranks(self, mine: StepCounters, group: dist.ProcessGroup) -> StepCounters | None:
-        before, tensor = self._gathered, torch.from_numpy(mine.to_vector())
+    def _of_all_ranks(self, counters: StepCounters, group: dist.ProcessGroup) -> StepCounters | None:
+        before, tensor = self._gathered, torch.from_numpy(counters.to_vector())
         ranks = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
         self._gathered = dist.all_gather(ranks, tensor, group=group, async_op=True), ranks
         if before is None:
             return None
         before[0].wait()
-        return over_ranks([mine.with_vector(rank.numpy()) for rank in before[1]])
+        return over_ranks([counters.with_vector(rank.numpy()) for rank in before[1]])
 
     def _of_gates(self, gating: Gating) -> StepCounters:
         """Returns the gates' increments on this rank alone, as all ranks gate the same tokens."""
