@@ -213,7 +213,7 @@ def test_configured_gating_compiled(monkeypatch):
         ),
         ({"gating": {"mode": "token", "target_experts": 3}, "profile": "own"}, "target_experts=3.0 is not possible"),
         ({"gating": {"mode": "token", "threshold": 0.1}, "profile": "qwen"}, "is for another model"),
-        ({"gating": {"mode": "token", "threshold": 0.1}, "profile": "8x7b"}, "is of another model (Mixtral-8x7B)"),
+        ({"gating": {"mode": "token", "threshold": 0.1}, "profile": "8x7b"}, "is for another model (Mixtral-8x7B)"),
         ({"profile": "bare"}, "has no next-token heads, so it has no effect while gating.mode=off"),
         (
             {"profile": "bare", "eviction": "next_token"},

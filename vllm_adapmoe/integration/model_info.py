@@ -27,7 +27,7 @@ def check_profile(profiled: ProfiledModel, model: ModelConfig, built: dict[str, 
     """Compares the built layers with the profile's model, where the configuration was not enough to compare.
 
     Raises:
-        AdapMoEError: the profile is of another model.
+        AdapMoEError: the profile is for another model.
     """
     configured = {"num_experts": model.get_num_experts(), "top_k": model.get_num_experts_per_tok()}
     counts = built | {key: count for key, count in configured.items() if count}
