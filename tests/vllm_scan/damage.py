@@ -8,8 +8,8 @@ from inspect import Parameter
 
 from packaging.version import Version
 
-from vllm_adapmoe.integration.compat import REBOUND, SHIMS
-from vllm_adapmoe.integration.entry.edits import EDITED, EngineFields, StatsFields
+from vllm_adapmoe.integration.compat import EDITED, REBOUND, SHIMS
+from vllm_adapmoe.integration.entry.edits import EngineFields, StatsFields
 from vllm_adapmoe.integration.entry.vllm_names import needs
 
 from .ours import Function, OurClass, OurFile, bases, read_ours

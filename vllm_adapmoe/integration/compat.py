@@ -60,6 +60,16 @@ def old_ray_executor_chosen() -> bool:
     return not getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", True)
 
 
+EDITED = {
+    "vllm.engine.arg_utils": (
+        "EngineArgs.__dataclass_fields__",
+        "EngineArgs.add_cli_args",
+        "EngineArgs.create_engine_config",
+        "AsyncEngineArgs.__dataclass_fields__",
+    ),
+    "vllm.v1.metrics.stats": ("SchedulerStats.__dataclass_fields__",),
+}
+"""Names that each module edited by `entry/edits.py` must have; without them it is left unedited."""
 FUSED_MOE = "vllm.model_executor.layers.fused_moe"
 REBOUND = {
     f"{FUSED_MOE}.experts.triton_moe.TritonExperts.apply": {"_prepare_expert_assignment", "try_get_optimal_moe_config"},

@@ -15,7 +15,7 @@ from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
-from vllm_adapmoe.integration.compat import is_switched_on
+from vllm_adapmoe.integration.compat import EDITED, is_switched_on
 
 
 @dataclasses.dataclass
@@ -88,7 +88,7 @@ def edit_engine_args(module: ModuleType) -> None:
     def with_moe_method(self: Any, *args: Any, **kwargs: Any) -> Any:
         config = create_engine_config(self, *args, **kwargs)
         if self.moe_method or self.adapmoe_config is not None or is_switched_on(config):
-            from vllm_adapmoe.integration.entry.plugin import switch_on
+            from vllm_adapmoe.integration.entry.checked_switch import switch_on
 
             switch_on(self, config)
         return config
@@ -106,16 +106,6 @@ EDITS: dict[str, Callable[[ModuleType], None]] = {
     "vllm.engine.arg_utils": edit_engine_args,
     "vllm.v1.metrics.stats": edit_scheduler_stats,
 }
-EDITED = {
-    "vllm.engine.arg_utils": (
-        "EngineArgs.__dataclass_fields__",
-        "EngineArgs.add_cli_args",
-        "EngineArgs.create_engine_config",
-        "AsyncEngineArgs.__dataclass_fields__",
-    ),
-    "vllm.v1.metrics.stats": ("SchedulerStats.__dataclass_fields__",),
-}
-"""Names that each edited module must have; without them it is left unedited."""
 
 
 def _edit(name: str) -> None:

@@ -19,16 +19,7 @@ def register() -> None:
 
 
 def switch_on(engine_args: Any, vllm_config: Any) -> None:
-    """Checks the vLLM version, then configures the engine for the method (`switch.switch_on`).
+    """Configures the engine for the method (`checked_switch.switch_on`)."""
+    from vllm_adapmoe.integration.entry import checked_switch
 
-    Raises:
-        AdapMoEError: this vLLM is not supported, or a setting or feature of the engine does not work with the method.
-    """
-    from vllm_adapmoe.integration.entry.one_line import print_errors_as_one_line
-    from vllm_adapmoe.integration.entry.version_check import check_version
-
-    print_errors_as_one_line()
-    check_version()
-    from vllm_adapmoe.integration.entry import switch
-
-    switch.switch_on(engine_args, vllm_config)
+    checked_switch.switch_on(engine_args, vllm_config)

@@ -9,8 +9,7 @@ from pathlib import Path
 from packaging.version import InvalidVersion, Version
 
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.integration.compat import NEWEST, OLDEST
-from vllm_adapmoe.integration.entry.edits import EDITED
+from vllm_adapmoe.integration.compat import EDITED, NEWEST, OLDEST
 from vllm_adapmoe.integration.entry.vllm_names import needs, package_files
 
 logger = logging.getLogger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format

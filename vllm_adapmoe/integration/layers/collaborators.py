@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,9 +12,6 @@ from vllm_adapmoe.device.deferred import DeferredRouting
 from vllm_adapmoe.device.in_place import InPlaceDecode
 from vllm_adapmoe.integration.layers.gates import LayerGate
 from vllm_adapmoe.store.base import ExpertsUnavailable
-
-if TYPE_CHECKING:
-    from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
 
 
 class Loading(Protocol):
@@ -28,7 +25,7 @@ class Loading(Protocol):
     def all_resident(self) -> bool:
         """Whether there is a slot for every expert."""
 
-    def add(self, layer: "CachedExperts") -> int:
+    def add(self, layer: Any) -> int:
         """Registers a layer under construction; returns its index among the model's MoE layers."""
 
     def is_packed(self, layer: int) -> bool:

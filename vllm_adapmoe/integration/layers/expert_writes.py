@@ -4,19 +4,14 @@ gpt-oss in bf16 does so (`GptOssModel._load_weights_other`). Its layers stream l
 is moved into the store once it is complete and the loader writes elsewhere, so that at most two are in memory.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-if TYPE_CHECKING:
-    from vllm_adapmoe.integration.layers.streamed_experts import StreamedExperts
+from vllm_adapmoe.integration.layers.streamed_experts import StreamedExperts
 
-MAPPED_BYTES = 1 << 16
 COPY = torch.ops.aten.copy_.default
 
 
@@ -29,7 +24,7 @@ class ExpertWrites(TorchDispatchMode):
             never allocated.
     """
 
-    def __init__(self, layers: "Sequence[StreamedExperts]", is_packed: Callable[[int], bool]) -> None:
+    def __init__(self, layers: Sequence[StreamedExperts], is_packed: Callable[[int], bool]) -> None:
         super().__init__()
         self.is_packed = is_packed
         self._places = {
@@ -68,34 +63,3 @@ class ExpertWrites(TorchDispatchMode):
         written = {name: sum(parts.values()) for name, parts in self._written.items()}
         if all(written.get(name, 0) >= parameter.numel() for name, parameter in layer.expert_parameters().items()):
             layer.finish_loading()
-
-
-class MappedMemory(TorchFunctionMode):
-    """Allocates large new host tensors with `mmap` instead of from the heap.
-
-    Their pages are allocated only when written, even where a quantisation method creates zeros for all layers before
-    the first weight is loaded. And they are returned to the system as soon as a layer is in the store; the heap would
-    keep freed blocks below its end (glibc: up to 32 MiB each).
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func not in (torch.zeros, torch.empty) or torch.device(kwargs.get("device") or "cpu").type != "cpu":
-            return func(*args, **kwargs)
-        like = func(*args, **(kwargs | {"device": "meta"}))
-        if (
-            like.nbytes < MAPPED_BYTES
-            or like.requires_grad
-            or not like.is_contiguous()
-            or kwargs.get("out") is not None
-        ):
-            return func(*args, **kwargs)
-        memory = mmap(-1, like.nbytes, flags=MAP_PRIVATE | MAP_ANONYMOUS)
-        return torch.frombuffer(memory, dtype=torch.uint8).view(like.dtype).view(like.shape)
-
-
-@contextmanager
-def on_host() -> Iterator[None]:
-    """Creates tensors on the host inside the context, large ones in memory of their own (`MappedMemory`)."""
-    with torch.device("cpu"), MappedMemory():
-        yield

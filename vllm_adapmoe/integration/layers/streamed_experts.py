@@ -13,8 +13,8 @@ from vllm.platforms import current_platform
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.integration.layers.collaborators import Loading
 from vllm_adapmoe.integration.layers.expert_tensors import ExpertTensors, own_tensors
-from vllm_adapmoe.integration.layers.expert_writes import on_host
 from vllm_adapmoe.integration.layers.heap import trim_heap
+from vllm_adapmoe.integration.layers.mapped_memory import on_host
 
 SHAPE = "_weight_shape"
 """Suffix of the shapes that compressed-tensors stores with packed weights. vLLM's reloading counts elements, and a
