@@ -12,7 +12,7 @@ RequestPrefetch = Callable[[ExpertKey, bool], bool]
 PredictExperts = Callable[[int], PredictedExperts | None]
 """Predicts the experts of the layer that many layers later; None: no prediction."""
 
-LEAST_CHANCE = 0.5
+MIN_CHANCE = 0.5
 """Minimum chance of use of a prefetched expert: below it a prefetch is more likely wasted than used."""
 CERTAIN_PROB = 0.9
 """Chance from which a prefetch is near-certain: it is exempt from `max_experts`, and may evict resident experts."""
@@ -45,7 +45,7 @@ class PrefetchPlanner:
         self.pending: list[dict[int, PredictedExperts]] = [{} for _ in range(layers)]
         """Predictions for each layer's next event, by lookahead."""
 
-    def record(self, layer: int, ids: np.ndarray, kept: np.ndarray) -> None:
+    def record(self, layer: int, ids: np.ndarray, keep_mask: np.ndarray) -> None:
         """Updates the precision of the predictions for `layer` with what its router selected.
 
         Args:
@@ -54,15 +54,15 @@ class PrefetchPlanner:
             kept: mask of those that gating kept, bool `[tokens, top_k]`.
         """
         pending = self.pending[layer]
-        said = [(distance, predicted) for distance, predicted in pending.items() if len(predicted.ids) == len(ids)]
+        evaluated = [(distance, predicted) for distance, predicted in pending.items() if len(predicted.ids) == len(ids)]
         pending.clear()
-        if not said:
+        if not evaluated:
             return
         used = [
-            {expert for expert, stays in zip(row, its, strict=True) if stays}
-            for row, its in zip(ids.tolist(), kept.tolist(), strict=True)
+            {expert for expert, is_kept in zip(row, row_mask, strict=True) if is_kept}
+            for row, row_mask in zip(ids.tolist(), keep_mask.tolist(), strict=True)
         ]
-        for distance, predicted in said:
+        for distance, predicted in evaluated:
             self.precision[layer][distance - 1].record(predicted, used)
 
     def is_sweep(self, layer: int) -> bool:
@@ -70,8 +70,8 @@ class PrefetchPlanner:
 
         Real routing is uneven and leaves out a few more. Gating drops hardly any expert for a whole prompt.
         """
-        left_out = (1 - min(1.0, self.top_k / self.num_experts[layer])) ** self.prompt_tokens
-        return left_out <= SWEEP_MISSES
+        unused_share = (1 - min(1.0, self.top_k / self.num_experts[layer])) ** self.prompt_tokens
+        return unused_share <= SWEEP_MISSES
 
     def plan_first_layers(
         self, prompt_tokens: int, chances: Sequence[np.ndarray], request: RequestPrefetch
@@ -87,8 +87,8 @@ class PrefetchPlanner:
         if self.is_sweep(0):
             return self._sweep(-1, request)
         chosen: list[ExpertKey] = []
-        for layer, one in enumerate(chances[: self.lookahead]):
-            self._choose(layer, dict(enumerate(one.tolist())), request, chosen)
+        for layer, layer_chances in enumerate(chances[: self.lookahead]):
+            self._choose(layer, dict(enumerate(layer_chances.tolist())), request, chosen)
             if chosen:
                 break
         return chosen
@@ -105,15 +105,15 @@ class PrefetchPlanner:
         """Requests the likeliest experts of a layer, and adds those queued to `chosen`."""
         room = self.max_experts
         for expert in sorted(chance, key=lambda expert: (-chance[expert], expert)):
-            sure = chance[expert] >= CERTAIN_PROB
-            if chance[expert] < LEAST_CHANCE or not (sure or room):
+            near_certain = chance[expert] >= CERTAIN_PROB
+            if chance[expert] < MIN_CHANCE or not (near_certain or room):
                 break
-            if request((layer, expert), sure):
+            if request((layer, expert), near_certain):
                 chosen.append((layer, expert))
-                room -= not sure
+                room -= not near_certain
 
     def plan(
-        self, layer: int, predict_experts: PredictExperts, request: RequestPrefetch, under_way: int
+        self, layer: int, predict_experts: PredictExperts, request: RequestPrefetch, in_flight: int
     ) -> list[ExpertKey]:
         """Requests prefetches while `layer` runs, the likeliest experts first; returns those queued.
 
@@ -129,13 +129,13 @@ class PrefetchPlanner:
             return self._sweep(layer, request)
         chosen: list[ExpertKey] = []
         for distance in range(1, min(self.lookahead, len(self.num_experts) - 1 - layer) + 1):
-            if chosen or under_way:
+            if chosen or in_flight:
                 break
-            one = predict_experts(distance)
-            if one is None:
+            predicted = predict_experts(distance)
+            if predicted is None:
                 continue
             target = layer + distance
-            self.pending[target][distance] = one
-            chance = chances(one, self.precision[target][distance - 1].by_rank)
+            self.pending[target][distance] = predicted
+            chance = chances(predicted, self.precision[target][distance - 1].by_rank)
             self._choose(target, chance, request, chosen)
         return chosen

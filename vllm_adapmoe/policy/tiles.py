@@ -6,7 +6,7 @@ get 0.90 to 1.01 of a plain sequential read, one gets 0.77 to 0.91 (examples/ben
 DEMAND_TILE_BYTES = 16 << 20
 """Tile of a demand read, which nothing overtakes. The disk idles between two tiles: relative to a plain sequential read
 of 48 MiB, one reader gets 0.6 to 0.8 with tiles of 1 MiB, 0.96 with these (`python -m benchmarks transfer`)."""
-LEAST_TILE_BYTES = 1 << 16
+MIN_TILE_BYTES = 1 << 16
 SPECULATIVE_TILE_SECONDS = 0.25e-3
 """Maximum time a demand load waits for a speculative tile, where the link's speed is known."""
 
@@ -23,7 +23,7 @@ def tile_bytes(record_bytes: int, urgent: bool, bandwidth: float | None) -> int:
         return DEMAND_TILE_BYTES if urgent else max(TILE_BYTES, _whole_blocks(record_bytes // 16))
     if urgent:
         return TILE_BYTES
-    return min(max(_whole_blocks(int(bandwidth * SPECULATIVE_TILE_SECONDS)), LEAST_TILE_BYTES), TILE_BYTES)
+    return min(max(_whole_blocks(int(bandwidth * SPECULATIVE_TILE_SECONDS)), MIN_TILE_BYTES), TILE_BYTES)
 
 
 def _whole_blocks(nbytes: int) -> int:

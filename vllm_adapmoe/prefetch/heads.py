@@ -55,9 +55,9 @@ class NextTokenHeads:
         """
         name = f"next-token heads {str(path)!r}"
         rows = range(2, 2 * hidden + 2)
-        most = (layers + 1) * rows[-1] * experts * np.dtype(np.float32).itemsize + HEADER_BYTES
+        max_bytes = (layers + 1) * rows[-1] * experts * np.dtype(np.float32).itemsize + HEADER_BYTES
         try:
-            data = read_bytes(path, most)
+            data = read_bytes(path, max_bytes)
         except BadFile as problem:
             raise AdapMoEError(
                 f"{name} of the profile: the file {problem}; put the file beside the profile, or make both with "

@@ -2,7 +2,7 @@
 
 import math
 
-from vllm_adapmoe.scheduling.prices import Mean
+from vllm_adapmoe.scheduling.costs import Mean
 
 
 class Arrivals:

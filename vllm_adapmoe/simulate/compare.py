@@ -38,8 +38,8 @@ class PolicyName:
         Raises:
             AdapMoEError: `text` does not name a policy.
         """
-        rest, plus, tail = text.partition("+")
-        eviction, _, allocation = rest.partition("/")
+        policy, plus, tail = text.partition("+")
+        eviction, _, allocation = policy.partition("/")
         name = cls(eviction, allocation or "pool", tail == "prefetch")
         if eviction not in SIMULATED or name.allocation not in ALLOCATIONS or (plus and not name.prefetch):
             raise AdapMoEError(
@@ -105,10 +105,10 @@ def run_simulate(
             slots = slots_of_pools(info, count)
             if min(slots) < info.top_k:
                 raise AdapMoEError(f"--slots {share:g} leaves {min(slots)} slots for {info.top_k} experts of a token")
-            least: dict[str, int] = {}
+            optimum: dict[str, int] = {}
             for key, atomic in (("oracle", True), ("bound", False)):
                 loads = belady(info, steps, slots, atomic)
-                least |= {f"{key}_loads": int(loads.sum()), f"{key}_bytes": int(loads @ np.array(info.expert_bytes))}
+                optimum |= {f"{key}_loads": int(loads.sum()), f"{key}_bytes": int(loads @ np.array(info.expert_bytes))}
                 bar.update()
             for text, name in zip(policies, names, strict=True):
                 setup = CacheSetup(
@@ -119,7 +119,7 @@ def run_simulate(
                     lookahead if name.prefetch else 0,
                     max_experts,
                 )
-                points.append({"slots": count, "policy": text} | least | _point(info, steps, setup, machine))
+                points.append({"slots": count, "policy": text} | optimum | _point(info, steps, setup, machine))
                 bar.update()
     tokens = sum(len(step.positions) for step in steps)
     return {

@@ -179,11 +179,14 @@ def _frame(steps: Sequence[Step], info: TraceInfo) -> dict[str, np.ndarray]:
         "weights": np.concatenate([step.weights for step in steps], axis=1).astype(np.float16),
     }
     for key in sorted({key for step in steps for key in step.predicted}):
-        made = [step.predicted.get(key) for step in steps]
+        predictions = [step.predicted.get(key) for step in steps]
         name = f"foretold.{key[0]}.{key[1]}"
-        arrays[f"{name}.rows"] = np.array([-1 if one is None else len(one.ids) for one in made], dtype=np.int32)
-        arrays[f"{name}.ids"] = np.concatenate([one.ids for one in made if one is not None]).astype(ids_type)
-        arrays[f"{name}.kept"] = np.concatenate([one.kept for one in made if one is not None])
+        arrays[f"{name}.rows"] = np.array(
+            [-1 if prediction is None else len(prediction.ids) for prediction in predictions], dtype=np.int32
+        )
+        made = [prediction for prediction in predictions if prediction is not None]
+        arrays[f"{name}.ids"] = np.concatenate([prediction.ids for prediction in made]).astype(ids_type)
+        arrays[f"{name}.kept"] = np.concatenate([prediction.keep_mask for prediction in made])
     if any(step.begin is not None for step in steps):
         arrays["begin.of"] = np.array([step.begin is not None for step in steps])
         arrays["begin"] = np.stack([step.begin for step in steps if step.begin is not None])

@@ -84,8 +84,10 @@ class TracePart:
     def _read(self, offset: int, nbytes: int) -> bytes:
         try:
             data = b""
-            while len(data) < nbytes and (more := os.pread(self.file.fileno(), nbytes - len(data), offset + len(data))):
-                data += more
+            while len(data) < nbytes and (
+                chunk := os.pread(self.file.fileno(), nbytes - len(data), offset + len(data))
+            ):
+                data += chunk
         except OSError as error:
             raise BadFile(f"cannot be read ({error.strerror})") from None
         if len(data) < nbytes:
@@ -96,11 +98,11 @@ class TracePart:
         offset = self.start
         while offset < self.size:
             try:
-                left = self.size - offset - 4
-                length = int.from_bytes(self._read(offset, 4), "little") if left >= 0 else 0
-                if not 0 <= length <= left:
+                bytes_left = self.size - offset - 4
+                length = int.from_bytes(self._read(offset, 4), "little") if bytes_left >= 0 else 0
+                if not 0 <= length <= bytes_left:
                     logger.warning(
-                        "trace %r: its last %d bytes are of a frame that was cut short", str(self.path), left + 4
+                        "trace %r: its last %d bytes are of a frame that was cut short", str(self.path), bytes_left + 4
                     )
                     self.size = offset
                     return

@@ -133,7 +133,7 @@ class CachedExperts(StreamedExperts):
         gate = self.gating
         gated = None if gate is None else gate.alone(weights)
         on_host = weights if gate is not None and gated is None else None
-        keep, cost = (None, None) if gated is None else (gated.keep, gated.cost)
+        keep, cost = (None, None) if gated is None else (gated.keep_mask, gated.cost)
         product = self._product(x)
         read = read_together(ids, padding, keep, cost, on_host, product)
         host_ids, padding, keep, cost, on_host, product = read
@@ -141,7 +141,7 @@ class CachedExperts(StreamedExperts):
         real = None if padding is None else ~padding
         if gate is not None and on_host is not None:
             batch = gate.with_batch(on_host, host_ids, self._resident_or_loading())
-            keep, cost = batch.keep, batch.cost
+            keep, cost = batch.keep_mask, batch.cost
             weights = batch.weights.to(x.device)
         elif gated is not None:
             weights = gated.weights

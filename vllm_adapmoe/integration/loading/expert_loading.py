@@ -371,7 +371,7 @@ class ExpertLoading:
             top_k=max(layer.top_k for layer in self.layers),
             pool_of=pool_of,
             expert_bytes=[layout.nbytes for layout in store.layouts],
-            held=held,
+            local_experts=held,
         )
         # On the core that this thread is bound to, readers would compete with the kernels.
         cpus = cores_of_user()
@@ -390,7 +390,9 @@ class ExpertLoading:
                 f"allocation=profile: the profile is of {len(of_profile)} MoE layers of {set(of_profile)} experts, the "
                 f"model has {len(shape.num_experts)} of {set(shape.num_experts)}; calibrate it anew"
             )
-        return CacheController(shape, CacheSetup.of(self.config, self._slots, loads, self.settings.heads is not None))
+        return CacheController(
+            shape, CacheSetup.from_config(self.config, self._slots, loads, self.settings.heads is not None)
+        )
 
     @property
     def expert_bytes(self) -> int:
