@@ -316,7 +316,7 @@ def test_staged_becomes_resident_without_anybody_waiting():
 def test_too_many_pinned():
     pool = Residency(2, 0, LRU(2, 4))
     pool.request(0, [0, 1])
-    with pytest.raises(LookupError, match="in use"):
+    with pytest.raises(LookupError, match="is pinned"):
         pool.request(1, [0])
 
 

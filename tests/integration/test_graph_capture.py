@@ -137,7 +137,7 @@ def test_a_graph_of_the_dummy_path_ends_the_engine(as_on_gpu, interpreted, as_if
     )
     with Engine(TINY_MIXTRAL, CONFIG, **ARGS) as engine:
         recorded_kernel(monkeypatch, engine)
-        with pytest.raises(RoutingNotRecorded, match=r"MoE layers \[0, 1, 2, 3\] left no routing"):
+        with pytest.raises(RoutingNotRecorded, match=r"MoE layers \[0, 1, 2, 3\] recorded no routing"):
             engine.llm.collective_rpc(replay_and_eager)
 
 

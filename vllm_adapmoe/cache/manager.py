@@ -122,7 +122,7 @@ class ExpertCacheManager:
         self.transfers.check()
         if self.transfers.quiet:
             raise RuntimeError(
-                "experts are asked for while a CUDA graph is captured; run no step of a request within `quiet`"
+                "experts were requested while a CUDA graph is captured; run no step of a request within `quiet`"
             )
 
     @property
@@ -272,9 +272,9 @@ class ExpertCacheManager:
 
     @contextmanager
     def whole_layer(self, layer: int) -> Iterator[bool]:
-        """Prevents evictions within the context if all of `layer` is resident and none of it pinned; yields whether so.
+        """Prevents evictions within the context if all of `layer` is resident and unpinned; yields whether it is.
 
-        What kernels launched within it read of the layer is not overwritten before they have run.
+        Slots that kernels launched within it read are not overwritten before these kernels have run.
         """
         with self.transfers.lock:
             self._check_usable()
@@ -303,7 +303,7 @@ class ExpertCacheManager:
         requested meanwhile start afterwards.
 
         Raises:
-            RuntimeError: when entered within itself; within it, also raised by what requests experts (`begin`,
+            RuntimeError: when entered within itself; within it, also raised by methods that request experts (`begin`,
                 `acquire`, `frozen`, `whole_layer`, `restart`), which would wait for transfers or record events.
         """
         transfers = self.transfers
@@ -323,7 +323,7 @@ class ExpertCacheManager:
     def record_in_place(self, events: Sequence[tuple[int, Sequence[int], Collection[int]]]) -> None:
         """Records events that have run in place, in order: layer, distinct experts, and those that were in slots.
 
-        Queues loads of some of the others.
+        Queues background loads of some of the others.
         """
         missed = []
         with self.transfers.lock:
@@ -353,7 +353,7 @@ class ExpertCacheManager:
         self._speculate_inline()
 
     def _speculate_inline(self) -> None:
-        """Moves what is queued in this thread, if there are no reader threads."""
+        """Runs queued speculative loads in the calling thread, if there are no reader threads."""
         while not self.transfers.threads:
             with self.transfers.lock:
                 job = self.transfers.next_speculative(during_demand=True)
@@ -382,6 +382,6 @@ class ExpertCacheManager:
             try:
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
-            except RuntimeError as error:  # the launcher of the failed kernel has got the error already
-                logger.debug("kernels have not ended well: %s", error)
+            except RuntimeError as error:  # already raised where the kernel was launched
+                logger.debug("Expert cache: a kernel had failed before the cache was closed: %s", error)
             self.store.close()

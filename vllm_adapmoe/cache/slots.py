@@ -8,7 +8,7 @@ import torch
 from vllm_adapmoe.store.record import RecordLayout, aligned_empty
 
 IN_FLIGHT = 2
-"""Copies issued to the device at a time: with one, the link would idle until the host has seen it end."""
+"""Copies issued to the device at a time: with one, the link would idle until the host notices the copy's end."""
 
 
 class SlotPool:

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 READERS = 4
 """Number of reader threads. A disk needs a few requests in flight: 4 plain readers get 1.05 to 1.11 times one's,
-2 nearly the same (examples/benchmarks/transfer.json); more threads only contend for the cores."""
+2 nearly the same (examples/benchmarks/transfer.json); more threads only compete for the cores."""
 SPECULATORS = 2
 """Maximum readers busy with speculative loads: a demand load never waits for more tiles than that."""
 
@@ -40,7 +40,7 @@ class Job:
     urgent: bool
     slot: int = -1
     ready: float = 0.0
-    """Time from which the link could have carried its next tile, of `time.perf_counter`."""
+    """Earliest time at which the next tile could start on the link, of `time.perf_counter`."""
     tiles: Iterator[int] | None = None
     moved: int = 0
     counted_speculative: bool = False
@@ -60,7 +60,7 @@ class LinkLimit:
         self._lock = threading.Lock()
 
     def reserve(self, nbytes: int, ready: float) -> float:
-        """Reserves the link for `nbytes` that were ready at `ready`; returns when they will have passed."""
+        """Reserves the link for `nbytes` that were ready at `ready`; returns the time of their arrival."""
         with self._lock:
             self._free_at = max(ready, self._free_at) + nbytes / self.bytes_per_second
             return self._free_at
@@ -102,13 +102,15 @@ class TransferEngine:
         self.jobs: dict[ExpertKey, Job] = {}
         """Demand jobs, and speculative jobs that have started."""
         self.urgent: deque[Job] = deque()
+        """Demand jobs that no thread runs yet."""
         self.speculative: deque[Job] = deque()
+        """Speculative jobs that wait for a thread, some of them paused between two tiles."""
         self.demanding = 0
         """Number of urgent jobs that have not ended."""
         self.speculating = 0
         """Number of threads running speculative jobs."""
         self.errors: dict[ExpertKey, Exception] = {}
-        """Errors of failed demand loads, until the waiting layer takes them."""
+        """Errors of failed demand loads, until the waiting layer raises them."""
         self.closing = False
         self.fatal: Exception | None = None
         """Error that has ended all transfers: any but a read error."""
@@ -158,7 +160,7 @@ class TransferEngine:
         self.demanding += 1
         self.changed.notify()
 
-    # Run by the threads
+    # Called by the threads
 
     def next_urgent(self) -> Job | None:
         """Returns the next demand job, if any."""
@@ -323,7 +325,7 @@ class TransferEngine:
             thread.join()
         with self.changed:
             paused = [job for job in self.speculative if job.tiles is not None]
-            for job in [*self.urgent, *paused]:  # not taken by a thread
+            for job in [*self.urgent, *paused]:  # those that no thread runs
                 self._end(job, False, None)
             self.urgent.clear()
             self.speculative.clear()

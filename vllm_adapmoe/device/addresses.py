@@ -11,7 +11,7 @@ from vllm_adapmoe.store.base import ExpertStore
 
 
 class AddressTable:
-    """Table, on the device, of the addresses of some pieces of every expert.
+    """Holds, on the device, the addresses of some pieces of every expert.
 
     Args:
         store: page-locked backing store.

@@ -11,11 +11,11 @@ import torch
 from vllm_adapmoe.cache.host_copy import HostCopy
 
 NOT_RECORDED = -2
-"""Buffer value where no layer has written yet."""
+"""Buffer value where a layer has not recorded its routing yet."""
 
 
 class RoutingNotRecorded(RuntimeError):
-    """A layer that did not record its routing: the replayed CUDA graph does not contain its experts."""
+    """A layer did not record its routing: the replayed CUDA graph does not contain its experts."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ class DeferredRouting:
         Args:
             tokens: tokens of the step.
             slots: slot of each expert during the step, int32 `[layers, experts]`.
-            about: returned with the step.
-            layers: layers that record; None: those that called `record`, which a replayed graph does not.
+            payload: returned with the step.
+            layers: layers whose routing is recorded; None: those that called `record`, which a replayed graph does not.
         """
         layers = sorted(self.layers) if layers is None else layers
         self.layers = set()
@@ -107,7 +107,7 @@ class DeferredRouting:
             missing_layers = [layer for layer in layers if (ids[layer, :, 0] == NOT_RECORDED).any()]
             if missing_layers:
                 raise RoutingNotRecorded(
-                    f"MoE layers {missing_layers} left no routing in a decode step: the CUDA graph does not hold their "
-                    "experts, and its tokens are wrong; set decode=fetch"
+                    f"MoE layers {missing_layers} recorded no routing in a decode step: the CUDA graph lacks their "
+                    "experts, so its tokens are wrong; set decode=fetch"
                 )
             yield FinishedStep(layers, ids.numpy(), costs.numpy(), slots, payload)

@@ -1,8 +1,8 @@
 """Grouped SwiGLU kernel that reads each expert at an address from a table: in its slot or in host memory.
 
 A resident expert's address is that of its slot, an absent one's that of its page-locked host copy, which the kernel
-then reads over the link. The host need not know which is which, so a decode step needs no round trip to the host and
-fits into one CUDA graph.
+then reads over the link. The host does not need to know which experts are resident, so a decode step needs no round
+trip to the host and fits into one CUDA graph.
 
 Grouping needs no kernel of its own: every pair of token and expert starts a row of programs, and only that of an
 expert's first pair continues, with all pairs of that expert. So each weight is read once for all tokens that use it.

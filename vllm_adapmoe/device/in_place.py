@@ -19,8 +19,8 @@ class InPlaceDecode:
     """Runs steps of few tokens without waiting for the host.
 
     While a step is launched, no expert is evicted, and a table holds the address of each expert. The routing is read
-    when the step has run; some of the experts that it read over the link are then loaded, in place of experts with
-    lower scores.
+    when the step has run; some of the experts that it read over the link are then loaded, and evict experts with lower
+    scores.
 
     Args:
         cache: cache of bf16 or float16 experts with the pieces `GATE_UP` and `DOWN`, whose store the device can read.
@@ -53,7 +53,7 @@ class InPlaceDecode:
 
     @contextmanager
     def step(self, tokens: int, payload: Any) -> Iterator[None]:
-        """Opens a context to launch a step of at most `MAX_TOKENS` tokens in; its routing is returned with `about`."""
+        """Opens a context to launch a step of at most `MAX_TOKENS` tokens; its routing is returned with `payload`."""
         with self.cache.frozen() as slots:
             self.addresses.publish(slots)
             self.routing.begin_step()
@@ -76,7 +76,7 @@ class InPlaceDecode:
     ) -> torch.Tensor:
         """Compiles and loads the kernels of a step of this many tokens; reads no expert, and the output is zero.
 
-        Records routing as unseen, so that a graph of this replayed instead of a step raises `RoutingNotRecorded`.
+        Records no routing, so that a graph of this replayed instead of a step raises `RoutingNotRecorded`.
         """
         self.routing.record(layer, torch.full_like(ids, NOT_RECORDED), costs)
         return self._run(layer, x, weights, torch.full_like(ids, -1))

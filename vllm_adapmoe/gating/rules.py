@@ -45,7 +45,10 @@ def drop_costs(sorted_weights: torch.Tensor) -> torch.Tensor:
 
 
 def _costs(kept: torch.Tensor, kept_squares: torch.Tensor) -> torch.Tensor:
-    """Needs float64: the dropped part is a difference of sums near one, where float32 loses the square of 1e-4."""
+    """Returns the costs of keeping the first 1, 2, .. experts, from their running sums.
+
+    The sums are float64: the dropped part is a difference of sums near one, where float32 loses the square of 1e-4.
+    """
     moved = kept[:, -1:] / kept - 1  # W / K
     return 0.5 * (moved.square() * kept_squares + (kept_squares[:, -1:] - kept_squares))
 
@@ -74,7 +77,7 @@ def gate_tokens(weights: torch.Tensor, sensitivity: float, threshold: float) -> 
 
 
 def rescale_kept(weights: torch.Tensor, keep_mask: torch.Tensor) -> Gated:
-    """Scales the kept weights to the router's sum, and computes the cost of the rest; full rows stay unchanged."""
+    """Scales the kept weights to the router's sum, and computes the cost of the others; full rows stay unchanged."""
     kept, dropped = weights * keep_mask, weights * ~keep_mask
     scale = weights.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True)
     sums = [values.sum(-1) for part in (kept.double(), dropped.double()) for values in (part, part.square())]
@@ -89,7 +92,7 @@ def largest_mask(weights: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 
 
 def gate_by_weight(weights: torch.Tensor, threshold: float) -> Gated:
-    """Drops the smallest experts while their share of the weight is below `threshold`, in any layer: the naive rule."""
+    """Drops the smallest experts while their share of the weight is below `threshold`, in any layer: a baseline."""
     kept = weights.sort(dim=-1, descending=True).values.cumsum(-1)
     dropped = 1 - kept[:, :-1] / kept[:, -1:]
     return rescale_kept(weights, largest_mask(weights, 1 + (~(dropped < threshold)).sum(-1)))
@@ -158,5 +161,5 @@ def _cost(
 
 
 def _without_candidates(ids: torch.Tensor, candidates: torch.Tensor, experts: int) -> torch.Tensor:
-    """Returns a mask `[experts]` of those without a candidate pair."""
+    """Returns a mask `[experts]` of those that no candidate pair of token and expert refers to."""
     return torch.bincount(ids[candidates], minlength=experts) == 0

@@ -78,8 +78,8 @@ def is_convex(curve: np.ndarray) -> bool:
 def allocate(curves: Sequence[np.ndarray], slots: int) -> list[int]:
     """Returns the slots of each layer, adding up to `slots`, that minimise the sum of their expected loads.
 
-    Greedy, which is optimal, where every curve is convex; dynamic programming otherwise. A layer may get none. Ties of
-    straight curves are broken towards equal shares.
+    Greedy, which is optimal, where every curve is convex; dynamic programming otherwise. A layer may get no slot.
+    Ties of straight curves are broken towards equal shares.
 
     Args:
         curves: expected loads of each layer with 0, 1, .. slots.
@@ -130,7 +130,7 @@ def _allocate_by_dynamic_programming(curves: Sequence[np.ndarray], slots: int) -
 
 
 def allocate_floors(curves: Sequence[np.ndarray] | None, num_experts: Sequence[int], slots: int) -> list[int]:
-    """Returns the floor of each layer in a pool of `slots`: by the curves, or as equal as possible without any."""
+    """Returns each layer's floor in a pool of `slots`: by the curves, or as equal as possible without curves."""
     slots = min(max(slots, 0), sum(num_experts))
     if curves is not None:
         return allocate(curves, slots)

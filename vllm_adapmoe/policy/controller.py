@@ -20,10 +20,10 @@ if TYPE_CHECKING:  # a cache runs with torch and numpy alone
     from vllm_adapmoe.config import AdapMoEConfig
 
 TRAFFIC_MEMORY = 1024.0
-"""Events of a layer after which its counted stack distances have faded to 1/e."""
+"""Events of a layer after which the weight of its older stack distances has faded to 1/e."""
 BACKFILL_SHARE = 0.25
-"""Maximum share of the experts that a step has read in place that is loaded after it. Not tuned: it was never
-measured on a GPU."""
+"""Maximum share of the experts read in place by a step that are loaded after it. Not tuned: it was never measured on a
+GPU."""
 REVISION_STEPS = 256
 """Steps between two revisions of the floors with `allocation=trace`."""
 
@@ -35,13 +35,13 @@ class CacheStats:
     hits: int = 0
     """Experts that were resident or staged when their layer requested them."""
     misses: int = 0
-    """Experts that were not: loaded on demand, late, or read in place."""
+    """Experts that were neither resident nor staged: loaded on demand, late, or read in place."""
     late: int = 0
     """Misses whose prefetch or background load was in flight when the layer requested them."""
     in_place: int = 0
-    """Misses that the kernel read in host memory, without a wait."""
+    """Misses that the kernel read from host memory, without a wait."""
     caught_up: int = 0
-    """In-place misses loaded afterwards, in place of an expert with a lower score."""
+    """In-place misses loaded in the background afterwards, evicting an expert with a lower score."""
     prefetches: int = 0
     """Prefetches started."""
     prefetch_hits: int = 0
@@ -154,7 +154,7 @@ class CacheController:
         self.layer_hits, self.layer_misses = [0] * len(self.pool_of), [0] * len(self.pool_of)
         """Hits and misses of each layer, counted as in `stats`."""
         self.staged: dict[ExpertKey, int] = {}
-        """Bytes transferred for each staged expert; without the record's padding where the store does not move it."""
+        """Bytes transferred for each staged expert, without the record's padding if the store does not transfer it."""
 
     def empty_copy(self) -> "CacheController":
         """Returns a controller of the same setup, with nothing resident and all counters at zero."""
@@ -174,7 +174,7 @@ class CacheController:
         return [int(pool_floors[layer]) for layer, pool_floors in enumerate(floors) if pool_floors is not None]
 
     def _set_floors(self, curves: Sequence[np.ndarray] | None) -> None:
-        """Sets every layer's floor; leaves `top_k` slots of each pool unassigned, for layers without a share."""
+        """Sets every layer's floor; leaves `top_k` slots of each pool unassigned, for layers without a floor."""
         floors = [0] * len(self.pool_of)
         for pool, residency in enumerate(self.pools):
             layers = [layer for layer, pool_of_layer in enumerate(self.pool_of) if pool_of_layer == pool]
@@ -234,7 +234,7 @@ class CacheController:
         Args:
             layer: MoE layer index.
             experts: distinct ids.
-            resident: those that it found in slots; it read the others in host memory.
+            resident: those whose weights were in slots; the kernel read the others from host memory.
 
         Returns:
             Experts that were staged and are resident now.
@@ -256,9 +256,9 @@ class CacheController:
         return promoted
 
     def backfill(self, missed: Sequence[ExpertKey]) -> list[ExpertKey]:
-        """Queues loads of some of the experts that a step has read in place, and returns these: the highest scores.
+        """Queues background loads of the highest-scored experts that a step read in place, and returns these experts.
 
-        Not of all: the copies share the link with what later steps read in place.
+        Only a share of them (`BACKFILL_SHARE`), as these loads compete for the link with in-place reads of later steps.
         """
         queued: list[ExpertKey] = []
         max_loads = math.ceil(len(missed) * BACKFILL_SHARE)
@@ -281,7 +281,7 @@ class CacheController:
             layer: MoE layer index; -1: between two steps.
             routing: ids, integer `[tokens, top_k]`, and the mask of those kept, bool of the same shape; None for
                 layer -1.
-            predict_experts: gives the predictions.
+            predict_experts: returns the predictions for a layer, by its distance.
 
         Returns:
             The queued experts.
@@ -327,7 +327,7 @@ class CacheController:
             raise
 
     def start_speculation(self, key: ExpertKey) -> Load | None:
-        """Assigns a slot to a queued expert whose transfer can start; None if it is not to be loaded any more."""
+        """Assigns a slot to a queued expert whose transfer can start; None if it is not needed or gets no slot."""
         residency = self.residency(key[0])
         load = residency.start_load(key)
         if load is not None:

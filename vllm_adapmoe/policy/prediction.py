@@ -1,4 +1,4 @@
-"""Predicts a later layer's experts by applying its gate to an earlier layer's input, and tracks the precision."""
+"""Predicts a later layer's experts by applying its router to an earlier layer's input, and tracks the precision."""
 
 import math
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ PRIOR = 0.6
 """Prior chance that a predicted expert is used; weighted as `PRIOR_WEIGHT` observations."""
 PRIOR_WEIGHT = 8.0
 MEMORY = 512.0
-"""Observations after which an old one has faded to 1/e, so that precision follows the traffic."""
+"""Observations after which the weight of an older one has faded to 1/e, so that precision follows the traffic."""
 
 
 @dataclass(frozen=True)
 class PredictedExperts:
-    """Experts that a later layer is predicted to choose for each token, best first."""
+    """Experts that the router of a later layer is predicted to select for each token, most probable first."""
 
     ids: np.ndarray
     """Predicted expert ids, integer `[tokens, top_k]`."""
@@ -31,10 +31,10 @@ def predict_experts(
     by_batch: bool = False,
     correction: np.ndarray | None = None,
 ) -> PredictedExperts:
-    """Ranks a gate's logits and predicts which experts gating will keep (`gating`).
+    """Ranks a router's logits and predicts which experts gating will keep (`gating`).
 
     Args:
-        logits: `[tokens, experts]`, of the later layer's gate on this layer's input.
+        logits: `[tokens, experts]`, of the later layer's router on this layer's input.
         top_k: experts per token.
         sensitivity: S of the later layer in the rule `c * S < T`.
         threshold: T in that rule; 0 keeps all.

@@ -34,7 +34,7 @@ class Entry:
     backfill: bool = False
     """Background load of an expert that was read in place: not a prediction, and no layer waits for it."""
     cancelled: bool = False
-    """Load in flight that is not needed any more; it ends at its next tile."""
+    """Load in flight that is not needed any more; it stops at the next tile."""
     stale: bool = False
     """Staged, but not selected by its layer's router: a mispredicted prefetch."""
     pins: int = 0
@@ -84,8 +84,7 @@ class Residency:
         num_slots: slots of the pool.
         staging: slots that only prefetches use, fewer than `num_slots`.
         policy: eviction policy.
-        shares: floors, the minimum slots per layer protected from eviction while another layer exceeds its floor; None:
-            no floors.
+        floors: minimum slots per layer protected from eviction while another layer exceeds its floor; None: no floors.
     """
 
     def __init__(
@@ -112,6 +111,7 @@ class Residency:
         self.backfilling = 0
         """Background loads in flight of experts that were read in place."""
         self.max_backfilling = self.capacity - experts
+        """Maximum of those in flight together, so that a whole layer always fits."""
         self.set_floors(floors)
 
     @property
@@ -131,8 +131,8 @@ class Residency:
     def request(self, layer: int, experts: Sequence[int], event_experts: Iterable[int] = ()) -> Request:
         """Handles one event: assigns slots to distinct `experts`, at most `capacity`, and pins them until `release`.
 
-        None of them is evicted for another, so all are resident when the layer's kernel runs. A load counts as resident
-        from here on.
+        None of them is evicted for another, so all are resident when the layer's kernel runs. A loading expert
+        counts as resident from here on.
 
         Args:
             layer: MoE layer index.
@@ -228,7 +228,7 @@ class Residency:
 
         Args:
             key: the expert.
-            sure: near-certain use: it may take the slot of a resident expert.
+            near_certain: whether its use is near-certain, so that it may evict a resident expert.
         """
         entry = self.entries.get(key)
         if entry is None:
@@ -240,7 +240,7 @@ class Residency:
         return False
 
     def start_load(self, key: ExpertKey) -> Load | None:
-        """Assigns a slot to a queued expert; None, and it is absent, if there is no slot or it is no longer queued."""
+        """Assigns a slot to a queued expert; returns None, and it is absent, if it gets none or is not queued."""
         entry = self.entries.get(key)
         if entry is None or entry.state is not State.QUEUED:
             return None
@@ -332,7 +332,7 @@ class Residency:
         del self.entries[key], self.speculative[key]
 
     def _make_room(self, layer: int, slot: bool) -> ExpertKey | None:
-        """Makes room for one more resident, with a free slot if `slot`; returns the evicted expert, if any."""
+        """Makes room for one more resident expert, with a free slot if `slot`; returns the victim, if any."""
         may_grow = self.residents < self.capacity
         if may_grow and (self.free or not slot):
             return None
@@ -359,7 +359,7 @@ class Residency:
         index = int(scores.argmin())
         key = divmod(index, scores.shape[1])
         if not candidates[key]:
-            raise LookupError("every resident expert is in use")
+            raise LookupError("every resident expert is pinned, so none can be evicted")
         return key
 
     def _stale_prefetch(self) -> ExpertKey | None:

@@ -1,11 +1,11 @@
-"""Chooses the decoding requests that a step leaves out, to save expert fetches."""
+"""Chooses the decoding requests that a step delays, to save expert fetches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 MAX_TIME_RATIO = 0.9
-"""Maximum time per token without the delayed requests, relative to that with all. Times are estimates, and a delayed
-request gets its tokens less evenly: for a gain of less than a tenth no request is delayed."""
+"""Maximum time per token without the delayed requests, relative to that with all requests. Times are estimates, and a
+delayed request gets its tokens less evenly: for a gain of less than a tenth no request is delayed."""
 
 
 @dataclass(frozen=True)

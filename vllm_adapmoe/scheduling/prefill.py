@@ -28,9 +28,9 @@ def hold_prefill(
 
     A step with a prompt delays every decoding request by `surcharge` seconds, whether it runs one prompt or several. If
     n prompts share each sweep, a prompt costs `decoding * surcharge / n` seconds for that and waits `gap * (n - 1) / 2`
-    for the others. One more pays while `gap * n * (n + 1) / 2 < decoding * surcharge`. Starting at such a number is
-    optimal for arrivals of which only the rate is known (Deb and Serfozo, "Optimal control of batch service queues",
-    1973; the costs are ours).
+    for the others. Waiting for one more pays off while `gap * n * (n + 1) / 2 < decoding * surcharge`. Starting at such
+    a number is optimal for arrivals of which only the rate is known (Deb and Serfozo, "Optimal control of batch service
+    queues", 1973; the costs are ours).
 
     Args:
         waiting: prompts that could start, in any order.

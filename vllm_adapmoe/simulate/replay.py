@@ -41,7 +41,7 @@ class VirtualLink:
         self.urgent: deque[ExpertKey] = deque()
         self.speculative: deque[ExpertKey] = deque()
         self.bytes_left: dict[ExpertKey, int] = {}
-        """Bytes left to move for each transfer that has begun."""
+        """Bytes not moved yet of each transfer that has begun."""
         self.in_flight: tuple[ExpertKey, int, float] | None = None
         """Tile in flight: its expert, its bytes, and its time of arrival."""
 
@@ -129,7 +129,7 @@ class Replay:
     step_seconds: list[float]
     predicted_loads: int
     """Demand loads that an earlier layer had predicted but that were not prefetched, because the link was busy or they
-    ranked too low. The other demand loads were not predicted."""
+    ranked too low."""
 
 
 def replay(

@@ -32,7 +32,7 @@ def read_frame(data: bytes, info: TraceInfo) -> Iterator[Step]:
 def _inflate(data: bytes) -> bytes:
     inflater = zlib.decompressobj()
     try:
-        # Check how the arrays begin before a megabyte is inflated to many.
+        # Checks the length of the header before it inflates all: a megabyte may inflate to gigabytes.
         if not 2 <= int.from_bytes(zlib.decompressobj().decompress(data, 8), "little") <= HEADER_BYTES:
             raise BadFile("is damaged (no arrays)")
         arrays = inflater.decompress(data, FRAME_BYTES + 1)
@@ -41,7 +41,7 @@ def _inflate(data: bytes) -> bytes:
     if len(arrays) > FRAME_BYTES:
         raise BadFile(f"has more than {FRAME_BYTES} bytes of arrays")
     if not inflater.eof or inflater.unused_data:
-        raise BadFile("is damaged (it does not end where it should)")
+        raise BadFile("is damaged (its compressed data is incomplete, or more follows)")
     return arrays
 
 
@@ -61,7 +61,7 @@ def _checked(arrays: Frame, info: TraceInfo) -> Frame:
         if array.shape[1] not in experts:
             raise BadFile(f"has an array {name!r} of {array.shape[1]} experts, of {max_experts} at most")
         if array.size and not (array.min() >= 0 and array.max() <= 1):
-            raise BadFile(f"has {name!r} from {array.min()} to {array.max()}, which are no chances")
+            raise BadFile(f"has {name!r} from {array.min()} to {array.max()}, not from 0 to 1")
 
     def checked(name: str, kinds: str, *shape: int) -> np.ndarray:
         """Returns an array after checking its kind (one of numpy's letters in `kinds`) and its shape; -1: any."""
@@ -83,10 +83,10 @@ def _checked(arrays: Frame, info: TraceInfo) -> Frame:
     if steps > FRAME_STEPS:
         raise BadFile(f"has {steps} steps, of {FRAME_STEPS} at most")
     if not np.isfinite(checked("seconds", "f", steps)).all():
-        raise BadFile("has steps at no time")
+        raise BadFile("has times that are not finite")
     names = parse_json(checked("names", "u", -1).tobytes(), NAMES)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise BadFile("has names that are no list of texts")
+        raise BadFile("has names that are not a list of strings")
     check_range("requests", checked("requests", "i", total), 0, len(names))
     check_range("positions", checked("positions", "i", total), 0, 1 << 31)
     for number, ids in enumerate(checked("ids", "u", layers, total, info.top_k)):
@@ -95,7 +95,7 @@ def _checked(arrays: Frame, info: TraceInfo) -> Frame:
     for name in sorted(arrays.keys() - REQUIRED):
         match = OPTIONAL.fullmatch(name)
         if match is None:
-            raise BadFile(f"has an array {name!r} that no trace has")
+            raise BadFile(f"has an unknown array {name!r}")
         layer, distance, part, expected = match.group(1, 2, 3, 4)
         if part == "rows":
             target = int(layer) + int(distance)
