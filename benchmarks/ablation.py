@@ -200,7 +200,7 @@ def _settings(
 
 def _setup(family: str, parts: list[str], profile: ModelProfile, threshold: float, slots: int) -> CacheSetup:
     settings, curves = _settings(family, parts, profile, threshold)
-    return CacheSetup.of(AdapMoEConfig.parse(settings), [slots], curves)
+    return CacheSetup.from_config(AdapMoEConfig.parse(settings), [slots], curves)
 
 
 def _compute_seconds(rounds: list[dict[str, Any]], steps: int) -> float:

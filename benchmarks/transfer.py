@@ -187,7 +187,7 @@ class _Readers:
                 predicted = PredictedExperts(np.array([group + padding]), np.arange(AHEAD)[None] < len(group))
                 self.cache.prefetch(layer - 1, None, {1: predicted}.get)
                 with transfers.changed:
-                    while transfers.jobs or transfers.idle:
+                    while transfers.jobs or transfers.speculative:
                         transfers.changed.wait()
                 self.cache.acquire(layer, group)
                 self.cache.release(layer, group)

@@ -14,7 +14,7 @@ from vllm_adapmoe.gating.rules import (
     gate_by_weight,
     gate_to_count,
     gate_tokens,
-    settle,
+    rescale_kept,
 )
 
 EXPERTS = 32
@@ -65,7 +65,7 @@ def test_top_2_is_the_papers_rule(routing, sensitivity, threshold):
     weights, _, _ = routing
     alpha = weights.amax(-1).double()
     dropped = weights.amin(-1).double()
-    keep = gate_tokens(weights, sensitivity, threshold).keep
+    keep = gate_tokens(weights, sensitivity, threshold).keep_mask
     cost, limit = dropped**2, threshold / sensitivity  # of a renormalised router (1 - alpha)^2 S < T
     single = cost < limit
     clear = (cost - limit).abs() > 1e-5 * limit  # otherwise rounding to float32 decides
@@ -78,7 +78,7 @@ def test_top_2_is_the_papers_rule(routing, sensitivity, threshold):
 def test_threshold_zero_is_the_identity(routing, sensitivity):
     weights, _, _ = routing
     gated = gate_tokens(weights, sensitivity, 0.0)
-    assert gated.keep.all()
+    assert gated.keep_mask.all()
     assert torch.equal(gated.weights, weights)
     assert (gated.cost == 0).all()
 
@@ -86,7 +86,10 @@ def test_threshold_zero_is_the_identity(routing, sensitivity):
 @given(routed(), sensitivities, st.lists(thresholds, min_size=2, max_size=5))
 def test_count_falls_with_the_threshold(routing, sensitivity, values):
     weights, _, _ = routing
-    for rule in (lambda t: gate_tokens(weights, sensitivity, t).keep, lambda t: gate_by_weight(weights, t).keep):
+    for rule in (
+        lambda t: gate_tokens(weights, sensitivity, t).keep_mask,
+        lambda t: gate_by_weight(weights, t).keep_mask,
+    ):
         masks = [rule(value) for value in sorted(values)]
         for less, more in itertools.pairwise(masks):
             assert (less >= more).all(), "what a higher threshold keeps, a lower one keeps too"
@@ -97,7 +100,7 @@ def test_count_falls_with_the_threshold(routing, sensitivity, values):
 def test_kept_weights_sum_to_the_routers_convention(routing, sensitivity, threshold):
     weights, _, total = routing
     keep, kept, cost = gate_tokens(weights, sensitivity, threshold)
-    again = settle(weights, keep)
+    again = rescale_kept(weights, keep)
     torch.testing.assert_close(again.weights, kept, rtol=1e-5, atol=0)
     torch.testing.assert_close(again.cost, cost, rtol=1e-4, atol=1e-14)
     torch.testing.assert_close(kept.sum(-1), weights.sum(-1), rtol=1e-5, atol=0)
@@ -114,8 +117,8 @@ def test_order_of_the_choices_does_not_matter(routing, sensitivity, threshold, r
     weights, _, _ = routing
     order = list(range(weights.shape[1]))
     random.shuffle(order)
-    there = gate_tokens(weights, sensitivity, threshold).keep[:, order]
-    here = gate_tokens(weights[:, order], sensitivity, threshold).keep
+    there = gate_tokens(weights, sensitivity, threshold).keep_mask[:, order]
+    here = gate_tokens(weights[:, order], sensitivity, threshold).keep_mask
     ties = (weights.unsqueeze(1) == weights.unsqueeze(2)).sum((1, 2)) > weights.shape[1]
     assert torch.equal(here[~ties], there[~ties])
 
@@ -127,7 +130,7 @@ def test_cost_is_the_expected_square_of_the_move(routing, seed):
     ordered = weights.sort(dim=-1, descending=True).values[:1]
     outputs = torch.randn(ordered.shape[1], 60_000, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     for kept, cost in enumerate(drop_costs(ordered)[0].tolist(), start=1):
-        gated = settle(ordered, (torch.arange(ordered.shape[1]) < kept).unsqueeze(0))
+        gated = rescale_kept(ordered, (torch.arange(ordered.shape[1]) < kept).unsqueeze(0))
         move = (gated.weights - ordered).double() @ outputs
         assert move.square().mean().item() / 2 == pytest.approx(cost, rel=0.05, abs=1e-6)
         assert gated.cost.item() == pytest.approx(cost, rel=1e-3, abs=1e-6)
@@ -152,10 +155,10 @@ def test_costs_are_exact_however_little_is_dropped(routing, sensitivity):
         expected = float(((sum(dropped) / sum(kept)) ** 2 * sum(w * w for w in kept) + sum(v * v for v in dropped)) / 2)
         assert cost == pytest.approx(expected, rel=1e-6, abs=1e-14)
         keep = (torch.arange(len(exact)) < count).unsqueeze(0)
-        assert settle(ordered, keep).cost.item() == pytest.approx(expected, rel=1e-6)
+        assert rescale_kept(ordered, keep).cost.item() == pytest.approx(expected, rel=1e-6)
         for threshold, goes in ((expected * 0.999, False), (expected * 1.001, True)):
             if expected > 1e-12:
-                remaining = gate_tokens(ordered, sensitivity, threshold * sensitivity).keep.sum()
+                remaining = gate_tokens(ordered, sensitivity, threshold * sensitivity).keep_mask.sum()
                 assert (remaining <= count) == goes
 
 
@@ -169,16 +172,16 @@ def test_logits_that_are_not_numbers_pass_through(value):
     if weights[1].isnan().any():
         assert keep[1].all()
         assert kept[1].isnan().any()
-    assert torch.equal(keep[[0, 2]], gate_tokens(weights[[0, 2]], 1.0, 0.01).keep)
+    assert torch.equal(keep[[0, 2]], gate_tokens(weights[[0, 2]], 1.0, 0.01).keep_mask)
 
 
 @given(routed(), st.floats(1, 8))
 def test_fixed_count(routing, experts):
     weights, _, _ = routing
     experts = min(experts, weights.shape[1])
-    counts = gate_to_count(weights, experts, torch.Generator().manual_seed(0)).keep.sum(-1)
+    counts = gate_to_count(weights, experts, torch.Generator().manual_seed(0)).keep_mask.sum(-1)
     assert ((counts == int(experts)) | (counts == int(experts) + 1)).all()
-    assert gate_to_count(weights, float(int(experts)), torch.Generator()).keep.sum(-1).eq(int(experts)).all()
+    assert gate_to_count(weights, float(int(experts)), torch.Generator()).keep_mask.sum(-1).eq(int(experts)).all()
 
 
 # By batch
@@ -226,7 +229,7 @@ residents = st.lists(st.booleans(), min_size=EXPERTS, max_size=EXPERTS).map(torc
 def test_batch_rule_is_greedy_by_price(routing, sensitivity, threshold, resident):
     weights, ids, _ = routing
     expected, margin = greedy(weights, ids, sensitivity, threshold, resident)
-    keep = gate_batch(weights, ids, sensitivity, threshold, resident).keep
+    keep = gate_batch(weights, ids, sensitivity, threshold, resident).keep_mask
     if margin > 1e-3:  # otherwise rounding decides
         assert torch.equal(keep, expected)
     assert (keep.sum(-1) >= 1).all()
@@ -235,12 +238,12 @@ def test_batch_rule_is_greedy_by_price(routing, sensitivity, threshold, resident
 @given(routed(), sensitivities, thresholds, residents)
 def test_batch_rule_drops_only_what_saves_a_fetch(routing, sensitivity, threshold, resident):
     weights, ids, _ = routing
-    keep = gate_batch(weights, ids, sensitivity, threshold, resident).keep
+    keep = gate_batch(weights, ids, sensitivity, threshold, resident).keep_mask
     assert keep[resident[ids]].all(), "a resident expert costs no fetch"
     for expert in ids[~keep].unique():
         assert not keep[ids == expert].any(), "dropped by some, kept by others: fetched all the same"
-    assert gate_batch(weights, ids, sensitivity, threshold, torch.ones(EXPERTS, dtype=torch.bool)).keep.all()
-    assert gate_batch(weights, ids, sensitivity, 0.0, resident).keep.all()
+    assert gate_batch(weights, ids, sensitivity, threshold, torch.ones(EXPERTS, dtype=torch.bool)).keep_mask.all()
+    assert gate_batch(weights, ids, sensitivity, 0.0, resident).keep_mask.all()
 
 
 SMALL_SHARES = (  # the third is worth 6e-7 nats at a sensitivity of 17; 8e-7 with squares rounded to float32 near one
@@ -258,8 +261,8 @@ def test_batch_of_one_drops_what_the_token_rule_drops(routing, sensitivity, thre
     nothing = torch.zeros(EXPERTS, dtype=torch.bool)
     for token in range(len(weights)):
         one, its = weights[token : token + 1], ids[token : token + 1]
-        by_batch = gate_batch(one, its, sensitivity, threshold, nothing).keep
-        by_token = gate_tokens(one, sensitivity, threshold * (1 - 1e-3)).keep
+        by_batch = gate_batch(one, its, sensitivity, threshold, nothing).keep_mask
+        by_token = gate_tokens(one, sensitivity, threshold * (1 - 1e-3)).keep_mask
         assert (by_batch <= by_token).all()
         if weights.shape[1] == 2:
-            assert (by_batch >= gate_tokens(one, sensitivity, threshold * (1 + 1e-3)).keep).all()
+            assert (by_batch >= gate_tokens(one, sensitivity, threshold * (1 + 1e-3)).keep_mask).all()

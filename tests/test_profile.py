@@ -48,7 +48,7 @@ def test_foretells_what_gating_the_tokens_gives(top_k, threshold):
     for index, sensitivity in enumerate(SENSITIVITIES):
         weights, _ = weights_of(index, top_k)
         gated = gate_tokens(weights, sensitivity, threshold)
-        counts.append(gated.keep.sum(-1).float().mean().item())
+        counts.append(gated.keep_mask.sum(-1).float().mean().item())
         losses.append(sensitivity * gated.cost.mean().item())
     assert profile.layer_experts(threshold) == pytest.approx(counts, abs=0.02)
     assert profile.loss_increase(threshold) == pytest.approx(sum(losses), rel=0.05, abs=1e-6)
@@ -208,7 +208,7 @@ def test_published_thresholds_on_alpha():
             if alpha + offset < 0.5:
                 continue
             weights = torch.tensor([[alpha + offset, 1 - alpha - offset]])
-            assert gate_tokens(weights, sensitivity, threshold).keep.sum() == experts
+            assert gate_tokens(weights, sensitivity, threshold).keep_mask.sum() == experts
 
 
 @pytest.mark.parametrize("shape", ["uniform", "edges", "square"])

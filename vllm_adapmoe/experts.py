@@ -19,5 +19,5 @@ class CacheShape:
     """Pool index of each MoE layer: layers with equally shaped experts share a pool."""
     expert_bytes: Sequence[int]
     """Bytes per expert of each MoE layer."""
-    held: Sequence[Sequence[int]] | None = None
+    local_experts: Sequence[Sequence[int]] | None = None
     """Experts of each MoE layer that this rank holds; other ranks fetch and run the rest. None: all."""

@@ -26,7 +26,7 @@ def check_in_place(shape: Shape, device: Device, dtype: torch.dtype, seed: int) 
         demand = OnDemand(cache, shape, inputs, device)
         expected = [demand.step(number).clone() for number in range(TOKENS)]
         device.synchronize()
-        cache.restart(cache.controller.anew(), None)
+        cache.restart(cache.controller.empty_copy(), None)
         in_place = InPlace(cache, shape, inputs, device)
         same = 0
         for number in range(TOKENS):

@@ -141,7 +141,7 @@ def test_no_policy_moves_less_than_the_bound():
         assert least > 0
         for eviction in ("lru", "next_use"):
             config = {"eviction": eviction, "prefetch": {"lookahead": 0}}
-            moved = replay(info, steps, CacheSetup.of(AdapMoEConfig.parse(config), [slots], None)).stats[
+            moved = replay(info, steps, CacheSetup.from_config(AdapMoEConfig.parse(config), [slots], None)).stats[
                 "fetched_bytes"
             ]
             assert least <= moved

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from vllm_adapmoe.experts import CacheShape
 from vllm_adapmoe.policy.allocation import (
     StackDistances,
-    _allocate_by_programme,
+    _allocate_by_dynamic_programming,
     _allocate_greedily,
     allocate,
     expected_loads,
@@ -46,7 +46,7 @@ def test_published_programme(name):
     assert total(curves, [int(slots) // 32] * 32) == pytest.approx(golden["uniform_loads"], abs=1e-9)
     if "ref_alloc" in golden:
         assert total(curves, golden["ref_alloc"]) == pytest.approx(golden["ref_loads"], abs=1e-9)
-    for way in (allocate, _allocate_by_programme):
+    for way in (allocate, _allocate_by_dynamic_programming):
         shares = way(curves, int(slots))
         assert sum(shares) == int(slots)
         assert total(curves, shares) == pytest.approx(golden["opt_k0_loads"], abs=1e-9)
@@ -77,7 +77,7 @@ def test_brute_force(curves, data):
 def test_greedy_equals_the_programme_where_convex(curves, data):
     assert all(is_convex(one) for one in curves)
     slots = data.draw(st.integers(0, sum(len(one) - 1 for one in curves)))
-    greedy, programme = _allocate_greedily(curves, slots), _allocate_by_programme(curves, slots)
+    greedy, programme = _allocate_greedily(curves, slots), _allocate_by_dynamic_programming(curves, slots)
     assert total(curves, greedy) == pytest.approx(total(curves, programme), abs=1e-9)
 
 
@@ -117,7 +117,7 @@ def test_stack_distances_of_single_experts_are_exactly_the_loads_of_lru():
         for expert in events.tolist():
             request = pool.request(0, [expert])
             for load in request.loads:
-                pool.loaded(load.key)
+                pool.complete_load(load.key)
             pool.release(0, [expert])
             loads += len(request.loads)
         assert distances.misses[slots] == loads
@@ -130,14 +130,14 @@ def test_floors_follow_the_traffic():
     controller = CacheController(shape, CacheSetup([7], "lru", "trace"))
     link = VirtualLink(controller, Machine())
     pool = controller.pools[0]
-    assert pool.shares.tolist() == [3, 3]
+    assert pool.floors.tolist() == [3, 3]
     for busy in (0, 1, 0):
         for step in range(4 * REVISION_STEPS):
             for layer in (0, 1):
                 expert = step % 5 if layer == busy else 0
                 link.submit(controller.begin(layer, [expert]))
                 controller.release(layer, [expert])
-        assert pool.shares[busy] == 5 and pool.shares.sum() == 6
+        assert pool.floors[busy] == 5 and pool.floors.sum() == 6
 
 
 def test_stack_distances_are_the_loads_of_lru():
@@ -152,7 +152,7 @@ def test_stack_distances_are_the_loads_of_lru():
         for event in events:
             request = pool.request(0, event)
             for load in request.loads:
-                pool.loaded(load.key)
+                pool.complete_load(load.key)
             pool.release(0, event)
             loads += len(request.loads)
         # Experts of one event tie in the order of leaving, which the two may break differently.

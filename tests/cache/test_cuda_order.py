@@ -178,7 +178,7 @@ class Worker:
 
     def restarted(self) -> None:
         self.prefetch(0)
-        self.cache.restart(self.cache.controller.anew(), None)
+        self.cache.restart(self.cache.controller.empty_copy(), None)
 
     # In place
 

@@ -50,7 +50,7 @@ def settle(cache: ExpertCacheManager) -> None:
     """Until the readers have nothing left to do."""
     while True:
         with cache.transfers.lock:
-            if not (cache.transfers.idle or cache.transfers.jobs):
+            if not (cache.transfers.speculative or cache.transfers.jobs):
                 return
         time.sleep(0.001)
 
@@ -80,7 +80,7 @@ def test_outputs_hits_and_catching_up(cache, weights):
         for first, output in zip(seen.setdefault(key, outputs), outputs, strict=True):
             assert torch.equal(first, output), "where experts were has changed an output"
         (step,) = in_place.routing.finished()
-        assert step.about == "about" and step.ids.tolist() == ids.tolist()
+        assert step.payload == "about" and step.ids.tolist() == ids.tolist()
         events = list(step.events())
         assert [experts for _, experts, _ in events] == [sorted({*one.view(-1).tolist()} - {-1}) for one in ids]
         hits += sum(len(there) for _, _, there in events)

@@ -198,7 +198,7 @@ class Interleavings(RuleBasedStateMachine):
             shares = data.draw(st.none() | st.lists(st.integers(0, EXPERTS), min_size=3, max_size=3))
             with self.transfers.lock:
                 for pool in self.cache.controller.pools:
-                    pool.set_shares(shares)
+                    pool.set_floors(shares)
         elif what == "close" and self.closer is None:
             self.close()
         elif what == "restart" and self.closer is None and self.event is None:
@@ -320,12 +320,12 @@ class Interleavings(RuleBasedStateMachine):
         if self.event is None:
             assert not transfers.errors
         if not transfers.closing:
-            queued = {id(job) for job in (*transfers.urgent, *transfers.idle)}
+            queued = {id(job) for job in (*transfers.urgent, *transfers.speculative)}
             assert {job.key for job in jobs if id(job) not in queued} == at_work
             idle = self.readers - sum(thread in transfers.threads for thread in self.gates.waiting.values())
             resting = len(transfers.changed._waiters)
             assert not (transfers.urgent and resting), "somebody should have taken it"
-            may_start = transfers.idle and not transfers.demanding and transfers.speculating < SPECULATORS
+            may_start = transfers.speculative and not transfers.demanding and transfers.speculating < SPECULATORS
             assert not (may_start and idle), "a reader should have taken it"
 
     def teardown(self):

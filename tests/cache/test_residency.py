@@ -111,7 +111,7 @@ class Interleavings(RuleBasedStateMachine):
         pinned = {entry.slot for entry in self.pool.entries.values() if entry.pins}
         resident = {key for key, entry in self.pool.entries.items() if not entry.speculative}
         entry = self.pool.entries.get(key)
-        sure = entry is not None and (entry.sure or entry.used)
+        sure = entry is not None and (entry.near_certain or entry.backfill)
         load = self.controller.start_speculation(key)
         if load is not None:
             assert load.slot not in pinned and (sure or load.evicted not in resident)
@@ -129,7 +129,7 @@ class Interleavings(RuleBasedStateMachine):
 
     @rule(shares=st.one_of(st.none(), st.lists(st.integers(0, EXPERTS), min_size=LAYERS, max_size=LAYERS)))
     def reallocate(self, shares):
-        self.pool.set_shares(shares)
+        self.pool.set_floors(shares)
 
     def end(self, key, complete):
         if key not in self.under_way:
@@ -163,7 +163,7 @@ class Interleavings(RuleBasedStateMachine):
             "speculative" if entry.speculative and entry.slot >= 0 else entry.state
             for entry in self.pool.entries.values()
         )
-        most = max(self.pool.staging, self.pool.most_speculating)
+        most = max(self.pool.staging, self.pool.max_speculating)
         assert self.pool.speculating == states["speculative"] <= most
         residents = [key for key, entry in self.pool.entries.items() if not entry.speculative]
         assert self.pool.residents == len(residents) <= self.pool.capacity
@@ -177,8 +177,8 @@ class Interleavings(RuleBasedStateMachine):
 
     @invariant()
     def catching_up_adds_up(self):
-        loading = [entry for entry in self.pool.entries.values() if entry.used and entry.slot >= 0]
-        assert self.pool.catching_up == len(loading) <= max(0, self.pool.most_catching_up)
+        loading = [entry for entry in self.pool.entries.values() if entry.backfill and entry.slot >= 0]
+        assert self.pool.backfilling == len(loading) <= max(0, self.pool.max_backfilling)
 
     @invariant()
     def bytes_add_up(self):
@@ -204,7 +204,7 @@ def ask(pool: Residency, layer: int, *experts: int) -> list[tuple[int, int] | No
     """One event, served at once; returns who left."""
     request = pool.request(layer, experts)
     for load in request.loads:
-        pool.loaded(load.key)
+        pool.complete_load(load.key)
     pool.release(layer, experts)
     return [load.evicted for load in (*request.loads, *request.promoted) if load.evicted]
 
@@ -227,7 +227,7 @@ def test_next_use_of_a_sweep():
         request = pool.request(number % layers, [0, 1])
         loads += len(request.loads) if number >= layers else 0
         for load in request.loads:
-            pool.loaded(load.key)
+            pool.complete_load(load.key)
         pool.release(number % layers, [0, 1])
     assert loads == pytest.approx(19 * layers, rel=0.25), "half of them; least recently used would load every one"
 
@@ -253,18 +253,18 @@ def test_what_was_expected_once_is_forgotten():
 
 
 def test_a_share_is_a_floor():
-    pool = Residency(5, 0, LRU(2, 4), shares=[2, 1])
+    pool = Residency(5, 0, LRU(2, 4), floors=[2, 1])
     ask(pool, 0, 0, 1)
     for expert in range(4):
         ask(pool, 1, expert)
     assert {(0, 0), (0, 1)} <= residents(pool), "the least recently used, but its layer has no more than its share"
-    pool.set_shares([0, 4])
+    pool.set_floors([0, 4])
     ask(pool, 0, 0)
     assert ask(pool, 1, 0) == [(0, 1)], "traffic has moved, and the floor with it"
 
 
 def test_no_share_streams_through():
-    pool = Residency(4, 0, LRU(2, 4), shares=[2, 0])
+    pool = Residency(4, 0, LRU(2, 4), floors=[2, 0])
     ask(pool, 0, 0, 1)
     for expert in range(4):
         ask(pool, 1, expert, (expert + 1) % 4)
@@ -275,10 +275,10 @@ def used(pool: Residency, *key: int) -> tuple[int, int] | str | None:
     """An expert that was read where it was: who left for it, if it came."""
     if not pool.request_backfill((key[0], key[1])):
         return "there"
-    load = pool.start((key[0], key[1]))
+    load = pool.start_load((key[0], key[1]))
     if load is None:
         return "stays out"
-    assert pool.loaded(load.key) is State.RESIDENT
+    assert pool.complete_load(load.key) is State.RESIDENT
     return load.evicted
 
 
@@ -303,7 +303,11 @@ def test_staged_becomes_resident_without_anybody_waiting():
     for expert in range(4):
         ask(pool, 0, expert)
     ask(pool, 1, 0)
-    assert pool.request_prefetch((1, 1)) and pool.start((1, 1)) is not None and pool.loaded((1, 1)) is State.STAGED
+    assert (
+        pool.request_prefetch((1, 1))
+        and pool.start_load((1, 1)) is not None
+        and pool.complete_load((1, 1)) is State.STAGED
+    )
     (load,) = pool.record_in_place(1, [1])
     assert load.key == (1, 1) and load.evicted == (0, 0)
     assert pool.state((1, 1)) is State.RESIDENT and pool.speculating == 0
@@ -312,7 +316,7 @@ def test_staged_becomes_resident_without_anybody_waiting():
 def test_too_many_pinned():
     pool = Residency(2, 0, LRU(2, 4))
     pool.request(0, [0, 1])
-    with pytest.raises(LookupError, match="in use"):
+    with pytest.raises(LookupError, match="is pinned"):
         pool.request(1, [0])
 
 

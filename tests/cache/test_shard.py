@@ -39,7 +39,7 @@ def test_experts_have_the_models_numbers(cache):
         for name, tensor in cache.pool(index).tensors.items():
             assert torch.equal(as_bytes(tensor[slots]), as_bytes(LAYERS[index][name][held]))
         cache.release(index, held)
-        (others,) = np.nonzero(~cache.controller.held[index])
+        (others,) = np.nonzero(~cache.controller.is_local[index])
         assert (cache.slot_maps[index][others] == -1).all()
     with pytest.raises(AssertionError, match="another rank holds expert 0 of layer 1"):
         cache.store.read((1, 0), [])

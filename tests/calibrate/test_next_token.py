@@ -63,7 +63,7 @@ def test_heads_of_another_profile_are_refused(tmp_path):
         NextTokenHeads.load(path, "0", 11, 4, 3)
     digest = heads().save(path)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(AdapMoEError, match="not those that the profile was made with"):
+    with pytest.raises(AdapMoEError, match="differ from those that the profile was made with"):
         NextTokenHeads.load(path, digest, 11, 4, 3)
 
 

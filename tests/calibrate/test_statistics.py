@@ -44,4 +44,4 @@ def test_layers_of_one_expert_and_of_three():
     assert profile.layer_experts(0.0) == pytest.approx([1, 3])
     assert profile.layer_experts(1e9) == pytest.approx([1, 1])
     assert profile.threshold_for_experts(1.5) > 0
-    assert gate_tokens(torch.ones(2, 1), 0.0, 1e9).keep.all()
+    assert gate_tokens(torch.ones(2, 1), 0.0, 1e9).keep_mask.all()

@@ -54,7 +54,7 @@ DAMAGE = {
     "fewer rows": (put("rows", -1), "'rows'"),
     "more rows": (put("rows", 5), "an array"),
     "many rows": (put("rows", 2**31 - 1), "an array"),
-    "no time": (put("seconds", np.nan), "no time"),
+    "no time": (put("seconds", np.nan), "times that are not finite"),
     "names": (replace("names", text({"a": 1})), "names"),
     "names of numbers": (replace("names", text([1, 2, 3])), "names"),
     "few names": (replace("names", text(["a"])), "'requests'"),
@@ -72,8 +72,8 @@ DAMAGE = {
     "foretold of none": (replace("foretold.0.1.ids", lambda array: array[:, :0]), "foretold.0.1"),
     "kept": (lambda arrays: arrays.pop("foretold.0.1.kept"), "foretold.0.1.kept"),
     "kept and a half": (put_byte("foretold.0.1.kept", 2), "foretold.0.1.kept"),
-    "an expected chance": (put("expected.0", np.nan), "no chances"),
-    "a sure chance": (put("expected.0", 2), "no chances"),
+    "an expected chance": (put("expected.0", np.nan), "not from 0 to 1"),
+    "a sure chance": (put("expected.0", 2), "not from 0 to 1"),
     "expected experts": (replace("expected.0", lambda array: np.repeat(array, 2, 1)), "expected.0"),
     "expected of 3 steps": (replace("expected.0", lambda array: array[:3]), "expected.0"),
     "expected by half": (put_byte("expected.0.of", 255), "expected.0.of"),
@@ -82,10 +82,10 @@ DAMAGE = {
     "expected alone": (lambda arrays: arrays.pop("expected.0.of"), "expected.0.of"),
     "begun layers": (replace("begin", lambda array: np.repeat(array, 2, 1)), "of 4 layers"),
     "begun experts": (replace("begin", lambda array: array[:, :, :3]), "'begin'"),
-    "a begun chance": (put("begin", -1), "no chances"),
+    "a begun chance": (put("begin", -1), "not from 0 to 1"),
     "begun alone": (lambda arrays: arrays.pop("begin"), "no array 'begin'"),
     "another array": (rename("expected.0", "x\n\x1b[31m"), "expected.0"),
-    "an array more": (lambda arrays: arrays.__setitem__("x\n", arrays["rows"]), "that no trace has"),
+    "an array more": (lambda arrays: arrays.__setitem__("x\n", arrays["rows"]), "has an unknown array"),
 }  # fmt: skip
 
 
@@ -98,7 +98,7 @@ def test_a_frame_that_cannot_be(name, tmp_path):
     damage(arrays)
     write(tmp_path / "trace", arrays)
     message = try_reading("trace", tmp_path / "trace")
-    assert said in message and "its frame at byte" in message
+    assert said in message and "the frame at byte" in message
 
 
 def test_too_many_steps_in_a_frame(tmp_path):
@@ -143,12 +143,12 @@ def test_damage_in_the_middle_is_told_and_a_cut_end_is_left_out(tmp_path, caplog
     path.write_bytes(line + frame + frame[:-1])
     with caplog.at_level("WARNING"):
         assert len(read_trace(path)[1]) == whole // 2
-    assert f"its last {len(frame) - 1} bytes are of a frame that was cut short" in caplog.text
+    assert f"the last {len(frame) - 1} bytes are an incomplete frame" in caplog.text
     damaged = bytearray(frame)
     damaged[len(frame) // 2] ^= 1
     path.write_bytes(line + frame + damaged + frame)
     at = len(line) + len(frame)
-    with pytest.raises(AdapMoEError, match=f"its frame at byte {at} .* truncate --size={at}"):
+    with pytest.raises(AdapMoEError, match=f"the frame at byte {at} .* truncate --size={at}"):
         read_trace(path)
     os.truncate(path, at)
     assert len(read_trace(path)[1]) == whole // 2

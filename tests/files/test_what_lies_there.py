@@ -268,7 +268,7 @@ def write_trace(path: Path, *frames: bytes, **info: object) -> Path:
 
 def test_a_frame_that_would_fill_memory(tmp_path):
     bomb = zlib.compress(b"\0" * (100 << 20), 1)
-    assert "damaged: its frame at byte" in try_reading("trace", write_trace(tmp_path / "zeros", bomb))
+    assert "damaged: the frame at byte" in try_reading("trace", write_trace(tmp_path / "zeros", bomb))
     size = 1 << 30  # as it may be, but for that
     header = json.dumps({"rows": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
     packed = zlib.compressobj(1)

@@ -41,7 +41,7 @@ def run(engine: Engine) -> tuple[list[list[int]], list[tuple[str, list[int]]]]:
 
 
 def _floors(worker: Any) -> list[int]:
-    return worker.expert_cache.controller.pools[0].shares.tolist()
+    return worker.expert_cache.controller.pools[0].floors.tolist()
 
 
 def _watch_residents(worker: Any) -> None:

@@ -13,7 +13,7 @@ from vllm.v1.worker.gpu import cudagraph_utils
 from tests.integration import graph_recorder
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS
 from tests.integration.test_device_path import as_on_gpu, interpreted  # noqa: F401 - fixtures
-from vllm_adapmoe.device.deferred import RoutingUnseen
+from vllm_adapmoe.device.deferred import RoutingNotRecorded
 from vllm_adapmoe.integration.layers import mapped_experts
 from vllm_adapmoe.integration.measure.engine import Engine
 
@@ -75,7 +75,7 @@ class Steps:
         with device_only.step(TOKENS, lambda: [("a", 5, 1)] * TOKENS):
             launch()
         outputs = self.outputs[:, :TOKENS].clone()
-        device_only.routing._flights[-1][1][:] = range(len(self.layers))  # the others of this model are not run here
+        device_only.routing._in_flight[-1][1][:] = range(len(self.layers))  # the others of this model are not run here
         device_only.drain_finished(None)
         return outputs
 
@@ -137,7 +137,7 @@ def test_a_graph_of_the_dummy_path_ends_the_engine(as_on_gpu, interpreted, as_if
     )
     with Engine(TINY_MIXTRAL, CONFIG, **ARGS) as engine:
         recorded_kernel(monkeypatch, engine)
-        with pytest.raises(RoutingUnseen, match=r"MoE layers \[0, 1, 2, 3\] left no routing"):
+        with pytest.raises(RoutingNotRecorded, match=r"MoE layers \[0, 1, 2, 3\] recorded no routing"):
             engine.llm.collective_rpc(replay_and_eager)
 
 

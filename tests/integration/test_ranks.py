@@ -94,7 +94,7 @@ def _seen(worker: Any) -> dict[str, Any]:
         "decisions": [event[1:] for event in worker.events if event[0] == "cache"],
         "slots": [one.tolist() for one in cache.slot_maps],
         "resident": cache.resident().tolist(),
-        "held": cache.controller.held.tolist(),
+        "held": cache.controller.is_local.tolist(),
         "counted": {key: value for key, value in worker.expert_cache_stats().items() if key not in timed},
     }
 
@@ -211,4 +211,4 @@ def test_weights_that_are_replaced(tiny_model, tmp_path, ranks):
 
 
 def _held(worker: Any) -> list[int]:
-    return worker.expert_cache.controller.held[0].nonzero()[0].tolist()
+    return worker.expert_cache.controller.is_local[0].nonzero()[0].tolist()

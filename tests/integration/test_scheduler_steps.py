@@ -146,7 +146,7 @@ def warm(server, decoding=4, tokens=400):
     server.add(tokens=2)
     for _ in range(20):
         server.step()
-    assert server.scheduler.prices.surcharge > 0
+    assert server.scheduler.costs.surcharge > 0
     return names
 
 
@@ -219,7 +219,7 @@ def test_urgent_requests_are_not_held_for_others(is_async, clock):
     server.add(tokens=2, priority=5)
     for _ in range(20):
         server.step()
-    assert server.scheduler.prices.surcharge > 0
+    assert server.scheduler.costs.surcharge > 0
     urgent, patient = server.add(priority=0), server.add(priority=9)
     server.step()
     assert urgent in server.steps[-1]

@@ -178,7 +178,7 @@ def test_a_worker_reports_what_steps_took_on_the_device_with_later_steps(clock, 
     experts = SimpleNamespace(forget=lambda finished: None, end=lambda: None, top_expected=dict)
     stats = SimpleNamespace(stall_seconds=0.0, demand_loads=0, prefetches=0, fetch_seconds=0.0)
     cache = SimpleNamespace(
-        stats=stats, num_slots=4, controller=SimpleNamespace(held=np.ones((1, 4), dtype=bool)),
+        stats=stats, num_slots=4, controller=SimpleNamespace(is_local=np.ones((1, 4), dtype=bool)),
         resident=lambda: np.zeros((1, 4), dtype=bool),
     )  # fmt: skip
     vars(worker).update(

@@ -18,7 +18,7 @@ def test_foretells_what_gating_keeps(seed, top_k, tokens, threshold):
     weights, ids = torch.from_numpy(logits).softmax(-1).topk(top_k)
     gated = gate_tokens(weights / weights.sum(-1, keepdim=True), 0.3, threshold)
     assert np.array_equal(predicted.ids, ids.numpy())
-    assert np.array_equal(predicted.kept, gated.keep.numpy())
+    assert np.array_equal(predicted.keep_mask, gated.keep_mask.numpy())
 
 
 def test_ranks_as_biased_routers_do():

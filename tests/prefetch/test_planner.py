@@ -37,7 +37,7 @@ def test_looks_further_only_if_nothing_nearer_is_missing():
     predicted = {1: said(0, 1), 2: said(2, 3)}
     assert planner.plan(0, predicted.get, lambda *_: True, 0) == [(1, 0)]
     assert planner.plan(0, predicted.get, lambda key, sure: key[0] == 2, 0) == [(2, 2)]
-    assert planner.plan(0, predicted.get, lambda *_: True, under_way=1) == []
+    assert planner.plan(0, predicted.get, lambda *_: True, in_flight=1) == []
 
 
 def test_what_is_sure_counts_for_no_limit():
@@ -57,8 +57,8 @@ def test_a_prompt_is_a_sweep_in_layer_order():
         raise AssertionError("a sweep asks no gate")
 
     assert planner.plan_first_layers(100, [], lambda *_: True) == every[0]
-    assert planner.plan(0, never, lambda _, sure: sure, under_way=8) == every[1]
-    assert planner.plan(1, never, lambda *_: True, under_way=8) == every[2]
+    assert planner.plan(0, never, lambda _, sure: sure, in_flight=8) == every[1]
+    assert planner.plan(1, never, lambda *_: True, in_flight=8) == every[2]
     assert planner.plan(-1, {1: said(5, 6)}.get, lambda *_: True, 0) == [(0, 5)]  # the step after it need not be one
     assert planner.plan_first_layers(0, [], lambda *_: True) == []
     assert planner.plan(0, {1: said(3, 4)}.get, lambda *_: True, 0) == [(1, 3)]

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from vllm_adapmoe.experts import CacheShape
 from vllm_adapmoe.policy.controller import CacheController, CacheSetup
 from vllm_adapmoe.prefetch.request_experts import bits
-from vllm_adapmoe.scheduling.affinity import Decoding, held_back
+from vllm_adapmoe.scheduling.affinity import DecodingRequest, held_back
 from vllm_adapmoe.simulate.replay import Machine, VirtualLink
 
 
-def hold(*decoding: Decoding, resident: int, slots: int, compute=1.0, load=1.0, max_delay=10.0) -> set[str]:
+def hold(*decoding: DecodingRequest, resident: int, slots: int, compute=1.0, load=1.0, max_delay=10.0) -> set[str]:
     return held_back(decoding, resident, slots, compute, load, max_delay)
 
 
@@ -22,29 +22,31 @@ A, B = 0b0000_1111, 0b1111_0000
 
 
 def test_waits_while_others_experts_are_there():
-    requests = [Decoding("a", A, 0.0), Decoding("b", B, 0.0), Decoding("c", A, 0.0)]
+    requests = [DecodingRequest("a", A, 0.0), DecodingRequest("b", B, 0.0), DecodingRequest("c", A, 0.0)]
     assert hold(*requests, resident=A, slots=4) == {"b"}
     assert hold(*requests, resident=B, slots=4) == {"a", "c"}
 
 
 def test_nobody_waits_where_everything_fits():
-    assert hold(Decoding("a", A, 0.0), Decoding("b", B, 0.0), resident=A, slots=8) == set()
+    assert hold(DecodingRequest("a", A, 0.0), DecodingRequest("b", B, 0.0), resident=A, slots=8) == set()
 
 
 def test_nobody_waits_where_the_batch_shares_its_loads():
     """Everybody wants something else that is missing: one sweep serves all."""
-    requests = [Decoding(str(number), 0xFFFF & ~(1 << number), 0.0) for number in range(16)]
+    requests = [DecodingRequest(str(number), 0xFFFF & ~(1 << number), 0.0) for number in range(16)]
     assert hold(*requests, resident=0xFF, slots=8) == set()
 
 
 def test_who_has_waited_long_enough_runs():
-    requests = [Decoding("a", A, 0.0), Decoding("b", B, 10.0)]
+    requests = [DecodingRequest("a", A, 0.0), DecodingRequest("b", B, 10.0)]
     assert "b" not in hold(*requests, resident=A, slots=4)
-    assert "new" not in hold(*requests[:1], Decoding("new", None, 0.0), Decoding("b", B, 0.0), resident=A, slots=4)
+    assert "new" not in hold(
+        *requests[:1], DecodingRequest("new", None, 0.0), DecodingRequest("b", B, 0.0), resident=A, slots=4
+    )
 
 
 def test_the_more_urgent_never_waits_for_the_less_urgent():
-    requests = [Decoding("a", A, 0.0, priority=1), Decoding("b", B, 0.0, priority=0)]
+    requests = [DecodingRequest("a", A, 0.0, priority=1), DecodingRequest("b", B, 0.0, priority=0)]
     assert hold(*requests, resident=A, slots=4) == set()  # else it would be b, and a with it costs no more
 
 
@@ -55,7 +57,7 @@ def test_the_more_urgent_never_waits_for_the_less_urgent():
     slots=st.integers(1, 16),
 )
 def test_somebody_always_runs(masks, waits, resident, slots):
-    requests = [Decoding(str(number), mask, waits[number]) for number, mask in enumerate(masks)]
+    requests = [DecodingRequest(str(number), mask, waits[number]) for number, mask in enumerate(masks)]
     held = hold(*requests, resident=resident, slots=slots, max_delay=1.0)
     assert len(held) < len(requests)
     assert not any(one.name in held for one in requests if one.waited >= 1.0 or one.expected is None)
@@ -96,7 +98,7 @@ def serve(max_delay: float, classes: list[int | None], steps: int = 2000):
         resident = np.zeros((LAYERS, EXPERTS), dtype=bool)
         for key, entry in controller.pools[0].entries.items():
             resident[key] = entry.slot >= 0
-        decoding = [Decoding(str(index), bits(one), now - last[index]) for index, one in enumerate(wanted)]
+        decoding = [DecodingRequest(str(index), bits(one), now - last[index]) for index, one in enumerate(wanted)]
         held = held_back(decoding, bits(resident), SLOTS, COMPUTE, LOAD, max_delay)
         running = [index for index in range(len(classes)) if str(index) not in held]
         for layer in range(LAYERS):

@@ -8,35 +8,37 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_adapmoe.scheduling.arrivals import Arrivals
-from vllm_adapmoe.scheduling.prefill import Waiting, hold_prefill
+from vllm_adapmoe.scheduling.prefill import WaitingPrompt, hold_prefill
 
 DECODING = [0] * 4
 LIMITS = {"surcharge": 0.1, "gap": 0.1, "token_budget": 2048, "max_delay": 1.0}
 
 
-def held(*waiting: Waiting, decoding=DECODING, **limits) -> bool:
+def held(*waiting: WaitingPrompt, decoding=DECODING, **limits) -> bool:
     return hold_prefill(waiting, decoding, **LIMITS | limits)
 
 
 def test_waits_while_one_more_is_worth_it():
-    assert held(Waiting(0.0, 10))
-    assert held(Waiting(0.3, 10), Waiting(0.0, 10))  # a third: 3 x 0.1 s more waiting, 4 x 0.1 s less of sweeps
-    assert not held(*[Waiting(0.0, 10)] * 3)
-    assert held(*[Waiting(0.0, 10)] * 3, decoding=[0] * 7)
-    assert not held(Waiting(0.0, 10), gap=0.41)  # nobody is coming
+    assert held(WaitingPrompt(0.0, 10))
+    assert held(
+        WaitingPrompt(0.3, 10), WaitingPrompt(0.0, 10)
+    )  # a third: 3 x 0.1 s more waiting, 4 x 0.1 s less of sweeps
+    assert not held(*[WaitingPrompt(0.0, 10)] * 3)
+    assert held(*[WaitingPrompt(0.0, 10)] * 3, decoding=[0] * 7)
+    assert not held(WaitingPrompt(0.0, 10), gap=0.41)  # nobody is coming
 
 
 @pytest.mark.parametrize(
     ("waiting", "changes"),
     [
         ([], {}),
-        ([Waiting(0.0, 10)], {"decoding": []}),  # nobody to spare
-        ([Waiting(0.0, 10)], {"surcharge": 0.0}),  # not known yet, or every expert is there
-        ([Waiting(0.0, 10)], {"gap": math.inf}),  # none has ever come
-        ([Waiting(0.0, 1000), Waiting(0.0, 1048)], {}),  # a whole step's worth
-        ([Waiting(0.2, 10)], {"max_delay": 0.2}),
-        ([Waiting(0.0, 10)], {"max_delay": 0.0}),
-        ([Waiting(0.0, 10, priority=-1)], {}),  # more urgent than those it would wait for
+        ([WaitingPrompt(0.0, 10)], {"decoding": []}),  # nobody to spare
+        ([WaitingPrompt(0.0, 10)], {"surcharge": 0.0}),  # not known yet, or every expert is there
+        ([WaitingPrompt(0.0, 10)], {"gap": math.inf}),  # none has ever come
+        ([WaitingPrompt(0.0, 1000), WaitingPrompt(0.0, 1048)], {}),  # a whole step's worth
+        ([WaitingPrompt(0.2, 10)], {"max_delay": 0.2}),
+        ([WaitingPrompt(0.0, 10)], {"max_delay": 0.0}),
+        ([WaitingPrompt(0.0, 10, priority=-1)], {}),  # more urgent than those it would wait for
     ],
 )
 def test_does_not_wait(waiting, changes):
@@ -44,14 +46,16 @@ def test_does_not_wait(waiting, changes):
 
 
 def test_less_urgent_ones_may_wait():
-    assert held(Waiting(0.0, 10, priority=1))
+    assert held(WaitingPrompt(0.0, 10, priority=1))
 
 
 @given(decoding=st.integers(1, 64), surcharge=st.floats(0.001, 1), gap=st.floats(0.001, 1))
 def test_begins_at_the_best_number(decoding, surcharge, gap):
     """Of all numbers of prompts to share a sweep, the least that costs nothing more than the best."""
     number = 1
-    while held(*[Waiting(0.0, 1)] * number, decoding=[0] * decoding, surcharge=surcharge, gap=gap) and number < 512:
+    while (
+        held(*[WaitingPrompt(0.0, 1)] * number, decoding=[0] * decoding, surcharge=surcharge, gap=gap) and number < 512
+    ):
         number += 1
 
     def cost(number: int) -> float:
@@ -84,7 +88,7 @@ def test_against_beginning_at_once_and_against_every_fixed_number(rate):
     gaps = [generator.expovariate(rate) for _ in range(200)]
 
     def rule(waiting: int, gap: float) -> bool:
-        return held(*[Waiting(0.0, 1)] * waiting, surcharge=0.15, gap=gap)
+        return held(*[WaitingPrompt(0.0, 1)] * waiting, surcharge=0.15, gap=gap)
 
     ours = cost_per_prompt(gaps, sweep, rule)
     fixed = [cost_per_prompt(gaps, sweep, lambda waiting, gap, number=number: waiting < number)

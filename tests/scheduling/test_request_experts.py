@@ -15,39 +15,39 @@ def test_bits_of_a_set():
 def test_the_likeliest_of_each_request():
     experts = RequestExperts(2, 4, top_k=2)
     experts.begin(["a", "b"])
-    experts.predicted(0, np.array([[0.1, 0.9, 0.2, 0.8], [0.9, 0.8, 0.0, 0.1]]))
-    experts.used(1, np.array([[0, 1], [2, 3]]))
+    experts.record_prediction(0, np.array([[0.1, 0.9, 0.2, 0.8], [0.9, 0.8, 0.0, 0.1]]))
+    experts.record_used(1, np.array([[0, 1], [2, 3]]))
     experts.end()
     assert experts.top_expected() == {"a": 0b0011_1010, "b": 0b1100_0011}
 
 
 def test_a_batch_is_expected_to_use_what_any_of_it_is():
     experts = RequestExperts(1, 3, top_k=1)
-    assert experts.of_any(["a"], 1) is None
+    assert experts.batch_chances(["a"], 1) is None
     experts.begin(["a", "b"])
-    experts.predicted(0, np.array([[0.5, 0.0, 1.2], [0.5, 0.2, -0.1]]))
+    experts.record_prediction(0, np.array([[0.5, 0.0, 1.2], [0.5, 0.2, -0.1]]))
     experts.end()
-    chances = experts.of_any(["a", "b", "unknown"], 3)
+    chances = experts.batch_chances(["a", "b", "unknown"], 3)
     assert chances.dtype == np.float16
     assert chances[0] == pytest.approx([0.75, 1 - 0.995 * 0.8, 1 - 0.005 * 0.995], abs=1e-3)
     experts.forget(["b"])
-    assert experts.of_any(["a", "b"], 1)[0, 0] == 0.5
+    assert experts.batch_chances(["a", "b"], 1)[0, 0] == 0.5
 
 
 def test_a_layer_of_another_batch_is_left_out():
     """A dummy run, or one whose rows cannot be told apart."""
     experts = RequestExperts(1, 3, top_k=1)
     experts.begin(["a"])
-    experts.used(0, np.array([[0], [1]]))
+    experts.record_used(0, np.array([[0], [1]]))
     experts.end()
-    assert experts.of_any(["a"], 1)[0].max() < REUSE
+    assert experts.batch_chances(["a"], 1)[0].max() < REUSE
 
 
 def test_a_request_that_has_ended_does_not_come_back():
     """Steps in place are told of when they have run: when their request may have ended."""
     experts = RequestExperts(2, 4, 2)
     experts.begin(["a", "b"])
-    experts.used(0, np.array([[0, 1], [2, 3]]))
+    experts.record_used(0, np.array([[0, 1], [2, 3]]))
     experts.forget(["a"])
     experts.end()
     assert set(experts.chances) == {"b"}

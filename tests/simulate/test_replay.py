@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from vllm_adapmoe.policy.controller import CacheSetup
 from vllm_adapmoe.policy.prediction import PredictedExperts
-from vllm_adapmoe.policy.tiles import LEAST_TILE_BYTES, SPECULATIVE_TILE_SECONDS, TILE_BYTES, tile_bytes
+from vllm_adapmoe.policy.tiles import MIN_TILE_BYTES, SPECULATIVE_TILE_SECONDS, TILE_BYTES, tile_bytes
 from vllm_adapmoe.simulate.baselines import SIMULATED
 from vllm_adapmoe.simulate.replay import Machine, belady, replay
 from vllm_adapmoe.simulate.trace import Step, TraceInfo
@@ -122,11 +122,11 @@ def test_demand_overtakes_speculation_between_tiles():
     steps = steps_of([[[0], [2]]])
     steps[0].predicted[0, 1] = PredictedExperts(np.array([[3, 0]]), np.array([[True, False]]))
     setup = CacheSetup([16], lookahead=1, max_experts=1)
-    machine = Machine(bandwidth=16 * LEAST_TILE_BYTES, layer_seconds=1.53)  # 16 tiles a second
+    machine = Machine(bandwidth=16 * MIN_TILE_BYTES, layer_seconds=1.53)  # 16 tiles a second
     result = replay(info(2, 4, 4 * TILE), steps, setup, machine)
     moved = 25 / 16  # the 25th tile has begun when layer 1 asks
     assert result.seconds == pytest.approx(4 + moved + 4 + 1.53)
-    assert result.stats["wasted_bytes"] == 25 * LEAST_TILE_BYTES  # cancelled at its end: its layer has come
+    assert result.stats["wasted_bytes"] == 25 * MIN_TILE_BYTES  # cancelled at its end: its layer has come
     assert (result.stats["prefetches_cancelled"], result.stats["prefetches_wasted"]) == (1, 0)
 
 
@@ -135,6 +135,6 @@ def test_speculation_keeps_demand_waiting_no_longer_than_a_quarter_of_a_millisec
     assert tile_bytes(record, urgent=True, bandwidth=1e9) == tile_bytes(record, False, 25e9) == TILE_BYTES
     assert tile_bytes(record, urgent=False, bandwidth=1e9) == pytest.approx(1e9 * SPECULATIVE_TILE_SECONDS, rel=0.02)
     assert tile_bytes(record, urgent=False, bandwidth=1e9) % 4096 == 0, "for direct I/O"
-    assert tile_bytes(record, urgent=False, bandwidth=1.0) == LEAST_TILE_BYTES
+    assert tile_bytes(record, urgent=False, bandwidth=1.0) == MIN_TILE_BYTES
     assert tile_bytes(record, urgent=False, bandwidth=None) == record // 16, "or that much of what demand takes itself"
     assert tile_bytes(1 << 20, urgent=False, bandwidth=None) == TILE_BYTES

@@ -38,7 +38,7 @@ def same(one: Step, other: Step) -> bool:
     assert one.predicted.keys() == other.predicted.keys()
     for key, predicted in one.predicted.items():
         assert np.array_equal(predicted.ids, other.predicted[key].ids)
-        assert np.array_equal(predicted.kept, other.predicted[key].kept)
+        assert np.array_equal(predicted.keep_mask, other.predicted[key].keep_mask)
     assert one.expected.keys() == other.expected.keys()
     assert all(np.array_equal(chances, other.expected[layer]) for layer, chances in one.expected.items())
     return all(np.array_equal(getattr(one, part), getattr(other, part)) for part in ("positions", "ids", "weights"))

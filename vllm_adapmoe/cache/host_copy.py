@@ -9,12 +9,14 @@ class HostCopy:
     def __init__(self, *tensors: torch.Tensor) -> None:
         self._ended: torch.cuda.Event | None = None
         if tensors[0].is_cuda:
-            host = [torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in tensors]
-            self.tensors = [one.copy_(tensor, non_blocking=True) for one, tensor in zip(host, tensors, strict=True)]
+            buffers = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+            self.tensors = [
+                buffer.copy_(tensor, non_blocking=True) for buffer, tensor in zip(buffers, tensors, strict=True)
+            ]
             self._ended = torch.cuda.Event()
             self._ended.record()
         else:
-            self.tensors = [one.clone() for one in tensors]
+            self.tensors = [tensor.clone() for tensor in tensors]
 
     @property
     def arrived(self) -> bool:

@@ -68,9 +68,9 @@ class ExpertCacheManager:
         ]
         self.slot_maps = SlotMaps([store.num_experts(layer) for layer in range(store.num_layers)])
         self.closed = False
-        self._follow(controller, link_gbps)
+        self._use_controller(controller, link_gbps)
 
-    def _follow(self, controller: CacheController, link_gbps: float | None) -> None:
+    def _use_controller(self, controller: CacheController, link_gbps: float | None) -> None:
         self.controller = controller
         self._link_gbps = link_gbps
         link = None if link_gbps is None else link_gbps * 1e9
@@ -81,16 +81,16 @@ class ExpertCacheManager:
 
     def restart(self, controller: CacheController, link_gbps: float | None) -> None:
         """Restarts the cache between two steps, with another controller, empty slots and the controller's counters."""
-        self._check()
+        self._check_usable()
         self.transfers.close()
-        self._follow(controller, link_gbps)
+        self._use_controller(controller, link_gbps)
 
     def resize(self, controller: CacheController, link_gbps: float | None) -> None:
         """Restarts the cache between two steps, with the number of slots that `controller` has.
 
         Releases the tensors of the old slots first; their memory is freed only if nothing else references them.
         """
-        self._check()
+        self._check_usable()
         self.transfers.close()
         layouts, device = [pool.layout for pool in self.pools], self.pools[0].device
         self.pools.clear()
@@ -98,31 +98,31 @@ class ExpertCacheManager:
             torch.cuda.empty_cache()
         for layout, residency in zip(layouts, controller.pools, strict=True):
             self.pools.append(SlotPool(layout, residency.num_slots, device))
-        self._follow(controller, link_gbps)
+        self._use_controller(controller, link_gbps)
 
     def replace_store(self, store: ExpertStore) -> None:
         """Switches to a store of the same layouts, between two steps; empties the slots and keeps the counters.
 
         Closes the previous store unless it is the same object.
         """
-        self._check()
+        self._check_usable()
         self.transfers.close()
         if store is not self.store:
             self.store.close()
             self.store = store
-        before, controller = self.controller, self.controller.anew()
+        before, controller = self.controller, self.controller.empty_copy()
         controller.stats = before.stats
         controller.layer_hits, controller.layer_misses = before.layer_hits, before.layer_misses
-        self._follow(controller, self._link_gbps)
+        self._use_controller(controller, self._link_gbps)
 
-    def _check(self) -> None:
+    def _check_usable(self) -> None:
         """Raises if experts cannot be requested now."""
         if self.closed:
             raise CacheClosed
         self.transfers.check()
         if self.transfers.quiet:
             raise RuntimeError(
-                "experts are asked for while a CUDA graph is captured; run no step of a request within `quiet`"
+                "experts were requested while a CUDA graph is captured; run no step of a request within `quiet`"
             )
 
     @property
@@ -167,7 +167,7 @@ class ExpertCacheManager:
             RuntimeError: called within `quiet`.
         """
         with self.transfers.lock:
-            self._check()
+            self._check_usable()
             request = self.controller.begin(layer, experts, event_experts, expected)
             self.transfers.submit(request)
         for load in (*request.loads, *request.promoted, *request.awaited):
@@ -258,7 +258,7 @@ class ExpertCacheManager:
             int32 `[layers, experts]`: slot of every resident or staged expert; -1 otherwise.
         """
         with self.transfers.lock:
-            self._check()
+            self._check_usable()
             self.transfers.frozen += 1
             slots = self.slot_maps.copy()
             for pool in self.controller.pools:
@@ -272,12 +272,12 @@ class ExpertCacheManager:
 
     @contextmanager
     def whole_layer(self, layer: int) -> Iterator[bool]:
-        """Prevents evictions within the context if all of `layer` is resident and none of it pinned; yields whether so.
+        """Prevents evictions within the context if all of `layer` is resident and unpinned; yields whether it is.
 
-        What kernels launched within it read of the layer is not overwritten before they have run.
+        Slots that kernels launched within it read are not overwritten before these kernels have run.
         """
         with self.transfers.lock:
-            self._check()
+            self._check_usable()
             whole = self.controller.residency(layer).is_whole(layer, self.store.num_experts(layer))
             self.transfers.frozen += whole
         try:
@@ -303,12 +303,12 @@ class ExpertCacheManager:
         requested meanwhile start afterwards.
 
         Raises:
-            RuntimeError: when entered within itself; within it, also raised by what requests experts (`begin`,
+            RuntimeError: when entered within itself; within it, also raised by methods that request experts (`begin`,
                 `acquire`, `frozen`, `whole_layer`, `restart`), which would wait for transfers or record events.
         """
         transfers = self.transfers
         with transfers.lock:
-            self._check()
+            self._check_usable()
             try:
                 transfers.drain()
             except BaseException:
@@ -323,7 +323,7 @@ class ExpertCacheManager:
     def record_in_place(self, events: Sequence[tuple[int, Sequence[int], Collection[int]]]) -> None:
         """Records events that have run in place, in order: layer, distinct experts, and those that were in slots.
 
-        Queues loads of some of the others.
+        Queues background loads of some of the others.
         """
         missed = []
         with self.transfers.lock:
@@ -334,7 +334,7 @@ class ExpertCacheManager:
                     self.slot_maps.place(load.key, load.slot)
                 missed += [(layer, expert) for expert in experts if expert not in resident]
             self.transfers.speculate(self.controller.backfill(missed))
-        self._speculate_here()
+        self._speculate_inline()
 
     def prefetch(
         self, layer: int, routing: tuple[np.ndarray, np.ndarray] | None, predict_experts: PredictExperts
@@ -343,20 +343,20 @@ class ExpertCacheManager:
         with self.transfers.lock:
             self.transfers.check()
             self.transfers.speculate(self.controller.prefetch(layer, routing, predict_experts))
-        self._speculate_here()
+        self._speculate_inline()
 
     def prefetch_first_layers(self, prompt_tokens: int, chances: Sequence[np.ndarray]) -> None:
         """Queues prefetches for a step that is about to run (`CacheController.prefetch_first_layers`)."""
         with self.transfers.lock:
             self.transfers.check()
             self.transfers.speculate(self.controller.prefetch_first_layers(prompt_tokens, chances))
-        self._speculate_here()
+        self._speculate_inline()
 
-    def _speculate_here(self) -> None:
-        """Moves what is queued in this thread, if there are no reader threads."""
+    def _speculate_inline(self) -> None:
+        """Runs queued speculative loads in the calling thread, if there are no reader threads."""
         while not self.transfers.threads:
             with self.transfers.lock:
-                job = self.transfers.next_idle(beside_demand=True)
+                job = self.transfers.next_speculative(during_demand=True)
             if job is None:
                 return
             self.transfers.run(job)
@@ -382,6 +382,6 @@ class ExpertCacheManager:
             try:
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
-            except RuntimeError as error:  # the launcher of the failed kernel has got the error already
-                logger.debug("kernels have not ended well: %s", error)
+            except RuntimeError as error:  # already raised where the kernel was launched
+                logger.debug("Expert cache: a kernel had failed before the cache was closed: %s", error)
             self.store.close()

@@ -8,7 +8,7 @@ import torch
 from vllm_adapmoe.store.record import RecordLayout, aligned_empty
 
 IN_FLIGHT = 2
-"""Copies issued to the device at a time: with one, the link would idle until the host has seen it end."""
+"""Copies issued to the device at a time: with one, the link would idle until the host notices the copy's end."""
 
 
 class SlotPool:
@@ -78,7 +78,7 @@ class SlotPool:
             stream = torch.cuda.Stream(self.device)
         if self._used is not None:
             stream.wait_event(self._used)
-        under_way: deque[tuple[torch.cuda.Event, int]] = deque()
+        in_flight: deque[tuple[torch.cuda.Event, int]] = deque()
         try:
             for number, start, stop in self.layout.tiles(tile_bytes):
                 offset = self.layout.pieces[number].offset
@@ -87,11 +87,11 @@ class SlotPool:
                     self._bytes_of_slot[slot][number][start:stop].copy_(source, non_blocking=True)
                 event = torch.cuda.Event()
                 event.record(stream)
-                under_way.append((event, stop - start))
-                if len(under_way) == IN_FLIGHT:
-                    yield _wait(*under_way.popleft())
-            while under_way:
-                yield _wait(*under_way.popleft())
+                in_flight.append((event, stop - start))
+                if len(in_flight) == IN_FLIGHT:
+                    yield _wait(*in_flight.popleft())
+            while in_flight:
+                yield _wait(*in_flight.popleft())
         except BaseException:  # closed before its end, or an error; the copy that failed may have no event
             stream.synchronize()
             raise

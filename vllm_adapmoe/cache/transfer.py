@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 READERS = 4
 """Number of reader threads. A disk needs a few requests in flight: 4 plain readers get 1.05 to 1.11 times one's,
-2 nearly the same (examples/benchmarks/transfer.json); more threads only contend for the cores."""
+2 nearly the same (examples/benchmarks/transfer.json); more threads only compete for the cores."""
 SPECULATORS = 2
 """Maximum readers busy with speculative loads: a demand load never waits for more tiles than that."""
 
@@ -40,10 +40,10 @@ class Job:
     urgent: bool
     slot: int = -1
     ready: float = 0.0
-    """Time from which the link could have carried its next tile, of `time.perf_counter`."""
+    """Earliest time at which the next tile could start on the link, of `time.perf_counter`."""
     tiles: Iterator[int] | None = None
     moved: int = 0
-    beside: bool = False
+    counted_speculative: bool = False
     """Started as a speculative job, and so counted in `TransferEngine.speculating`."""
 
 
@@ -60,7 +60,7 @@ class LinkLimit:
         self._lock = threading.Lock()
 
     def reserve(self, nbytes: int, ready: float) -> float:
-        """Reserves the link for `nbytes` that were ready at `ready`; returns when they will have passed."""
+        """Reserves the link for `nbytes` that were ready at `ready`; returns the time of their arrival."""
         with self._lock:
             self._free_at = max(ready, self._free_at) + nbytes / self.bytes_per_second
             return self._free_at
@@ -102,13 +102,15 @@ class TransferEngine:
         self.jobs: dict[ExpertKey, Job] = {}
         """Demand jobs, and speculative jobs that have started."""
         self.urgent: deque[Job] = deque()
-        self.idle: deque[Job] = deque()
+        """Demand jobs that no thread runs yet."""
+        self.speculative: deque[Job] = deque()
+        """Speculative jobs that wait for a thread, some of them paused between two tiles."""
         self.demanding = 0
         """Number of urgent jobs that have not ended."""
         self.speculating = 0
         """Number of threads running speculative jobs."""
         self.errors: dict[ExpertKey, Exception] = {}
-        """Errors of failed demand loads, until the waiting layer takes them."""
+        """Errors of failed demand loads, until the waiting layer raises them."""
         self.closing = False
         self.fatal: Exception | None = None
         """Error that has ended all transfers: any but a read error."""
@@ -138,8 +140,8 @@ class TransferEngine:
     def _promote(self, key: ExpertKey) -> None:
         job = self.jobs[key]
         job.urgent = True
-        if job in self.idle:  # between two tiles: no thread runs it
-            self.idle.remove(job)
+        if job in self.speculative:  # between two tiles: no thread runs it
+            self.speculative.remove(job)
             self._queue_urgent(job)
         else:
             self.demanding += 1
@@ -147,7 +149,7 @@ class TransferEngine:
     def speculate(self, keys: Sequence[ExpertKey]) -> None:
         """Queues experts to load while no demand load is pending."""
         for key in keys:
-            self.idle.append(Job(key, urgent=False))
+            self.speculative.append(Job(key, urgent=False))
             self.changed.notify()
 
     def _queue_urgent(self, job: Job) -> None:
@@ -158,20 +160,23 @@ class TransferEngine:
         self.demanding += 1
         self.changed.notify()
 
-    # Run by the threads
+    # Called by the threads
 
     def next_urgent(self) -> Job | None:
         """Returns the next demand job, if any."""
         return self.urgent.popleft() if self.urgent and not self._ended else None
 
-    def next_idle(self, beside_demand: bool = False) -> Job | None:
-        """Returns a speculative job to start or resume, if any; while demand jobs run, only with `beside_demand`."""
+    def next_speculative(self, during_demand: bool = False) -> Job | None:
+        """Returns a speculative job to start or resume, if any; while demand jobs run, only with `during_demand`."""
         while (
-            self.idle and not self._ended and (beside_demand or not self.demanding) and self.speculating < SPECULATORS
+            self.speculative
+            and not self._ended
+            and (during_demand or not self.demanding)
+            and self.speculating < SPECULATORS
         ):
-            if (self.frozen or self.quiet) and self.idle[0].tiles is None:
+            if (self.frozen or self.quiet) and self.speculative[0].tiles is None:
                 return None
-            job = self.idle.popleft()
+            job = self.speculative.popleft()
             if job.tiles is None:
                 load = self.controller.start_speculation(job.key)
                 if load is None:
@@ -180,7 +185,7 @@ class TransferEngine:
                 self.slot_maps.evict(load.evicted)
                 self._count_time()
                 self.jobs[job.key] = job
-            job.beside = True
+            job.counted_speculative = True
             self.speculating += 1
             job.ready = time.perf_counter()
             return job
@@ -202,7 +207,7 @@ class TransferEngine:
             os.sched_setaffinity(0, self.cpus)
         while True:
             with self.changed:
-                while (job := self.next_urgent() or self.next_idle()) is None and not self.closing:
+                while (job := self.next_urgent() or self.next_speculative()) is None and not self.closing:
                     self.changed.wait()
             if job is None:
                 return
@@ -218,15 +223,15 @@ class TransferEngine:
         except Exception as caught:  # raised again in the requesting thread
             error = caught
         with self.changed:
-            if job.beside:  # it may have become urgent since
+            if job.counted_speculative:  # it may have become urgent since
                 self.speculating -= 1
-                job.beside = False
-            if complete or error is not None or self._unwanted(job):
+                job.counted_speculative = False
+            if complete or error is not None or self._is_cancelled(job):
                 self._end(job, complete, error)
             elif job.urgent:  # promoted between its last tile and here
                 self.urgent.append(job)
             else:
-                self.idle.appendleft(job)
+                self.speculative.appendleft(job)
             self.changed.notify_all()
 
     def _tiles(self, job: Job) -> Iterator[int]:
@@ -244,14 +249,14 @@ class TransferEngine:
             job.moved += nbytes
             if self.link is not None:
                 job.ready = self.link.reserve(nbytes, job.ready)
-                rest = job.ready - time.perf_counter()
-                if rest > 0:
-                    time.sleep(rest)
-            if self.closing or (not job.urgent and self.threads and (self.demanding or self._unwanted(job))):
+                wait_seconds = job.ready - time.perf_counter()
+                if wait_seconds > 0:
+                    time.sleep(wait_seconds)
+            if self.closing or (not job.urgent and self.threads and (self.demanding or self._is_cancelled(job))):
                 return False
         return True
 
-    def _unwanted(self, job: Job) -> bool:
+    def _is_cancelled(self, job: Job) -> bool:
         entry = self.controller.residency(job.key[0]).entries.get(job.key)
         return self.closing or entry is None or entry.cancelled
 
@@ -319,8 +324,9 @@ class TransferEngine:
         for thread in self.threads:
             thread.join()
         with self.changed:
-            for job in [*self.urgent, *(job for job in self.idle if job.tiles is not None)]:  # not taken by a thread
+            paused = [job for job in self.speculative if job.tiles is not None]
+            for job in [*self.urgent, *paused]:  # those that no thread runs
                 self._end(job, False, None)
             self.urgent.clear()
-            self.idle.clear()
+            self.speculative.clear()
             self.changed.notify_all()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.gating.rules import keep_most, settle
+from vllm_adapmoe.gating.rules import largest_mask, rescale_kept
 from vllm_adapmoe.profile.statistics import Sums, half
 from vllm_adapmoe.store.host_memory import host_memory
 
@@ -59,8 +59,8 @@ class Fisher:
                 output.requires_grad_(True)
             with torch.no_grad():
                 weights = top_k_weights.float()
-                keep_mask = keep_most(weights, torch.full((len(weights),), half(weights.shape[1])))
-                fewer = settle(weights, keep_mask)
+                keep_mask = largest_mask(weights, torch.full((len(weights),), half(weights.shape[1])))
+                fewer = rescale_kept(weights, keep_mask)
                 moved = forward(hidden_states.detach(), top_k_index, fewer.weights.to(top_k_weights.dtype))
                 self.moves[index], self.costs[index] = moved - output.detach(), fewer.cost
             output.register_hook(lambda gradient: self.gradients.__setitem__(index, gradient))

@@ -3,4 +3,4 @@
 MAX_TOKENS = 64
 """Maximum tokens of one call of `experts_by_address`: all tokens of an expert are rows of one tile."""
 ALIGNMENT = 16
-"""Alignment in bytes of the addresses it is given: what one load of the device reads."""
+"""Alignment in bytes of the addresses passed to it: the width of one vector load."""

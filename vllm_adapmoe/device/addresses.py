@@ -11,7 +11,7 @@ from vllm_adapmoe.store.base import ExpertStore
 
 
 class AddressTable:
-    """Table, on the device, of the addresses of some pieces of every expert.
+    """Holds, on the device, the addresses of some pieces of every expert.
 
     Args:
         store: page-locked backing store.
@@ -34,7 +34,7 @@ class AddressTable:
         device: torch.device,
     ) -> None:
         experts = max(store.num_experts(layer) for layer in range(store.num_layers))
-        self._homes = np.zeros((len(pieces), store.num_layers, experts), dtype=np.int64)
+        self._host_addresses = np.zeros((len(pieces), store.num_layers, experts), dtype=np.int64)
         """Addresses of the backing copies, `[pieces, layers, experts]`."""
         self._bases = np.zeros((len(pieces), store.num_layers), dtype=np.int64)
         self._strides = np.zeros_like(self._bases)
@@ -49,12 +49,12 @@ class AddressTable:
                 if record is None:
                     raise ValueError(f"expert {expert} of MoE layer {layer} is not in page-locked memory")
                 for index, name in enumerate(pieces):
-                    self._homes[index, layer, expert] = record.data_ptr() + offsets[name]
-        for values in (self._homes, self._bases, self._strides):
+                    self._host_addresses[index, layer, expert] = record.data_ptr() + offsets[name]
+        for values in (self._host_addresses, self._bases, self._strides):
             if (values % ALIGNMENT).any():
                 raise ValueError(f"an expert's {' or '.join(pieces)} does not begin at a multiple of {ALIGNMENT} bytes")
         self._published: np.ndarray | None = None
-        self.table = torch.from_numpy(self._homes).to(device, copy=True)
+        self.table = torch.from_numpy(self._host_addresses).to(device, copy=True)
         """Addresses for the kernels, int64 `[pieces, layers, experts]`."""
 
     def publish(self, slots: np.ndarray) -> None:
@@ -66,7 +66,7 @@ class AddressTable:
         if self._published is not None and np.array_equal(slots, self._published):
             return
         addresses = self._bases[..., None] + self._strides[..., None] * slots
-        table = torch.from_numpy(np.where(slots >= 0, addresses, self._homes))
+        table = torch.from_numpy(np.where(slots >= 0, addresses, self._host_addresses))
         if self.table.is_cuda:
             table = table.pin_memory()  # or the copy would wait for the work on the stream
         self.table.copy_(table, non_blocking=True)

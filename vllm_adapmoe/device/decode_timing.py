@@ -85,7 +85,7 @@ def _run_fetched(
 
 
 def _empty(cache: ExpertCacheManager) -> None:
-    cache.restart(cache.controller.anew(), None)
+    cache.restart(cache.controller.empty_copy(), None)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -10,16 +10,16 @@ import torch
 
 from vllm_adapmoe.cache.host_copy import HostCopy
 
-UNSEEN = -2
-"""Buffer value where no layer has written yet."""
+NOT_RECORDED = -2
+"""Buffer value where a layer has not recorded its routing yet."""
 
 
-class RoutingUnseen(RuntimeError):
-    """A layer that did not record its routing: the replayed CUDA graph does not contain its experts."""
+class RoutingNotRecorded(RuntimeError):
+    """A layer did not record its routing: the replayed CUDA graph does not contain its experts."""
 
 
 @dataclass(frozen=True)
-class PassedStep:
+class FinishedStep:
     """Routing of a step that has run."""
 
     layers: list[int]
@@ -30,7 +30,7 @@ class PassedStep:
     """Cost of what gating dropped, as in `Gated.cost`, float64 `[all layers, tokens]`."""
     slots: np.ndarray
     """Slot of each expert during the step, int32 `[all layers, experts]`; -1: not in a slot."""
-    about: Any
+    payload: Any
     """The caller's object passed to `close_step`."""
 
     def events(self) -> Iterator[tuple[int, list[int], set[int]]]:
@@ -55,16 +55,16 @@ class DeferredRouting:
 
     def __init__(self, layers: int, tokens: int, top_k: int, device: torch.device) -> None:
         self.tokens = tokens
-        self.ids = torch.full((layers, tokens, top_k), UNSEEN, dtype=torch.int32, device=device)
+        self.ids = torch.full((layers, tokens, top_k), NOT_RECORDED, dtype=torch.int32, device=device)
         self.costs = torch.zeros((layers, tokens), dtype=torch.float64, device=device)
         self.layers: set[int] = set()
         """Layers that have recorded routing in the current step."""
-        self._flights: deque[tuple[HostCopy, list[int], np.ndarray, Any]] = deque()
+        self._in_flight: deque[tuple[HostCopy, list[int], np.ndarray, Any]] = deque()
         """Copies in flight of ids and costs, with the arguments of `close_step`."""
 
     def begin_step(self) -> None:
         """Resets the buffer before a step in which every layer has to record its routing."""
-        self.ids.fill_(UNSEEN)
+        self.ids.fill_(NOT_RECORDED)
 
     def record(self, layer: int, ids: torch.Tensor, costs: torch.Tensor | None) -> None:
         """Records the routing of a layer, in a step of at most `tokens` tokens.
@@ -79,35 +79,35 @@ class DeferredRouting:
         if costs is not None:
             self.costs[layer, : len(costs)].copy_(costs)
 
-    def close_step(self, tokens: int, slots: np.ndarray, about: Any, layers: list[int] | None = None) -> None:
+    def close_step(self, tokens: int, slots: np.ndarray, payload: Any, layers: list[int] | None = None) -> None:
         """Starts copying the routing of a step that has been launched to the host.
 
         Args:
             tokens: tokens of the step.
             slots: slot of each expert during the step, int32 `[layers, experts]`.
-            about: returned with the step.
-            layers: layers that record; None: those that called `record`, which a replayed graph does not.
+            payload: returned with the step.
+            layers: layers whose routing is recorded; None: those that called `record`, which a replayed graph does not.
         """
         layers = sorted(self.layers) if layers is None else layers
         self.layers = set()
         if not layers:
             return
         copy = HostCopy(self.ids[:, :tokens], self.costs[:, :tokens])
-        self._flights.append((copy, layers, slots, about))
+        self._in_flight.append((copy, layers, slots, payload))
 
-    def finished(self) -> Iterator[PassedStep]:
+    def finished(self) -> Iterator[FinishedStep]:
         """Yields steps that have run since the last call, oldest first, without waiting for any.
 
         Raises:
-            RoutingUnseen: a layer of `layers` has not recorded its routing, so its output was wrong.
+            RoutingNotRecorded: a layer of `layers` has not recorded its routing, so its output was wrong.
         """
-        while self._flights and self._flights[0][0].arrived:
-            copy, layers, slots, about = self._flights.popleft()
+        while self._in_flight and self._in_flight[0][0].arrived:
+            copy, layers, slots, payload = self._in_flight.popleft()
             ids, costs = copy.tensors
-            unseen = [layer for layer in layers if (ids[layer, :, 0] == UNSEEN).any()]
-            if unseen:
-                raise RoutingUnseen(
-                    f"MoE layers {unseen} left no routing in a decode step: the CUDA graph does not hold their "
-                    "experts, and its tokens are wrong; set decode=fetch"
+            missing_layers = [layer for layer in layers if (ids[layer, :, 0] == NOT_RECORDED).any()]
+            if missing_layers:
+                raise RoutingNotRecorded(
+                    f"MoE layers {missing_layers} recorded no routing in a decode step: the CUDA graph lacks their "
+                    "experts, so its tokens are wrong; set decode=fetch"
                 )
-            yield PassedStep(layers, ids.numpy(), costs.numpy(), slots, about)
+            yield FinishedStep(layers, ids.numpy(), costs.numpy(), slots, payload)

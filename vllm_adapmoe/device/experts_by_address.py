@@ -1,8 +1,8 @@
 """Grouped SwiGLU kernel that reads each expert at an address from a table: in its slot or in host memory.
 
 A resident expert's address is that of its slot, an absent one's that of its page-locked host copy, which the kernel
-then reads over the link. The host need not know which is which, so a decode step needs no round trip to the host and
-fits into one CUDA graph.
+then reads over the link. The host does not need to know which experts are resident, so a decode step needs no round
+trip to the host and fits into one CUDA graph.
 
 Grouping needs no kernel of its own: every pair of token and expert starts a row of programs, and only that of an
 expert's first pair continues, with all pairs of that expert. So each weight is read once for all tokens that use it.
@@ -24,16 +24,16 @@ BLOCK_N, BLOCK_K = 32, 128
 @triton.jit
 def _rows_of_first_pair(ids, pairs, PAIRS: tl.constexpr, ROWS: tl.constexpr):
     """Returns this pair's expert, -1 if another program computes it, and its pairs `[ROWS]`, padded by `pairs`."""
-    mine = tl.program_id(0)
-    expert = tl.load(ids + mine)
+    pair = tl.program_id(0)
+    expert = tl.load(ids + pair)
     index = tl.arange(0, PAIRS)
     same = tl.load(ids + index, mask=index < pairs, other=-1) == expert
     first = tl.min(tl.where(same, index, PAIRS))
-    place = tl.cumsum(same.to(tl.int32), 0) - 1
+    position = tl.cumsum(same.to(tl.int32), 0) - 1
     row = tl.arange(0, ROWS)
-    chosen = same[None, :] & (place[None, :] == row[:, None])
-    rows = tl.min(tl.where(chosen, index[None, :], pairs), axis=1)
-    return tl.where(first == mine, expert, -1), rows
+    is_row = same[None, :] & (position[None, :] == row[:, None])
+    rows = tl.min(tl.where(is_row, index[None, :], pairs), axis=1)
+    return tl.where(first == pair, expert, -1), rows
 
 
 # Not specialised on the number of pairs, which changes from step to step and would recompile the kernel.
@@ -49,26 +49,26 @@ def _gate_and_up(
     # A pointer loaded from memory has no known alignment, and would be read value by value. The hint has to be on the
     # pointer: on the integer it is lost.
     weight = tl.multiple_of(tl.load(addresses + expert).to(tl.pointer_type(x.dtype.element_ty)), ALIGNMENT)
-    some = rows < pairs
-    token = tl.where(some, rows, 0) // top_k
+    row_mask = rows < pairs
+    token = tl.where(row_mask, rows, 0) // top_k
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     gate = tl.zeros((ROWS, BLOCK_N), dtype=tl.float32)
     up = tl.zeros((ROWS, BLOCK_N), dtype=tl.float32)
     half = inner.to(tl.int64) * hidden
     for start in range(0, hidden, BLOCK_K):
-        inside = (start + k) < hidden
+        k_mask = (start + k) < hidden
         a = tl.load(
             x + token[:, None].to(tl.int64) * stride_x + (start + k)[None, :],
-            mask=some[:, None] & inside[None, :], other=0.0,
+            mask=row_mask[:, None] & k_mask[None, :], other=0.0,
         )  # fmt: skip
-        at = n[:, None].to(tl.int64) * hidden + (start + k)[None, :]
-        mask = (n < inner)[:, None] & inside[None, :]
-        gate += tl.dot(a, tl.trans(tl.load(weight + at, mask=mask, other=0.0)))
-        up += tl.dot(a, tl.trans(tl.load(weight + half + at, mask=mask, other=0.0)))
+        offsets = n[:, None].to(tl.int64) * hidden + (start + k)[None, :]
+        weight_mask = (n < inner)[:, None] & k_mask[None, :]
+        gate += tl.dot(a, tl.trans(tl.load(weight + offsets, mask=weight_mask, other=0.0)))
+        up += tl.dot(a, tl.trans(tl.load(weight + half + offsets, mask=weight_mask, other=0.0)))
     value = (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty)
-    place = out + rows[:, None].to(tl.int64) * inner + n[None, :]
-    tl.store(place, value, mask=some[:, None] & (n < inner)[None, :])
+    pointers = out + rows[:, None].to(tl.int64) * inner + n[None, :]
+    tl.store(pointers, value, mask=row_mask[:, None] & (n < inner)[None, :])
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -81,21 +81,21 @@ def _down(
     if expert < 0:
         return
     weight = tl.multiple_of(tl.load(addresses + expert).to(tl.pointer_type(activated.dtype.element_ty)), ALIGNMENT)
-    some = rows < pairs
+    row_mask = rows < pairs
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     total = tl.zeros((ROWS, BLOCK_N), dtype=tl.float32)
     for start in range(0, inner, BLOCK_K):
-        inside = (start + k) < inner
+        k_mask = (start + k) < inner
         a = tl.load(
             activated + rows[:, None].to(tl.int64) * inner + (start + k)[None, :],
-            mask=some[:, None] & inside[None, :], other=0.0,
+            mask=row_mask[:, None] & k_mask[None, :], other=0.0,
         )  # fmt: skip
-        at = n[:, None].to(tl.int64) * inner + (start + k)[None, :]
-        mask = (n < hidden)[:, None] & inside[None, :]
-        total += tl.dot(a, tl.trans(tl.load(weight + at, mask=mask, other=0.0)))
-    place = out + rows[:, None].to(tl.int64) * hidden + n[None, :]
-    tl.store(place, total, mask=some[:, None] & (n < hidden)[None, :])
+        offsets = n[:, None].to(tl.int64) * inner + (start + k)[None, :]
+        weight_mask = (n < hidden)[:, None] & k_mask[None, :]
+        total += tl.dot(a, tl.trans(tl.load(weight + offsets, mask=weight_mask, other=0.0)))
+    pointers = out + rows[:, None].to(tl.int64) * hidden + n[None, :]
+    tl.store(pointers, total, mask=row_mask[:, None] & (n < hidden)[None, :])
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import torch
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.device import MAX_TOKENS
 from vllm_adapmoe.device.addresses import AddressTable
-from vllm_adapmoe.device.deferred import UNSEEN, DeferredRouting
+from vllm_adapmoe.device.deferred import NOT_RECORDED, DeferredRouting
 
 GATE_UP, DOWN = "w13_weight", "w2_weight"
 """vLLM's names of an expert's two weight tensors."""
@@ -19,8 +19,8 @@ class InPlaceDecode:
     """Runs steps of few tokens without waiting for the host.
 
     While a step is launched, no expert is evicted, and a table holds the address of each expert. The routing is read
-    when the step has run; some of the experts that it read over the link are then loaded, in place of experts with
-    lower scores.
+    when the step has run; some of the experts that it read over the link are then loaded, and evict experts with lower
+    scores.
 
     Args:
         cache: cache of bf16 or float16 experts with the pieces `GATE_UP` and `DOWN`, whose store the device can read.
@@ -38,7 +38,7 @@ class InPlaceDecode:
         self.cache = cache
         store = cache.store
         self.device = device
-        self.follow_pools()
+        self.rebuild_addresses()
         self.routing = DeferredRouting(store.num_layers, MAX_TOKENS, top_k, device)
         shapes = [{piece.name: piece.shape for piece in layout.pieces} for layout in store.layouts]
         self.inner = [shape[DOWN][1] for shape in shapes]
@@ -46,14 +46,14 @@ class InPlaceDecode:
         self.running = False
         """Whether an in-place step is being launched."""
 
-    def follow_pools(self) -> None:
+    def rebuild_addresses(self) -> None:
         """Rebuilds the address table: at the start, and after the cache's pools were replaced."""
         cache = self.cache
         self.addresses = AddressTable(cache.store, cache.pools, cache.pool_of_layer, (GATE_UP, DOWN), self.device)
 
     @contextmanager
-    def step(self, tokens: int, about: Any) -> Iterator[None]:
-        """Opens a context to launch a step of at most `MAX_TOKENS` tokens in; its routing is returned with `about`."""
+    def step(self, tokens: int, payload: Any) -> Iterator[None]:
+        """Opens a context to launch a step of at most `MAX_TOKENS` tokens; its routing is returned with `payload`."""
         with self.cache.frozen() as slots:
             self.addresses.publish(slots)
             self.routing.begin_step()
@@ -62,7 +62,7 @@ class InPlaceDecode:
                 yield
             finally:
                 self.running = False
-        self.routing.close_step(tokens, slots, about, list(range(len(self.inner))))
+        self.routing.close_step(tokens, slots, payload, list(range(len(self.inner))))
 
     def experts(
         self, layer: int, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, costs: torch.Tensor | None
@@ -76,9 +76,9 @@ class InPlaceDecode:
     ) -> torch.Tensor:
         """Compiles and loads the kernels of a step of this many tokens; reads no expert, and the output is zero.
 
-        Records routing as unseen, so that a graph of this replayed instead of a step raises `RoutingUnseen`.
+        Records no routing, so that a graph of this replayed instead of a step raises `RoutingNotRecorded`.
         """
-        self.routing.record(layer, torch.full_like(ids, UNSEEN), costs)
+        self.routing.record(layer, torch.full_like(ids, NOT_RECORDED), costs)
         return self._run(layer, x, weights, torch.full_like(ids, -1))
 
     def _run(self, layer: int, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

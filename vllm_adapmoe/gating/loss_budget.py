@@ -21,12 +21,12 @@ class LossBudget:
 
     def __init__(self, threshold: float, nats_per_token: float) -> None:
         assert threshold > 0 and nats_per_token > 0
-        self.least = threshold
+        self.min_threshold = threshold
         self.threshold = threshold
         self.nats_per_token = nats_per_token
 
     def spend(self, nats: float, tokens: int) -> float:
         """Records that a decode step of `tokens` tokens lost `nats`; returns the new threshold."""
-        left = 1 - nats / tokens / self.nats_per_token
-        self.threshold = max(self.least, self.threshold * math.exp(max(-1.0, RATE * left)))
+        unspent_share = 1 - nats / tokens / self.nats_per_token
+        self.threshold = max(self.min_threshold, self.threshold * math.exp(max(-1.0, RATE * unspent_share)))
         return self.threshold

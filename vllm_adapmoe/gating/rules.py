@@ -23,7 +23,7 @@ import torch
 class Gated(NamedTuple):
     """Routing of a step after gating."""
 
-    keep: torch.Tensor
+    keep_mask: torch.Tensor
     """Mask of kept experts, bool `[tokens, top_k]`, at least one in each row."""
     weights: torch.Tensor
     """Weights `[tokens, top_k]`: zero where dropped, the rest scaled to the router's sum."""
@@ -45,7 +45,10 @@ def drop_costs(sorted_weights: torch.Tensor) -> torch.Tensor:
 
 
 def _costs(kept: torch.Tensor, kept_squares: torch.Tensor) -> torch.Tensor:
-    """Needs float64: the dropped part is a difference of sums near one, where float32 loses the square of 1e-4."""
+    """Returns the costs of keeping the first 1, 2, .. experts, from their running sums.
+
+    The sums are float64: the dropped part is a difference of sums near one, where float32 loses the square of 1e-4.
+    """
     moved = kept[:, -1:] / kept - 1  # W / K
     return 0.5 * (moved.square() * kept_squares + (kept_squares[:, -1:] - kept_squares))
 
@@ -66,22 +69,22 @@ def gate_tokens(weights: torch.Tensor, sensitivity: float, threshold: float) -> 
     ordered, order = weights.double().sort(dim=-1, descending=True, stable=True)
     kept = ordered.cumsum(-1)
     costs = _costs(kept, ordered.square().cumsum(-1))
-    last = (~(costs[:, :-1] * sensitivity < threshold)).sum(-1, keepdim=True)  # rank of the last one kept
-    stays = torch.arange(costs.shape[1], device=costs.device) <= last
-    keep = torch.empty_like(stays).scatter_(-1, order, stays)
-    scale = kept[:, -1:] / kept.gather(-1, last)  # exactly one where all are kept
-    return Gated(keep, weights * keep * scale.to(weights.dtype), costs.gather(-1, last).squeeze(-1))
+    last_kept = (~(costs[:, :-1] * sensitivity < threshold)).sum(-1, keepdim=True)  # rank of the last one kept
+    ordered_mask = torch.arange(costs.shape[1], device=costs.device) <= last_kept
+    keep_mask = torch.empty_like(ordered_mask).scatter_(-1, order, ordered_mask)
+    scale = kept[:, -1:] / kept.gather(-1, last_kept)  # exactly one where all are kept
+    return Gated(keep_mask, weights * keep_mask * scale.to(weights.dtype), costs.gather(-1, last_kept).squeeze(-1))
 
 
-def settle(weights: torch.Tensor, keep: torch.Tensor) -> Gated:
-    """Scales the kept weights to the router's sum, and computes the cost of the rest; full rows stay unchanged."""
-    kept, dropped = weights * keep, weights * ~keep
+def rescale_kept(weights: torch.Tensor, keep_mask: torch.Tensor) -> Gated:
+    """Scales the kept weights to the router's sum, and computes the cost of the others; full rows stay unchanged."""
+    kept, dropped = weights * keep_mask, weights * ~keep_mask
     scale = weights.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True)
-    sums = [one.sum(-1) for part in (kept.double(), dropped.double()) for one in (part, part.square())]
-    return Gated(keep, kept * scale, _cost(*sums))
+    sums = [values.sum(-1) for part in (kept.double(), dropped.double()) for values in (part, part.square())]
+    return Gated(keep_mask, kept * scale, _cost(*sums))
 
 
-def keep_most(weights: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+def largest_mask(weights: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """Returns a mask `[tokens, top_k]` of the `counts` (`[tokens]`) largest weights; of equal ones the first."""
     order = weights.argsort(dim=-1, descending=True, stable=True)
     ranks = torch.arange(weights.shape[-1], device=weights.device)
@@ -89,17 +92,17 @@ def keep_most(weights: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 
 
 def gate_by_weight(weights: torch.Tensor, threshold: float) -> Gated:
-    """Drops the smallest experts while their share of the weight is below `threshold`, in any layer: the naive rule."""
+    """Drops the smallest experts while their share of the weight is below `threshold`, in any layer: a baseline."""
     kept = weights.sort(dim=-1, descending=True).values.cumsum(-1)
     dropped = 1 - kept[:, :-1] / kept[:, -1:]
-    return settle(weights, keep_most(weights, 1 + (~(dropped < threshold)).sum(-1)))
+    return rescale_kept(weights, largest_mask(weights, 1 + (~(dropped < threshold)).sum(-1)))
 
 
 def gate_to_count(weights: torch.Tensor, experts: float, generator: torch.Generator) -> Gated:
     """Keeps a fixed smaller top-k; the fractional part is the share of tokens, drawn at random, that keep one more."""
     whole = int(experts)
-    more = torch.rand(weights.shape[0], generator=generator) < experts - whole
-    return settle(weights, keep_most(weights, whole + more.to(weights.device).long()))
+    keeps_one_more = torch.rand(weights.shape[0], generator=generator) < experts - whole
+    return rescale_kept(weights, largest_mask(weights, whole + keeps_one_more.to(weights.device).long()))
 
 
 def gate_batch(
@@ -120,35 +123,35 @@ def gate_batch(
         resident: bool `[experts]`.
     """
     ids = ids.long()
-    keep = torch.ones_like(ids, dtype=torch.bool)
+    keep_mask = torch.ones_like(ids, dtype=torch.bool)
     absent = ~resident[ids]
     exact = weights.double()  # a price is a small difference of sums that may be near one
     squares = exact.square()
     while True:
-        candidates = keep & absent
+        candidates = keep_mask & absent
         if not candidates.any():
-            return settle(weights, keep)
+            return rescale_kept(weights, keep_mask)
         kept, kept_squares, dropped, dropped_squares = (
-            (one * mask).sum(-1, keepdim=True) for mask in (keep, ~keep) for one in (exact, squares)
+            (values * mask).sum(-1, keepdim=True) for mask in (keep_mask, ~keep_mask) for values in (exact, squares)
         )
         before = _cost(kept, kept_squares, dropped, dropped_squares)
         after = _cost(kept - exact, kept_squares - squares, dropped + exact, dropped_squares + squares)
-        last = keep.sum(-1, keepdim=True) == 1
-        prices = torch.where(last, torch.inf, (after - before) * sensitivity)
+        has_one_left = keep_mask.sum(-1, keepdim=True) == 1
+        prices = torch.where(has_one_left, torch.inf, (after - before) * sensitivity)
         price = torch.zeros(resident.shape[0], dtype=exact.dtype)
         price.index_add_(0, ids[candidates], prices[candidates])
-        price[_untouched(ids, candidates, resident.shape[0])] = torch.inf
+        price[_without_candidates(ids, candidates, resident.shape[0])] = torch.inf
         # Drops at once all experts that are the cheapest of each of their tokens: the same as one by one, since none
         # of them changes another's price.
         rank = torch.empty_like(price, dtype=torch.int64)
         rank[price.argsort(stable=True)] = torch.arange(len(price))
         ranks = torch.where(candidates, rank[ids], len(price))
         beaten = candidates & (ranks > ranks.min(-1, keepdim=True).values)
-        leaving = price < threshold
-        leaving[ids[beaten]] = False
-        if not leaving.any():
-            return settle(weights, keep)
-        keep &= ~(leaving[ids] & candidates)
+        to_drop = price < threshold
+        to_drop[ids[beaten]] = False
+        if not to_drop.any():
+            return rescale_kept(weights, keep_mask)
+        keep_mask &= ~(to_drop[ids] & candidates)
 
 
 def _cost(
@@ -157,6 +160,6 @@ def _cost(
     return 0.5 * ((dropped / kept).square() * kept_squares + dropped_squares)
 
 
-def _untouched(ids: torch.Tensor, candidates: torch.Tensor, experts: int) -> torch.Tensor:
-    """Returns a mask `[experts]` of those without a candidate pair."""
+def _without_candidates(ids: torch.Tensor, candidates: torch.Tensor, experts: int) -> torch.Tensor:
+    """Returns a mask `[experts]` of those that no candidate pair of token and expert refers to."""
     return torch.bincount(ids[candidates], minlength=experts) == 0

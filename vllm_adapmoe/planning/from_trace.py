@@ -89,7 +89,7 @@ class TraceReplay:
             if count == self.model.experts:  # every expert resident: no cache to replay
                 made.append(Estimate(expert_uses / tokens, 0.0, 0.0, tokens / (len(steps) * compute)))
                 continue
-            setup = CacheSetup.of(settings, slots_of_pools(self.info, count), self.curves, heads)
+            setup = CacheSetup.from_config(settings, slots_of_pools(self.info, count), self.curves, heads)
             result = replay(self.info, steps, setup, machine)
             made.append(
                 Estimate(

@@ -10,7 +10,7 @@ from vllm_adapmoe.config import AdapMoEError, PrefetchConfig
 from vllm_adapmoe.device import MAX_TOKENS
 from vllm_adapmoe.planning.graph_memory import CapturedGraphs, bookkeeping_bytes, graph_bytes
 from vllm_adapmoe.planning.slot_budget import activation_bytes, token_bytes
-from vllm_adapmoe.policy.allocation import expected_loads, share_out
+from vllm_adapmoe.policy.allocation import allocate_floors, expected_loads
 from vllm_adapmoe.profile.expected_loads import curves_of_profile
 from vllm_adapmoe.profile.model_profile import ModelProfile
 from vllm_adapmoe.units import GiB
@@ -182,7 +182,7 @@ def closed_form(
     if slots >= model.experts:
         shares = [model.num_experts] * model.num_layers
     else:
-        shares = share_out(
+        shares = allocate_floors(
             None if allocation == "uniform" else curves, [model.num_experts] * model.num_layers, slots - model.top_k
         )
     loads = float(sum(curve[share] for curve, share in zip(curves, shares, strict=True)))

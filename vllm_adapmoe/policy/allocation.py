@@ -29,8 +29,8 @@ def expected_loads(
     loads = mean_experts * (1 - slots / num_experts)
     for rank, share in enumerate(precision, start=1):
         for fetched in range(min(max_experts, rank)):
-            here = np.maximum(absent - fetched, 0) / (num_experts - rank + 1)
-            loads = loads - share * _hypergeometric(fetched, num_experts, absent, rank - 1) * here
+            also_absent = np.maximum(absent - fetched, 0) / (num_experts - rank + 1)
+            loads = loads - share * _hypergeometric(fetched, num_experts, absent, rank - 1) * also_absent
     return np.maximum(loads, 0.0)
 
 
@@ -58,16 +58,16 @@ class StackDistances:
         """Experts, most recently used first."""
         self.misses = np.zeros(num_experts + 1)
         """Misses with 0, 1, .. slots."""
-        self.keep = float(np.exp(-1 / memory))
+        self.decay = float(np.exp(-1 / memory))
 
     def record(self, experts: Sequence[int]) -> None:
         """Records one event, a request for distinct experts."""
-        self.misses *= self.keep
+        self.misses *= self.decay
         for expert in experts:
             rank = self.order.index(expert) if expert in self.order else len(self.misses) - 1
             self.misses[: rank + 1] += 1
-        wanted = set(experts)
-        self.order = [*experts, *(expert for expert in self.order if expert not in wanted)]
+        requested = set(experts)
+        self.order = [*experts, *(expert for expert in self.order if expert not in requested)]
 
 
 def is_convex(curve: np.ndarray) -> bool:
@@ -78,8 +78,8 @@ def is_convex(curve: np.ndarray) -> bool:
 def allocate(curves: Sequence[np.ndarray], slots: int) -> list[int]:
     """Returns the slots of each layer, adding up to `slots`, that minimise the sum of their expected loads.
 
-    Greedy, which is optimal, where every curve is convex; dynamic programming otherwise. A layer may get none. Ties of
-    straight curves are broken towards equal shares.
+    Greedy, which is optimal, where every curve is convex; dynamic programming otherwise. A layer may get no slot.
+    Ties of straight curves are broken towards equal shares.
 
     Args:
         curves: expected loads of each layer with 0, 1, .. slots.
@@ -88,7 +88,7 @@ def allocate(curves: Sequence[np.ndarray], slots: int) -> list[int]:
     assert slots <= sum(len(curve) - 1 for curve in curves)
     if all(map(is_convex, curves)):
         return _allocate_greedily(curves, slots)
-    return _allocate_by_programme(curves, slots)
+    return _allocate_by_dynamic_programming(curves, slots)
 
 
 def _allocate_greedily(curves: Sequence[np.ndarray], slots: int) -> list[int]:
@@ -105,7 +105,7 @@ def _allocate_greedily(curves: Sequence[np.ndarray], slots: int) -> list[int]:
     return shares
 
 
-def _allocate_by_programme(curves: Sequence[np.ndarray], slots: int) -> list[int]:
+def _allocate_by_dynamic_programming(curves: Sequence[np.ndarray], slots: int) -> list[int]:
     best = np.zeros(1)
     choices = []
     for curve in curves:
@@ -122,15 +122,15 @@ def _allocate_by_programme(curves: Sequence[np.ndarray], slots: int) -> list[int
             choice[share:end][better] = share
         best = following
         choices.append(choice)
-    shares, left = [], slots
+    shares, remaining = [], slots
     for choice in reversed(choices):
-        shares.append(int(choice[left]))
-        left -= shares[-1]
+        shares.append(int(choice[remaining]))
+        remaining -= shares[-1]
     return shares[::-1]
 
 
-def share_out(curves: Sequence[np.ndarray] | None, num_experts: Sequence[int], slots: int) -> list[int]:
-    """Returns the floor of each layer in a pool of `slots`: by the curves, or as equal as possible without any."""
+def allocate_floors(curves: Sequence[np.ndarray] | None, num_experts: Sequence[int], slots: int) -> list[int]:
+    """Returns each layer's floor in a pool of `slots`: by the curves, or as equal as possible without curves."""
     slots = min(max(slots, 0), sum(num_experts))
     if curves is not None:
         return allocate(curves, slots)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from vllm_adapmoe.experts import CacheShape, ExpertKey
-from vllm_adapmoe.policy.allocation import StackDistances, share_out
+from vllm_adapmoe.policy.allocation import StackDistances, allocate_floors
 from vllm_adapmoe.policy.eviction import POLICIES, EvictionPolicy
 from vllm_adapmoe.policy.prefetch_planner import PredictExperts, PrefetchPlanner, RequestPrefetch
 from vllm_adapmoe.policy.residency import Load, Request, Residency, State
@@ -19,11 +19,11 @@ from vllm_adapmoe.policy.residency import Load, Request, Residency, State
 if TYPE_CHECKING:  # a cache runs with torch and numpy alone
     from vllm_adapmoe.config import AdapMoEConfig
 
-MEMORY = 1024.0
-"""Events of a layer after which its counted stack distances have faded to 1/e."""
-CATCH_UP = 0.25
-"""Maximum share of the experts that a step has read in place that is loaded after it. Not tuned: it was never
-measured on a GPU."""
+TRAFFIC_MEMORY = 1024.0
+"""Events of a layer after which the weight of its older stack distances has faded to 1/e."""
+BACKFILL_SHARE = 0.25
+"""Maximum share of the experts read in place by a step that are loaded after it. Not tuned: it was never measured on a
+GPU."""
 REVISION_STEPS = 256
 """Steps between two revisions of the floors with `allocation=trace`."""
 
@@ -35,13 +35,13 @@ class CacheStats:
     hits: int = 0
     """Experts that were resident or staged when their layer requested them."""
     misses: int = 0
-    """Experts that were not: loaded on demand, late, or read in place."""
+    """Experts that were neither resident nor staged: loaded on demand, late, or read in place."""
     late: int = 0
     """Misses whose prefetch or background load was in flight when the layer requested them."""
     in_place: int = 0
-    """Misses that the kernel read in host memory, without a wait."""
+    """Misses that the kernel read from host memory, without a wait."""
     caught_up: int = 0
-    """In-place misses loaded afterwards, in place of an expert with a lower score."""
+    """In-place misses loaded in the background afterwards, evicting an expert with a lower score."""
     prefetches: int = 0
     """Prefetches started."""
     prefetch_hits: int = 0
@@ -83,7 +83,7 @@ class CacheSetup:
     """Maximum prefetches in flight, and maximum staging slots of each pool (`staging`)."""
 
     @classmethod
-    def of(
+    def from_config(
         cls,
         config: "AdapMoEConfig",
         slots: Sequence[int],
@@ -92,8 +92,8 @@ class CacheSetup:
     ) -> Self:
         """Returns the setup for a configuration and pools of `slots`; `heads`: next-token heads are available."""
         prefetch = config.prefetch
-        best = "next_token" if heads else "next_use"
-        eviction = best if config.eviction == "auto" else config.eviction
+        default = "next_token" if heads else "next_use"
+        eviction = default if config.eviction == "auto" else config.eviction
         return cls(slots, eviction, config.allocation, curves, prefetch.lookahead, prefetch.max_experts)
 
     def staging(self, slots: int, num_experts: int) -> int:
@@ -122,29 +122,31 @@ class CacheController:
         self.shape, self.setup = shape, setup
         self.pool_of = list(shape.pool_of)
         self.expert_bytes = list(shape.expert_bytes)
-        held = [range(count) for count in shape.num_experts] if shape.held is None else shape.held
-        self.held = np.zeros((len(held), max(shape.num_experts)), dtype=bool)
+        local_experts = shape.local_experts
+        if local_experts is None:
+            local_experts = [range(count) for count in shape.num_experts]
+        self.is_local = np.zeros((len(local_experts), max(shape.num_experts)), dtype=bool)
         """Bool `[layers, experts]`: experts that this rank holds."""
-        for row, its in zip(self.held, held, strict=True):
-            row[list(its)] = True
-        self.num_held = [len(its) for its in held]
+        for row, layer_experts in zip(self.is_local, local_experts, strict=True):
+            row[list(layer_experts)] = True
+        self.num_local = [len(layer_experts) for layer_experts in local_experts]
         policy: Callable[[int, int], EvictionPolicy] = eviction or POLICIES[setup.eviction]
         self.pools = [
             Residency(
                 slots,
-                setup.staging(slots, max(self.num_held)),
+                setup.staging(slots, max(self.num_local)),
                 policy(len(shape.num_experts), max(shape.num_experts)),
             )
             for slots in setup.slots
         ]
-        self.distances = [StackDistances(count, MEMORY) for count in shape.num_experts]
+        self.distances = [StackDistances(count, TRAFFIC_MEMORY) for count in shape.num_experts]
         self.events = 0
         self.allocation = setup.allocation
         if setup.allocation == "profile":
             assert setup.curves is not None
-            self._share_out([np.asarray(curve) for curve in setup.curves])
+            self._set_floors([np.asarray(curve) for curve in setup.curves])
         elif setup.allocation != "pool":
-            self._share_out(None)
+            self._set_floors(None)
         self.planner = None
         if any(pool.staging for pool in self.pools):
             self.planner = PrefetchPlanner(shape.num_experts, shape.top_k, setup.lookahead, setup.max_experts)
@@ -152,9 +154,9 @@ class CacheController:
         self.layer_hits, self.layer_misses = [0] * len(self.pool_of), [0] * len(self.pool_of)
         """Hits and misses of each layer, counted as in `stats`."""
         self.staged: dict[ExpertKey, int] = {}
-        """Bytes transferred for each staged expert; without the record's padding where the store does not move it."""
+        """Bytes transferred for each staged expert, without the record's padding if the store does not transfer it."""
 
-    def anew(self) -> "CacheController":
+    def empty_copy(self) -> "CacheController":
         """Returns a controller of the same setup, with nothing resident and all counters at zero."""
         return CacheController(self.shape, self.setup)
 
@@ -168,27 +170,27 @@ class CacheController:
 
     def layer_floors(self) -> list[int]:
         """Returns the minimum slots of each layer protected from eviction; empty without floors."""
-        shares = [self.residency(layer).shares for layer in range(len(self.pool_of))]
-        return [int(share[layer]) for layer, share in enumerate(shares) if share is not None]
+        floors = [self.residency(layer).floors for layer in range(len(self.pool_of))]
+        return [int(pool_floors[layer]) for layer, pool_floors in enumerate(floors) if pool_floors is not None]
 
-    def _share_out(self, curves: Sequence[np.ndarray] | None) -> None:
-        """Sets every layer's floor; leaves `top_k` slots of each pool unassigned, for layers without a share."""
-        shares = [0] * len(self.pool_of)
+    def _set_floors(self, curves: Sequence[np.ndarray] | None) -> None:
+        """Sets every layer's floor; leaves `top_k` slots of each pool unassigned, for layers without a floor."""
+        floors = [0] * len(self.pool_of)
         for pool, residency in enumerate(self.pools):
-            layers = [layer for layer, one in enumerate(self.pool_of) if one == pool]
-            experts = [self.num_held[layer] for layer in layers]
-            chosen = None if curves is None else [curves[layer] for layer in layers]
-            floors = share_out(chosen, experts, residency.capacity - self.shape.top_k)
-            for layer, share in zip(layers, floors, strict=True):
-                shares[layer] = share
+            layers = [layer for layer, pool_of_layer in enumerate(self.pool_of) if pool_of_layer == pool]
+            experts = [self.num_local[layer] for layer in layers]
+            pool_curves = None if curves is None else [curves[layer] for layer in layers]
+            pool_floors = allocate_floors(pool_curves, experts, residency.capacity - self.shape.top_k)
+            for layer, floor in zip(layers, pool_floors, strict=True):
+                floors[layer] = floor
         for residency in self.pools:
-            residency.set_shares(shares)
+            residency.set_floors(floors)
 
-    def _follow_traffic(self, layer: int, experts: Sequence[int]) -> None:
+    def _record_traffic(self, layer: int, experts: Sequence[int]) -> None:
         self.distances[layer].record(experts)
         self.events += 1
         if self.events % (REVISION_STEPS * len(self.pool_of)) == 0:
-            self._share_out([one.misses for one in self.distances])
+            self._set_floors([distances.misses for distances in self.distances])
 
     def begin(
         self,
@@ -207,7 +209,7 @@ class CacheController:
                 expert, as predicted from this event's tokens.
         """
         if self.allocation == "trace" and (not event_experts or experts[0] == event_experts[0]):
-            self._follow_traffic(layer, event_experts or experts)
+            self._record_traffic(layer, event_experts or experts)
         residency = self.residency(layer)
         if expected is not None:
             residency.policy.expect(layer, expected)
@@ -232,13 +234,13 @@ class CacheController:
         Args:
             layer: MoE layer index.
             experts: distinct ids.
-            resident: those that it found in slots; it read the others in host memory.
+            resident: those whose weights were in slots; the kernel read the others from host memory.
 
         Returns:
             Experts that were staged and are resident now.
         """
         if self.allocation == "trace":
-            self._follow_traffic(layer, experts)
+            self._record_traffic(layer, experts)
         promoted = self.residency(layer).record_in_place(layer, experts)
         stats, hits = self.stats, len(resident)
         misses = len(experts) - hits
@@ -254,15 +256,15 @@ class CacheController:
         return promoted
 
     def backfill(self, missed: Sequence[ExpertKey]) -> list[ExpertKey]:
-        """Queues loads of some of the experts that a step has read in place, and returns these: the highest scores.
+        """Queues background loads of the highest-scored experts that a step read in place, and returns these experts.
 
-        Not of all: the copies share the link with what later steps read in place.
+        Only a share of them (`BACKFILL_SHARE`), as these loads compete for the link with in-place reads of later steps.
         """
         queued: list[ExpertKey] = []
-        most = math.ceil(len(missed) * CATCH_UP)
+        max_loads = math.ceil(len(missed) * BACKFILL_SHARE)
         scores = [pool.policy.scores() for pool in self.pools]
         for key in sorted(missed, key=lambda key: (-scores[self.pool_of[key[0]]][key], key)):
-            if len(queued) < most and self.residency(key[0]).request_backfill(key):
+            if len(queued) < max_loads and self.residency(key[0]).request_backfill(key):
                 queued.append(key)
         return queued
 
@@ -279,7 +281,7 @@ class CacheController:
             layer: MoE layer index; -1: between two steps.
             routing: ids, integer `[tokens, top_k]`, and the mask of those kept, bool of the same shape; None for
                 layer -1.
-            predict_experts: gives the predictions.
+            predict_experts: returns the predictions for a layer, by its distance.
 
         Returns:
             The queued experts.
@@ -287,14 +289,14 @@ class CacheController:
         assert self.planner is not None
         if routing is not None:
             self.planner.record(layer, *routing)
-        under_way = sum(
+        in_flight = sum(
             1
             for pool in self.pools
             for entry in pool.speculative.values()
             if entry.state in (State.QUEUED, State.LOADING) and not entry.cancelled
         )
         planner = self.planner
-        return self._queue(lambda request: planner.plan(layer, predict_experts, request, under_way))
+        return self._queue(lambda request: planner.plan(layer, predict_experts, request, in_flight))
 
     def prefetch_first_layers(self, prompt_tokens: int, chances: Sequence[np.ndarray]) -> list[ExpertKey]:
         """Queues prefetches for the first layers of a step that is about to run (`PrefetchPlanner.plan_first_layers`).
@@ -311,8 +313,8 @@ class CacheController:
         """Returns the experts that a plan queues. If it fails, queues none: a layer would wait for them forever."""
         queued: list[ExpertKey] = []
 
-        def request_prefetch(key: ExpertKey, sure: bool) -> bool:
-            if not self.held[key] or not self.residency(key[0]).request_prefetch(key, sure):
+        def request_prefetch(key: ExpertKey, near_certain: bool) -> bool:
+            if not self.is_local[key] or not self.residency(key[0]).request_prefetch(key, near_certain):
                 return False
             queued.append(key)
             return True
@@ -325,9 +327,9 @@ class CacheController:
             raise
 
     def start_speculation(self, key: ExpertKey) -> Load | None:
-        """Assigns a slot to a queued expert whose transfer can start; None if it is not to be loaded any more."""
+        """Assigns a slot to a queued expert whose transfer can start; None if it is not needed or gets no slot."""
         residency = self.residency(key[0])
-        load = residency.start(key)
+        load = residency.start_load(key)
         if load is not None:
             speculative = residency.entries[key].speculative
             self.stats.prefetches += speculative
@@ -347,9 +349,9 @@ class CacheController:
         self.stats.fetched_bytes += moved
         self.stats.prefetches_cancelled += residency.entries[key].cancelled
         if complete:
-            state = residency.loaded(key)
+            state = residency.complete_load(key)
         else:
-            residency.failed(key)
+            residency.fail_load(key)
             state = State.ABSENT
         if state is State.ABSENT:
             self.stats.wasted_bytes += moved

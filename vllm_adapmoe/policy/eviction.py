@@ -14,7 +14,7 @@ class EvictionPolicy(ABC):
     """An eviction policy: scores experts by the requests recorded so far."""
 
     def expect(self, layer: int, chances: np.ndarray) -> None:  # noqa: B027 - most policies need no predictions
-        """Takes the chance, `[experts]`, that the event of `layer` after the coming one uses each expert."""
+        """Sets the predicted chance, `[experts]`, that the event of `layer` after the coming one uses each expert."""
 
     @abstractmethod
     def record(self, layer: int, experts: Sequence[int]) -> None:
@@ -22,7 +22,7 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def scores(self) -> np.ndarray:
-        """Returns float64 `[layers, experts]`; the lowest is evicted first. Read only until the next `record`."""
+        """Returns float64 `[layers, experts]`, valid until the next `record`; the lowest score is evicted first."""
 
 
 class LRU(EvictionPolicy):

@@ -10,14 +10,14 @@ from vllm_adapmoe.policy.prediction import Precision, PredictedExperts, chances
 RequestPrefetch = Callable[[ExpertKey, bool], bool]
 """Requests a prefetch of an expert; the flag says whether its use is near-certain. Returns True if it was queued."""
 PredictExperts = Callable[[int], PredictedExperts | None]
-"""Predicts the experts of the layer that many layers later; None: no prediction."""
+"""Predicts the experts of the layer at a distance, the number of layers ahead; None: no prediction."""
 
-LEAST_CHANCE = 0.5
+MIN_CHANCE = 0.5
 """Minimum chance of use of a prefetched expert: below it a prefetch is more likely wasted than used."""
 CERTAIN_PROB = 0.9
 """Chance from which a prefetch is near-certain: it is exempt from `max_experts`, and may evict resident experts."""
 SWEEP_MISSES = 0.01
-"""Maximum share of a layer's experts that a step may be expected not to use and still count as a sweep over all."""
+"""Maximum share of a layer's experts that a step is expected to leave unused to count as a sweep over the layer."""
 
 
 class PrefetchPlanner:
@@ -28,8 +28,8 @@ class PrefetchPlanner:
     Args:
         num_experts: number of experts of each MoE layer.
         top_k: experts per token; the maximum where layers differ.
-        lookahead: maximum number of layers ahead; a farther layer is considered only when nothing has to be fetched
-            for the nearer ones.
+        lookahead: maximum number of layers ahead; a farther layer is considered only if the nearer ones need no
+            fetch.
         max_experts: maximum prefetches in flight, near-certain ones not counted.
     """
 
@@ -45,38 +45,38 @@ class PrefetchPlanner:
         self.pending: list[dict[int, PredictedExperts]] = [{} for _ in range(layers)]
         """Predictions for each layer's next event, by lookahead."""
 
-    def record(self, layer: int, ids: np.ndarray, kept: np.ndarray) -> None:
+    def record(self, layer: int, ids: np.ndarray, keep_mask: np.ndarray) -> None:
         """Updates the precision of the predictions for `layer` with what its router selected.
 
         Args:
             layer: MoE layer index.
             ids: selected experts, integer `[tokens, top_k]`.
-            kept: mask of those that gating kept, bool `[tokens, top_k]`.
+            keep_mask: mask of those that gating kept, bool `[tokens, top_k]`.
         """
         pending = self.pending[layer]
-        said = [(distance, predicted) for distance, predicted in pending.items() if len(predicted.ids) == len(ids)]
+        evaluated = [(distance, predicted) for distance, predicted in pending.items() if len(predicted.ids) == len(ids)]
         pending.clear()
-        if not said:
+        if not evaluated:
             return
         used = [
-            {expert for expert, stays in zip(row, its, strict=True) if stays}
-            for row, its in zip(ids.tolist(), kept.tolist(), strict=True)
+            {expert for expert, is_kept in zip(row, row_mask, strict=True) if is_kept}
+            for row, row_mask in zip(ids.tolist(), keep_mask.tolist(), strict=True)
         ]
-        for distance, predicted in said:
+        for distance, predicted in evaluated:
             self.precision[layer][distance - 1].record(predicted, used)
 
     def is_sweep(self, layer: int) -> bool:
         """Returns whether the step's prompts need nearly all experts of a layer, if tokens choose `top_k` at random.
 
-        Real routing is uneven and leaves out a few more. Gating drops hardly any expert for a whole prompt.
+        Real routing is uneven, so a few more experts stay unused. Gating drops hardly any expert for a whole prompt.
         """
-        left_out = (1 - min(1.0, self.top_k / self.num_experts[layer])) ** self.prompt_tokens
-        return left_out <= SWEEP_MISSES
+        unused_share = (1 - min(1.0, self.top_k / self.num_experts[layer])) ** self.prompt_tokens
+        return unused_share <= SWEEP_MISSES
 
     def plan_first_layers(
         self, prompt_tokens: int, chances: Sequence[np.ndarray], request: RequestPrefetch
     ) -> list[ExpertKey]:
-        """Requests prefetches before a step, for the first layer first; returns those queued.
+        """Requests prefetches before a step, starting with the first layer; returns those queued.
 
         Args:
             prompt_tokens: prompt tokens of the step.
@@ -87,14 +87,14 @@ class PrefetchPlanner:
         if self.is_sweep(0):
             return self._sweep(-1, request)
         chosen: list[ExpertKey] = []
-        for layer, one in enumerate(chances[: self.lookahead]):
-            self._choose(layer, dict(enumerate(one.tolist())), request, chosen)
+        for layer, layer_chances in enumerate(chances[: self.lookahead]):
+            self._choose(layer, dict(enumerate(layer_chances.tolist())), request, chosen)
             if chosen:
                 break
         return chosen
 
     def _sweep(self, layer: int, request: RequestPrefetch) -> list[ExpertKey]:
-        """Requests all missing experts of the next layer that has any, so that they arrive while this one computes."""
+        """Requests all missing experts of the next layer with any, so that they arrive while this one computes."""
         for target in range(layer + 1, min(layer + 1 + self.lookahead, len(self.num_experts))):
             keys = [(target, expert) for expert in range(self.num_experts[target])]
             if chosen := [key for key in keys if request(key, True)]:
@@ -102,20 +102,20 @@ class PrefetchPlanner:
         return []
 
     def _choose(self, layer: int, chance: dict[int, float], request: RequestPrefetch, chosen: list[ExpertKey]) -> None:
-        """Requests the likeliest experts of a layer, and adds those queued to `chosen`."""
+        """Requests the most probable experts of a layer, and adds those queued to `chosen`."""
         room = self.max_experts
         for expert in sorted(chance, key=lambda expert: (-chance[expert], expert)):
-            sure = chance[expert] >= CERTAIN_PROB
-            if chance[expert] < LEAST_CHANCE or not (sure or room):
+            near_certain = chance[expert] >= CERTAIN_PROB
+            if chance[expert] < MIN_CHANCE or not (near_certain or room):
                 break
-            if request((layer, expert), sure):
+            if request((layer, expert), near_certain):
                 chosen.append((layer, expert))
-                room -= not sure
+                room -= not near_certain
 
     def plan(
-        self, layer: int, predict_experts: PredictExperts, request: RequestPrefetch, under_way: int
+        self, layer: int, predict_experts: PredictExperts, request: RequestPrefetch, in_flight: int
     ) -> list[ExpertKey]:
-        """Requests prefetches while `layer` runs, the likeliest experts first; returns those queued.
+        """Requests prefetches while `layer` runs, the most probable experts first; returns those queued.
 
         A prediction costs time in every layer, so none is made while prefetches are in flight.
 
@@ -123,19 +123,19 @@ class PrefetchPlanner:
             layer: layer whose input the predictions are made from; -1: between two steps.
             predict_experts: called for predictions, nearest layer first.
             request: called for each candidate, with whether its use is near-certain; True if it was queued.
-            under_way: prefetches queued or in flight.
+            in_flight: prefetches queued or in flight.
         """
         if 0 <= layer < len(self.num_experts) - 1 and self.is_sweep(layer + 1):
             return self._sweep(layer, request)
         chosen: list[ExpertKey] = []
         for distance in range(1, min(self.lookahead, len(self.num_experts) - 1 - layer) + 1):
-            if chosen or under_way:
+            if chosen or in_flight:
                 break
-            one = predict_experts(distance)
-            if one is None:
+            predicted = predict_experts(distance)
+            if predicted is None:
                 continue
             target = layer + distance
-            self.pending[target][distance] = one
-            chance = chances(one, self.precision[target][distance - 1].by_rank)
+            self.pending[target][distance] = predicted
+            chance = chances(predicted, self.precision[target][distance - 1].by_rank)
             self._choose(target, chance, request, chosen)
         return chosen

@@ -29,12 +29,12 @@ class Entry:
     state: State
     slot: int = -1
     speculative: bool = False
-    sure: bool = False
+    near_certain: bool = False
     """Prefetch of near-certain use, which may evict resident experts."""
-    used: bool = False
+    backfill: bool = False
     """Background load of an expert that was read in place: not a prediction, and no layer waits for it."""
     cancelled: bool = False
-    """Load in flight that is not needed any more; it ends at its next tile."""
+    """Load in flight that is not needed any more; it stops at the next tile."""
     stale: bool = False
     """Staged, but not selected by its layer's router: a mispredicted prefetch."""
     pins: int = 0
@@ -84,12 +84,11 @@ class Residency:
         num_slots: slots of the pool.
         staging: slots that only prefetches use, fewer than `num_slots`.
         policy: eviction policy.
-        shares: floors, the minimum slots per layer protected from eviction while another layer exceeds its floor; None:
-            no floors.
+        floors: minimum slots per layer protected from eviction while another layer exceeds its floor; None: no floors.
     """
 
     def __init__(
-        self, num_slots: int, staging: int, policy: EvictionPolicy, shares: Sequence[int] | None = None
+        self, num_slots: int, staging: int, policy: EvictionPolicy, floors: Sequence[int] | None = None
     ) -> None:
         assert 0 <= staging < num_slots
         self.num_slots = num_slots
@@ -98,7 +97,7 @@ class Residency:
         self.entries: dict[ExpertKey, Entry] = {}
         self.free = list(range(num_slots - 1, -1, -1))
         layers, experts = policy.scores().shape
-        self.most_speculating = num_slots - experts
+        self.max_speculating = num_slots - experts
         """Maximum slots of near-certain prefetches and background loads, so that a whole layer always fits."""
         self.evictable = np.zeros((layers, experts), dtype=bool)
         """Bool `[layers, experts]`: resident and not pinned."""
@@ -109,19 +108,20 @@ class Residency:
         """Entries queued, loading or staged that no layer has requested yet."""
         self.speculating = 0
         """Slots held by those entries."""
-        self.catching_up = 0
+        self.backfilling = 0
         """Background loads in flight of experts that were read in place."""
-        self.most_catching_up = self.capacity - experts
-        self.set_shares(shares)
+        self.max_backfilling = self.capacity - experts
+        """Maximum of those in flight together, so that a whole layer always fits."""
+        self.set_floors(floors)
 
     @property
     def capacity(self) -> int:
         """Maximum number of experts resident together, and so of one request."""
         return self.num_slots - self.staging
 
-    def set_shares(self, shares: Sequence[int] | None) -> None:
+    def set_floors(self, floors: Sequence[int] | None) -> None:
         """Sets the floors of the layers; evicts nothing by itself."""
-        self.shares = None if shares is None else np.asarray(shares)
+        self.floors = None if floors is None else np.asarray(floors)
 
     def state(self, key: ExpertKey) -> State:
         """Returns the state of an expert; a cancelled load counts as absent, as it will be dropped."""
@@ -131,8 +131,8 @@ class Residency:
     def request(self, layer: int, experts: Sequence[int], event_experts: Iterable[int] = ()) -> Request:
         """Handles one event: assigns slots to distinct `experts`, at most `capacity`, and pins them until `release`.
 
-        None of them is evicted for another, so all are resident when the layer's kernel runs. A load counts as resident
-        from here on.
+        None of them is evicted for another, so all are resident when the layer's kernel runs. A loading expert
+        counts as resident from here on.
 
         Args:
             layer: MoE layer index.
@@ -211,7 +211,7 @@ class Residency:
         """
         if key in self.entries:
             return False
-        self.entries[key] = self.speculative[key] = Entry(State.QUEUED, speculative=True, used=True)
+        self.entries[key] = self.speculative[key] = Entry(State.QUEUED, speculative=True, backfill=True)
         return True
 
     def release(self, layer: int, experts: Sequence[int]) -> None:
@@ -223,33 +223,33 @@ class Residency:
             entry.pins -= 1
             self.evictable[layer, expert] = entry.pins == 0 and entry.state is State.RESIDENT
 
-    def request_prefetch(self, key: ExpertKey, sure: bool = False) -> bool:
+    def request_prefetch(self, key: ExpertKey, near_certain: bool = False) -> bool:
         """Queues a prefetch; returns whether the expert was absent. Otherwise keeps what is loaded or in flight.
 
         Args:
             key: the expert.
-            sure: near-certain use: it may take the slot of a resident expert.
+            near_certain: whether its use is near-certain, so that it may evict a resident expert.
         """
         entry = self.entries.get(key)
         if entry is None:
-            self.entries[key] = self.speculative[key] = Entry(State.QUEUED, speculative=True, sure=sure)
+            self.entries[key] = self.speculative[key] = Entry(State.QUEUED, speculative=True, near_certain=near_certain)
             return True
         entry.stale = False
         entry.cancelled = False
-        entry.sure |= sure
+        entry.near_certain |= near_certain
         return False
 
-    def start(self, key: ExpertKey) -> Load | None:
-        """Assigns a slot to a queued expert; None, and it is absent, if there is no slot or it is no longer queued."""
+    def start_load(self, key: ExpertKey) -> Load | None:
+        """Assigns a slot to a queued expert; returns None, and it is absent, if it gets none or is not queued."""
         entry = self.entries.get(key)
         if entry is None or entry.state is not State.QUEUED:
             return None
-        if entry.used:
-            return self._start_used(key, entry)
+        if entry.backfill:
+            return self._start_backfill(key, entry)
         evicted = None
         if self.speculating >= self.staging:
-            evicted = self._stale()
-            if evicted is None and not (entry.sure and self._may_displace()):
+            evicted = self._stale_prefetch()
+            if evicted is None and not (entry.near_certain and self._may_displace()):
                 self.unqueue(key)
                 return None
             if evicted is None and not self.free:
@@ -260,10 +260,10 @@ class Residency:
         entry.state, entry.slot = State.LOADING, self.free.pop()
         return Load(key, entry.slot, evicted)
 
-    def _start_used(self, key: ExpertKey, entry: Entry) -> Load | None:
+    def _start_backfill(self, key: ExpertKey, entry: Entry) -> Load | None:
         evicted = None
-        held = self.speculating + self.catching_up
-        if self.catching_up >= self.most_catching_up or held >= self.most_speculating:
+        in_use = self.speculating + self.backfilling
+        if self.backfilling >= self.max_backfilling or in_use >= self.max_speculating:
             self.unqueue(key)
             return None
         if self.residents >= self.capacity or not self.free:
@@ -275,30 +275,30 @@ class Residency:
             self._drop(evicted)
         del self.speculative[key]
         entry.speculative = False
-        self.catching_up += 1
+        self.backfilling += 1
         self.residents += 1
         self.count[key[0]] += 1
         entry.state, entry.slot = State.LOADING, self.free.pop()
         return Load(key, entry.slot, evicted)
 
     def _may_displace(self) -> bool:
-        held = self.speculating + self.catching_up
-        return held < self.most_speculating and (bool(self.free) or bool(self.evictable.any()))
+        in_use = self.speculating + self.backfilling
+        return in_use < self.max_speculating and (bool(self.free) or bool(self.evictable.any()))
 
-    def loaded(self, key: ExpertKey) -> State:
+    def complete_load(self, key: ExpertKey) -> State:
         """Records that a load has completed; returns the expert's new state."""
         entry = self.entries[key]
         assert entry.state is State.LOADING
         if entry.cancelled:
             self._drop(key)
             return State.ABSENT
-        self.catching_up -= entry.used
-        entry.used = False
+        self.backfilling -= entry.backfill
+        entry.backfill = False
         entry.state = State.STAGED if entry.speculative else State.RESIDENT
         self.evictable[key] = not entry.speculative and entry.pins == 0
         return entry.state
 
-    def failed(self, key: ExpertKey) -> None:
+    def fail_load(self, key: ExpertKey) -> None:
         """Frees the slot of a load that has failed or was cancelled."""
         assert self.entries[key].state is State.LOADING
         self._drop(key)
@@ -313,10 +313,10 @@ class Residency:
         del self.speculative[key]
         entry.speculative = entry.cancelled = entry.stale = False
 
-    def _withdraw(self, layer: int, wanted: set[int], request: Request) -> None:
+    def _withdraw(self, layer: int, selected: set[int], request: Request) -> None:
         """Withdraws mispredicted prefetches: those of this layer for experts that its router did not select."""
         for key, entry in list(self.speculative.items()):
-            if key[0] != layer or key[1] in wanted or entry.cancelled:
+            if key[0] != layer or key[1] in selected or entry.cancelled:
                 continue
             if entry.state is State.STAGED:
                 entry.stale = True
@@ -332,12 +332,12 @@ class Residency:
         del self.entries[key], self.speculative[key]
 
     def _make_room(self, layer: int, slot: bool) -> ExpertKey | None:
-        """Makes room for one more resident, with a free slot if `slot`; returns the evicted expert, if any."""
+        """Makes room for one more resident expert, with a free slot if `slot`; returns the victim, if any."""
         may_grow = self.residents < self.capacity
         if may_grow and (self.free or not slot):
             return None
         # No slot is free, so prefetches hold more than their staging slots: evict a mispredicted one first.
-        key = (self._stale() if may_grow else None) or self._victim(layer)
+        key = (self._stale_prefetch() if may_grow else None) or self._victim(layer)
         self._drop(key)
         return key
 
@@ -349,9 +349,9 @@ class Residency:
             candidates[spared] = False
             if not candidates.any():
                 candidates = self.evictable
-        if self.shares is not None:
-            over = self.count > self.shares
-            over[layer] = self.count[layer] >= self.shares[layer]
+        if self.floors is not None:
+            over = self.count > self.floors
+            over[layer] = self.count[layer] >= self.floors[layer]
             above = candidates & over[:, None]
             if above.any():
                 candidates = above
@@ -359,10 +359,10 @@ class Residency:
         index = int(scores.argmin())
         key = divmod(index, scores.shape[1])
         if not candidates[key]:
-            raise LookupError("every resident expert is in use")
+            raise LookupError("every resident expert is pinned, so none can be evicted")
         return key
 
-    def _stale(self) -> ExpertKey | None:
+    def _stale_prefetch(self) -> ExpertKey | None:
         stale = [key for key, entry in self.speculative.items() if entry.stale]
         if not stale:
             return None
@@ -371,7 +371,7 @@ class Residency:
 
     def _drop(self, key: ExpertKey) -> None:
         entry = self.entries.pop(key)
-        self.catching_up -= entry.used
+        self.backfilling -= entry.backfill
         self.free.append(entry.slot)
         self.evictable[key] = False
         if entry.speculative:

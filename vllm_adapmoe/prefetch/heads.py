@@ -13,7 +13,7 @@ from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.files import HEADER_BYTES, BadFile, parse_arrays, read_bytes
 
 MIN_PROB, MAX_PROB = 0.005, 0.995
-"""Bounds that predicted chances are clipped to: a head is linear, and may leave [0, 1]."""
+"""Bounds that predicted chances are clipped to: a head is linear, so an output may be outside [0, 1]."""
 FIRST = "first"
 
 
@@ -55,16 +55,18 @@ class NextTokenHeads:
         """
         name = f"next-token heads {str(path)!r}"
         rows = range(2, 2 * hidden + 2)
-        most = (layers + 1) * rows[-1] * experts * np.dtype(np.float32).itemsize + HEADER_BYTES
+        max_bytes = (layers + 1) * rows[-1] * experts * np.dtype(np.float32).itemsize + HEADER_BYTES
         try:
-            data = read_bytes(path, most)
+            data = read_bytes(path, max_bytes)
         except BadFile as problem:
             raise AdapMoEError(
                 f"{name} of the profile: the file {problem}; put the file beside the profile, or make both with "
                 "adapmoe calibrate"
             ) from None
         if _hash(data) != digest:
-            raise AdapMoEError(f"{name} are not those that the profile was made with; make both with adapmoe calibrate")
+            raise AdapMoEError(
+                f"{name} differ from those that the profile was made with; make both with adapmoe calibrate"
+            )
         try:
             arrays = parse_arrays(data)
         except BadFile as problem:
@@ -72,8 +74,8 @@ class NextTokenHeads:
         names = [*(f"layer.{index}" for index in range(layers)), FIRST]
         if arrays.keys() != set(names):
             raise AdapMoEError(
-                f"{name} are {len(arrays)} arrays, not one for each of {layers} layers and one for the first; make "
-                "them anew with adapmoe calibrate"
+                f"{name}: the file has {len(arrays)} arrays, not {len(names)} named layer.0 to layer.{layers - 1} and "
+                f"{FIRST}; make it anew with adapmoe calibrate"
             )
         for key, array in arrays.items():
             fits = array.dtype == np.float32 and array.ndim == 2 and array.shape[1] == experts
@@ -96,23 +98,23 @@ class NextTokenHeads:
         """
         if len(inputs) != len(self.layers):
             raise AdapMoEError(
-                f"the next-token heads are of {len(self.layers)} MoE layers, the model has {len(inputs)}; make a "
-                "profile of it with adapmoe calibrate"
+                f"the next-token heads are for {len(self.layers)} MoE layers, but the model has {len(inputs)}; make a "
+                "profile of the model with adapmoe calibrate"
             )
         for name, head, size in zip(
             [*map(str, range(len(inputs))), FIRST], [*self.layers, self.first], [*inputs, hidden], strict=True
         ):
             if len(head) != size + 1:
                 raise AdapMoEError(
-                    f"the next-token head {name} takes {len(head) - 1} inputs, the model gives {size}; make a profile "
-                    "of it with adapmoe calibrate"
+                    f"the next-token head {name} has {len(head) - 1} inputs, but the model has {size}; make a profile "
+                    "of the model with adapmoe calibrate"
                 )
 
 
 def heads_path(profile: str | Path) -> Path:
     """Returns the path of a profile's heads: beside it, with the suffix `.heads`.
 
-    It is a safetensors file without that suffix: in a checkpoint folder it would be taken for weights.
+    A safetensors file without that suffix: in a checkpoint folder vLLM would load it as weights.
     """
     return Path(profile).expanduser().with_suffix(".heads")
 

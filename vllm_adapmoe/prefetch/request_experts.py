@@ -44,7 +44,7 @@ class RequestExperts:
         self.names = names
         self.step = np.zeros((len(names), *self.shape), dtype=np.float32)
 
-    def predicted(self, layer: int, chances: np.ndarray) -> None:
+    def record_prediction(self, layer: int, chances: np.ndarray) -> None:
         """Records the prediction of a layer's next-token head.
 
         Args:
@@ -54,7 +54,7 @@ class RequestExperts:
         if len(chances) == len(self.names):
             self.step[:, layer, : chances.shape[1]] = chances
 
-    def used(self, layer: int, ids: np.ndarray) -> None:
+    def record_used(self, layer: int, ids: np.ndarray) -> None:
         """Records the experts of the requests' last tokens, without next-token heads: integer `[requests, top_k]`."""
         if len(ids) == len(self.names):
             self.step[np.arange(len(ids))[:, None], layer, ids] = REUSE
@@ -62,7 +62,9 @@ class RequestExperts:
     def end(self) -> None:
         """Ends the step: keeps its predictions, except for requests that have ended meanwhile."""
         ended = set().union(*self._ended)
-        self.chances.update({name: its for name, its in zip(self.names, self.step, strict=True) if name not in ended})
+        for name, request_chances in zip(self.names, self.step, strict=True):
+            if name not in ended:
+                self.chances[name] = request_chances
 
     def top_expected(self) -> dict[str, int]:
         """Returns, for each request of the last step, the bit mask of its expected experts, `top_k` per layer."""
@@ -79,7 +81,7 @@ class RequestExperts:
         for name in self._ended[-1]:
             self.chances.pop(name, None)
 
-    def of_any(self, names: Sequence[str], layers: int) -> np.ndarray | None:
+    def batch_chances(self, names: Sequence[str], layers: int) -> np.ndarray | None:
         """Returns `chance_of_any` of these requests for the first `layers`, `[layers, experts]`; None: unknown."""
         known = [self.chances[name][:layers] for name in names if name in self.chances]
         return chance_of_any(np.stack(known)) if known else None

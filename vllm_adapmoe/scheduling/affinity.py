@@ -1,15 +1,15 @@
-"""Chooses the decoding requests that a step leaves out, to save expert fetches."""
+"""Chooses the decoding requests that a step delays, to save expert fetches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-WORTH = 0.9
-"""Maximum time per token without the delayed requests, relative to that with all. Times are estimates, and a delayed
-request gets its tokens less evenly: for a gain of less than a tenth no request is delayed."""
+MAX_TIME_RATIO = 0.9
+"""Maximum time per token without the delayed requests, relative to that with all requests. Times are estimates, and a
+delayed request gets its tokens less evenly: for a gain of less than a tenth no request is delayed."""
 
 
 @dataclass(frozen=True)
-class Decoding:
+class DecodingRequest:
     """A request that could get its next token in this step."""
 
     name: str
@@ -22,7 +22,7 @@ class Decoding:
 
 
 def held_back(
-    decoding: Sequence[Decoding],
+    decoding: Sequence[DecodingRequest],
     resident: int,
     slots: int,
     compute: float,
@@ -44,28 +44,28 @@ def held_back(
         load: seconds of one fetch.
         max_delay: seconds after which a request is not delayed any more, whatever it costs.
     """
-    everything = 0
-    for one in decoding:
-        everything |= one.expected or 0
-    if max_delay <= 0 or everything.bit_count() <= slots:
+    all_expected = 0
+    for request in decoding:
+        all_expected |= request.expected or 0
+    if max_delay <= 0 or all_expected.bit_count() <= slots:
         return set()
-    due = [one for one in decoding if one.expected is None or one.waited >= max_delay]
-    names = {one.name for one in due}
-    others = [one for one in decoding if one.name not in names]
-    others.sort(key=lambda one: (one.priority, ((one.expected or 0) & ~resident).bit_count()))
+    due = [request for request in decoding if request.expected is None or request.waited >= max_delay]
+    names = {request.name for request in due}
+    deferrable = [request for request in decoding if request.name not in names]
+    deferrable.sort(key=lambda request: (request.priority, ((request.expected or 0) & ~resident).bit_count()))
     union = 0
-    for one in due:
-        union |= one.expected or 0
+    for request in due:
+        union |= request.expected or 0
 
     def seconds_per_token(union: int, tokens: int) -> float:
         return (compute + load * max((union & ~resident).bit_count(), union.bit_count() - slots)) / tokens
 
-    best, taken = (seconds_per_token(union, len(due)), 0) if due else (float("inf"), 0)
-    for number, one in enumerate(others, 1):
-        union |= one.expected or 0
-        price = seconds_per_token(union, len(due) + number)
-        if price <= best:
-            best, taken = price, number
-    if best > WORTH * seconds_per_token(everything, len(decoding)):
+    best, num_run = (seconds_per_token(union, len(due)), 0) if due else (float("inf"), 0)
+    for count, request in enumerate(deferrable, 1):
+        union |= request.expected or 0
+        seconds = seconds_per_token(union, len(due) + count)
+        if seconds <= best:
+            best, num_run = seconds, count
+    if best > MAX_TIME_RATIO * seconds_per_token(all_expected, len(decoding)):
         return set()
-    return {one.name for one in others[taken:]}
+    return {request.name for request in deferrable[num_run:]}

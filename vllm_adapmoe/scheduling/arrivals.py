@@ -2,11 +2,11 @@
 
 import math
 
-from vllm_adapmoe.scheduling.prices import Mean
+from vllm_adapmoe.scheduling.costs import Mean
 
 
 class Arrivals:
-    """Mean time between prompts that could start, over the last ten or so: arrivals, or places becoming free."""
+    """Mean time between prompts that could start, over the last ten or so: new prompts, or places becoming free."""
 
     def __init__(self) -> None:
         self._gap = Mean()
@@ -20,7 +20,7 @@ class Arrivals:
             now: time in seconds, never decreasing.
             count: total number of prompts so far that could start, whether they have or not.
         """
-        if self._count is None:  # how long those have been waiting is unknown
+        if self._count is None:  # unknown how long the first prompts have waited
             self._count, self._last = count, now
         for _ in range(count - self._count):
             self._gap.add(now - self._last)

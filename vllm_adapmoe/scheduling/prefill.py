@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Waiting:
+class WaitingPrompt:
     """A request whose prompt has not started to run."""
 
     waited: float
@@ -17,7 +17,7 @@ class Waiting:
 
 
 def hold_prefill(
-    waiting: Sequence[Waiting],
+    waiting: Sequence[WaitingPrompt],
     decoding: Sequence[int],
     surcharge: float,
     gap: float,
@@ -28,9 +28,9 @@ def hold_prefill(
 
     A step with a prompt delays every decoding request by `surcharge` seconds, whether it runs one prompt or several. If
     n prompts share each sweep, a prompt costs `decoding * surcharge / n` seconds for that and waits `gap * (n - 1) / 2`
-    for the others. One more pays while `gap * n * (n + 1) / 2 < decoding * surcharge`. Starting at such a number is
-    optimal for arrivals of which only the rate is known (Deb and Serfozo, "Optimal control of batch service queues",
-    1973; the costs are ours).
+    for the others. Waiting for one more pays off while `gap * n * (n + 1) / 2 < decoding * surcharge`. Starting at such
+    a number is optimal for arrivals of which only the rate is known (Deb and Serfozo, "Optimal control of batch service
+    queues", 1973; the costs are ours).
 
     Args:
         waiting: prompts that could start, in any order.
@@ -40,10 +40,10 @@ def hold_prefill(
         token_budget: token budget of a step; more prompt tokens than that do not share one.
         max_delay: maximum seconds that a prompt waits.
     """
-    if not waiting or not decoding or max(one.waited for one in waiting) >= max_delay:
+    if not waiting or not decoding or max(prompt.waited for prompt in waiting) >= max_delay:
         return False
-    if sum(one.tokens for one in waiting) >= token_budget:
+    if sum(prompt.tokens for prompt in waiting) >= token_budget:
         return False
-    if min(one.priority for one in waiting) < max(decoding):  # no waiting for less urgent requests
+    if min(prompt.priority for prompt in waiting) < max(decoding):  # no waiting for less urgent requests
         return False
     return gap * len(waiting) * (len(waiting) + 1) / 2 < len(decoding) * surcharge

@@ -1,4 +1,4 @@
-"""Eviction policies that only `adapmoe simulate` runs: others' proposals, to compare the worker's policies with.
+"""Eviction policies that only `adapmoe simulate` runs: proposed elsewhere, to compare the worker's policies with.
 
 Both lose to `next_use`, which needs no more than they do, in every replay of docs/benchmarks.md: two models, batches of
 1 and 8, and 25, 50 and 75 % of the experts resident (examples/benchmarks/simulate_*.json).

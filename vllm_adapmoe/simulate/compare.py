@@ -38,13 +38,13 @@ class PolicyName:
         Raises:
             AdapMoEError: `text` does not name a policy.
         """
-        rest, plus, tail = text.partition("+")
-        eviction, _, allocation = rest.partition("/")
+        policy, plus, tail = text.partition("+")
+        eviction, _, allocation = policy.partition("/")
         name = cls(eviction, allocation or "pool", tail == "prefetch")
         if eviction not in SIMULATED or name.allocation not in ALLOCATIONS or (plus and not name.prefetch):
             raise AdapMoEError(
-                f"--policies {text!r} is not known; EVICTION[/ALLOCATION][+prefetch] with EVICTION of "
-                f"{', '.join(SIMULATED)} and ALLOCATION of {', '.join(ALLOCATIONS)}"
+                f"--policies {text!r} is not known; use EVICTION[/ALLOCATION][+prefetch], EVICTION one of "
+                f"{', '.join(SIMULATED)}, ALLOCATION one of {', '.join(ALLOCATIONS)}"
             )
         return name
 
@@ -85,8 +85,8 @@ def run_simulate(
     total = sum(info.num_experts)
     if any(name.eviction == "next_token" for name in names) and not any(step.expected for step in steps):
         raise AdapMoEError(
-            f"--policies next_token: the trace {str(trace)!r} has nothing of next-token heads; record it with a "
-            "profile that has them"
+            f"--policies next_token: the trace {str(trace)!r} has no predictions by next-token heads; record "
+            "it with a profile that has heads"
         )
     if any(name.prefetch for name in names) and lookahead > info.lookahead:
         raise AdapMoEError(
@@ -96,7 +96,7 @@ def run_simulate(
     curves = None
     if any(name.allocation == "profile" for name in names):
         if profile is None:
-            raise AdapMoEError("--policies with /profile need --profile, what `adapmoe calibrate` wrote")
+            raise AdapMoEError("--policies with /profile need --profile; name the file that `adapmoe calibrate` wrote")
         curves = [curve.tolist() for curve in curves_of_profile(ModelProfile.load(str(profile)), 0.0, max_experts)]
     points = []
     with tqdm(desc="Replaying", total=len(shares) * (len(names) + 2), unit="replay") as bar:
@@ -104,11 +104,14 @@ def run_simulate(
             count = round(share * total) if share <= 1 else int(share)
             slots = slots_of_pools(info, count)
             if min(slots) < info.top_k:
-                raise AdapMoEError(f"--slots {share:g} leaves {min(slots)} slots for {info.top_k} experts of a token")
-            least: dict[str, int] = {}
+                raise AdapMoEError(
+                    f"--slots {share:g} gives a pool {min(slots)} slots, too few for the {info.top_k} experts of a "
+                    "token; give more"
+                )
+            optimum: dict[str, int] = {}
             for key, atomic in (("oracle", True), ("bound", False)):
                 loads = belady(info, steps, slots, atomic)
-                least |= {f"{key}_loads": int(loads.sum()), f"{key}_bytes": int(loads @ np.array(info.expert_bytes))}
+                optimum |= {f"{key}_loads": int(loads.sum()), f"{key}_bytes": int(loads @ np.array(info.expert_bytes))}
                 bar.update()
             for text, name in zip(policies, names, strict=True):
                 setup = CacheSetup(
@@ -119,7 +122,7 @@ def run_simulate(
                     lookahead if name.prefetch else 0,
                     max_experts,
                 )
-                points.append({"slots": count, "policy": text} | least | _point(info, steps, setup, machine))
+                points.append({"slots": count, "policy": text} | optimum | _point(info, steps, setup, machine))
                 bar.update()
     tokens = sum(len(step.positions) for step in steps)
     return {
@@ -189,7 +192,7 @@ def print_simulate(result: dict[str, Any], console: Console) -> None:
 
 
 def plot_simulate(result: dict[str, Any], path: Path) -> None:
-    """Plots bytes moved, relative to the oracle's, against slots; if time was simulated, tokens/s too."""
+    """Plots the bytes moved, relative to the oracle's, against slots, and tokens/s if time was simulated."""
     from vllm_adapmoe.plot import figure
 
     timed = result["machine"]["bandwidth"] is not None

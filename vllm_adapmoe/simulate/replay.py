@@ -39,19 +39,19 @@ class VirtualLink:
         self.machine = machine
         self.now = 0.0
         self.urgent: deque[ExpertKey] = deque()
-        self.idle: deque[ExpertKey] = deque()
-        self.left: dict[ExpertKey, int] = {}
-        """Bytes left to move for each transfer that has begun."""
-        self.under_way: tuple[ExpertKey, int, float] | None = None
+        self.speculative: deque[ExpertKey] = deque()
+        self.bytes_left: dict[ExpertKey, int] = {}
+        """Bytes not moved yet of each transfer that has begun."""
+        self.in_flight: tuple[ExpertKey, int, float] | None = None
         """Tile in flight: its expert, its bytes, and its time of arrival."""
 
     def submit(self, request: Request) -> None:
         """Queues an event's demand loads, and gives the loads in flight that it awaits demand priority."""
         for load in request.awaited:
-            self.idle.remove(load.key)
+            self.speculative.remove(load.key)
             self.urgent.append(load.key)
         for load in request.loads:
-            self.left[load.key] = self.controller.expert_bytes[load.key[0]]
+            self.bytes_left[load.key] = self.controller.expert_bytes[load.key[0]]
             self.urgent.append(load.key)
             if self.machine.bandwidth is None:
                 self._end(self.urgent, load.key)
@@ -59,39 +59,39 @@ class VirtualLink:
     def speculate(self, keys: Sequence[ExpertKey]) -> None:
         """Queues experts to load while no demand load is pending."""
         for key in keys:
-            self.idle.append(key)
+            self.speculative.append(key)
             if self.machine.bandwidth is None and self._start(key):
-                self._end(self.idle, key)
+                self._end(self.speculative, key)
 
     def _start(self, key: ExpertKey) -> bool:
-        if key in self.left:
+        if key in self.bytes_left:
             return True
         if self.controller.start_speculation(key) is None:
-            self.idle.remove(key)
+            self.speculative.remove(key)
             return False
-        self.left[key] = self.controller.expert_bytes[key[0]]
+        self.bytes_left[key] = self.controller.expert_bytes[key[0]]
         return True
 
     def _end(self, queue: deque[ExpertKey], key: ExpertKey) -> None:
         queue.remove(key)
-        self.left.pop(key)
+        self.bytes_left.pop(key)
         self.controller.transfer_ended(key, self.controller.expert_bytes[key[0]], complete=True)
 
     def _next_tile(self) -> bool:
         """Starts the next tile; returns False if there is none to move."""
-        while queue := self.urgent or self.idle:
+        while queue := self.urgent or self.speculative:
             key = queue[0]
-            if queue is self.idle and not self._start(key):
+            if queue is self.speculative and not self._start(key):
                 continue
             total = self.controller.expert_bytes[key[0]]
             if self.controller.residency(key[0]).entries[key].cancelled:
                 queue.popleft()
-                self.controller.transfer_ended(key, total - self.left.pop(key), complete=False)
+                self.controller.transfer_ended(key, total - self.bytes_left.pop(key), complete=False)
                 continue
             assert self.machine.bandwidth is not None
-            tile = min(tile_bytes(total, queue is self.urgent, self.machine.bandwidth), self.left[key])
-            seconds = tile / self.machine.bandwidth + (self.machine.latency if self.left[key] == total else 0)
-            self.under_way = key, tile, self.now + seconds
+            tile = min(tile_bytes(total, queue is self.urgent, self.machine.bandwidth), self.bytes_left[key])
+            seconds = tile / self.machine.bandwidth + (self.machine.latency if self.bytes_left[key] == total else 0)
+            self.in_flight = key, tile, self.now + seconds
             self.controller.stats.fetch_seconds += seconds
             return True
         return False
@@ -102,17 +102,17 @@ class VirtualLink:
             return
         pending = set(waiting)
         while pending or not waiting:
-            if self.under_way is None and ((self.now >= until and not pending) or not self._next_tile()):
+            if self.in_flight is None and ((self.now >= until and not pending) or not self._next_tile()):
                 break
-            assert self.under_way is not None
-            key, tile, end = self.under_way
+            assert self.in_flight is not None
+            key, tile, end = self.in_flight
             if not waiting and end > until:
                 break
-            self.under_way = None
+            self.in_flight = None
             self.now = end
-            self.left[key] -= tile
-            if not self.left[key]:
-                self._end(self.urgent if key in self.urgent else self.idle, key)
+            self.bytes_left[key] -= tile
+            if not self.bytes_left[key]:
+                self._end(self.urgent if key in self.urgent else self.speculative, key)
                 pending.discard(key)
         if not waiting:
             self.now = max(self.now, until)
@@ -129,7 +129,7 @@ class Replay:
     step_seconds: list[float]
     predicted_loads: int
     """Demand loads that an earlier layer had predicted but that were not prefetched, because the link was busy or they
-    ranked too low. The other demand loads were not predicted."""
+    ranked too low."""
 
 
 def replay(
@@ -155,8 +155,8 @@ def replay(
             controller.prefetch_first_layers(step.prompt_tokens, () if step.begin is None else list(step.begin))
         )
         for layer in range(len(info.num_experts)):
-            ids, kept = step.ids[layer], step.weights[layer] > 0
-            experts = np.flatnonzero(np.bincount(ids[kept], minlength=1)).tolist()
+            ids, keep_mask = step.ids[layer], step.weights[layer] > 0
+            experts = np.flatnonzero(np.bincount(ids[keep_mask], minlength=1)).tolist()
             groups = waves(experts, controller.residency(layer).capacity)
             for wave, group in enumerate(groups):
                 link.run(time)
@@ -164,7 +164,7 @@ def replay(
                 request = controller.begin(layer, group, experts if len(groups) > 1 else (), expected)
                 link.submit(request)
                 if wave == 0 and controller.planner is not None:
-                    link.speculate(controller.prefetch(layer, (ids, kept), _predict_experts(step, layer)))
+                    link.speculate(controller.prefetch(layer, (ids, keep_mask), _predict_experts(step, layer)))
                 if controller.planner is not None and request.loads:
                     experts_predicted = _predicted_experts(step, layer, setup.lookahead)
                     predicted += sum(load.key[1] in experts_predicted for load in request.loads)
@@ -196,7 +196,12 @@ def replay(
 def _predicted_experts(step: Step, layer: int, lookahead: int) -> set[int]:
     """Returns the experts that earlier layers of the step predicted for this layer."""
     predictions = (step.predicted.get((layer - distance, distance)) for distance in range(1, lookahead + 1))
-    return {expert for made in predictions if made is not None for expert in made.ids[made.kept].tolist()}
+    return {
+        expert
+        for prediction in predictions
+        if prediction is not None
+        for expert in prediction.ids[prediction.keep_mask].tolist()
+    }
 
 
 def _predict_experts(step: Step, layer: int) -> PredictExperts:
@@ -237,22 +242,22 @@ def belady(info: TraceInfo, steps: Iterable[Step], slots: Sequence[int], atomic:
     for event in range(never):
         layer = event % layers
         pool = info.pool_of[layer]
-        here, heap = resident[pool], heaps[pool]
+        pool_residents, heap = resident[pool], heaps[pool]
         experts = uses[ends[event] : ends[event + 1]].tolist()
         next_use = dict(zip(experts, following[ends[event] : ends[event + 1]].tolist(), strict=True))
         groups = waves(experts, slots[pool]) if atomic else [[expert] for expert in experts]
         for group in groups:
-            held = []
+            new_entries = []
             for expert in group:
                 key = layer, expert
-                if key not in here:
+                if key not in pool_residents:
                     loads[layer] += 1
-                here[key] = next_use[expert]
-                held.append((-next_use[expert], key))
-            while len(here) > slots[pool]:
+                pool_residents[key] = next_use[expert]
+                new_entries.append((-next_use[expert], key))
+            while len(pool_residents) > slots[pool]:
                 use, key = heapq.heappop(heap)
-                if here.get(key) == -use:  # else an outdated entry of an earlier use
-                    del here[key]
-            for item in held:
-                heapq.heappush(heap, item)
+                if pool_residents.get(key) == -use:  # else an outdated entry of an earlier use
+                    del pool_residents[key]
+            for entry in new_entries:
+                heapq.heappush(heap, entry)
     return loads

@@ -146,7 +146,11 @@ class TraceWriter:
         arrays = save(_frame(steps, self.info))
         if len(arrays) > FRAME_BYTES:
             if len(steps) == 1:
-                logger.warning("A step of %d tokens is too large for the trace, and left out", len(steps[0].positions))
+                logger.warning(
+                    "trace %r: a step of %d tokens is too large for a frame and is skipped",
+                    str(self.path),
+                    len(steps[0].positions),
+                )
                 return
             half = len(steps) // 2
             self._write(steps[:half])
@@ -179,11 +183,14 @@ def _frame(steps: Sequence[Step], info: TraceInfo) -> dict[str, np.ndarray]:
         "weights": np.concatenate([step.weights for step in steps], axis=1).astype(np.float16),
     }
     for key in sorted({key for step in steps for key in step.predicted}):
-        made = [step.predicted.get(key) for step in steps]
+        step_predictions = [step.predicted.get(key) for step in steps]
         name = f"foretold.{key[0]}.{key[1]}"
-        arrays[f"{name}.rows"] = np.array([-1 if one is None else len(one.ids) for one in made], dtype=np.int32)
-        arrays[f"{name}.ids"] = np.concatenate([one.ids for one in made if one is not None]).astype(ids_type)
-        arrays[f"{name}.kept"] = np.concatenate([one.kept for one in made if one is not None])
+        arrays[f"{name}.rows"] = np.array(
+            [-1 if prediction is None else len(prediction.ids) for prediction in step_predictions], dtype=np.int32
+        )
+        predictions = [prediction for prediction in step_predictions if prediction is not None]
+        arrays[f"{name}.ids"] = np.concatenate([prediction.ids for prediction in predictions]).astype(ids_type)
+        arrays[f"{name}.kept"] = np.concatenate([prediction.keep_mask for prediction in predictions])
     if any(step.begin is not None for step in steps):
         arrays["begin.of"] = np.array([step.begin is not None for step in steps])
         arrays["begin"] = np.stack([step.begin for step in steps if step.begin is not None])

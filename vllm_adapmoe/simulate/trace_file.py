@@ -33,7 +33,7 @@ def read_trace(path: Path) -> tuple[TraceInfo, "RecordedSteps"]:
     parts = [TracePart(part) for part in (older, path) if part == path or os.path.lexists(older)]
     if parts[0].info != parts[-1].info:
         raise AdapMoEError(
-            f"trace {str(older)!r} is of another server than {str(path)!r}, which goes on where it ends; remove it"
+            f"trace {str(older)!r} is of another server than {str(path)!r}, which should continue it; remove it"
         )
     steps = RecordedSteps(parts)
     if not len(steps):
@@ -84,8 +84,10 @@ class TracePart:
     def _read(self, offset: int, nbytes: int) -> bytes:
         try:
             data = b""
-            while len(data) < nbytes and (more := os.pread(self.file.fileno(), nbytes - len(data), offset + len(data))):
-                data += more
+            while len(data) < nbytes and (
+                chunk := os.pread(self.file.fileno(), nbytes - len(data), offset + len(data))
+            ):
+                data += chunk
         except OSError as error:
             raise BadFile(f"cannot be read ({error.strerror})") from None
         if len(data) < nbytes:
@@ -96,18 +98,20 @@ class TracePart:
         offset = self.start
         while offset < self.size:
             try:
-                left = self.size - offset - 4
-                length = int.from_bytes(self._read(offset, 4), "little") if left >= 0 else 0
-                if not 0 <= length <= left:
+                bytes_left = self.size - offset - 4
+                length = int.from_bytes(self._read(offset, 4), "little") if bytes_left >= 0 else 0
+                if not 0 <= length <= bytes_left:
                     logger.warning(
-                        "trace %r: its last %d bytes are of a frame that was cut short", str(self.path), left + 4
+                        "trace %r: the last %d bytes are an incomplete frame and are skipped",
+                        str(self.path),
+                        bytes_left + 4,
                     )
                     self.size = offset
                     return
                 steps = read_frame(self._read(offset + 4, length), self.info)
             except BadFile as problem:
                 raise AdapMoEError(
-                    f"trace {str(self.path)!r} is damaged: its frame at byte {offset} {problem}; record it anew, or "
+                    f"trace {str(self.path)!r} is damaged: the frame at byte {offset} {problem}; record it anew, or "
                     f"cut it there: truncate --size={offset} to keep what is before"
                 ) from None
             yield from steps
@@ -116,7 +120,7 @@ class TracePart:
 
 def _info(content: Any) -> TraceInfo:
     if not isinstance(content, dict):
-        raise BadFile("begins with something else")
+        raise BadFile("does not begin with a JSON object")
     if content.get("format", FORMAT) != FORMAT:
         raise BadFile(f"has format {content['format']!r}, not {FORMAT}")
     try:

@@ -133,7 +133,7 @@ class CachedExperts(StreamedExperts):
         gate = self.gating
         gated = None if gate is None else gate.gate_each(weights)
         on_host = weights if gate is not None and gated is None else None
-        keep_mask, cost = (None, None) if gated is None else (gated.keep, gated.cost)
+        keep_mask, cost = (None, None) if gated is None else (gated.keep_mask, gated.cost)
         product = self._product(x)
         read = read_together(ids, padding, keep_mask, cost, on_host, product)
         host_ids, padding, keep_mask, cost, on_host, product = read
@@ -141,7 +141,7 @@ class CachedExperts(StreamedExperts):
         real = None if padding is None else ~padding
         if gate is not None and on_host is not None:
             batch = gate.gate_together(on_host, host_ids, self._resident_or_loading())
-            keep_mask, cost = batch.keep, batch.cost
+            keep_mask, cost = batch.keep_mask, batch.cost
             weights = batch.weights.to(x.device)
         elif gated is not None:
             weights = gated.weights

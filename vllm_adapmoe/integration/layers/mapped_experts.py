@@ -118,7 +118,7 @@ class MappedExperts(CachedExperts):
             gated = self.gating.gate_each(weights)
             assert gated is not None
             weights, costs = gated.weights, gated.cost
-            ids = ids.masked_fill(~gated.keep, -1)
+            ids = ids.masked_fill(~gated.keep_mask, -1)
         padding = padding_rows(context, len(ids))
         if padding is not None:
             ids = ids.masked_fill(padding.unsqueeze(1), -1)

@@ -272,7 +272,7 @@ class ExpertLoading:
             top_k=max(layer.top_k for layer in self.layers),
             pool_of=self.pools.pool_of,
             expert_bytes=[layout.nbytes for layout in store.layouts],
-            held=rank_experts,
+            local_experts=rank_experts,
         )
         # Readers on the core that this thread is bound to would compete with the kernels.
         cpus = cores_of_user()
@@ -292,7 +292,7 @@ class ExpertLoading:
                 f"experts, the model has {len(shape.num_experts)} of {set(shape.num_experts)}; calibrate it anew"
             )
         return CacheController(
-            shape, CacheSetup.of(self.config, self.pools.slots, loads, self.settings.heads is not None)
+            shape, CacheSetup.from_config(self.config, self.pools.slots, loads, self.settings.heads is not None)
         )
 
     def shrink_slots(self, cache: ExpertCacheManager, nbytes: int) -> int:

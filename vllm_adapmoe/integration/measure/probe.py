@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from vllm.forward_context import get_forward_context
 
-from vllm_adapmoe.gating.rules import keep_most, settle
+from vllm_adapmoe.gating.rules import largest_mask, rescale_kept
 from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
 from vllm_adapmoe.integration.worker.routers import Routers
 from vllm_adapmoe.policy.prediction import predict_experts
@@ -131,7 +131,7 @@ class LayerProbe:
         if probe.perturbed != self.index:
             return weights
         counts = torch.full((len(ids),), half(ids.shape[1]), device=weights.device)
-        return weights + probe.step * (settle(weights, keep_most(weights, counts)).weights - weights)
+        return weights + probe.step * (rescale_kept(weights, largest_mask(weights, counts)).weights - weights)
 
     def _record(self, layer: CachedExperts, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> None:
         probe = self.probe

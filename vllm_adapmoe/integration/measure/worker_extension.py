@@ -70,7 +70,7 @@ class MeasuredWorker:
         cache, config = self.expert_cache, AdapMoEConfig.parse(settings)
         assert cache is not None
         slots = [pool.num_slots for pool in cache.pools]
-        setup = CacheSetup.of(config, slots, curves, self.heads is not None)
+        setup = CacheSetup.from_config(config, slots, curves, self.heads is not None)
         cache.restart(CacheController(cache.controller.shape, setup), config.link_gbps)
         self.restart_predictor(config)
 

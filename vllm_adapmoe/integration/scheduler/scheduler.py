@@ -15,11 +15,11 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_adapmoe.integration.reported_output import report_of
 from vllm_adapmoe.integration.scheduler.stats_outbox import StatsOutbox
 from vllm_adapmoe.integration.settings import EngineSettings
-from vllm_adapmoe.scheduling.affinity import Decoding, held_back
+from vllm_adapmoe.scheduling.affinity import DecodingRequest, held_back
 from vllm_adapmoe.scheduling.arrivals import Arrivals
+from vllm_adapmoe.scheduling.costs import StepCosts
 from vllm_adapmoe.scheduling.counters import StepCounters
-from vllm_adapmoe.scheduling.prefill import Waiting, hold_prefill
-from vllm_adapmoe.scheduling.prices import StepPrices
+from vllm_adapmoe.scheduling.prefill import WaitingPrompt, hold_prefill
 from vllm_adapmoe.scheduling.report import StepReport
 
 
@@ -38,7 +38,7 @@ class ExpertCacheScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         self.outbox = StatsOutbox()
         self.holding = EngineSettings.of(self.vllm_config).config.scheduler
-        self.prices = StepPrices()
+        self.costs = StepCosts()
         self.arrivals = Arrivals()
         self._begun = 0
         """Number of prompts begun, including restarts after preemption."""
@@ -81,10 +81,10 @@ class ExpertCacheScheduler(Scheduler):
             self.outbox.add(StepCounters(held_prefill_steps=int(hold), held_tokens=tokens), 0)
         return hold
 
-    def _waiting(self, now: float, seats: int) -> list[Waiting]:
+    def _waiting(self, now: float, seats: int) -> list[WaitingPrompt]:
         """Returns the waiting requests that could start now."""
         return [
-            Waiting(
+            WaitingPrompt(
                 now - self._waiting_since.setdefault(request.request_id, now),
                 request.num_tokens,
                 self._priority(request),
@@ -95,11 +95,11 @@ class ExpertCacheScheduler(Scheduler):
     def _priority(self, request: Request) -> int:
         return request.priority if self.policy == SchedulingPolicy.PRIORITY else 0
 
-    def _hold_prefill(self, waiting: list[Waiting], now: float) -> bool:
+    def _hold_prefill(self, waiting: list[WaitingPrompt], now: float) -> bool:
         return hold_prefill(
             waiting,
             [self._priority(request) for request in self.running],
-            self.prices.surcharge,
+            self.costs.surcharge,
             self.arrivals.gap(now),
             self.max_num_scheduled_tokens - len(self.running),
             self.holding.max_prefill_delay_ms / 1000,
@@ -112,17 +112,19 @@ class ExpertCacheScheduler(Scheduler):
         assert self._report is not None
         requests = {request.request_id: request for request in self.running if _has_token_to_run(request)}
         decoding = [
-            Decoding(name, self._expected.get(name), now - self._ran_at.setdefault(name, now), self._priority(request))
+            DecodingRequest(
+                name, self._expected.get(name), now - self._ran_at.setdefault(name, now), self._priority(request)
+            )
             for name, request in requests.items()
         ]
         held_requests = held_back(
             decoding,
             self._report.resident,
             self._report.slots,
-            self.prices.compute.value or 0.0,
-            self.prices.load.value or 0.0,
+            self.costs.compute.value or 0.0,
+            self.costs.load.value or 0.0,
             # A request held back now is considered again only after this step.
-            max(0.0, self.holding.max_affinity_delay_ms / 1000 - self.prices.decode_step),
+            max(0.0, self.holding.max_affinity_delay_ms / 1000 - self.costs.decode_step),
         )
         for name in held_requests:
             request = requests[name]
@@ -139,7 +141,7 @@ class ExpertCacheScheduler(Scheduler):
             self._report = report.step
             self._expected |= {name: bits for name, bits in report.step.expected.items() if name in self.requests}
             for times in report.step.times:
-                self.prices.observe(times)
+                self.costs.observe(times)
         failed = self._finish_failed(report.failed_requests)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for request in failed:

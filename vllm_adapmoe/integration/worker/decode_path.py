@@ -48,7 +48,7 @@ def choose_decode(
     misses = top_k * (1 - cache.num_slots / experts)
     dtype: Any = vllm_config.model_config.dtype
     times = time_decode(cache, in_place, top_k, dtype)
-    cache.restart(cache.controller.anew(), config.link_gbps)
+    cache.restart(cache.controller.empty_copy(), config.link_gbps)
     fetch, read = times.at(misses)
     faster = get_tp_group().broadcast_object(read < fetch)
     logger.info(

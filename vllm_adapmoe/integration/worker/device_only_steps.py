@@ -107,5 +107,5 @@ class DeviceOnlySteps:
                 gate = self.layers[index].gating
                 if gate is not None:
                     gate.count(torch.from_numpy(step.ids[index] >= 0), torch.from_numpy(step.costs[index]), None)
-            if step.about and predictor is not None:
-                predictor.record_in_place(step.about, step.ids)
+            if step.payload and predictor is not None:
+                predictor.record_in_place(step.payload, step.ids)

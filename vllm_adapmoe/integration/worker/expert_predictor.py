@@ -156,7 +156,9 @@ class ExpertPredictor:
         """Prefetches for the first layers of a step about to run; `rows`: number of rows of each request."""
         self._take_first_layer()
         self._first_layer = None  # a prediction that has not arrived by now is too late
-        self.expected_at_start = None if self.experts is None else self.experts.of_any(list(rows), self.lookahead)
+        self.expected_at_start = (
+            None if self.experts is None else self.experts.batch_chances(list(rows), self.lookahead)
+        )
         if self.cache is not None:
             prompt_tokens = sum(count for count in rows.values() if count > 1)
             self.cache.prefetch_first_layers(
@@ -196,11 +198,11 @@ class ExpertPredictor:
                 head_outputs = stack.outputs(x if last is None else x[last.to(x.device)])
             expected = chance_of_any(head_outputs[:, stack.width :])
             if self.experts is not None:
-                self.experts.predicted(index, head_outputs[:, stack.width :])
+                self.experts.record_prediction(index, head_outputs[:, stack.width :])
             if last is None and len(x) <= SAMPLE:
                 outputs = head_outputs
         elif self.experts is not None:
-            self.experts.used(index, (ids if self.last_rows is None else ids[self.last_rows]).numpy())
+            self.experts.record_used(index, (ids if self.last_rows is None else ids[self.last_rows]).numpy())
         return LayerPrediction(expected, partial(self._prefetch, index, x, weights, ids, keep_mask, expected, outputs))
 
     @_disabled_by_errors
@@ -299,7 +301,7 @@ class ExpertPredictor:
         last = np.cumsum([rows for _, _, rows in requests]) - 1
         self.experts.begin([name for name, _, _ in requests])
         for index, layer_ids in enumerate(ids[:, last]):
-            self.experts.used(index, np.where(layer_ids < 0, layer_ids.max(1, keepdims=True), layer_ids))
+            self.experts.record_used(index, np.where(layer_ids < 0, layer_ids.max(1, keepdims=True), layer_ids))
         self.experts.end()
 
     def _predict_experts(self, target: int, logits: np.ndarray) -> PredictedExperts:

@@ -101,7 +101,7 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         )
         if self.expert_cache is not None:
             cache = self.expert_cache
-            experts = sum(cache.controller.num_held)
+            experts = sum(cache.controller.num_local)
             logger.info(
                 "Expert cache: %d slots (%.2f GiB) for %d experts, backed by the %s store",
                 cache.num_slots, slot_bytes(cache) / GiB, experts, loading.store_kind,
@@ -177,7 +177,7 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         """Returns the bytes for the KV cache: `available`, plus those of slots released for it."""
         room = room_for_kv_cache(self._config, self.vllm_config, self._loading, self.expert_cache, available)
         if room != available and self.device_only is not None and self.device_only.in_place is not None:
-            self.device_only.in_place.follow_pools()
+            self.device_only.in_place.rebuild_addresses()
         return room
 
     def compile_or_warm_up_model(self) -> Any:
@@ -252,7 +252,7 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         stall_seconds, loads, fetch_seconds = self._since(stats, counted).tolist()
         prefill = runs_prompt(self.current_step.rows, scheduler_output.scheduled_spec_decode_tokens)
         self._clock.stop((stall_seconds, int(loads), fetch_seconds, prefill))
-        rank_experts = bits(self.expert_cache.controller.held)  # other ranks' experts take no slot here
+        rank_experts = bits(self.expert_cache.controller.is_local)  # other ranks' experts take no slot here
         return StepReport(
             slots=self.expert_cache.num_slots,
             resident=bits(self.expert_cache.resident()),

@@ -100,7 +100,7 @@ class StepStats:
             slots=cache.num_slots,
             resident=cache.num_resident,
             layer_resident=controller.layer_residents(),
-            layer_experts=controller.num_held,
+            layer_experts=controller.num_local,
             layer_floors=controller.layer_floors() or None,
         )
 

@@ -19,7 +19,7 @@ class Mean:
         self.value = value if self.value is None else self.value + rate * (value - self.value)
 
 
-class StepPrices:
+class StepCosts:
     """Mean costs of a worker's steps, in seconds."""
 
     def __init__(self) -> None:
@@ -31,24 +31,24 @@ class StepPrices:
         """Seconds of waits for experts in a decode step after another one."""
         self.sweep = Mean()
         """Seconds of waits in a step with a prompt and in the decode step after it, whose experts it has evicted."""
-        self._swept: float | None = None
+        self._prompt_stall: float | None = None
         """Seconds of waits of the last step, if it ran a prompt."""
 
     def observe(self, step: StepTimes) -> None:
         """Updates the means with one step; call in the order in which steps ran."""
         if step.loads:
             self.load.add(step.fetch_seconds / step.loads)
-        swept, self._swept = self._swept, step.stall_seconds if step.prefill else None
+        prompt_stall, self._prompt_stall = self._prompt_stall, step.stall_seconds if step.prefill else None
         if step.prefill:
-            if swept is not None:  # one prompt's chunks in a row, or one prompt after the other
-                self.sweep.add(swept)
+            if prompt_stall is not None:  # one prompt's chunks in a row, or one prompt after the other
+                self.sweep.add(prompt_stall)
             return
         self.compute.add(max(0.0, step.seconds - step.stall_seconds))  # two clocks: the difference may be below zero
-        if swept is None:
+        if prompt_stall is None:
             self.decode.add(step.stall_seconds)
         else:
             decode = 0.0 if self.decode.value is None else self.decode.value
-            self.sweep.add(swept + max(0.0, step.stall_seconds - decode))
+            self.sweep.add(prompt_stall + max(0.0, step.stall_seconds - decode))
 
     @property
     def surcharge(self) -> float:
