@@ -16,7 +16,7 @@ from benchmarks.residency import ON_DEMAND
 from benchmarks.workload import Workload, measure, measure_batches, prompts_of, ratios
 from vllm_adapmoe.calibrate.evaluate import relative_increase
 from vllm_adapmoe.config import AdapMoEConfig, GatingConfig
-from vllm_adapmoe.policy.controller import CacheSetup
+from vllm_adapmoe.policy.cache_setup import CacheSetup
 from vllm_adapmoe.profile.expected_loads import curves_of_profile
 from vllm_adapmoe.profile.model_profile import ModelProfile
 from vllm_adapmoe.profile.thresholds import plan_gating

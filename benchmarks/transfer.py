@@ -19,7 +19,8 @@ from tqdm import tqdm
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.experts import CacheShape
-from vllm_adapmoe.policy.controller import CacheController, CacheSetup
+from vllm_adapmoe.policy.cache_setup import CacheSetup
+from vllm_adapmoe.policy.controller import CacheController
 from vllm_adapmoe.policy.prediction import PredictedExperts
 from vllm_adapmoe.results import rotated, spread
 from vllm_adapmoe.store.base import StoreError

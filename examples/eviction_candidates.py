@@ -21,7 +21,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from benchmarks.workload import prompts_of
-from vllm_adapmoe.policy.controller import CacheSetup
+from vllm_adapmoe.policy.cache_setup import CacheSetup
 from vllm_adapmoe.prefetch.heads import chance_of_any
 from vllm_adapmoe.profile.next_token import HeadFit
 from vllm_adapmoe.results import write

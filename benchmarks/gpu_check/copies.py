@@ -12,7 +12,7 @@ from benchmarks.gpu_check.shapes import Shape
 from benchmarks.gpu_check.slot_rows import open_cache, slot_addresses
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.device.experts_by_address import experts_by_address
-from vllm_adapmoe.policy.controller import CacheSetup
+from vllm_adapmoe.policy.cache_setup import CacheSetup
 from vllm_adapmoe.results import rotated, spread
 
 SECTION = "copies"

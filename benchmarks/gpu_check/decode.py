@@ -18,7 +18,8 @@ from benchmarks.gpu_check.slot_rows import cache_shape, open_cache
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.device.decode_timing import time_decode
 from vllm_adapmoe.device.in_place import InPlaceDecode
-from vllm_adapmoe.policy.controller import CacheController, CacheSetup
+from vllm_adapmoe.policy.cache_setup import CacheSetup
+from vllm_adapmoe.policy.controller import CacheController
 
 SECTION = "decode"
 FRACTIONS = (0.5, 0.75, 0.25)

@@ -10,7 +10,7 @@ from benchmarks.gpu_check.report import CORRECTNESS, Row, verdict
 from benchmarks.gpu_check.routing import draw_tokens
 from benchmarks.gpu_check.shapes import Shape
 from benchmarks.gpu_check.slot_rows import host_store, open_cache
-from vllm_adapmoe.policy.controller import CacheSetup
+from vllm_adapmoe.policy.cache_setup import CacheSetup
 
 TOKENS = 12
 

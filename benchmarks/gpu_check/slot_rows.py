@@ -16,9 +16,10 @@ from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.device.experts_by_address import experts_by_address
 from vllm_adapmoe.device.in_place import DOWN, GATE_UP
 from vllm_adapmoe.experts import CacheShape
-from vllm_adapmoe.policy.controller import CacheController, CacheSetup
+from vllm_adapmoe.policy.cache_setup import CacheSetup
+from vllm_adapmoe.policy.controller import CacheController
+from vllm_adapmoe.policy.events import waves
 from vllm_adapmoe.policy.prediction import PredictedExperts
-from vllm_adapmoe.policy.residency import waves
 from vllm_adapmoe.store.base import ExpertStore
 from vllm_adapmoe.store.host import HostStore
 

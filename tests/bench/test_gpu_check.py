@@ -34,7 +34,7 @@ from benchmarks.gpu_check.routing import curves, draw_tokens
 from benchmarks.gpu_check.shapes import MIXTRAL, QWEN3, Shape
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.device.addresses import AddressTable
-from vllm_adapmoe.policy.controller import CacheSetup
+from vllm_adapmoe.policy.cache_setup import CacheSetup
 
 CPU = Device("cpu")
 TINY = Shape("tiny", 3, 8, 2, 64, 32, recall=(0.0, 0.8, 0.8), single=(0.1, 0.5, 0.9))

@@ -10,7 +10,7 @@ from benchmarks import serve_load
 from benchmarks.serve import configurations, point
 from benchmarks.serve_bound import least_bytes
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
-from vllm_adapmoe.policy.controller import CacheSetup
+from vllm_adapmoe.policy.cache_setup import CacheSetup
 from vllm_adapmoe.results import rotated
 from vllm_adapmoe.simulate.replay import replay
 from vllm_adapmoe.simulate.trace import Step, TraceInfo

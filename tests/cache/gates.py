@@ -10,7 +10,7 @@ import torch
 from tests.store.test_stores import random_tensor
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.experts import ExpertKey
-from vllm_adapmoe.policy.residency import waves
+from vllm_adapmoe.policy.events import waves
 from vllm_adapmoe.store.base import StoreError
 from vllm_adapmoe.store.direct_io import read_full
 from vllm_adapmoe.store.file import FileStore

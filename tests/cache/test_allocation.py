@@ -19,7 +19,8 @@ from vllm_adapmoe.policy.allocation import (
     expected_loads,
     is_convex,
 )
-from vllm_adapmoe.policy.controller import REVISION_STEPS, CacheController, CacheSetup
+from vllm_adapmoe.policy.cache_setup import CacheSetup
+from vllm_adapmoe.policy.controller import REVISION_STEPS, CacheController
 from vllm_adapmoe.policy.eviction import LRU
 from vllm_adapmoe.policy.residency import Residency
 from vllm_adapmoe.simulate.replay import Machine, VirtualLink

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from vllm_adapmoe.experts import CacheShape
-from vllm_adapmoe.policy.controller import CacheController, CacheSetup
+from vllm_adapmoe.policy.cache_setup import CacheSetup
+from vllm_adapmoe.policy.controller import CacheController
+from vllm_adapmoe.policy.events import State
 from vllm_adapmoe.policy.prediction import PredictedExperts
-from vllm_adapmoe.policy.residency import State
 
 
 def test_a_plan_that_fails_queues_nothing():

@@ -22,7 +22,8 @@ from vllm_adapmoe.cache.slots import SlotPool
 from vllm_adapmoe.device.addresses import AddressTable
 from vllm_adapmoe.device.in_place import DOWN, GATE_UP, InPlaceDecode
 from vllm_adapmoe.experts import CacheShape
-from vllm_adapmoe.policy.controller import CacheController, CacheSetup
+from vllm_adapmoe.policy.cache_setup import CacheSetup
+from vllm_adapmoe.policy.controller import CacheController
 from vllm_adapmoe.policy.prediction import PredictedExperts
 from vllm_adapmoe.store.host import HostStore
 from vllm_adapmoe.store.record import aligned_empty, as_bytes

@@ -14,8 +14,9 @@ from vllm_adapmoe.device.decode_timing import DecodeTimes, time_decode
 from vllm_adapmoe.device.deferred import DeferredRouting
 from vllm_adapmoe.device.in_place import DOWN, GATE_UP, InPlaceDecode
 from vllm_adapmoe.experts import CacheShape
-from vllm_adapmoe.policy.controller import CacheController, CacheSetup
-from vllm_adapmoe.policy.residency import State
+from vllm_adapmoe.policy.cache_setup import CacheSetup
+from vllm_adapmoe.policy.controller import CacheController
+from vllm_adapmoe.policy.events import State
 from vllm_adapmoe.store.host import HostStore
 
 LAYERS, EXPERTS, HIDDEN, INNER, TOP_K = 2, 6, 32, 16, 2

@@ -34,10 +34,11 @@ from tests.store.test_stores import IDENTITY, pack
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.cache.transfer import SPECULATORS, CacheClosed, Job
 from vllm_adapmoe.experts import CacheShape
-from vllm_adapmoe.policy.controller import CacheController, CacheSetup
+from vllm_adapmoe.policy.cache_setup import CacheSetup
+from vllm_adapmoe.policy.controller import CacheController
+from vllm_adapmoe.policy.events import State
 from vllm_adapmoe.policy.eviction import POLICIES
 from vllm_adapmoe.policy.prediction import PredictedExperts
-from vllm_adapmoe.policy.residency import State
 from vllm_adapmoe.store.base import ExpertsUnavailable
 from vllm_adapmoe.store.direct_io import read_full
 from vllm_adapmoe.store.file import open_pack

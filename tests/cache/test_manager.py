@@ -20,10 +20,12 @@ from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.cache.slot_maps import SlotMaps
 from vllm_adapmoe.cache.transfer import READERS, CacheClosed, LinkLimit, TransferEngine
 from vllm_adapmoe.experts import CacheShape
-from vllm_adapmoe.policy.controller import CacheController, CacheSetup
+from vllm_adapmoe.policy.cache_setup import CacheSetup
+from vllm_adapmoe.policy.controller import CacheController
+from vllm_adapmoe.policy.events import State
 from vllm_adapmoe.policy.eviction import LRU, NextUse
 from vllm_adapmoe.policy.prediction import PredictedExperts
-from vllm_adapmoe.policy.residency import Residency, State
+from vllm_adapmoe.policy.residency import Residency
 from vllm_adapmoe.store.base import StoreError
 from vllm_adapmoe.store.host import HostStore
 from vllm_adapmoe.store.record import as_bytes

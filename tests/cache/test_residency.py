@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from vllm_adapmoe.experts import CacheShape
-from vllm_adapmoe.policy.controller import CacheController, CacheSetup
+from vllm_adapmoe.policy.cache_setup import CacheSetup
+from vllm_adapmoe.policy.controller import CacheController
+from vllm_adapmoe.policy.events import State, waves
 from vllm_adapmoe.policy.eviction import LRU, POLICIES, NextToken, NextUse
-from vllm_adapmoe.policy.residency import Residency, State, waves
+from vllm_adapmoe.policy.residency import Residency
 
 LAYERS, EXPERTS, BYTES = 3, 4, 10
 

@@ -7,7 +7,8 @@ import torch
 
 from tests.cache.test_manager import LAYERS, assert_served, host_store, manager
 from vllm_adapmoe.planning.slot_budget import ExpertShape, slots_without
-from vllm_adapmoe.policy.controller import CacheController, CacheSetup
+from vllm_adapmoe.policy.cache_setup import CacheSetup
+from vllm_adapmoe.policy.controller import CacheController
 from vllm_adapmoe.store.host import HostStore
 from vllm_adapmoe.store.record import as_bytes
 

@@ -7,7 +7,8 @@ import torch
 from tests.store.test_stores import layer
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.experts import CacheShape
-from vllm_adapmoe.policy.controller import CacheController, CacheSetup
+from vllm_adapmoe.policy.cache_setup import CacheSetup
+from vllm_adapmoe.policy.controller import CacheController
 from vllm_adapmoe.policy.prediction import PredictedExperts
 from vllm_adapmoe.store.host import HostStore
 from vllm_adapmoe.store.record import as_bytes

@@ -19,7 +19,7 @@ from vllm_adapmoe.calibrate.text import text_of
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError, GatingConfig
 from vllm_adapmoe.model_folder import read_model_config, vocabulary_size
 from vllm_adapmoe.planning.from_trace import gated
-from vllm_adapmoe.policy.controller import CacheSetup
+from vllm_adapmoe.policy.cache_setup import CacheSetup
 from vllm_adapmoe.policy.prediction import PredictedExperts
 from vllm_adapmoe.prefetch.heads import NextTokenHeads
 from vllm_adapmoe.printable import MAX_CHARACTERS, OneLineError

@@ -10,7 +10,7 @@ from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy
 from tests.integration.test_worker_trace import end_readers
 from vllm_adapmoe.integration.measure.engine import Engine
 from vllm_adapmoe.integration.worker.expert_predictor import STRICT
-from vllm_adapmoe.policy.controller import CacheSetup
+from vllm_adapmoe.policy.cache_setup import CacheSetup
 from vllm_adapmoe.simulate.replay import replay
 from vllm_adapmoe.simulate.trace_file import read_trace
 

@@ -8,7 +8,7 @@ from conftest import ROOT, TINY_MIXTRAL
 
 from tests.integration.scenarios import ENGINE_ARGS, answers, greedy, prompts
 from vllm_adapmoe.integration.measure.engine import Engine
-from vllm_adapmoe.policy.controller import CacheSetup
+from vllm_adapmoe.policy.cache_setup import CacheSetup
 from vllm_adapmoe.simulate.replay import replay
 from vllm_adapmoe.simulate.trace_file import read_trace
 

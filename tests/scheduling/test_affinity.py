@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_adapmoe.experts import CacheShape
-from vllm_adapmoe.policy.controller import CacheController, CacheSetup
+from vllm_adapmoe.policy.cache_setup import CacheSetup
+from vllm_adapmoe.policy.controller import CacheController
 from vllm_adapmoe.prefetch.request_experts import bits
 from vllm_adapmoe.scheduling.affinity import DecodingRequest, held_back
 from vllm_adapmoe.simulate.replay import Machine, VirtualLink

@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import numpy as np
 
-from vllm_adapmoe.policy.controller import CacheStats
+from vllm_adapmoe.policy.cache_stats import CacheStats
 from vllm_adapmoe.scheduling.counters import METRICS, StepCounters, over_ranks
 
 

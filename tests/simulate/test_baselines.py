@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
-from vllm_adapmoe.policy.controller import CacheSetup
+from vllm_adapmoe.policy.cache_setup import CacheSetup
 from vllm_adapmoe.policy.eviction import POLICIES
 from vllm_adapmoe.simulate.baselines import LFRU, MRS, SIMULATED
 from vllm_adapmoe.simulate.compare import PolicyName, run_simulate

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_adapmoe.policy.controller import CacheSetup
+from vllm_adapmoe.policy.cache_setup import CacheSetup
 from vllm_adapmoe.policy.prediction import PredictedExperts
 from vllm_adapmoe.policy.tiles import MIN_TILE_BYTES, SPECULATIVE_TILE_SECONDS, TILE_BYTES, tile_bytes
 from vllm_adapmoe.simulate.baselines import SIMULATED

@@ -13,9 +13,10 @@ from vllm_adapmoe.cache.slot_maps import SlotMaps
 from vllm_adapmoe.cache.slots import SlotPool
 from vllm_adapmoe.cache.transfer import READERS, CacheClosed, TransferEngine
 from vllm_adapmoe.experts import ExpertKey
-from vllm_adapmoe.policy.controller import CacheController, CacheStats
+from vllm_adapmoe.policy.cache_stats import CacheStats
+from vllm_adapmoe.policy.controller import CacheController
+from vllm_adapmoe.policy.events import Request, State
 from vllm_adapmoe.policy.prefetch_planner import PredictExperts
-from vllm_adapmoe.policy.residency import Request, State
 from vllm_adapmoe.store.base import ExpertStore, ExpertsUnavailable
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from vllm_adapmoe.cache.slot_maps import SlotMaps
 from vllm_adapmoe.cache.slots import SlotPool
 from vllm_adapmoe.experts import ExpertKey
 from vllm_adapmoe.policy.controller import CacheController
-from vllm_adapmoe.policy.residency import Request, State
+from vllm_adapmoe.policy.events import Request, State
 from vllm_adapmoe.policy.tiles import tile_bytes
 from vllm_adapmoe.store.base import ExpertStore, StoreError
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.gating.rules import gate_tokens
 from vllm_adapmoe.planning.memory_plan import Estimate, ModelSize, Speed
-from vllm_adapmoe.policy.controller import CacheSetup
+from vllm_adapmoe.policy.cache_setup import CacheSetup
 from vllm_adapmoe.simulate.compare import slots_of_pools
 from vllm_adapmoe.simulate.replay import Machine, replay
 from vllm_adapmoe.simulate.trace import Step, Steps, TraceInfo

@@ -5,19 +5,16 @@ An event is one MoE layer's request for the distinct experts of one step.
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
 from vllm_adapmoe.experts import CacheShape, ExpertKey
 from vllm_adapmoe.policy.allocation import StackDistances, allocate_floors
+from vllm_adapmoe.policy.cache_setup import CacheSetup
+from vllm_adapmoe.policy.cache_stats import CacheStats
 from vllm_adapmoe.policy.eviction import POLICIES, EvictionPolicy
 from vllm_adapmoe.policy.prefetch_planner import PredictExperts, PrefetchPlanner, RequestPrefetch
 from vllm_adapmoe.policy.residency import Load, Request, Residency, State
-
-if TYPE_CHECKING:  # a cache runs with torch and numpy alone
-    from vllm_adapmoe.config import AdapMoEConfig
 
 TRAFFIC_MEMORY = 1024.0
 """Events of a layer after which the weight of its older stack distances has faded to 1/e."""
@@ -26,82 +23,6 @@ BACKFILL_SHARE = 0.25
 GPU."""
 REVISION_STEPS = 256
 """Steps between two revisions of the floors with `allocation=trace`."""
-
-
-@dataclass
-class CacheStats:
-    """Cache counters since the engine started; each event counts its distinct experts."""
-
-    hits: int = 0
-    """Experts that were resident or staged when their layer requested them."""
-    misses: int = 0
-    """Experts that were neither resident nor staged: loaded on demand, late, or read in place."""
-    late: int = 0
-    """Misses whose prefetch or background load was in flight when the layer requested them."""
-    in_place: int = 0
-    """Misses that the kernel read from host memory, without a wait."""
-    caught_up: int = 0
-    """In-place misses loaded in the background afterwards, evicting an expert with a lower score."""
-    prefetches: int = 0
-    """Prefetches started."""
-    prefetch_hits: int = 0
-    """Hits on experts that a prefetch had loaded, for this event or an earlier one."""
-    prefetches_wasted: int = 0
-    """Prefetches completed, but evicted before a layer requested the expert."""
-    prefetches_cancelled: int = 0
-    """Prefetches cancelled in flight because the router did not select the expert."""
-    fetched_bytes: int = 0
-    """Bytes transferred, on demand or speculatively."""
-    wasted_bytes: int = 0
-    """Bytes of loads cancelled or failed, and of prefetches evicted before a layer requested the expert."""
-    stall_seconds: float = 0.0
-    """Seconds that layers waited for experts."""
-    fetch_seconds: float = 0.0
-    """Seconds with at least one transfer in flight: `fetched_bytes / fetch_seconds` is the bandwidth achieved."""
-
-    @property
-    def demand_loads(self) -> int:
-        """Experts loaded because a layer requested them."""
-        return self.misses - self.late - self.in_place
-
-
-@dataclass(frozen=True)
-class CacheSetup:
-    """The user's settings of a cache."""
-
-    slots: Sequence[int]
-    """Number of slots of each pool."""
-    eviction: str = "lru"
-    allocation: str = "pool"
-    """Floors, the minimum slots per layer protected from eviction. `pool`: none. `uniform`: equal for all layers.
-    `profile`: by `curves`. `trace`: by the traffic so far, revised as it goes on."""
-    curves: Sequence[Sequence[float]] | None = None
-    """Expected loads of each layer with 0, 1, .. slots; for `profile`."""
-    lookahead: int = 0
-    """Maximum number of layers ahead to prefetch for; 0: no prefetch."""
-    max_experts: int = 0
-    """Maximum prefetches in flight, and maximum staging slots of each pool (`staging`)."""
-
-    @classmethod
-    def from_config(
-        cls,
-        config: "AdapMoEConfig",
-        slots: Sequence[int],
-        curves: Sequence[Sequence[float]] | None,
-        heads: bool = False,
-    ) -> Self:
-        """Returns the setup for a configuration and pools of `slots`; `heads`: next-token heads are available."""
-        prefetch = config.prefetch
-        default = "next_token" if heads else "next_use"
-        eviction = default if config.eviction == "auto" else config.eviction
-        return cls(slots, eviction, config.allocation, curves, prefetch.lookahead, prefetch.max_experts)
-
-    def staging(self, slots: int, num_experts: int) -> int:
-        """Returns the number of staging slots of a pool of `slots` for layers of `num_experts`.
-
-        At most an eighth of the pool, and only slots beyond one whole layer: with fewer, steps would need more waves.
-        """
-        return max(0, min(self.max_experts, slots // 8, slots - num_experts)) if self.lookahead else 0
 
 
 class CacheController:

@@ -1,76 +1,12 @@
 """Residency of a pool: the state machine of which expert is in, or loading into, which slot. No weights, no threads."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
 
 import numpy as np
 
 from vllm_adapmoe.experts import ExpertKey
+from vllm_adapmoe.policy.events import Entry, Load, Request, State
 from vllm_adapmoe.policy.eviction import EvictionPolicy
-
-
-class State(Enum):
-    """State of one expert. `ABSENT` experts have no entry."""
-
-    ABSENT = "absent"
-    QUEUED = "queued"
-    """Requested by a prefetch or background load, without a slot yet."""
-    LOADING = "loading"
-    STAGED = "staged"
-    """Prefetched, not requested by its layer yet."""
-    RESIDENT = "resident"
-
-
-@dataclass
-class Entry:
-    """Entry of an expert that is not absent."""
-
-    state: State
-    slot: int = -1
-    speculative: bool = False
-    near_certain: bool = False
-    """Prefetch of near-certain use, which may evict resident experts."""
-    backfill: bool = False
-    """Background load of an expert that was read in place: not a prediction, and no layer waits for it."""
-    cancelled: bool = False
-    """Load in flight that is not needed any more; it stops at the next tile."""
-    stale: bool = False
-    """Staged, but not selected by its layer's router: a mispredicted prefetch."""
-    pins: int = 0
-
-
-@dataclass(frozen=True)
-class Load:
-    """A load of `key` into `slot`, from which `evicted` was evicted."""
-
-    key: ExpertKey
-    slot: int
-    evicted: ExpertKey | None = None
-
-
-@dataclass
-class Request:
-    """Outcome of one event of a layer."""
-
-    loads: list[Load] = field(default_factory=list)
-    """Demand loads to issue."""
-    hits: list[ExpertKey] = field(default_factory=list)
-    """Experts that were resident."""
-    promoted: list[Load] = field(default_factory=list)
-    """Experts that were staged and are resident now; `evicted` was evicted for them."""
-    awaited: list[Load] = field(default_factory=list)
-    """Experts whose load was in flight; it has demand priority from now on."""
-    cancelled: list[ExpertKey] = field(default_factory=list)
-    """Mispredicted prefetches of this layer; loads in flight stop at the next tile."""
-
-
-def waves(experts: Sequence[int], capacity: int) -> list[Sequence[int]]:
-    """Splits a layer's distinct experts, ascending, into groups that fit the slots.
-
-    Depends on the routing and the slot count alone: what happens to be resident must not change an output.
-    """
-    return [experts[start : start + capacity] for start in range(0, len(experts), capacity)]
 
 
 class Residency:

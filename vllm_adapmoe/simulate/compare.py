@@ -12,7 +12,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.policy.controller import CacheSetup
+from vllm_adapmoe.policy.cache_setup import CacheSetup
 from vllm_adapmoe.profile.expected_loads import curves_of_profile
 from vllm_adapmoe.profile.model_profile import ModelProfile
 from vllm_adapmoe.simulate.baselines import SIMULATED

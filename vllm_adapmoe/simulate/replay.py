@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from vllm_adapmoe.experts import ExpertKey
-from vllm_adapmoe.policy.controller import CacheController, CacheSetup
+from vllm_adapmoe.policy.cache_setup import CacheSetup
+from vllm_adapmoe.policy.controller import CacheController
+from vllm_adapmoe.policy.events import Request, waves
 from vllm_adapmoe.policy.eviction import EvictionPolicy
 from vllm_adapmoe.policy.prefetch_planner import PredictExperts
-from vllm_adapmoe.policy.residency import Request, waves
 from vllm_adapmoe.policy.tiles import tile_bytes
 from vllm_adapmoe.simulate.trace import Step, Steps, TraceInfo
 

@@ -13,7 +13,7 @@ from vllm_adapmoe.integration.layers.collaborators import Collaborators, LayerPr
 from vllm_adapmoe.integration.layers.gates import LayerGate
 from vllm_adapmoe.integration.layers.step_routing import StepRouting, read_together
 from vllm_adapmoe.integration.layers.streamed_experts import StreamedExperts
-from vllm_adapmoe.policy.residency import waves
+from vllm_adapmoe.policy.events import waves
 from vllm_adapmoe.store.base import ExpertsUnavailable
 
 

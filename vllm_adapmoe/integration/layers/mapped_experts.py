@@ -17,7 +17,7 @@ from vllm_adapmoe.integration.layers.collaborators import Collaborators, LayerPr
 from vllm_adapmoe.integration.layers.graph_break import is_capturing
 from vllm_adapmoe.integration.layers.slot_kernels import run_on_slots, takes_slots
 from vllm_adapmoe.integration.layers.step_routing import StepRouting
-from vllm_adapmoe.policy.residency import waves
+from vllm_adapmoe.policy.events import waves
 
 
 class MappedExperts(CachedExperts):

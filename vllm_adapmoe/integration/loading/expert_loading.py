@@ -35,7 +35,8 @@ from vllm_adapmoe.integration.loading.pack_store import (
 from vllm_adapmoe.integration.loading.slot_pools import SlotPools, slots_device
 from vllm_adapmoe.integration.model_info import check_profile
 from vllm_adapmoe.integration.settings import EngineSettings
-from vllm_adapmoe.policy.controller import CacheController, CacheSetup
+from vllm_adapmoe.policy.cache_setup import CacheSetup
+from vllm_adapmoe.policy.controller import CacheController
 from vllm_adapmoe.store.base import ExpertStore, StoreError, StoreWriter
 from vllm_adapmoe.store.file import FileStore
 from vllm_adapmoe.store.host import HostStore

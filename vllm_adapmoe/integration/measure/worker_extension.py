@@ -17,7 +17,8 @@ from vllm_adapmoe.integration.loading.built_model import experts_built
 from vllm_adapmoe.integration.measure.probe import RoutingProbe, plain
 from vllm_adapmoe.integration.worker.device_only_steps import DeviceOnlySteps
 from vllm_adapmoe.integration.worker.expert_predictor import ExpertPredictor
-from vllm_adapmoe.policy.controller import CacheController, CacheSetup
+from vllm_adapmoe.policy.cache_setup import CacheSetup
+from vllm_adapmoe.policy.controller import CacheController
 from vllm_adapmoe.prefetch.heads import NextTokenHeads
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
 from vllm_adapmoe.integration.layers.gates import GateStats, Gating
-from vllm_adapmoe.policy.controller import CacheStats
+from vllm_adapmoe.policy.cache_stats import CacheStats
 from vllm_adapmoe.scheduling.counters import StepCounters, over_ranks
 
 
