@@ -12,9 +12,10 @@ from vllm_adapmoe.experts import CacheShape, ExpertKey
 from vllm_adapmoe.policy.allocation import StackDistances, allocate_floors
 from vllm_adapmoe.policy.cache_setup import CacheSetup
 from vllm_adapmoe.policy.cache_stats import CacheStats
+from vllm_adapmoe.policy.events import Load, Request, State
 from vllm_adapmoe.policy.eviction import POLICIES, EvictionPolicy
 from vllm_adapmoe.policy.prefetch_planner import PredictExperts, PrefetchPlanner, RequestPrefetch
-from vllm_adapmoe.policy.residency import Load, Request, Residency, State
+from vllm_adapmoe.policy.residency import Residency
 
 TRAFFIC_MEMORY = 1024.0
 """Events of a layer after which the weight of its older stack distances has faded to 1/e."""
