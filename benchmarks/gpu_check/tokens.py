@@ -159,10 +159,10 @@ def check_tokens(device: Device, seed: int, ends: float, plan: Plan) -> Iterator
         for contender, result in running.items():
             outcome = _outcome(result)
             measured = known[contender.kind, "fetch", True] if contender.promise == ROUNDING else None
-            yield _row(plan, contender, outcome, known[_reference(contender)], measured)
+            yield compare_row(plan, contender, outcome, known[_reference(contender)], measured)
             if contender.decode == "in_place":
                 in_place.append((contender, outcome))
-        yield from _agreement(in_place)
+        yield from agreement_rows(in_place)
 
 
 def _reference(contender: Contender) -> tuple[str, str, bool]:
@@ -204,7 +204,8 @@ def _outcome(result: Callable[[], Any]) -> Any:
         return error
 
 
-def _row(plan: Plan, contender: Contender, ours: Any, stock: Any, eager: Any) -> Row:
+def compare_row(plan: Plan, contender: Contender, ours: Any, stock: Any, eager: Any) -> Row:
+    """Compares the tokens of one engine with those of stock vLLM, compiled and eager."""
     what = f"{plan.shape.name} {contender.name()}: {contender.promise}"
     for name, engine in (("stock vLLM", stock), ("adapmoe", ours), ("stock vLLM, eager", eager)):
         if isinstance(engine, EngineFailed):
@@ -239,7 +240,7 @@ def _row(plan: Plan, contender: Contender, ours: Any, stock: Any, eager: Any) ->
     return Row(CORRECTNESS, what, figure, f"<= {limit:.4f} nats", verdict(apart <= limit and all(first)), details)
 
 
-def _agreement(in_place: list[tuple[Contender, Any]]) -> Iterator[Row]:
+def agreement_rows(in_place: list[tuple[Contender, Any]]) -> Iterator[Row]:
     """Checks that engines that read in place give the same bits at different residencies, each run twice."""
     engines = [engine for _, engine in in_place]
     if len(engines) < 2:

@@ -382,7 +382,7 @@ def said(tokens_of: list[int], logprobs: list[float], **others):
 
 def judged(one: tokens.Contender, found, stock, noisy=None) -> str:
     eager = None if noisy is None else stock | {"noisy": noisy["alone"]}
-    return tokens._row(tokens.Plan(prompts=(90,)), one, found, stock, eager).verdict
+    return tokens.compare_row(tokens.Plan(prompts=(90,)), one, found, stock, eager).verdict
 
 
 def test_what_is_promised_of_engines():
@@ -407,10 +407,10 @@ def test_what_is_promised_of_engines():
     other["forced"] = [([5, 6, 7], [[-1.0, -0.9, 9], [-2.0, -2.0, 6], [-3.0, -3.0, 7]])]
     assert judged(in_place, other, stock, noisy) == MISSED, "the first token is another"
     one, two = tokens.CONTENDERS[7:9]
-    (row,) = tokens._agreement([(one, stock), (two, stock)])
+    (row,) = tokens.agreement_rows([(one, stock), (two, stock)])
     assert one.decode == two.decode == "in_place" and row.verdict == MET
     for wrong in (near, stock | {"forced_again": near["alone"]}, stock | {"cache": {}}):
-        assert [row.verdict for row in tokens._agreement([(one, stock), (two, wrong)])] == [MISSED]
+        assert [row.verdict for row in tokens.agreement_rows([(one, stock), (two, wrong)])] == [MISSED]
 
 
 @pytest.mark.engine

@@ -156,7 +156,7 @@ def test_a_module_without_what_is_edited_is_left_alone(monkeypatch):
         module.EngineArgs = module.SchedulerStats = type("Other", (), {"create_engine_config": None})
         monkeypatch.setitem(sys.modules, name, module)
         before = dict(vars(module.EngineArgs))
-        edits._edit(name)
+        edits.edit_module(name)
         assert dict(vars(module.EngineArgs)) == before
 
 

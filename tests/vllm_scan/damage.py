@@ -42,10 +42,10 @@ class Scan:
 
     def damage(self, reference: Tree | None = None) -> list[Damage]:
         """Everything that does not fit; `reference`: a vLLM that we fit, to know what we take the place of."""
-        found = [*self._names(), *self._edits(), *self._classes(), *self._uses(), *self._shims(), *self._rebound()]
+        found = [*self._names(), *self._edits(), *self.class_damage(), *self._uses(), *self._shims(), *self._rebound()]
         if reference is not None:
             known = Scan(reference)
-            list(known._classes())
+            list(known.class_damage())
             for (cls, method), place in known.overridden.items():
                 if (cls, method) not in self.overridden:
                     found.append(Damage("override", place, f"{cls}.{method} takes the place of nothing"))
@@ -90,7 +90,7 @@ class Scan:
 
     # What we derive from
 
-    def _classes(self) -> Iterator[Damage]:
+    def class_damage(self) -> Iterator[Damage]:
         for file in self.files.values():
             for cls in file.classes.values():
                 theirs = self._theirs(cls)

@@ -108,7 +108,8 @@ EDITS: dict[str, Callable[[ModuleType], None]] = {
 }
 
 
-def _edit(name: str) -> None:
+def edit_module(name: str) -> None:
+    """Edits an imported module of vLLM, unless it lacks what would be edited."""
     module = sys.modules[name]
     try:
         attrgetter(*EDITED[name])(module)
@@ -123,7 +124,7 @@ class _EditedSpec(ModuleSpec):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "_initializing" and not value and self.name in sys.modules:
-            _edit(self.name)
+            edit_module(self.name)
 
 
 class _EditFinder(MetaPathFinder):
@@ -155,5 +156,5 @@ def install_edits() -> None:
         if getattr(module.__spec__, "_initializing", False):
             module.__spec__.__class__ = _EditedSpec
         else:
-            _edit(name)
+            edit_module(name)
     sys.meta_path.insert(0, _EditFinder())
