@@ -34,7 +34,7 @@ def test_pack_makes_one_file_once(tmp_path):
     assert "using the packed experts" in run.stdout + run.stderr
     pack.write_bytes(pack.read_bytes()[:-4096])
     again = adapmoe("pack", TINY_MIXTRAL, "--store-dir", tmp_path)
-    assert "packing 96 experts anew" in again.stdout + again.stderr
+    assert "packing 96 experts again" in again.stdout + again.stderr
     refused = adapmoe("pack", "/no/such/model")
     assert refused.returncode != 0
 

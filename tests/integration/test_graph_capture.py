@@ -1,6 +1,7 @@
 """Whole steps in CUDA graphs, captured as model runner V2 does: by vLLM's `CudaGraphManager`, in recorded graphs."""
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,7 +73,7 @@ class Steps:
     def served(self, launch: Any) -> torch.Tensor:
         """A step that the worker serves: outputs `[layers, tokens, hidden]`, and its routing taken in afterwards."""
         device_only = self.worker.device_only
-        with device_only.step(TOKENS, lambda: [("a", 5, 1)] * TOKENS):
+        with device_only.step(TOKENS, SimpleNamespace(requests=lambda: [("a", 5, 1)] * TOKENS)):
             launch()
         outputs = self.outputs[:, :TOKENS].clone()
         device_only.routing._in_flight[-1][1][:] = range(len(self.layers))  # the others of this model are not run here
