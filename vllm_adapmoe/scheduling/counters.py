@@ -59,7 +59,10 @@ class StepCounters:
 
     def to_vector(self) -> np.ndarray:
         """Returns all counted numbers as float64, in the order of the fields, to send them to other ranks."""
-        return np.concatenate([np.atleast_1d(np.asarray(value, np.float64)) for value in self.counted().values()])
+        numbers: list[float] = []  # a list: an array for each counter would cost more than the rest of the report
+        for value in self.counted().values():
+            numbers += value if isinstance(value, Sequence) else (value,)
+        return np.array(numbers, np.float64)
 
     def with_vector(self, vector: np.ndarray) -> Self:
         """Returns counters of the same fields and layers with other numbers, as from `to_vector`."""

@@ -189,10 +189,6 @@ class MappedExperts(CachedExperts):
         self._release(group)
         return output
 
-    def _run_pairs(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        rows = self._rows(self._slot_map(), x.device)
-        return self._run_mapped(x, weights, to_device(ids.unsqueeze(1), x.device), rows)
-
     def _rows(self, slots: torch.Tensor, device: torch.device) -> torch.Tensor:
         return to_device(torch.cat((slots, slots.new_full((1,), -1))), device)
 
