@@ -29,6 +29,7 @@ from hypothesis.stateful import (
 )
 
 import vllm_adapmoe.store.file
+from tests.cache.entries import entries
 from tests.cache.gates import EXPERTS, FAULTS, KERNEL, LAYERS, Event, GatedStore, Gates, holds
 from tests.store.test_stores import IDENTITY, pack
 from vllm_adapmoe.cache.manager import ExpertCacheManager
@@ -257,14 +258,14 @@ class Interleavings(RuleBasedStateMachine):
     @invariant()
     def one_slot_one_expert(self):
         for pool in self.cache.controller.pools:
-            slots = [entry.slot for entry in pool.entries.values() if entry.slot >= 0] + pool.free
+            slots = [entry.slot for entry in entries(pool).values() if entry.slot >= 0] + pool.free
             assert sorted(slots) == list(range(pool.num_slots))
 
     @invariant()
     def what_is_there_is_whole(self):
         """Of every slot, pinned or not, that is said to hold an expert."""
         for pool in self.cache.controller.pools:
-            for key, entry in pool.entries.items():
+            for key, entry in entries(pool).items():
                 if entry.state in (State.RESIDENT, State.STAGED):
                     assert holds(self.cache, entry.slot, key), (key, entry)
 
@@ -272,7 +273,7 @@ class Interleavings(RuleBasedStateMachine):
     def only_what_is_held_is_pinned(self):
         held = set() if self.event is None else {(self.event.layer, expert) for expert in self.event.group}
         for pool in self.cache.controller.pools:
-            pinned = {key: entry.pins for key, entry in pool.entries.items() if entry.pins}
+            pinned = {key: entry.pins for key, entry in entries(pool).items() if entry.pins}
             assert set(pinned.values()) <= {1}
             assert pinned.keys() <= held
             if KERNEL in self.gates.waiting and pool is self.cache.controller.residency(self.event.layer):
@@ -287,7 +288,7 @@ class Interleavings(RuleBasedStateMachine):
         for layer, (slot_map, there) in enumerate(zip(self.cache.slot_maps, self.cache.resident(), strict=True)):
             assert there[: len(slot_map)].tolist() == (slot_map >= 0).tolist()
             for expert, slot in enumerate(slot_map.tolist()):
-                entry = self.cache.controller.residency(layer).entries.get((layer, expert))
+                entry = entries(self.cache.controller.residency(layer)).get((layer, expert))
                 resident = entry is not None and entry.state is State.RESIDENT
                 assert slot == (entry.slot if resident else -1) or (slot == -1 and (layer, expert) in coming)
 
@@ -299,7 +300,7 @@ class Interleavings(RuleBasedStateMachine):
         here = sum(
             self.store.layouts[key[0]].nbytes
             for pool in self.cache.controller.pools
-            for key, entry in pool.entries.items()
+            for key, entry in entries(pool).items()
             if entry.state in (State.RESIDENT, State.STAGED)
         )
         assert 0 <= stats.wasted_bytes <= stats.fetched_bytes - here
@@ -311,7 +312,7 @@ class Interleavings(RuleBasedStateMachine):
         loading = {
             key
             for pool in self.cache.controller.pools
-            for key, entry in pool.entries.items()
+            for key, entry in entries(pool).items()
             if entry.state is State.LOADING
         }
         assert loading == transfers.jobs.keys()

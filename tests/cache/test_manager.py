@@ -15,9 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.cache.entries import entries, use_pool
 from tests.store.test_stores import layer, pack
 from vllm_adapmoe.cache.manager import ExpertCacheManager
-from vllm_adapmoe.cache.slot_maps import SlotMaps
 from vllm_adapmoe.cache.transfer import READERS, CacheClosed, LinkLimit, TransferEngine
 from vllm_adapmoe.experts import CacheShape
 from vllm_adapmoe.policy.cache_setup import CacheSetup
@@ -75,7 +75,7 @@ def test_every_acquired_expert_is_in_its_slot(requests, slots):
     for pool in (0, 1):
         mapped = [slot for index in range(4) if POOL_OF[index] == pool for slot in cache.slot_maps[index].tolist()]
         resident = [slot for slot in mapped if slot >= 0]
-        assert len(set(resident)) == len(resident) == len(cache.controller.pools[pool].entries)
+        assert len(set(resident)) == len(resident) == len(entries(cache.controller.pools[pool]))
     cache.close()
 
 
@@ -119,7 +119,7 @@ def test_threads(tmp_path, failures):
     store = Flaky(pack(tmp_path / "experts.pack", LAYERS), lambda: generator.random() < failures)
     generator = random.Random(5)
     cache = manager(store, [9, 4], eviction="next_use", lookahead=2, max_experts=2)
-    cache.controller.pools[0] = Residency(9, 2, NextUse(4, 6))
+    use_pool(cache, 0, Residency(9, 2, NextUse(4, 6)))
     failed = 0
     for number in range(400):
         index = number % 3
@@ -157,7 +157,7 @@ def test_threads(tmp_path, failures):
 def test_closing_while_loading(tmp_path):
     store = Flaky(pack(tmp_path / "experts.pack", LAYERS), lambda: False)
     cache = manager(store, [9, 4], lookahead=2, max_experts=2)
-    cache.controller.pools[0] = Residency(9, 2, LRU(4, 6))
+    use_pool(cache, 0, Residency(9, 2, LRU(4, 6)))
     cache.prefetch(0, None, {1: PredictedExperts(np.array([[0, 1]]), np.ones((1, 2), dtype=bool))}.get)
     cache.close()
     cache.close()
@@ -206,7 +206,7 @@ def test_a_cancelled_load_that_is_asked_for_after_all():
                 yield nbytes
 
     cache = manager(Stopped(host_store(), lambda: False), [9, 4], readers=1, lookahead=1, max_experts=1)
-    cache.controller.pools[0] = Residency(9, 1, LRU(4, 6))
+    use_pool(cache, 0, Residency(9, 1, LRU(4, 6)))
     cache.prefetch(0, None, {1: PredictedExperts(np.array([[0, 1]]), np.ones((1, 2), dtype=bool))}.get)
     assert reached.wait(10)
     assert_served(cache, 1, [3])
@@ -223,7 +223,7 @@ def test_a_cancelled_load_that_is_asked_for_after_all():
 def test_a_wasted_prefetch_wastes_what_it_moved():
     """Records of host memory move without their padding."""
     cache = manager(host_store(), [18, 4])
-    cache.controller.pools[1] = Residency(4, 1, LRU(4, 6))
+    use_pool(cache, 1, Residency(4, 1, LRU(4, 6)))
     controller, moved = cache.controller, sum(piece.nbytes for piece in cache.store.layouts[3].pieces)
     assert moved < cache.store.layouts[3].nbytes
     for expert in (0, 1):
@@ -251,7 +251,7 @@ def test_speculation_yields_to_demand(tmp_path):
                 yield nbytes
 
     cache = manager(Slow(host_store(), lambda: False), [9, 4], readers=1, lookahead=1, max_experts=1)
-    cache.controller.pools[0] = Residency(9, 1, LRU(4, 6))
+    use_pool(cache, 0, Residency(9, 1, LRU(4, 6)))
     cache.prefetch(0, None, {1: PredictedExperts(np.array([[0, 1]]), np.ones((1, 2), dtype=bool))}.get)
     while not order:
         time.sleep(0.001)
@@ -293,7 +293,7 @@ def test_readers_run_where_they_may():
     try:
         experts = [1] * 3
         controller = CacheController(CacheShape(experts, 1, [0] * 3, [1] * 3), CacheSetup([2]))
-        engine = TransferEngine(controller, [], host_store(), SlotMaps(experts), readers=2, cpus=allowed)
+        engine = TransferEngine(controller, [], host_store(), readers=2, cpus=allowed)
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
             found = [sorted(os.sched_getaffinity(thread.native_id)) for thread in engine.threads]
@@ -362,7 +362,7 @@ def test_an_error_of_cuda_in_a_demand_load_ends_everything(readers):
 
 def test_an_error_of_cuda_in_a_prefetch_ends_everything():
     cache = manager(Broken(host_store(), lambda key: key[0] == 1), [9, 4], lookahead=1, max_experts=1)
-    cache.controller.pools[0] = Residency(9, 1, LRU(4, 6))
+    use_pool(cache, 0, Residency(9, 1, LRU(4, 6)))
     prefetch(cache)
     while not cache.transfers.fatal:
         time.sleep(0.001)
@@ -372,7 +372,7 @@ def test_an_error_of_cuda_in_a_prefetch_ends_everything():
 def test_an_error_of_cuda_while_a_prefetch_is_given_up_ends_everything():
     """It used to end the reader, and who waited for it waited for ever."""
     cache = manager(Broken(host_store(), lambda key: key[0] == 1, True), [9, 4], 1, lookahead=1, max_experts=1)
-    cache.controller.pools[0] = Residency(9, 1, LRU(4, 6))
+    use_pool(cache, 0, Residency(9, 1, LRU(4, 6)))
     prefetch(cache)
     while not cache.transfers.jobs:
         time.sleep(0.001)
@@ -384,7 +384,7 @@ def test_an_error_of_cuda_while_a_prefetch_is_given_up_ends_everything():
 def test_an_error_of_the_readers_own_ends_everything():
     """Not of a load: it used to end the reader in silence."""
     cache = manager(host_store(), [9, 4], lookahead=1, max_experts=1)
-    cache.controller.pools[0] = Residency(9, 1, LRU(4, 6))
+    use_pool(cache, 0, Residency(9, 1, LRU(4, 6)))
 
     def start_speculation(key: Any) -> None:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
@@ -398,7 +398,7 @@ def test_an_error_of_the_readers_own_ends_everything():
 
 def test_a_prefetch_that_cannot_be_read_is_dropped(caplog):
     cache = manager(Flaky(host_store(), lambda: True), [9, 4], lookahead=1, max_experts=1)
-    cache.controller.pools[0] = Residency(9, 1, LRU(4, 6))
+    use_pool(cache, 0, Residency(9, 1, LRU(4, 6)))
     prefetch(cache)
     while "a prefetch failed and is dropped" not in caplog.text:
         time.sleep(0.001)
@@ -419,7 +419,7 @@ def test_nothing_moves_while_it_is_quiet():
                 yield nbytes
 
     cache = manager(Slow(host_store(), lambda: False), [9, 4], lookahead=1, max_experts=2)
-    cache.controller.pools[0] = Residency(9, 3, LRU(4, 6))
+    use_pool(cache, 0, Residency(9, 3, LRU(4, 6)))
     prefetch(cache)
     while not moving or cache.transfers.speculative:  # what is still queued would keep the planner from predicting
         time.sleep(0.001)

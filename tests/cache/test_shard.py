@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.cache.entries import entries
 from tests.store.test_stores import layer
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.experts import CacheShape
@@ -55,10 +56,10 @@ def test_an_event_without_own_experts(cache):
 def test_what_others_hold_is_not_fetched_ahead(cache):
     residency = cache.controller.pools[0]
     cache.prefetch_first_layers(100, ())  # a prompt that wants all of every layer
-    assert residency.entries and set(residency.entries) <= {(0, expert) for expert in HELD[0]}
+    assert entries(residency) and set(entries(residency)) <= {(0, expert) for expert in HELD[0]}
     cache.acquire(0, HELD[0])
     cache.release(0, HELD[0])
     cache.prefetch_first_layers(0, ())
     predicted = PredictedExperts(np.array([[0, 1]]), np.ones((1, 2), dtype=bool))
     cache.prefetch(0, (np.array([[0, 1]]), np.ones((1, 2), dtype=bool)), {1: predicted}.get)
-    assert (1, 1) in residency.entries and (1, 0) not in residency.entries
+    assert (1, 1) in entries(residency) and (1, 0) not in entries(residency)

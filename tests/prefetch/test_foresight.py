@@ -39,18 +39,18 @@ def test_chances_of_a_batch(seed):
         for rank in range(2):
             if kept[row, rank]:
                 expected[ids[row, rank]] *= 1 - precision[rank]
-    found = chances(PredictedExperts(ids, kept), precision.tolist())
-    assert found == pytest.approx({expert: 1 - expected[expert] for expert in set(ids[kept].tolist())})
+    found = chances(PredictedExperts(ids, kept), precision, experts)
+    assert found == pytest.approx(1 - expected)
 
 
 def test_precision_follows_the_traffic():
     precision = Precision(2)
     predicted = PredictedExperts(np.array([[0, 1]]), np.ones((1, 2), dtype=bool))
     for _ in range(2000):
-        precision.record(predicted, [{0}])
+        precision.record(predicted, np.array([[0, 1]]), np.array([[True, False]]))
     assert precision.by_rank == pytest.approx([1, 0], abs=0.02)
     for _ in range(4000):
-        precision.record(predicted, [{1, 2}])
+        precision.record(predicted, np.array([[1, 2]]), np.ones((1, 2), dtype=bool))
     assert precision.by_rank == pytest.approx([0, 1], abs=0.02)
 
 
@@ -58,9 +58,10 @@ def test_layers_with_fewer_choices_than_others():
     """One precision serves predictions of as many ranks as there are, or fewer: a model's top-k may differ by layer."""
     precision = Precision(3)
     said = predict_experts(np.random.default_rng(0).normal(size=(1, 8)).astype(np.float32), 2)
-    assert chances(said, precision.by_rank) == pytest.approx({expert: PRIOR for expert in said.ids[0].tolist()})
+    chance = chances(said, precision.by_rank, 8)
+    assert set(np.flatnonzero(chance)) == set(said.ids[0]) and chance[said.ids[0]] == pytest.approx(PRIOR)
     for _ in range(2000):
-        precision.record(said, [set(said.ids[0].tolist())])
+        precision.record(said, said.ids, said.keep_mask)
     assert precision.by_rank[:2] == pytest.approx([1, 1], abs=0.02)
     assert predict_experts(np.zeros((2, 4), dtype=np.float32), 6).ids.shape == (2, 4), "no more than there are experts"
 
@@ -68,5 +69,5 @@ def test_layers_with_fewer_choices_than_others():
 def test_more_ranks_than_a_precision_has_are_no_likelier_than_its_last():
     precision = Precision(1)
     said = predict_experts(np.array([[3.0, 2.0, 1.0]], dtype=np.float32), 2)
-    precision.record(said, [{0}])
-    assert chances(said, precision.by_rank).keys() == {0}
+    precision.record(said, np.array([[0]]), np.ones((1, 1), dtype=bool))
+    assert np.flatnonzero(chances(said, precision.by_rank, 3)).tolist() == [0]

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.cache.entries import entries
 from vllm_adapmoe.experts import CacheShape
 from vllm_adapmoe.policy.cache_setup import CacheSetup
 from vllm_adapmoe.policy.controller import CacheController
@@ -97,7 +98,7 @@ def serve(max_delay: float, classes: list[int | None], steps: int = 2000):
             longest = [0.0] * len(classes)
         wanted = [draw(kind) for kind in classes]
         resident = np.zeros((LAYERS, EXPERTS), dtype=bool)
-        for key, entry in controller.pools[0].entries.items():
+        for key, entry in entries(controller.pools[0]).items():
             resident[key] = entry.slot >= 0
         decoding = [DecodingRequest(str(index), bits(one), now - last[index]) for index, one in enumerate(wanted)]
         held = held_back(decoding, bits(resident), SLOTS, COMPUTE, LOAD, max_delay)

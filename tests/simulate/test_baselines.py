@@ -13,24 +13,24 @@ from vllm_adapmoe.simulate.trace import Step, TraceInfo, TraceWriter
 
 
 def victim(policy: LFRU | MRS, *among: tuple[int, int]) -> tuple[int, int]:
-    return min(among, key=lambda key: policy.scores()[key])
+    return max(among, key=policy.wait_of)
 
 
 def test_frequency_over_age():
     policy = LFRU(1, 4)
     for expert in (0, 0, 0, 0, 0, 1, 2):
-        policy.record(0, [expert])
+        policy.record(0, np.array([expert]))
     assert victim(policy, (0, 0), (0, 1)) == (0, 1), "used once, if later"
     for _ in range(20):
-        policy.record(0, [2])
+        policy.record(0, np.array([2]))
     assert victim(policy, (0, 0), (0, 2)) == (0, 0), "used often, but long ago"
 
 
 def test_recent_share():
     policy = MRS(2, 4)
     for _ in range(3):
-        policy.record(0, [0])
-    policy.record(1, [0])
+        policy.record(0, np.array([0]))
+    policy.record(1, np.array([0]))
     assert victim(policy, (0, 0), (1, 0)) == (1, 0)
 
 

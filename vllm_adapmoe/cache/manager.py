@@ -67,7 +67,6 @@ class ExpertCacheManager:
             SlotPool(layout, residency.num_slots, device)
             for layout, residency in zip(layouts, controller.pools, strict=True)
         ]
-        self.slot_maps = SlotMaps([store.num_experts(layer) for layer in range(store.num_layers)])
         self.closed = False
         self._use_controller(controller, link_gbps)
 
@@ -75,10 +74,9 @@ class ExpertCacheManager:
         self.controller = controller
         self._link_gbps = link_gbps
         link = None if link_gbps is None else link_gbps * 1e9
-        self.slot_maps.clear()
-        self.transfers = TransferEngine(
-            controller, self.pools, self.store, self.slot_maps, self.readers, link, self.reader_cpus
-        )
+        experts = [self.store.num_experts(layer) for layer in range(self.store.num_layers)]
+        self.slot_maps = SlotMaps(controller.pools, self.pool_of_layer, experts)
+        self.transfers = TransferEngine(controller, self.pools, self.store, self.readers, link, self.reader_cpus)
 
     def restart(self, controller: CacheController, link_gbps: float | None) -> None:
         """Restarts the cache between two steps, with another controller, empty slots and the controller's counters."""
@@ -171,10 +169,6 @@ class ExpertCacheManager:
             self._check_usable()
             request = self.controller.begin(layer, experts, event_experts, expected)
             self.transfers.submit(request)
-        for load in (*request.loads, *request.promoted, *request.awaited):
-            self.slot_maps.evict(load.evicted)
-        for load in request.promoted:
-            self.slot_maps.place(load.key, load.slot)
         return Acquisition(layer, experts, request)
 
     def arrivals(self, acquisition: Acquisition) -> Iterator[list[int]]:
@@ -188,17 +182,16 @@ class ExpertCacheManager:
             Exception: as in `begin`.
         """
         request = acquisition.request
-        resident = [key[1] for key in request.hits] + [load.key[1] for load in request.promoted]
-        if resident:
+        waiting = {load.key for load in (*request.loads, *request.awaited)}
+        absent = {expert for _, expert in waiting}
+        if resident := [expert for expert in acquisition.experts if expert not in absent]:
             yield resident
-        waiting = {load.key: load for load in (*request.loads, *request.awaited)}
         failed: dict[int, Exception] = {}
         while waiting:
             arrived = []
             for key, failure in self._wait(waiting).items():
-                load = waiting.pop(key)
+                waiting.remove(key)
                 if failure is None:
-                    self.slot_maps.place(key, load.slot)
                     arrived.append(key[1])
                 else:
                     failed[key[1]] = failure
@@ -330,9 +323,7 @@ class ExpertCacheManager:
         with self.transfers.lock:
             self.transfers.check()
             for layer, experts, resident in events:
-                for load in self.controller.record_in_place(layer, experts, resident):
-                    self.slot_maps.evict(load.evicted)
-                    self.slot_maps.place(load.key, load.slot)
+                self.controller.record_in_place(layer, experts, resident)
                 missed += [(layer, expert) for expert in experts if expert not in resident]
             self.transfers.speculate(self.controller.backfill(missed))
         self._speculate_inline()

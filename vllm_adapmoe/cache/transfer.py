@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from vllm_adapmoe.cache.slot_maps import SlotMaps
 from vllm_adapmoe.cache.slots import SlotPool
 from vllm_adapmoe.experts import ExpertKey
 from vllm_adapmoe.policy.controller import CacheController
@@ -75,8 +74,6 @@ class TransferEngine:
         controller: called when a speculative load starts and when a transfer ends.
         pools: memory of the slots.
         store: backing store.
-        slot_maps: where speculative loads record what they evict, and background loads what they make resident; with
-            `lock` held.
         readers: number of threads; 0: the waiting thread moves everything itself, in order of submission.
         link_bytes_per_second: simulated bandwidth limit of the link; None: no limit.
         cpus: CPUs that the threads run on; None: those of the creating thread.
@@ -87,13 +84,11 @@ class TransferEngine:
         controller: CacheController,
         pools: list[SlotPool],
         store: ExpertStore,
-        slot_maps: SlotMaps,
         readers: int = READERS,
         link_bytes_per_second: float | None = None,
         cpus: Collection[int] | None = None,
     ) -> None:
         self.controller = controller
-        self.slot_maps = slot_maps
         self.pools = pools
         self.store = store
         self.link = None if link_bytes_per_second is None else LinkLimit(link_bytes_per_second)
@@ -182,7 +177,6 @@ class TransferEngine:
                 if load is None:
                     continue
                 job.slot = load.slot
-                self.slot_maps.evict(load.evicted)
                 self._count_time()
                 self.jobs[job.key] = job
             job.counted_speculative = True
@@ -257,8 +251,7 @@ class TransferEngine:
         return True
 
     def _is_cancelled(self, job: Job) -> bool:
-        entry = self.controller.residency(job.key[0]).entries.get(job.key)
-        return self.closing or entry is None or entry.cancelled
+        return self.closing or self.controller.residency(job.key[0]).is_cancelled(job.key)
 
     def _count_time(self) -> None:
         """Adds the time up to now to `fetch_seconds` if any job is in flight; called before `jobs` changes."""
@@ -278,8 +271,6 @@ class TransferEngine:
         if job.urgent:
             self.demanding -= 1
         state = self.controller.transfer_ended(job.key, job.moved, complete)
-        if state is State.RESIDENT and not job.urgent:
-            self.slot_maps.place(job.key, job.slot)
         if error is not None and not isinstance(error, (StoreError, OSError)) and not self.closing:
             self._fail(error)
         elif job.urgent and not complete:

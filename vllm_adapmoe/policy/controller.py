@@ -117,8 +117,8 @@ class CacheController:
     def begin(
         self,
         layer: int,
-        experts: Sequence[int],
-        event_experts: Sequence[int] = (),
+        experts: Sequence[int] | np.ndarray,
+        event_experts: Sequence[int] | np.ndarray = (),
         expected: np.ndarray | None = None,
     ) -> Request:
         """Handles one event, or one wave of it: pins `experts`, and returns which of them have to be loaded.
@@ -130,14 +130,15 @@ class CacheController:
             expected: float `[experts]`, with the event's first wave: the chance that the layer's next event uses each
                 expert, as predicted from this event's tokens.
         """
-        if self.allocation == "trace" and (not event_experts or experts[0] == event_experts[0]):
-            self._record_traffic(layer, event_experts or experts)
+        if self.allocation == "trace" and (not len(event_experts) or experts[0] == event_experts[0]):
+            self._record_traffic(layer, list(event_experts if len(event_experts) else experts))
         residency = self.residency(layer)
         if expected is not None:
             residency.policy.expect(layer, expected)
         request = residency.request(layer, experts, event_experts)
         stats = self.stats
-        hits, misses = len(request.hits) + len(request.promoted), len(request.loads) + len(request.awaited)
+        hits = request.hits + len(request.promoted)
+        misses = len(experts) - hits
         stats.hits += hits
         self.layer_hits[layer] += hits
         stats.prefetch_hits += len(request.promoted)
@@ -150,16 +151,13 @@ class CacheController:
             self._count_wasted(load.evicted)
         return request
 
-    def record_in_place(self, layer: int, experts: Sequence[int], resident: Collection[int]) -> list[Load]:
+    def record_in_place(self, layer: int, experts: Sequence[int], resident: Collection[int]) -> None:
         """Records one event that has run without waiting (`DeferredRouting`).
 
         Args:
             layer: MoE layer index.
             experts: distinct ids.
             resident: those whose weights were in slots; the kernel read the others from host memory.
-
-        Returns:
-            Experts that were staged and are resident now.
         """
         if self.allocation == "trace":
             self._record_traffic(layer, experts)
@@ -175,22 +173,20 @@ class CacheController:
             self._count_wasted(load.evicted)
             stats.prefetch_hits += load.key[1] in resident
             del self.staged[load.key]
-        return promoted
 
     def backfill(self, missed: Sequence[ExpertKey]) -> list[ExpertKey]:
-        """Queues background loads of the highest-scored experts that a step read in place, and returns these experts.
+        """Queues background loads of experts that a step read in place, those used again soonest; returns them.
 
         Only a share of them (`BACKFILL_SHARE`), as these loads compete for the link with in-place reads of later steps.
         """
         queued: list[ExpertKey] = []
         max_loads = math.ceil(len(missed) * BACKFILL_SHARE)
-        scores = [pool.policy.scores() for pool in self.pools]
-        for key in sorted(missed, key=lambda key: (-scores[self.pool_of[key[0]]][key], key)):
+        for key in sorted(missed, key=lambda key: (self.residency(key[0]).policy.wait_of(key), key)):
             if len(queued) < max_loads and self.residency(key[0]).request_backfill(key):
                 queued.append(key)
         return queued
 
-    def release(self, layer: int, experts: Sequence[int]) -> None:
+    def release(self, layer: int, experts: Sequence[int] | np.ndarray) -> None:
         """Unpins these experts: the kernel that reads them has been launched, and they may be evicted."""
         self.residency(layer).release(layer, experts)
 

@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple, TypeVar
+
+import numpy as np
 
 from vllm_adapmoe.experts import ExpertKey
 
@@ -19,9 +22,9 @@ class State(Enum):
     RESIDENT = "resident"
 
 
-@dataclass
+@dataclass(slots=True)
 class Entry:
-    """Entry of an expert that is not absent."""
+    """Entry of an expert that is queued, loading or staged."""
 
     state: State
     slot: int = -1
@@ -34,11 +37,9 @@ class Entry:
     """Load in flight that is not needed any more; it stops at the next tile."""
     stale: bool = False
     """Staged, but not selected by its layer's router: a mispredicted prefetch."""
-    pins: int = 0
 
 
-@dataclass(frozen=True)
-class Load:
+class Load(NamedTuple):
     """A load of `key` into `slot`, from which `evicted` was evicted."""
 
     key: ExpertKey
@@ -46,14 +47,14 @@ class Load:
     evicted: ExpertKey | None = None
 
 
-@dataclass
+@dataclass(slots=True)
 class Request:
     """Outcome of one event of a layer."""
 
     loads: list[Load] = field(default_factory=list)
     """Demand loads to issue."""
-    hits: list[ExpertKey] = field(default_factory=list)
-    """Experts that were resident."""
+    hits: int = 0
+    """Number of experts that were resident."""
     promoted: list[Load] = field(default_factory=list)
     """Experts that were staged and are resident now; `evicted` was evicted for them."""
     awaited: list[Load] = field(default_factory=list)
@@ -62,7 +63,10 @@ class Request:
     """Mispredicted prefetches of this layer; loads in flight stop at the next tile."""
 
 
-def waves(experts: Sequence[int], capacity: int) -> list[Sequence[int]]:
+Experts = TypeVar("Experts", Sequence[int], np.ndarray)
+
+
+def waves(experts: Experts, capacity: int) -> list[Experts]:
     """Splits a layer's distinct experts, ascending, into groups that fit the slots.
 
     Depends on the routing and the slot count alone: what happens to be resident must not change an output.

@@ -1,43 +1,63 @@
 """Eviction policies: which resident expert to evict when a slot is needed.
 
-A policy scores every expert of every layer; the evictable expert with the lowest score is evicted. It sees requests
-and predictions, never a tensor, clock or thread, so that the simulator and the worker run the same object.
+A policy estimates how long each expert will not be used; the evictable expert with the longest wait is evicted. It sees
+requests and predictions, never a tensor, clock or thread, so that the simulator and the worker run the same object.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
+from vllm_adapmoe.experts import ExpertKey
+from vllm_adapmoe.policy.compiled import compiled
+
+NO_CHANCES = np.empty(0)
+
 
 class EvictionPolicy(ABC):
-    """An eviction policy: scores experts by the requests recorded so far."""
+    """An eviction policy: estimates every expert's wait from the requests recorded so far.
+
+    The wait of an expert is `wait[layer, expert] + distance[layer]`. An event changes one row of `wait` alone (all rows
+    if `ages`), so that a victim is found without a pass over all experts of all layers.
+
+    Args:
+        layers: number of MoE layers.
+        experts: number of experts of a layer, the maximum where layers differ.
+    """
+
+    ages = False
+    """Whether every event changes the waits of all layers."""
+
+    def __init__(self, layers: int, experts: int) -> None:
+        self.wait = np.zeros((layers, experts))
+        """Float64 `[layers, experts]`."""
+        self.distance = np.zeros(layers)
+        """Float64 `[layers]`."""
 
     def expect(self, layer: int, chances: np.ndarray) -> None:  # noqa: B027 - most policies need no predictions
         """Sets the predicted chance, `[experts]`, that the event of `layer` after the coming one uses each expert."""
 
     @abstractmethod
-    def record(self, layer: int, experts: Sequence[int]) -> None:
-        """Records one event: `layer` requests these distinct experts together."""
+    def record(self, layer: int, experts: np.ndarray) -> None:
+        """Records one event: `layer` requests these distinct experts, int64, together."""
 
-    @abstractmethod
-    def scores(self) -> np.ndarray:
-        """Returns float64 `[layers, experts]`, valid until the next `record`; the lowest score is evicted first."""
+    def wait_of(self, key: ExpertKey) -> float:
+        """Returns the wait of one expert."""
+        return float(self.wait[key] + self.distance[key[0]])
 
 
 class LRU(EvictionPolicy):
     """Evicts the least recently used expert of all layers."""
 
     def __init__(self, layers: int, experts: int) -> None:
-        self.last = np.full((layers, experts), -1.0)
+        super().__init__(layers, experts)
+        self.wait.fill(1.0)
         self.events = 0
 
-    def record(self, layer: int, experts: Sequence[int]) -> None:
-        self.last[layer, experts] = self.events
+    def record(self, layer: int, experts: np.ndarray) -> None:
+        self.wait[layer, experts] = -self.events
         self.events += 1
-
-    def scores(self) -> np.ndarray:
-        return self.last
 
 
 class NextUse(EvictionPolicy):
@@ -53,25 +73,20 @@ class NextUse(EvictionPolicy):
     FLOOR = 0.01
 
     def __init__(self, layers: int, experts: int) -> None:
+        super().__init__(layers, experts)
         self.quick = np.zeros((layers, experts))
         self.slow = np.zeros((layers, experts))
-        self.chance = np.zeros((layers, experts))
-        self.layers = np.arange(layers)
-        self.layer = 0
+        self.wait.fill(layers * (1 / self.FLOOR - 1))
+        self._distances = (np.arange(layers) - np.arange(layers)[:, None] - 1) % layers + 1.0
+        """Distance of each layer's next event after an event of another: `[layer of the event, layer]`."""
+        self.distance = self._distances[0]
 
-    def record(self, layer: int, experts: Sequence[int]) -> None:
-        self.layer = layer
-        for mean, rate in ((self.quick, self.QUICK), (self.slow, self.SLOW)):
-            mean[layer] *= 1 - rate
-            mean[layer, experts] += rate
-        self.chance[layer] = self.FLOOR + (1 - self.FLOOR) * (
-            self.WEIGHT * self.quick[layer] + (1 - self.WEIGHT) * self.slow[layer]
-        )
-
-    def scores(self) -> np.ndarray:
-        count = len(self.layers)
-        distance = (self.layers - self.layer - 1) % count + 1.0
-        return -(distance[:, None] + count * (1 / np.maximum(self.chance, self.FLOOR) - 1))
+    def record(self, layer: int, experts: np.ndarray, expected: np.ndarray = NO_CHANCES, share: float = 0.0) -> None:
+        self.distance = self._distances[layer]
+        _record_uses(
+            self.wait[layer], self.quick[layer], self.slow[layer], experts, len(self.wait),
+            self.QUICK, self.SLOW, self.WEIGHT, self.FLOOR, expected, share,
+        )  # fmt: skip
 
 
 class NextToken(NextUse):
@@ -85,18 +100,42 @@ class NextToken(NextUse):
 
     def __init__(self, layers: int, experts: int) -> None:
         super().__init__(layers, experts)
-        self.expected: np.ndarray | None = None
-        """Chances to mix in at the coming event, `[experts]`."""
+        self.expected = NO_CHANCES
+        """Chances to mix in at the coming event, float64 `[experts]`; empty: none."""
 
     def expect(self, layer: int, chances: np.ndarray) -> None:
-        self.expected = chances
+        self.expected = chances.astype(np.float64)
 
-    def record(self, layer: int, experts: Sequence[int]) -> None:
-        super().record(layer, experts)
-        if self.expected is not None:
-            chance = self.chance[layer, : len(self.expected)]
-            chance += self.SHARE * (self.expected - chance)
-            self.expected = None
+    def record(self, layer: int, experts: np.ndarray) -> None:  # type: ignore[override]
+        super().record(layer, experts, self.expected, self.SHARE)
+        self.expected = NO_CHANCES
+
+
+@compiled
+def _record_uses(
+    wait: np.ndarray,
+    quick: np.ndarray,
+    slow: np.ndarray,
+    experts: np.ndarray,
+    layers: int,
+    quick_rate: float,
+    slow_rate: float,
+    weight: float,
+    floor: float,
+    expected: np.ndarray,
+    share: float,
+) -> None:
+    """Updates one layer's means of uses and its waits, all `[experts]`, by an event; see `NextUse` and `NextToken`."""
+    quick *= 1 - quick_rate
+    slow *= 1 - slow_rate
+    for expert in experts:
+        quick[expert] += quick_rate
+        slow[expert] += slow_rate
+    for expert in range(len(wait)):
+        chance = floor + (1 - floor) * (weight * quick[expert] + (1 - weight) * slow[expert])
+        if expert < len(expected):
+            chance += share * (expected[expert] - chance)
+        wait[expert] = layers * (1 / max(chance, floor) - 1)
 
 
 POLICIES: dict[str, Callable[[int, int], EvictionPolicy]] = {

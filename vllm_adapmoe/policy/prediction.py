@@ -1,10 +1,11 @@
 """Predicts a later layer's experts by applying its router to an earlier layer's input, and tracks the precision."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from vllm_adapmoe.policy.compiled import compiled
 
 PRIOR = 0.6
 """Prior chance that a predicted expert is used; weighted as `PRIOR_WEIGHT` observations."""
@@ -43,7 +44,7 @@ def predict_experts(
         correction: `[experts]`, added to sigmoid scores before ranking, where the router does so.
     """
     rank = logits if correction is None else 1 / (1 + np.exp(-logits)) + correction
-    ids = (-rank).argsort(axis=1, kind="stable")[:, :top_k]
+    ids = highest(rank, min(top_k, rank.shape[1]))
     keep_mask = np.ones(ids.shape, dtype=bool)
     if threshold > 0 and top_k > 1:
         chosen = np.take_along_axis(logits, ids, 1)
@@ -69,48 +70,86 @@ class Precision:
     """
 
     def __init__(self, top_k: int) -> None:
-        self.correct = [PRIOR_WEIGHT * PRIOR] * top_k
+        self.correct = np.full(top_k, PRIOR_WEIGHT * PRIOR)
         self.observed = PRIOR_WEIGHT
 
     @property
-    def by_rank(self) -> list[float]:
-        """Returns the precision of each rank, `[top_k]`."""
-        return [correct / self.observed for correct in self.correct]
+    def by_rank(self) -> np.ndarray:
+        """Returns the precision of each rank, float64 `[top_k]`."""
+        return self.correct / self.observed
 
-    def record(self, predicted: PredictedExperts, used: Sequence[set[int]]) -> None:
+    def record(self, predicted: PredictedExperts, ids: np.ndarray, keep_mask: np.ndarray) -> None:
         """Updates the precision with one predicted event.
 
         Args:
             predicted: experts predicted for the event's tokens.
-            used: experts that each token used.
+            ids: experts that the router selected, integer `[tokens, top_k]`.
+            keep_mask: those that gating kept, bool `[tokens, top_k]`.
         """
-        fade = math.exp(-len(used) / MEMORY)
-        ids = predicted.ids.tolist()
-        ranks = predicted.ids.shape[1]
-        self.correct = [
-            fade * correct
-            + (rank < ranks and sum(row[rank] in token_experts for row, token_experts in zip(ids, used, strict=True)))
-            for rank, correct in enumerate(self.correct)
-        ]
-        self.observed = fade * self.observed + len(used)
+        fade = math.exp(-len(ids) / MEMORY)
+        self.correct *= fade
+        _count_used(predicted.ids, ids, keep_mask, self.correct)
+        self.observed = fade * self.observed + len(ids)
 
 
-def chances(predicted: PredictedExperts, precision: Sequence[float]) -> dict[int, float]:
+def chances(predicted: PredictedExperts, precision: np.ndarray, num_experts: int) -> np.ndarray:
     """Returns the chance that any token of the batch uses an expert: `1 - prod (1 - b_rank)` over tokens that rank it.
-
-    Plain Python, because arrays are slow for the few numbers of a decode step.
 
     Args:
         predicted: experts predicted for every token of the step.
-        precision: b by rank. A prediction may have fewer ranks, where layers differ in top-k; ranks beyond `precision`
-            are ignored.
+        precision: b by rank, float64. A prediction may have fewer ranks, where layers differ in top-k; ranks beyond
+            `precision` are ignored.
+        num_experts: number of experts of the layer.
 
     Returns:
-        Chance by expert id, without experts that no token is predicted to keep.
+        float64 `[num_experts]`; 0 for experts that no token is predicted to keep.
     """
-    unused: dict[int, float] = {}
-    for row, row_mask in zip(predicted.ids.tolist(), predicted.keep_mask.tolist(), strict=True):
-        for expert, is_kept, rank_precision in zip(row, row_mask, precision, strict=False):
-            if is_kept:
-                unused[expert] = unused.get(expert, 1.0) * (1 - rank_precision)
-    return {expert: 1 - chance for expert, chance in unused.items()}
+    return _chances(predicted.ids, predicted.keep_mask, precision, num_experts)
+
+
+@compiled
+def highest(values: np.ndarray, count: int) -> np.ndarray:
+    """Returns the columns of the highest values of each row, descending, int64 `[rows, count]`; the first of equals.
+
+    Args:
+        values: `[rows, columns]`.
+        count: at most the number of columns.
+    """
+    columns = np.empty((len(values), count), np.int64)
+    best = np.empty(count, values.dtype)
+    for row in range(len(values)):
+        filled = 0
+        for column in range(values.shape[1]):
+            value = values[row, column]
+            if filled == count and not value > best[count - 1]:
+                continue
+            place = filled if filled < count else count - 1
+            while place > 0 and value > best[place - 1]:
+                best[place] = best[place - 1]
+                columns[row, place] = columns[row, place - 1]
+                place -= 1
+            best[place] = value
+            columns[row, place] = column
+            filled = min(filled + 1, count)
+    return columns
+
+
+@compiled
+def _count_used(predicted: np.ndarray, ids: np.ndarray, keep_mask: np.ndarray, used: np.ndarray) -> None:
+    """Adds to `used` `[ranks]` how many tokens kept the expert predicted at that rank."""
+    for token in range(len(predicted)):
+        for rank in range(min(predicted.shape[1], len(used))):
+            for choice in range(ids.shape[1]):
+                if keep_mask[token, choice] and ids[token, choice] == predicted[token, rank]:
+                    used[rank] += 1
+                    break
+
+
+@compiled
+def _chances(ids: np.ndarray, keep_mask: np.ndarray, precision: np.ndarray, num_experts: int) -> np.ndarray:
+    unused = np.ones(num_experts)
+    for token in range(len(ids)):
+        for rank in range(min(ids.shape[1], len(precision))):
+            if keep_mask[token, rank]:
+                unused[ids[token, rank]] *= 1 - precision[rank]
+    return 1 - unused

@@ -56,14 +56,8 @@ class PrefetchPlanner:
         pending = self.pending[layer]
         evaluated = [(distance, predicted) for distance, predicted in pending.items() if len(predicted.ids) == len(ids)]
         pending.clear()
-        if not evaluated:
-            return
-        used = [
-            {expert for expert, is_kept in zip(row, row_mask, strict=True) if is_kept}
-            for row, row_mask in zip(ids.tolist(), keep_mask.tolist(), strict=True)
-        ]
         for distance, predicted in evaluated:
-            self.precision[layer][distance - 1].record(predicted, used)
+            self.precision[layer][distance - 1].record(predicted, ids, keep_mask)
 
     def is_sweep(self, layer: int) -> bool:
         """Returns whether the step's prompts need nearly all experts of a layer, if tokens choose `top_k` at random.
@@ -88,7 +82,7 @@ class PrefetchPlanner:
             return self._sweep(-1, request)
         chosen: list[ExpertKey] = []
         for layer, layer_chances in enumerate(chances[: self.lookahead]):
-            self._choose(layer, dict(enumerate(layer_chances.tolist())), request, chosen)
+            self._choose(layer, layer_chances, request, chosen)
             if chosen:
                 break
         return chosen
@@ -101,12 +95,16 @@ class PrefetchPlanner:
                 return chosen
         return []
 
-    def _choose(self, layer: int, chance: dict[int, float], request: RequestPrefetch, chosen: list[ExpertKey]) -> None:
-        """Requests the most probable experts of a layer, and adds those queued to `chosen`."""
+    def _choose(self, layer: int, chances: np.ndarray, request: RequestPrefetch, chosen: list[ExpertKey]) -> None:
+        """Requests the most probable experts of a layer, and adds those queued to `chosen`; `chances`: `[experts]`."""
+        probable = np.flatnonzero(chances >= MIN_CHANCE)
+        if not len(probable):
+            return
+        probable = probable[np.argsort(-chances[probable], kind="stable")]
         room = self.max_experts
-        for expert in sorted(chance, key=lambda expert: (-chance[expert], expert)):
-            near_certain = chance[expert] >= CERTAIN_PROB
-            if chance[expert] < MIN_CHANCE or not (near_certain or room):
+        for expert, chance in zip(probable.tolist(), chances[probable].tolist(), strict=True):
+            near_certain = chance >= CERTAIN_PROB
+            if not (near_certain or room):
                 break
             if request((layer, expert), near_certain):
                 chosen.append((layer, expert))
@@ -136,6 +134,6 @@ class PrefetchPlanner:
                 continue
             target = layer + distance
             self.pending[target][distance] = predicted
-            chance = chances(predicted, self.precision[target][distance - 1].by_rank)
-            self._choose(target, chance, request, chosen)
+            by_rank = self.precision[target][distance - 1].by_rank
+            self._choose(target, chances(predicted, by_rank, self.num_experts[target]), request, chosen)
         return chosen

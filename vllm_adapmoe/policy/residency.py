@@ -5,8 +5,10 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from vllm_adapmoe.experts import ExpertKey
+from vllm_adapmoe.policy.compiled import compiled
 from vllm_adapmoe.policy.events import Entry, Load, Request, State
 from vllm_adapmoe.policy.eviction import EvictionPolicy
+from vllm_adapmoe.policy.victims import Victims
 
 
 class Residency:
@@ -30,13 +32,19 @@ class Residency:
         self.num_slots = num_slots
         self.staging = staging
         self.policy = policy
+        layers, experts = policy.wait.shape
+        self.slots = np.full((layers, experts), -1, dtype=np.int32)
+        """Int32 `[layers, experts]`: slot of each resident expert, -1 for others."""
+        self.pins = np.zeros((layers, experts), dtype=np.int32)
+        """Int32 `[layers, experts]`: requests that have not released the expert yet."""
         self.entries: dict[ExpertKey, Entry] = {}
+        """Experts queued, loading or staged."""
         self.free = list(range(num_slots - 1, -1, -1))
-        layers, experts = policy.scores().shape
         self.max_speculating = num_slots - experts
         """Maximum slots of near-certain prefetches and background loads, so that a whole layer always fits."""
         self.evictable = np.zeros((layers, experts), dtype=bool)
         """Bool `[layers, experts]`: resident and not pinned."""
+        self._victims = Victims(policy, self.evictable)
         self.count = np.zeros(layers, dtype=np.int64)
         """Resident experts of each layer, demand and background loads in flight included."""
         self.residents = 0
@@ -59,12 +67,18 @@ class Residency:
         """Sets the floors of the layers; evicts nothing by itself."""
         self.floors = None if floors is None else np.asarray(floors)
 
+    def holds(self, key: ExpertKey) -> bool:
+        """Returns whether an expert is resident."""
+        return bool(self.slots[key] >= 0)
+
     def state(self, key: ExpertKey) -> State:
         """Returns the state of an expert; a cancelled load counts as absent, as it will be dropped."""
         entry = self.entries.get(key)
-        return State.ABSENT if entry is None or entry.cancelled else entry.state
+        if entry is None:
+            return State.RESIDENT if self.holds(key) else State.ABSENT
+        return State.ABSENT if entry.cancelled else entry.state
 
-    def request(self, layer: int, experts: Sequence[int], event_experts: Iterable[int] = ()) -> Request:
+    def request(self, layer: int, experts: Sequence[int] | np.ndarray, event_experts: Iterable[int] = ()) -> Request:
         """Handles one event: assigns slots to distinct `experts`, at most `capacity`, and pins them until `release`.
 
         None of them is evicted for another, so all are resident when the layer's kernel runs. A loading expert
@@ -76,26 +90,25 @@ class Residency:
             event_experts: experts of all waves of the event; prefetches of them are not mispredicted.
         """
         assert len(experts) <= self.capacity, f"{len(experts)} experts requested of {self.capacity} slots"
-        self.policy.record(layer, experts)
+        requested = np.asarray(experts, dtype=np.int64)
+        self._victims.record(layer, requested)
         request = Request()
-        self._withdraw(layer, {*experts, *event_experts}, request)
+        if self.speculative:
+            self._withdraw(layer, {*experts, *event_experts}, request)
+        absent = _pin(requested, self.slots[layer], self.pins[layer], self.evictable[layer])
+        request.hits = len(experts) - len(absent)
         missing: list[tuple[ExpertKey, Entry | None]] = []
-        for expert in experts:
+        for expert in absent.tolist():
             key = layer, expert
             entry = self.entries.get(key)
-            if entry is not None and entry.state is State.RESIDENT:
-                request.hits.append(key)
-            elif entry is not None and entry.slot >= 0 and entry.speculative:
-                missing.append((key, entry))
-                continue  # pinned below, once it is resident
-            elif entry is not None and entry.state is State.LOADING:
-                request.awaited.append(Load(key, entry.slot))
-            else:
-                if entry is not None:  # queued: a demand load replaces it
+            if entry is None or entry.state is State.QUEUED:
+                if entry is not None:  # a demand load replaces it
                     self.unqueue(key)
                 missing.append((key, None))
-                continue
-            self._pin(key, entry)
+            elif entry.speculative:
+                missing.append((key, entry))
+            else:
+                request.awaited.append(Load(key, entry.slot))
         for key, entry in missing:
             evicted = self._make_room(layer, slot=entry is None)
             if entry is None:
@@ -104,13 +117,12 @@ class Residency:
             else:
                 self._claim(key, entry)
                 if entry.state is State.STAGED:
-                    entry.state = State.RESIDENT
+                    self._settle(key, entry)
                     request.promoted.append(Load(key, entry.slot, evicted))
                 else:
                     request.awaited.append(Load(key, entry.slot, evicted))
             self.residents += 1
             self.count[layer] += 1
-            self._pin(key, entry)
         return request
 
     def record_in_place(self, layer: int, experts: Sequence[int]) -> list[Load]:
@@ -119,20 +131,18 @@ class Residency:
         Returns:
             Experts that were staged and are resident now.
         """
-        self.policy.record(layer, experts)
+        self._victims.record(layer, np.asarray(experts, dtype=np.int64))
         promoted = []
         for expert in experts:
             key = layer, expert
             entry = self.entries.get(key)
             if entry is None or entry.state is not State.STAGED:
                 continue
-            self.evictable[key] = False  # it cannot be its own victim
             evicted = self._make_room(layer, slot=False)
             self._claim(key, entry)
-            entry.state = State.RESIDENT
+            self._settle(key, entry)
             self.residents += 1
             self.count[layer] += 1
-            self.evictable[key] = entry.pins == 0
             promoted.append(Load(key, entry.slot, evicted))
         return promoted
 
@@ -145,19 +155,15 @@ class Residency:
 
         Whether a slot can be freed for it is decided when its load starts.
         """
-        if key in self.entries:
+        if key in self.entries or self.holds(key):
             return False
         self.entries[key] = self.speculative[key] = Entry(State.QUEUED, speculative=True, backfill=True)
         return True
 
-    def release(self, layer: int, experts: Sequence[int]) -> None:
+    def release(self, layer: int, experts: Sequence[int] | np.ndarray) -> None:
         """Unpins these experts, as the kernel that reads them has been launched."""
-        for expert in experts:
-            entry = self.entries.get((layer, expert))
-            if entry is None:  # its load failed
-                continue
-            entry.pins -= 1
-            self.evictable[layer, expert] = entry.pins == 0 and entry.state is State.RESIDENT
+        _unpin(np.asarray(experts, dtype=np.int64), self.slots[layer], self.pins[layer], self.evictable[layer])
+        self._victims.changed[layer] = True
 
     def request_prefetch(self, key: ExpertKey, near_certain: bool = False) -> bool:
         """Queues a prefetch; returns whether the expert was absent. Otherwise keeps what is loaded or in flight.
@@ -166,6 +172,8 @@ class Residency:
             key: the expert.
             near_certain: whether its use is near-certain, so that it may evict a resident expert.
         """
+        if self.holds(key):
+            return False
         entry = self.entries.get(key)
         if entry is None:
             self.entries[key] = self.speculative[key] = Entry(State.QUEUED, speculative=True, near_certain=near_certain)
@@ -189,7 +197,7 @@ class Residency:
                 self.unqueue(key)
                 return None
             if evicted is None and not self.free:
-                evicted = self._victim(key[0], spared=key[0])
+                evicted = self._victim(key[0], spared=True)
             if evicted is not None:
                 self._drop(evicted)
         self.speculating += 1
@@ -203,9 +211,8 @@ class Residency:
             self.unqueue(key)
             return None
         if self.residents >= self.capacity or not self.free:
-            scores = self.policy.scores()
             evicted = self._victim(key[0]) if self.evictable.any() else None
-            if evicted is None or scores[evicted] >= scores[key]:
+            if evicted is None or self.policy.wait_of(evicted) <= self.policy.wait_of(key):
                 self.unqueue(key)
                 return None
             self._drop(evicted)
@@ -230,18 +237,29 @@ class Residency:
             return State.ABSENT
         self.backfilling -= entry.backfill
         entry.backfill = False
-        entry.state = State.STAGED if entry.speculative else State.RESIDENT
-        self.evictable[key] = not entry.speculative and entry.pins == 0
+        if entry.speculative:
+            entry.state = State.STAGED
+        else:
+            self._settle(key, entry)
         return entry.state
+
+    def _settle(self, key: ExpertKey, entry: Entry) -> None:
+        """Makes an expert resident in the slot that holds its weights."""
+        del self.entries[key]
+        entry.state = State.RESIDENT
+        self.slots[key] = entry.slot
+        self.evictable[key] = self.pins[key] == 0
+        self._victims.changed[key[0]] = True
+
+    def is_cancelled(self, key: ExpertKey) -> bool:
+        """Returns whether a load in flight is not needed any more."""
+        entry = self.entries.get(key)
+        return entry is None or entry.cancelled
 
     def fail_load(self, key: ExpertKey) -> None:
         """Frees the slot of a load that has failed or was cancelled."""
         assert self.entries[key].state is State.LOADING
         self._drop(key)
-
-    def _pin(self, key: ExpertKey, entry: Entry) -> None:
-        entry.pins += 1
-        self.evictable[key] = False
 
     def _claim(self, key: ExpertKey, entry: Entry) -> None:
         """Turns a prefetch that holds a slot into a requested expert."""
@@ -277,42 +295,64 @@ class Residency:
         self._drop(key)
         return key
 
-    def _victim(self, layer: int, spared: int | None = None) -> ExpertKey:
-        """Returns the victim for an expert of `layer`; one of the layer `spared` only if there is no other."""
-        candidates = self.evictable
-        if spared is not None:
-            candidates = candidates.copy()
-            candidates[spared] = False
-            if not candidates.any():
-                candidates = self.evictable
+    def _victim(self, layer: int, spared: bool = False) -> ExpertKey:
+        """Returns the victim for an expert of `layer`; if `spared`, one of that layer only if there is no other."""
+        preferred = []
         if self.floors is not None:
-            over = self.count > self.floors
-            over[layer] = self.count[layer] >= self.floors[layer]
-            above = candidates & over[:, None]
-            if above.any():
-                candidates = above
-        scores = np.where(candidates, self.policy.scores(), np.inf)
-        index = int(scores.argmin())
-        key = divmod(index, scores.shape[1])
-        if not candidates[key]:
-            raise LookupError("every resident expert is pinned, so none can be evicted")
-        return key
+            above = self.count > self.floors
+            above[layer] = self.count[layer] >= self.floors[layer]
+            preferred.append(above)
+        if spared:
+            others = np.ones(len(self.count), dtype=bool)
+            others[layer] = False
+            preferred = [*(above & others for above in preferred), others, *preferred]
+        return self._victims.find(preferred)
 
     def _stale_prefetch(self) -> ExpertKey | None:
         stale = [key for key, entry in self.speculative.items() if entry.stale]
         if not stale:
             return None
-        scores = self.policy.scores()
-        return min(stale, key=lambda key: (scores[key], key))
+        return min(stale, key=lambda key: (-self.policy.wait_of(key), key))
 
     def _drop(self, key: ExpertKey) -> None:
-        entry = self.entries.pop(key)
-        self.backfilling -= entry.backfill
-        self.free.append(entry.slot)
+        """Frees the slot of an expert that is resident, staged or loading."""
+        layer, _ = key
+        entry = self.entries.pop(key, None)
+        if entry is None:
+            self.free.append(int(self.slots[key]))
+            self.slots[key] = -1
+        else:
+            self.free.append(entry.slot)
+            self.backfilling -= entry.backfill
+        self.pins[key] = 0
         self.evictable[key] = False
-        if entry.speculative:
+        self._victims.changed[layer] = True
+        if entry is not None and entry.speculative:
             del self.speculative[key]
             self.speculating -= 1
         else:
             self.residents -= 1
-            self.count[key[0]] -= 1
+            self.count[layer] -= 1
+
+
+@compiled
+def _pin(experts: np.ndarray, slots: np.ndarray, pins: np.ndarray, evictable: np.ndarray) -> np.ndarray:
+    """Pins experts of one layer, whose rows are given; returns those that are not resident."""
+    absent = np.empty(len(experts), np.int64)
+    count = 0
+    for expert in experts:
+        pins[expert] += 1
+        evictable[expert] = False
+        if slots[expert] < 0:
+            absent[count] = expert
+            count += 1
+    return absent[:count]
+
+
+@compiled
+def _unpin(experts: np.ndarray, slots: np.ndarray, pins: np.ndarray, evictable: np.ndarray) -> None:
+    """Unpins experts of one layer, whose rows are given; an expert whose load failed has no pins left."""
+    for expert in experts:
+        if pins[expert] > 0:
+            pins[expert] -= 1
+        evictable[expert] = pins[expert] == 0 and slots[expert] >= 0

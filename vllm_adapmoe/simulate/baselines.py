@@ -4,7 +4,7 @@ Both lose to `next_use`, which needs no more than they do, in every replay of do
 1 and 8, and 25, 50 and 75 % of the experts resident (examples/benchmarks/simulate_*.json).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -14,18 +14,19 @@ from vllm_adapmoe.policy.eviction import POLICIES, EvictionPolicy
 class LFRU(EvictionPolicy):
     """Evicts by frequency over age, `f / (age + 1)`: uses so far over events since the last use."""
 
+    ages = True
+
     def __init__(self, layers: int, experts: int) -> None:
+        super().__init__(layers, experts)
         self.uses = np.zeros((layers, experts))
         self.last = np.full((layers, experts), -1.0)
         self.events = 0
 
-    def record(self, layer: int, experts: Sequence[int]) -> None:
+    def record(self, layer: int, experts: np.ndarray) -> None:
         self.uses[layer, experts] += 1
         self.last[layer, experts] = self.events
         self.events += 1
-
-    def scores(self) -> np.ndarray:
-        return self.uses / (self.events - self.last)
+        self.wait = -self.uses / (self.events - self.last)
 
 
 class MRS(EvictionPolicy):
@@ -33,15 +34,9 @@ class MRS(EvictionPolicy):
 
     DECAY = 0.9
 
-    def __init__(self, layers: int, experts: int) -> None:
-        self.share = np.zeros((layers, experts))
-
-    def record(self, layer: int, experts: Sequence[int]) -> None:
-        self.share[layer] *= self.DECAY
-        self.share[layer, experts] += 1 - self.DECAY
-
-    def scores(self) -> np.ndarray:
-        return self.share
+    def record(self, layer: int, experts: np.ndarray) -> None:
+        self.wait[layer] *= self.DECAY
+        self.wait[layer, experts] -= 1 - self.DECAY
 
 
 SIMULATED: dict[str, Callable[[int, int], EvictionPolicy]] = {**POLICIES, "lfru": LFRU, "mrs": MRS}

@@ -85,7 +85,7 @@ class VirtualLink:
             if queue is self.speculative and not self._start(key):
                 continue
             total = self.controller.expert_bytes[key[0]]
-            if self.controller.residency(key[0]).entries[key].cancelled:
+            if self.controller.residency(key[0]).is_cancelled(key):
                 queue.popleft()
                 self.controller.transfer_ended(key, total - self.bytes_left.pop(key), complete=False)
                 continue
@@ -157,7 +157,7 @@ def replay(
         )
         for layer in range(len(info.num_experts)):
             ids, keep_mask = step.ids[layer], step.weights[layer] > 0
-            experts = np.flatnonzero(np.bincount(ids[keep_mask], minlength=1)).tolist()
+            experts = np.flatnonzero(np.bincount(ids[keep_mask], minlength=1))
             groups = waves(experts, controller.residency(layer).capacity)
             for wave, group in enumerate(groups):
                 link.run(time)
