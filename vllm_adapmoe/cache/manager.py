@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,12 +22,11 @@ from vllm_adapmoe.store.base import ExpertStore, ExpertsUnavailable
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Acquisition:
+class Acquisition(NamedTuple):
     """Experts of one event, or of one wave of it, whose loads have been issued (`ExpertCacheManager.begin`)."""
 
     layer: int
-    experts: Sequence[int]
+    experts: np.ndarray
     request: Request
 
 
@@ -148,8 +147,8 @@ class ExpertCacheManager:
     def begin(
         self,
         layer: int,
-        experts: Sequence[int],
-        event_experts: Sequence[int] = (),
+        experts: Sequence[int] | np.ndarray,
+        event_experts: Sequence[int] | np.ndarray = (),
         expected: np.ndarray | None = None,
     ) -> Acquisition:
         """Pins the distinct `experts` of `layer` until `release`, and issues the loads of those that are missing.
@@ -165,13 +164,14 @@ class ExpertCacheManager:
             Exception: a fatal error of the transfers, e.g. of CUDA; every later call raises it again.
             RuntimeError: called within `quiet`.
         """
+        experts = np.asarray(experts, dtype=np.int64)
         with self.transfers.lock:
             self._check_usable()
             request = self.controller.begin(layer, experts, event_experts, expected)
             self.transfers.submit(request)
         return Acquisition(layer, experts, request)
 
-    def arrivals(self, acquisition: Acquisition) -> Iterator[list[int]]:
+    def arrivals(self, acquisition: Acquisition) -> Iterator[np.ndarray]:
         """Yields the experts of an acquisition as they become resident: first those that already were.
 
         `slot_maps[layer]` holds the slots of those yielded so far. Consume the iterator to its end.
@@ -183,8 +183,10 @@ class ExpertCacheManager:
         """
         request = acquisition.request
         waiting = {load.key for load in (*request.loads, *request.awaited)}
-        absent = {expert for _, expert in waiting}
-        if resident := [expert for expert in acquisition.experts if expert not in absent]:
+        resident = acquisition.experts
+        if waiting:
+            resident = np.setdiff1d(resident, [expert for _, expert in waiting], assume_unique=True)
+        if len(resident):
             yield resident
         failed: dict[int, Exception] = {}
         while waiting:
@@ -196,7 +198,7 @@ class ExpertCacheManager:
                 else:
                     failed[key[1]] = failure
             if arrived and not failed:
-                yield arrived
+                yield np.array(arrived)
         if failed:
             self.release(acquisition.layer, acquisition.experts)
             first = next(iter(failed.values()))
@@ -207,8 +209,8 @@ class ExpertCacheManager:
     def acquire(
         self,
         layer: int,
-        experts: Sequence[int],
-        event_experts: Sequence[int] = (),
+        experts: Sequence[int] | np.ndarray,
+        event_experts: Sequence[int] | np.ndarray = (),
         expected: np.ndarray | None = None,
     ) -> torch.Tensor:
         """Makes experts resident together, and returns the layer's slot map: `begin`, then all `arrivals`."""
@@ -216,8 +218,9 @@ class ExpertCacheManager:
 
     def wait(self, acquisition: Acquisition) -> torch.Tensor:
         """Blocks until all experts of an acquisition are resident; returns the layer's slot map."""
-        for _ in self.arrivals(acquisition):
-            pass
+        if acquisition.request.loads or acquisition.request.awaited:
+            for _ in self.arrivals(acquisition):
+                pass
         return self.slot_maps[acquisition.layer]
 
     def _wait(self, waiting: Collection[ExpertKey]) -> dict[ExpertKey, Exception | None]:
@@ -238,7 +241,7 @@ class ExpertCacheManager:
                     return {key: transfers.errors.pop(key, None) for key in ended}
             transfers.run(job)
 
-    def release(self, layer: int, experts: Sequence[int]) -> None:
+    def release(self, layer: int, experts: Sequence[int] | np.ndarray) -> None:
         """Unpins these experts: the kernel that reads them has been launched, and they may be evicted."""
         self.pool(layer).mark_used()
         with self.transfers.lock:

@@ -1,20 +1,23 @@
 """vLLM's MoE layer with experts in the expert cache: its parameters are replaced by slots."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from vllm import envs
 from vllm.forward_context import ForwardContext, get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from vllm_adapmoe.cache.manager import ExpertCacheManager
+from vllm_adapmoe.cache.manager import Acquisition, ExpertCacheManager
 from vllm_adapmoe.integration.layers.collaborators import Collaborators, LayerPrediction, Predictor, Probe, Step
 from vllm_adapmoe.integration.layers.gates import LayerGate
 from vllm_adapmoe.integration.layers.step_routing import StepRouting, read_together
 from vllm_adapmoe.integration.layers.streamed_experts import StreamedExperts
 from vllm_adapmoe.policy.events import waves
 from vllm_adapmoe.store.base import ExpertsUnavailable
+
+NO_EXPERTS = np.empty(0, dtype=np.int64)
 
 
 class CachedExperts(StreamedExperts):
@@ -162,10 +165,10 @@ class CachedExperts(StreamedExperts):
         if len(experts) > self.slots or self.expert_map is not None:
             return self._run_kept(step, step.ungated_mask(), prediction)
         ids = step.ids if step.real is None else step.ids * step.real.unsqueeze(1)
-        slots = self._acquire(experts, prediction).index_select(0, ids.view(-1)).view_as(ids)
+        slots = self._acquire(experts, prediction).numpy().take(ids.numpy())
         if step.real is not None:
-            slots.clamp_(min=0)
-        output = self._run_kernel(step.x, step.weights, slots.to(step.x.device))
+            slots = slots.clip(min=0)
+        output = self._run_kernel(step.x, step.weights, torch.from_numpy(slots).to(step.x.device))
         self._release(experts)
         return output
 
@@ -173,11 +176,11 @@ class CachedExperts(StreamedExperts):
         if self.predictor is None:
             return None
         keep_mask = step.ungated_mask() if step.keep_mask is None else step.keep_mask
-        count = len(keep_mask) if step.real is None else int(step.real.sum())  # padding comes last
-        product = None if step.product is None else step.product[:count]
-        return self.predictor.predict(
-            self.cache_layer, step.x[:count], step.weights[:count], step.ids[:count], keep_mask[:count], product
-        )
+        rows: list[Any] = [step.x, step.weights, step.ids, keep_mask, step.product]
+        if step.real is not None:
+            count = int(step.real.sum())  # padding comes last
+            rows = [None if tensor is None else tensor[:count] for tensor in rows]
+        return self.predictor.predict(self.cache_layer, *rows)
 
     @property
     def slots(self) -> int:
@@ -191,26 +194,34 @@ class CachedExperts(StreamedExperts):
         return self.cache.resident_or_loading(self.cache_layer)
 
     def _acquire(
-        self, experts: Sequence[int], prediction: LayerPrediction | None, event_experts: Sequence[int] = ()
+        self, experts: np.ndarray, prediction: LayerPrediction | None, event_experts: np.ndarray = NO_EXPERTS
     ) -> torch.Tensor:
         """Waits until all `experts` are resident; returns `_slot_map()`."""
-        for _ in self._arrivals(experts, prediction, event_experts):
-            pass
+        acquisition = self._begin(experts, prediction, event_experts)
+        if self.cache is not None and acquisition is not None:
+            self.cache.wait(acquisition)
         return self._slot_map()
 
-    def _arrivals(
-        self, experts: Sequence[int], prediction: LayerPrediction | None, event_experts: Sequence[int] = ()
-    ) -> Iterator[Sequence[int]]:
-        """Yields experts as they become resident (`ExpertCacheManager.arrivals`); all at once without a cache."""
+    def _begin(
+        self, experts: np.ndarray, prediction: LayerPrediction | None, event_experts: np.ndarray
+    ) -> Acquisition | None:
+        """Issues the loads of missing `experts`, then prefetches for later layers; None without a cache."""
         acquisition = None
         if self.cache is not None:
             expected = None if prediction is None else prediction.expected
             acquisition = self.cache.begin(self.cache_layer, experts, event_experts, expected)
         if prediction is not None:
             prediction.prefetch()
+        return acquisition
+
+    def _arrivals(
+        self, experts: np.ndarray, prediction: LayerPrediction | None, event_experts: np.ndarray
+    ) -> Iterator[np.ndarray]:
+        """Yields experts as they become resident (`ExpertCacheManager.arrivals`); all at once without a cache."""
+        acquisition = self._begin(experts, prediction, event_experts)
         if self.cache is not None and acquisition is not None:
             yield from self.cache.arrivals(acquisition)
-        elif experts:
+        elif len(experts):
             yield experts
 
     def _slot_map(self) -> torch.Tensor:
@@ -221,7 +232,7 @@ class CachedExperts(StreamedExperts):
             return self.expert_map.cpu()
         return torch.arange(self.local_num_experts, dtype=torch.int32)
 
-    def _release(self, experts: Sequence[int]) -> None:
+    def _release(self, experts: np.ndarray) -> None:
         if self.cache is not None:
             self.cache.release(self.cache_layer, experts)
 
@@ -254,11 +265,11 @@ class CachedExperts(StreamedExperts):
         experts = distinct(ids, self.local_num_experts)
         groups = waves(experts, self.slots)
         if len(groups) <= 1:  # zero if other ranks have all; the cache still needs the event
-            yield slice(None), self._run_wave(x, weights, token, ids, experts, prediction, ())
+            yield slice(None), self._run_wave(x, weights, token, ids, experts, prediction, NO_EXPERTS)
             return
         wave_of = torch.zeros(experts[-1] + 1, dtype=torch.int64)
         for number, group in enumerate(groups):
-            wave_of[list(group)] = number
+            wave_of[torch.from_numpy(group)] = number
         for number, group in enumerate(groups):
             rows = (wave_of[ids] == number).nonzero().view(-1)
             wave = weights[rows.to(x.device)], token[rows], ids[rows]
@@ -270,9 +281,9 @@ class CachedExperts(StreamedExperts):
         weights: torch.Tensor,
         token: torch.Tensor,
         ids: torch.Tensor,
-        experts: Sequence[int],
+        experts: np.ndarray,
         prediction: LayerPrediction | None,
-        event_experts: Sequence[int],
+        event_experts: np.ndarray,
     ) -> torch.Tensor:
         """Returns outputs `[pairs, hidden]` of pairs whose `experts` can be resident together.
 
@@ -323,16 +334,14 @@ def padding_rows(context: ForwardContext, tokens: int) -> torch.Tensor | None:
     return context.is_padding[:tokens]
 
 
-def distinct(ids: torch.Tensor, num_experts: int) -> list[int]:
-    """Returns the distinct expert ids, ascending."""
-    if ids.numel() <= 64:
-        return sorted(set(ids.view(-1).tolist()))
-    return torch.bincount(ids.view(-1), minlength=num_experts).nonzero().view(-1).tolist()
+def distinct(ids: torch.Tensor, num_experts: int) -> np.ndarray:
+    """Returns the distinct expert ids of a host tensor, ascending, int64."""
+    return np.flatnonzero(np.bincount(ids.numpy().reshape(-1), minlength=num_experts))
 
 
-def _where(ids: torch.Tensor, experts: Sequence[int]) -> torch.Tensor:
+def _where(ids: torch.Tensor, experts: np.ndarray) -> torch.Tensor:
     """Returns the indices in `ids` `[pairs]` that are one of `experts`."""
-    return torch.isin(ids, torch.tensor(experts, dtype=ids.dtype)).nonzero().view(-1)
+    return torch.from_numpy(np.flatnonzero(np.isin(ids.numpy(), experts)))
 
 
 def _routed_experts(

@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.forward_context import ForwardContext, get_forward_context
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
@@ -12,7 +13,7 @@ from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.device import ALIGNMENT
 from vllm_adapmoe.device.deferred import DeferredRouting
 from vllm_adapmoe.device.in_place import DOWN, GATE_UP, InPlaceDecode
-from vllm_adapmoe.integration.layers.cached_experts import CachedExperts, distinct, padding_rows
+from vllm_adapmoe.integration.layers.cached_experts import NO_EXPERTS, CachedExperts, distinct, padding_rows
 from vllm_adapmoe.integration.layers.collaborators import Collaborators, LayerPrediction
 from vllm_adapmoe.integration.layers.graph_break import is_capturing
 from vllm_adapmoe.integration.layers.slot_kernels import run_on_slots, takes_slots
@@ -167,7 +168,7 @@ class MappedExperts(CachedExperts):
         ids = to_device(torch.where(keep_mask, step.ids, self.local_num_experts), x.device)
         groups = waves(experts, self.slots)
         if len(groups) == 1:
-            return self._run_group(x, step.weights, ids, experts, prediction, ())
+            return self._run_group(x, step.weights, ids, experts, prediction, NO_EXPERTS)
         total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for number, group in enumerate(groups):
             total += self._run_group(x, step.weights, ids, group, prediction if number == 0 else None, experts)
@@ -178,13 +179,13 @@ class MappedExperts(CachedExperts):
         x: torch.Tensor,
         weights: torch.Tensor,
         ids: torch.Tensor,
-        group: Any,
+        group: np.ndarray,
         prediction: LayerPrediction | None,
-        event_experts: Any,
+        event_experts: np.ndarray,
     ) -> torch.Tensor:
         slots = self._acquire(group, prediction, event_experts)
         chosen = torch.full_like(slots, -1)
-        chosen[group] = slots[group]
+        chosen.numpy()[group] = slots.numpy()[group]
         output = self._run_mapped(x, weights, ids, self._rows(chosen, x.device))
         self._release(group)
         return output

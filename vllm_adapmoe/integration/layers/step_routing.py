@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class StepRouting:
     """Routing of one step in one layer."""
 
@@ -43,9 +43,9 @@ class StepRouting:
 
 def read_together(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
     """Copies tensors of one device to the host in one transfer with one wait; None stays None."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    if all(tensor.device.type == "cpu" for tensor in given):
+    if all(tensor is None or tensor.device.type == "cpu" for tensor in tensors):
         return list(tensors)
+    given = [tensor for tensor in tensors if tensor is not None]
     host = iter(unpack(pack(given).cpu(), given))
     return [None if tensor is None else next(host) for tensor in tensors]
 
