@@ -24,8 +24,10 @@ from vllm_adapmoe.cli.options import (
     quieten_vllm,
 )
 from vllm_adapmoe.cli.report import report
+from vllm_adapmoe.model_folder import check_named_model
 from vllm_adapmoe.units import parse_bytes
 
+TINY_MIXTRAL = Path(__file__).parent.parent / "examples" / "tiny_mixtral" / "model"
 CONTENDERS = "llama.cpp,transformers,vllm,adapmoe-lru,adapmoe"
 
 app = typer.Typer(
@@ -60,6 +62,41 @@ def overhead(
         output_tokens=output_tokens,
     )
     report(run_overhead(workload), print_overhead, output)
+
+
+def _models(models: list[str] | None) -> list[str]:
+    return [check_named_model(model) for model in models or [str(TINY_MIXTRAL)]]
+
+
+@app.command("host_path")
+def host_path(
+    model: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Checkpoint folders, or names of models on the hub.",
+            show_default="examples/tiny_mixtral/model",
+            callback=_models,
+        ),
+    ] = None,
+    output: Output = None,
+    text: Text = None,
+    rounds: Rounds = 3,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Requests per batch; can be repeated.", show_default="1, 16")
+    ] = None,
+    prompt_tokens: PromptTokens = 32,
+    output_tokens: OutputTokens = 64,
+    profile: Annotated[Path | None, profile_option("; default: none, so no next-token heads")] = None,
+) -> None:
+    """Measures the main thread's time in decode steps outside the expert kernel, by part, beside stock vLLM's."""
+    quieten_vllm()
+    from benchmarks.host_path import HostPathSpec, print_host_path, run_host_path
+
+    spec = HostPathSpec(
+        models=[checkpoint_folder(name) for name in model or ()], profile=profile, text=text, rounds=rounds,
+        batches=batch or [1, 16], prompt_tokens=prompt_tokens, output_tokens=output_tokens,
+    )  # fmt: skip
+    report(run_host_path(spec), print_host_path, output)
 
 
 @app.command()

@@ -10,7 +10,7 @@ from benchmarks import commands as benchmarks
 from vllm_adapmoe.cli import app as cli
 
 PROGRAMS = {"adapmoe": cli.app, "python -m benchmarks": benchmarks.app}
-OF_TYPER = re.compile(r"<list\[str\]>|\[(OPTIONS|ARGS|required|default: [^][]*|[\w.<>=-]*x[\w.<>=-]*)\]")
+OF_TYPER = re.compile(r"<list\[\w+\]>|\[(OPTIONS|ARGS|required|default: [^][]*|[\w.<>=-]*x[\w.<>=-]*)\]")
 """What typer itself writes with brackets, the bounds of a number included."""
 
 

@@ -14,6 +14,7 @@ from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
 from vllm_adapmoe.integration.layers.collaborators import Probe
 from vllm_adapmoe.integration.layers.gates import Gating
 from vllm_adapmoe.integration.loading.built_model import experts_built
+from vllm_adapmoe.integration.measure.host_path import HostPath
 from vllm_adapmoe.integration.measure.probe import RoutingProbe, plain
 from vllm_adapmoe.integration.worker.device_only_steps import DeviceOnlySteps
 from vllm_adapmoe.integration.worker.expert_predictor import ExpertPredictor
@@ -148,3 +149,21 @@ class MeasuredWorker:
     def part_seconds(self) -> dict[str, float]:
         """Returns the seconds that `time_parts` has measured, by part."""
         return dict(self.seconds)
+
+    def start_host_path(self, clock: str) -> str | None:
+        """Starts to measure decode steps (`HostPath`), replacing a measurement in progress. Eager engines only.
+
+        Returns:
+            Why the clock does not exist on this machine; None: it does.
+        """
+        if not hasattr(self, "host_path"):
+            self.host_path = HostPath(self)
+        try:
+            self.host_path.start(clock)
+        except OSError as error:
+            return str(error)
+        return None
+
+    def stop_host_path(self) -> tuple[int, list[tuple[int, dict[str, float]]]]:
+        """Returns the number of MoE layers, and `HostPath.steps` since the start."""
+        return self.host_path.layers, self.host_path.stop()

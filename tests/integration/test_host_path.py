@@ -1,0 +1,31 @@
+"""What the main thread does in a MoE layer outside the expert kernel, against vLLM's own part of the same layer."""
+
+import pytest
+from conftest import TINY_MIXTRAL
+
+from benchmarks.host_path import HOST_PATH, OF_STEP, figures
+from benchmarks.workload import prompts_of
+from vllm_adapmoe.integration.measure.engine import EXTENSION, Engine, count_experts
+
+pytestmark = pytest.mark.engine
+
+CEILING = 3.0
+"""Maximum host path over vLLM's router and kernel in the same steps: CPU time, tiny_mixtral, one slot short of all
+resident, batch 1. `python -m benchmarks host_path` gives 1.9 to 2.1 (two shared cores)."""
+
+
+def test_the_host_path_stays_below_its_ceiling():
+    prompts = prompts_of(TINY_MIXTRAL, None, 1, 16)
+    with Engine(
+        TINY_MIXTRAL, {"cache_experts": count_experts(TINY_MIXTRAL) - 1}, max_model_len=160, enforce_eager=True,
+        worker_extension_cls=EXTENSION,
+    ) as engine:  # fmt: skip
+        tokens = engine.generate(prompts, 128).tokens
+        assert engine.call("start_host_path", "cpu") is None
+        assert engine.generate(prompts, 128).tokens == tokens
+        layers, steps = engine.call("stop_host_path")
+    assert layers == 12 and len(steps) == 127, "the prompt's step does not count"
+    measured = figures(layers, steps)
+    for part in (*HOST_PATH, *OF_STEP):
+        assert measured[part] > 0, f"{part} was not called"
+    assert measured["host path"] / measured["stock layer"] < CEILING
