@@ -39,7 +39,7 @@ def test_chances_of_a_batch(seed):
         for rank in range(2):
             if kept[row, rank]:
                 expected[ids[row, rank]] *= 1 - precision[rank]
-    found = chances(PredictedExperts(ids, kept), precision, experts)
+    found = chances(ids, kept, precision, experts)
     assert found == pytest.approx(1 - expected)
 
 
@@ -58,7 +58,7 @@ def test_layers_with_fewer_choices_than_others():
     """One precision serves predictions of as many ranks as there are, or fewer: a model's top-k may differ by layer."""
     precision = Precision(3)
     said = predict_experts(np.random.default_rng(0).normal(size=(1, 8)).astype(np.float32), 2)
-    chance = chances(said, precision.by_rank, 8)
+    chance = chances(*said, precision.by_rank, 8)
     assert set(np.flatnonzero(chance)) == set(said.ids[0]) and chance[said.ids[0]] == pytest.approx(PRIOR)
     for _ in range(2000):
         precision.record(said, said.ids, said.keep_mask)
@@ -70,4 +70,4 @@ def test_more_ranks_than_a_precision_has_are_no_likelier_than_its_last():
     precision = Precision(1)
     said = predict_experts(np.array([[3.0, 2.0, 1.0]], dtype=np.float32), 2)
     precision.record(said, np.array([[0]]), np.ones((1, 1), dtype=bool))
-    assert np.flatnonzero(chances(said, precision.by_rank, 3)).tolist() == [0]
+    assert np.flatnonzero(chances(*said, precision.by_rank, 3)).tolist() == [0]

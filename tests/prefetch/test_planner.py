@@ -6,6 +6,12 @@ from vllm_adapmoe.policy.prediction import PredictedExperts
 from vllm_adapmoe.policy.prefetch_planner import PrefetchPlanner
 
 
+def planner_for(num_experts: list[int], top_k: int, lookahead: int, max_experts: int) -> PrefetchPlanner:
+    """A planner of a cache with nothing in it."""
+    nothing = np.full(max(num_experts), -1, dtype=np.int32)
+    return PrefetchPlanner(num_experts, top_k, lookahead, max_experts, lambda layer: nothing)
+
+
 def said(*experts: int) -> PredictedExperts:
     return PredictedExperts(np.array([experts]), np.ones((1, len(experts)), dtype=bool))
 
@@ -19,7 +25,7 @@ def teach(planner: PrefetchPlanner, layer: int, first_right: bool, second_right:
 
 
 def test_only_what_is_likely():
-    planner = PrefetchPlanner([4, 4], 2, lookahead=1, max_experts=4)
+    planner = planner_for([4, 4], 2, lookahead=1, max_experts=4)
     teach(planner, 1, first_right=True, second_right=False)
     assert planner.plan(0, {1: said(3, 2)}.get, lambda *_: True, 0) == [(1, 3)]
     teach(planner, 1, first_right=True, second_right=True)
@@ -27,13 +33,13 @@ def test_only_what_is_likely():
 
 
 def test_a_batch_is_ranked_by_the_chance_that_any_token_uses_it():
-    planner = PrefetchPlanner([4, 4], 2, lookahead=1, max_experts=2)
+    planner = planner_for([4, 4], 2, lookahead=1, max_experts=2)
     batch = PredictedExperts(np.array([[0, 3], [1, 3]]), np.ones((2, 2), dtype=bool))
     assert planner.plan(0, {1: batch}.get, lambda *_: True, 0) == [(1, 3), (1, 0)]  # 1 - 0.4^2 against 0.6
 
 
 def test_looks_further_only_if_nothing_nearer_is_missing():
-    planner = PrefetchPlanner([4] * 3, 2, lookahead=2, max_experts=1)
+    planner = planner_for([4] * 3, 2, lookahead=2, max_experts=1)
     predicted = {1: said(0, 1), 2: said(2, 3)}
     assert planner.plan(0, predicted.get, lambda *_: True, 0) == [(1, 0)]
     assert planner.plan(0, predicted.get, lambda key, sure: key[0] == 2, 0) == [(2, 2)]
@@ -41,7 +47,7 @@ def test_looks_further_only_if_nothing_nearer_is_missing():
 
 
 def test_what_is_sure_counts_for_no_limit():
-    planner = PrefetchPlanner([8, 8], 2, lookahead=1, max_experts=1)
+    planner = planner_for([8, 8], 2, lookahead=1, max_experts=1)
     batch = PredictedExperts(np.array([[0, 1]] * 4 + [[2, 3]] * 2), np.ones((6, 2), dtype=bool))
     asked = []
     chosen = planner.plan(0, {1: batch}.get, lambda key, sure: asked.append((key, sure)) is None, 0)
@@ -50,7 +56,7 @@ def test_what_is_sure_counts_for_no_limit():
 
 
 def test_a_prompt_is_a_sweep_in_layer_order():
-    planner = PrefetchPlanner([8] * 3, 2, lookahead=2, max_experts=1)
+    planner = planner_for([8] * 3, 2, lookahead=2, max_experts=1)
     every = [[(layer, expert) for expert in range(8)] for layer in range(3)]
 
     def never(distance: int) -> PredictedExperts:
@@ -65,19 +71,19 @@ def test_a_prompt_is_a_sweep_in_layer_order():
 
 
 def test_a_step_begins_with_what_its_requests_are_expected_to_use():
-    planner = PrefetchPlanner([4] * 3, 2, lookahead=2, max_experts=1)
+    planner = planner_for([4] * 3, 2, lookahead=2, max_experts=1)
     chances = [np.array([0.2, 0.6, 0.95, 0.0]), np.array([0.7, 0.6, 0.1, 0.0])]
     assert planner.plan_first_layers(0, chances, lambda *_: True) == [(0, 2), (0, 1)]
     assert planner.plan_first_layers(0, chances, lambda key, sure: key[0] == 1) == [(1, 0)]
 
 
 def test_never_more_than_max_experts():
-    planner = PrefetchPlanner([8, 8], 4, lookahead=1, max_experts=3)
+    planner = planner_for([8, 8], 4, lookahead=1, max_experts=3)
     assert len(planner.plan(0, {1: said(0, 1, 2, 3)}.get, lambda *_: True, 0)) == 3
 
 
 def test_layers_that_differ_in_experts_and_in_how_many_a_token_uses():
-    planner = PrefetchPlanner([4, 8, 2], 3, lookahead=2, max_experts=8)
+    planner = planner_for([4, 8, 2], 3, lookahead=2, max_experts=8)
     predicted = {1: said(7), 2: said(1, 0)}
     assert planner.plan(0, predicted.get, lambda *_: True, 0) == [(1, 7)]
     planner.record(1, np.array([[7]]), np.ones((1, 1), dtype=bool))

@@ -12,7 +12,7 @@ import numpy as np
 from vllm_adapmoe.experts import ExpertKey
 from vllm_adapmoe.policy.compiled import compiled
 
-NO_CHANCES = np.empty(0)
+NO_CHANCES = np.empty(0, dtype=np.float32)
 
 
 class EvictionPolicy(ABC):
@@ -101,10 +101,10 @@ class NextToken(NextUse):
     def __init__(self, layers: int, experts: int) -> None:
         super().__init__(layers, experts)
         self.expected = NO_CHANCES
-        """Chances to mix in at the coming event, float64 `[experts]`; empty: none."""
+        """Chances to mix in at the coming event, float32 `[experts]`; empty: none."""
 
     def expect(self, layer: int, chances: np.ndarray) -> None:
-        self.expected = chances.astype(np.float64)
+        self.expected = chances.astype(np.float32, copy=False)
 
     def record(self, layer: int, experts: np.ndarray) -> None:  # type: ignore[override]
         super().record(layer, experts, self.expected, self.SHARE)

@@ -1,7 +1,7 @@
 """Predicts a later layer's experts by applying its router to an earlier layer's input, and tracks the precision."""
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,8 +14,7 @@ MEMORY = 512.0
 """Observations after which the weight of an older one has faded to 1/e, so that precision follows the traffic."""
 
 
-@dataclass(frozen=True)
-class PredictedExperts:
+class PredictedExperts(NamedTuple):
     """Experts that the router of a later layer is predicted to select for each token, most probable first."""
 
     ids: np.ndarray
@@ -45,21 +44,10 @@ def predict_experts(
     """
     rank = logits if correction is None else 1 / (1 + np.exp(-logits)) + correction
     ids = highest(rank, min(top_k, rank.shape[1]))
-    keep_mask = np.ones(ids.shape, dtype=bool)
     if threshold > 0 and top_k > 1:
-        chosen = np.take_along_axis(logits, ids, 1)
-        weights = np.exp(chosen - chosen[:, :1])
-        weights /= weights.sum(1, keepdims=True)
-        if by_batch:
-            other_squares = (weights**2).sum(1, keepdims=True) - weights**2
-            costs = ((weights / (1 - weights)) ** 2 * other_squares + weights**2) / 2
-            prices = np.bincount(ids.ravel(), costs.ravel(), minlength=logits.shape[1]) * sensitivity
-            return PredictedExperts(ids, prices[ids] >= threshold)
-        squares = np.cumsum(weights**2, axis=1)[:, :-1]
-        inside = np.cumsum(weights, axis=1)[:, :-1]
-        costs = (((1 - inside) / inside) ** 2 * squares + (weights**2).sum(1, keepdims=True) - squares) / 2
-        keep_mask[:, 1:] = costs * sensitivity >= threshold
-    return PredictedExperts(ids, keep_mask)
+        keep = _kept_by_batch if by_batch else _kept_by_token
+        return PredictedExperts(ids, keep(logits, ids, sensitivity, threshold))
+    return PredictedExperts(ids, ids >= 0)
 
 
 class Precision:
@@ -92,21 +80,6 @@ class Precision:
         self.observed = fade * self.observed + len(ids)
 
 
-def chances(predicted: PredictedExperts, precision: np.ndarray, num_experts: int) -> np.ndarray:
-    """Returns the chance that any token of the batch uses an expert: `1 - prod (1 - b_rank)` over tokens that rank it.
-
-    Args:
-        predicted: experts predicted for every token of the step.
-        precision: b by rank, float64. A prediction may have fewer ranks, where layers differ in top-k; ranks beyond
-            `precision` are ignored.
-        num_experts: number of experts of the layer.
-
-    Returns:
-        float64 `[num_experts]`; 0 for experts that no token is predicted to keep.
-    """
-    return _chances(predicted.ids, predicted.keep_mask, precision, num_experts)
-
-
 @compiled
 def highest(values: np.ndarray, count: int) -> np.ndarray:
     """Returns the columns of the highest values of each row, descending, int64 `[rows, count]`; the first of equals.
@@ -135,6 +108,53 @@ def highest(values: np.ndarray, count: int) -> np.ndarray:
 
 
 @compiled
+def _weights(logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Returns the softmax of the logits of each row's `ids`, float64 `[tokens, top_k]`."""
+    weights = np.empty(ids.shape)
+    for token in range(len(ids)):
+        total = 0.0
+        for rank in range(ids.shape[1]):
+            weights[token, rank] = math.exp(logits[token, ids[token, rank]] - logits[token, ids[token, 0]])
+            total += weights[token, rank]
+        weights[token] /= total
+    return weights
+
+
+@compiled
+def _kept_by_token(logits: np.ndarray, ids: np.ndarray, sensitivity: float, threshold: float) -> np.ndarray:
+    """Returns the mask of what `gate_tokens` keeps."""
+    weights = _weights(logits, ids)
+    keep_mask = np.ones(ids.shape, np.bool_)
+    for token in range(len(ids)):
+        squares = (weights[token] ** 2).sum()
+        inside = inside_squares = 0.0
+        for rank in range(1, ids.shape[1]):
+            inside += weights[token, rank - 1]
+            inside_squares += weights[token, rank - 1] ** 2
+            cost = (((1 - inside) / inside) ** 2 * inside_squares + squares - inside_squares) / 2
+            keep_mask[token, rank] = cost * sensitivity >= threshold
+    return keep_mask
+
+
+@compiled
+def _kept_by_batch(logits: np.ndarray, ids: np.ndarray, sensitivity: float, threshold: float) -> np.ndarray:
+    """Returns the mask of what `gate_batch` keeps of experts that are not resident."""
+    weights = _weights(logits, ids)
+    prices = np.zeros(logits.shape[1])
+    for token in range(len(ids)):
+        squares = (weights[token] ** 2).sum()
+        for rank in range(ids.shape[1]):
+            weight = weights[token, rank]
+            cost = ((weight / (1 - weight)) ** 2 * (squares - weight**2) + weight**2) / 2
+            prices[ids[token, rank]] += cost * sensitivity
+    keep_mask = np.empty(ids.shape, np.bool_)
+    for token in range(len(ids)):
+        for rank in range(ids.shape[1]):
+            keep_mask[token, rank] = prices[ids[token, rank]] >= threshold
+    return keep_mask
+
+
+@compiled
 def _count_used(predicted: np.ndarray, ids: np.ndarray, keep_mask: np.ndarray, used: np.ndarray) -> None:
     """Adds to `used` `[ranks]` how many tokens kept the expert predicted at that rank."""
     for token in range(len(predicted)):
@@ -146,7 +166,19 @@ def _count_used(predicted: np.ndarray, ids: np.ndarray, keep_mask: np.ndarray, u
 
 
 @compiled
-def _chances(ids: np.ndarray, keep_mask: np.ndarray, precision: np.ndarray, num_experts: int) -> np.ndarray:
+def chances(ids: np.ndarray, keep_mask: np.ndarray, precision: np.ndarray, num_experts: int) -> np.ndarray:
+    """Returns the chance that any token of the batch uses an expert: `1 - prod (1 - b_rank)` over tokens that rank it.
+
+    Args:
+        ids: predicted for every token of the step (`PredictedExperts`).
+        keep_mask: of the same.
+        precision: b by rank, float64. A prediction may have fewer ranks, where layers differ in top-k; ranks beyond
+            `precision` are ignored.
+        num_experts: number of experts of the layer.
+
+    Returns:
+        float64 `[num_experts]`; 0 for experts that no token is predicted to keep.
+    """
     unused = np.ones(num_experts)
     for token in range(len(ids)):
         for rank in range(min(ids.shape[1], len(precision))):

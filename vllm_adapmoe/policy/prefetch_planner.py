@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from vllm_adapmoe.experts import ExpertKey
+from vllm_adapmoe.policy.compiled import compiled
 from vllm_adapmoe.policy.prediction import Precision, PredictedExperts, chances
 
 RequestPrefetch = Callable[[ExpertKey, bool], bool]
@@ -31,9 +32,18 @@ class PrefetchPlanner:
         lookahead: maximum number of layers ahead; a farther layer is considered only if the nearer ones need no
             fetch.
         max_experts: maximum prefetches in flight, near-certain ones not counted.
+        slots_of: returns the slots of a layer's experts, int32 `[experts or more]`, -1 for those not resident.
     """
 
-    def __init__(self, num_experts: Sequence[int], top_k: int, lookahead: int, max_experts: int) -> None:
+    def __init__(
+        self,
+        num_experts: Sequence[int],
+        top_k: int,
+        lookahead: int,
+        max_experts: int,
+        slots_of: Callable[[int], np.ndarray],
+    ) -> None:
+        self.slots_of = slots_of
         self.num_experts = list(num_experts)
         self.top_k = top_k
         self.prompt_tokens = 0
@@ -90,23 +100,26 @@ class PrefetchPlanner:
     def _sweep(self, layer: int, request: RequestPrefetch) -> list[ExpertKey]:
         """Requests all missing experts of the next layer with any, so that they arrive while this one computes."""
         for target in range(layer + 1, min(layer + 1 + self.lookahead, len(self.num_experts))):
-            keys = [(target, expert) for expert in range(self.num_experts[target])]
-            if chosen := [key for key in keys if request(key, True)]:
+            absent = np.flatnonzero(self.slots_of(target)[: self.num_experts[target]] < 0).tolist()
+            if chosen := [key for expert in absent if request(key := (target, expert), True)]:
                 return chosen
         return []
 
     def _choose(self, layer: int, chances: np.ndarray, request: RequestPrefetch, chosen: list[ExpertKey]) -> None:
-        """Requests the most probable experts of a layer, and adds those queued to `chosen`; `chances`: `[experts]`."""
-        probable = np.flatnonzero(chances >= MIN_CHANCE)
-        if not len(probable):
-            return
-        probable = probable[np.argsort(-chances[probable], kind="stable")]
+        """Requests the most probable absent experts of a layer, and adds those queued to `chosen`.
+
+        Args:
+            layer: MoE layer index.
+            chances: `[experts]`.
+            request: as in `plan`.
+            chosen: receives the queued experts.
+        """
         room = self.max_experts
-        for expert, chance in zip(probable.tolist(), chances[probable].tolist(), strict=True):
-            near_certain = chance >= CERTAIN_PROB
+        for expert in _candidates(chances, self.slots_of(layer), MIN_CHANCE).tolist():
+            near_certain = chances[expert] >= CERTAIN_PROB
             if not (near_certain or room):
                 break
-            if request((layer, expert), near_certain):
+            if request((layer, expert), bool(near_certain)):
                 chosen.append((layer, expert))
                 room -= not near_certain
 
@@ -135,5 +148,23 @@ class PrefetchPlanner:
             target = layer + distance
             self.pending[target][distance] = predicted
             by_rank = self.precision[target][distance - 1].by_rank
-            self._choose(target, chances(predicted, by_rank, self.num_experts[target]), request, chosen)
+            chance = chances(predicted.ids, predicted.keep_mask, by_rank, self.num_experts[target])
+            self._choose(target, chance, request, chosen)
         return chosen
+
+
+@compiled
+def _candidates(chances: np.ndarray, slots: np.ndarray, least: float) -> np.ndarray:
+    """Returns the experts without a slot whose chance is `least` or more, the highest first, the first of equals."""
+    experts = np.empty(len(chances), np.int64)
+    count = 0
+    for expert in range(len(chances)):
+        if chances[expert] < least or slots[expert] >= 0:
+            continue
+        place = count
+        while place > 0 and chances[expert] > chances[experts[place - 1]]:
+            experts[place] = experts[place - 1]
+            place -= 1
+        experts[place] = expert
+        count += 1
+    return experts[:count]

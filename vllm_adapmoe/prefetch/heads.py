@@ -11,9 +11,12 @@ from safetensors.numpy import save
 
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.files import HEADER_BYTES, BadFile, parse_arrays, read_bytes
+from vllm_adapmoe.policy.compiled import compiled
 
 MIN_PROB, MAX_PROB = 0.005, 0.995
 """Bounds that predicted chances are clipped to: a head is linear, so an output may be outside [0, 1]."""
+STEPS = 2048.0
+"""Chances are rounded to multiples of its inverse, which float16, the dtype of a trace, can represent."""
 FIRST = "first"
 
 
@@ -126,13 +129,22 @@ def chance_of_any(outputs: np.ndarray) -> np.ndarray:
         outputs: `[requests, experts]` of a head, or `[requests, layers, experts]` of several.
 
     Returns:
-        float16 `[experts]` or `[layers, experts]`: the precision of a trace, so that a replay sees the same values as
-        the cache.
+        float32 `[experts]` or `[layers, experts]`, rounded to what a trace can hold, so that a replay sees the same
+        values as the cache.
     """
-    chances = np.minimum(np.maximum(outputs, MIN_PROB), MAX_PROB)
-    if len(chances) == 1:
-        return chances[0].astype(np.float16)
-    return (1 - np.prod(1 - chances, axis=0)).astype(np.float16)
+    requests = outputs.reshape(len(outputs), -1)
+    return _chance_of_any(requests).reshape(outputs.shape[1:])
+
+
+@compiled
+def _chance_of_any(outputs: np.ndarray) -> np.ndarray:
+    chances = np.empty(outputs.shape[1], np.float32)
+    for expert in range(outputs.shape[1]):
+        unused = 1.0
+        for request in range(len(outputs)):
+            unused *= 1.0 - min(max(outputs[request, expert], MIN_PROB), MAX_PROB)
+        chances[expert] = round((1.0 - unused) * STEPS) / STEPS
+    return chances
 
 
 def _hash(data: bytes) -> str:

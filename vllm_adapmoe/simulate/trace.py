@@ -83,7 +83,7 @@ class Step:
     """Predictions for the sampled rows, by (layer whose input they are made from, layers ahead); layer -1: made at the
     end of the step for the first layer of the next step."""
     expected: dict[int, np.ndarray] = field(default_factory=dict)
-    """Probability by layer that its next event uses each expert, float16 `[experts]` (`heads.chance_of_any`)."""
+    """Probability by layer that its next event uses each expert, `[experts]` (`heads.chance_of_any`)."""
     begin: np.ndarray | None = None
     """Probability, as known before the step, that the step uses each expert of the first layers, float16
     `[layers, experts]`."""
@@ -193,8 +193,9 @@ def _frame(steps: Sequence[Step], info: TraceInfo) -> dict[str, np.ndarray]:
         arrays[f"{name}.kept"] = np.concatenate([prediction.keep_mask for prediction in predictions])
     if any(step.begin is not None for step in steps):
         arrays["begin.of"] = np.array([step.begin is not None for step in steps])
-        arrays["begin"] = np.stack([step.begin for step in steps if step.begin is not None])
+        arrays["begin"] = np.stack([step.begin for step in steps if step.begin is not None]).astype(np.float16)
     for layer in sorted({layer for step in steps for layer in step.expected}):
         arrays[f"expected.{layer}.of"] = np.array([layer in step.expected for step in steps])
-        arrays[f"expected.{layer}"] = np.stack([step.expected[layer] for step in steps if layer in step.expected])
+        chances = [step.expected[layer] for step in steps if layer in step.expected]
+        arrays[f"expected.{layer}"] = np.stack(chances).astype(np.float16)
     return arrays

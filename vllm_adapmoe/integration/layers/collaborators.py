@@ -49,7 +49,7 @@ class LayerPrediction:
     """Predictions made from the input of one event (one layer in one step)."""
 
     expected: np.ndarray | None
-    """Probability that the layer's next event uses each expert, float16 `[experts]`; used to choose a victim."""
+    """Probability that the layer's next event uses each expert, float32 `[experts]`; used to choose a victim."""
     prefetch: Callable[[], None]
     """Predicts later layers, for prefetch and trace; call it once, while the event's loads are in flight."""
 
