@@ -99,6 +99,22 @@ def host_path(
     report(run_host_path(spec), print_host_path, output)
 
 
+@app.command("big_shapes")
+def big_shapes(
+    output: Output = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Requests per batch; can be repeated.", show_default="1, 16, 64")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps per batch.")] = 20,
+    resident: Annotated[float, typer.Option(min=0.1, max=0.99, help="Fraction of the experts with a slot.")] = 0.5,
+) -> None:
+    """Measures decisions per step and bookkeeping for the shapes of Kimi-K2 and Qwen3-Next; needs no model."""
+    quieten_vllm()
+    from benchmarks.big_shapes import SHAPES, print_big_shapes, run_big_shapes
+
+    report(run_big_shapes(SHAPES, batch or [1, 16, 64], steps, resident), print_big_shapes, output)
+
+
 @app.command()
 def residency(
     model: Model,

@@ -9,9 +9,9 @@ from vllm_adapmoe.integration.measure.engine import EXTENSION, Engine, count_exp
 
 pytestmark = pytest.mark.engine
 
-CEILING = 3.0
+CEILING = 2.5
 """Maximum host path over vLLM's router and kernel in the same steps: CPU time, tiny_mixtral, one slot short of all
-resident, batch 1. `python -m benchmarks host_path` gives 1.9 to 2.1 (two shared cores)."""
+resident, batch 1. `python -m benchmarks host_path --rounds 3` gave 2.01 (1.91 .. 2.03), on two busy cores."""
 
 
 def test_the_host_path_stays_below_its_ceiling():
