@@ -16,14 +16,13 @@ from vllm_adapmoe.integration.measure.part_timer import PartTimer
 from vllm_adapmoe.integration.measure.thread_clock import open_clock
 from vllm_adapmoe.policy.cache_setup import CacheSetup
 from vllm_adapmoe.policy.controller import CacheController
-from vllm_adapmoe.policy.events import Load
 from vllm_adapmoe.policy.prediction import PredictedExperts, predict_experts
 from vllm_adapmoe.prefetch.heads import chance_of_any
 from vllm_adapmoe.prefetch.request_experts import RequestExperts, bits
 
 DECISIONS = ("begin", "prefetch", "release", "transfers")
 """Parts that are decisions of the `CacheController`."""
-PARTS = (*DECISIONS, "maps", "rank", "heads", "requests")
+PARTS = (*DECISIONS, "rank", "heads", "requests")
 TARGET_MS, TARGET_MB = 2.0, 100.0
 """Targets for the decisions of a step, and for all bookkeeping on the host."""
 LOOKAHEAD, MAX_EXPERTS = 3, 1
@@ -65,7 +64,7 @@ class Steps:
         slots = int(layers * experts * resident)
         setup = CacheSetup([slots], "next_token", lookahead=LOOKAHEAD, max_experts=MAX_EXPERTS)
         self.controller = controller = CacheController(cache_shape, setup)
-        self.maps = SlotMaps(cache_shape.num_experts)
+        self.maps = SlotMaps(controller.pools, cache_shape.pool_of, cache_shape.num_experts)
         self.requests = RequestExperts(layers, experts, shape.top_k)
         self.names = [str(number) for number in range(batch)]
         self.random = np.random.default_rng(0)
@@ -76,7 +75,6 @@ class Steps:
         self.prefetch_first_layers = timer.timed("prefetch", controller.prefetch_first_layers)
         self.start_speculation = timer.timed("transfers", controller.start_speculation)
         self.transfer_ended = timer.timed("transfers", controller.transfer_ended)
-        self.place = timer.timed("maps", self._place)
         self.rank = timer.timed("rank", predict_experts)
         self.chances = timer.timed("heads", chance_of_any)
         self.begin_requests = timer.timed("requests", self._begin_requests)
@@ -91,7 +89,6 @@ class Steps:
             request = self.controller.begin(layer, experts)
             for load in request.loads:
                 self.controller.transfer_ended(load.key, 1, True)
-            self._place(request.loads, request.loads)
             self.controller.release(layer, experts)
 
     def run(self) -> None:
@@ -106,13 +103,11 @@ class Steps:
             outputs = random.random((self.batch, shape.experts), dtype=np.float32) * (2 * shape.top_k / shape.experts)
             expected = self.chances(outputs)
             self.record_prediction(layer, outputs)
-            experts = np.unique(ids[layer]).tolist()
+            experts = np.unique(ids[layer])
             request = self.begin(layer, experts, (), expected)
-            self.place((*request.loads, *request.promoted, *request.awaited), request.promoted)
             queued = self.prefetch(layer, (ids[layer], kept), partial(self.predict, layer, ids, correct))
             for load in request.loads:
                 self.transfer_ended(load.key, 1, True)
-            self.place((), request.loads)
             self._speculate(queued)
             self.release(layer, experts)
         self.end_requests()
@@ -123,17 +118,9 @@ class Steps:
         logits[tokens, ids[layer + distance][tokens, ranks]] += 1
         return self.rank(logits, self.shape.top_k)
 
-    def _place(self, evicting: Sequence[Load], resident: Sequence[Load]) -> None:
-        for load in evicting:
-            self.maps.evict(load.evicted)
-        for load in resident:
-            self.maps.place(load.key, load.slot)
-
     def _speculate(self, queued: Sequence[tuple[int, int]]) -> None:
         for key in queued:
-            load = self.start_speculation(key)
-            if load is not None:
-                self.place((load,), ())
+            if self.start_speculation(key) is not None:
                 self.transfer_ended(key, 1, True)
 
     def _begin_requests(self) -> Sequence[np.ndarray]:
@@ -172,7 +159,7 @@ def measure_batch(shape: Shape, batch: int, steps: int, resident: float) -> dict
     run.run()  # warms up
     before = vars(run.controller.stats).copy()
     costs = []
-    timer.start(open_clock("cpu"))
+    timer.start(open_clock("cpu"), PARTS)
     for _ in range(steps):
         run.run()
         costs.append(timer.take())

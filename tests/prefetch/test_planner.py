@@ -1,5 +1,7 @@
 """What the planner fetches ahead, and in which order."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from vllm_adapmoe.policy.prediction import PredictedExperts
@@ -8,8 +10,38 @@ from vllm_adapmoe.policy.prefetch_planner import PrefetchPlanner
 
 def planner_for(num_experts: list[int], top_k: int, lookahead: int, max_experts: int) -> PrefetchPlanner:
     """A planner of a cache with nothing in it."""
-    nothing = np.full(max(num_experts), -1, dtype=np.int32)
-    return PrefetchPlanner(num_experts, top_k, lookahead, max_experts, lambda layer: nothing)
+    return PrefetchPlanner(num_experts, top_k, lookahead, max_experts, Holding(max(num_experts)))
+
+
+@dataclass
+class Holding:
+    """A cache with some experts, and some whole layers."""
+
+    experts: int
+    resident: tuple[int, ...] = ()
+    whole: tuple[int, ...] = ()
+
+    def slots_of(self, layer: int) -> np.ndarray:
+        slots = np.full(self.experts, -1, dtype=np.int32)
+        slots[list(self.resident)] = 0
+        return slots
+
+    def is_complete(self, layer: int) -> bool:
+        return layer in self.whole
+
+
+def test_residents_are_not_requested():
+    planner = PrefetchPlanner([4] * 3, 2, lookahead=2, max_experts=1, cache=Holding(4, resident=(0,)))
+    assert planner.plan(0, {1: said(0, 1)}.get, lambda *_: True, 0) == [(1, 1)], "room for one, which 0 takes not"
+    assert planner.plan_first_layers(100, [], lambda *_: True) == [(0, 1), (0, 2), (0, 3)]
+
+
+def test_whole_layers_are_not_predicted():
+    planner = PrefetchPlanner([4] * 3, 2, lookahead=2, max_experts=1, cache=Holding(4, whole=(1,)))
+    assert planner.plan(0, {2: said(2, 3)}.__getitem__, lambda *_: True, 0) == [(2, 2)]
+    assert planner.has_targets(0) and planner.has_targets(1) and not planner.has_targets(2)
+    planner.cache.whole = (1, 2)
+    assert not planner.has_targets(0)
 
 
 def said(*experts: int) -> PredictedExperts:

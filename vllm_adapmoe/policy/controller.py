@@ -71,13 +71,7 @@ class CacheController:
             self._set_floors(None)
         self.planner = None
         if any(pool.staging for pool in self.pools):
-            self.planner = PrefetchPlanner(
-                shape.num_experts,
-                shape.top_k,
-                setup.lookahead,
-                setup.max_experts,
-                lambda layer: self.residency(layer).slots[layer],
-            )
+            self.planner = PrefetchPlanner(shape.num_experts, shape.top_k, setup.lookahead, setup.max_experts, self)
         self.stats = CacheStats()
         self.layer_hits, self.layer_misses = [0] * len(self.pool_of), [0] * len(self.pool_of)
         """Hits and misses of each layer, counted as in `stats`."""
@@ -91,6 +85,14 @@ class CacheController:
     def residency(self, layer: int) -> Residency:
         """Returns the residency of the pool that holds the experts of `layer`."""
         return self.pools[self.pool_of[layer]]
+
+    def slots_of(self, layer: int) -> np.ndarray:
+        """Returns the slots of a layer's experts, int32 `[experts or more]`, -1 for those not resident."""
+        return self.residency(layer).slots[layer]
+
+    def is_complete(self, layer: int) -> bool:
+        """Returns whether all of this rank's experts of a layer are resident or loading on demand."""
+        return bool(self.residency(layer).count[layer] == self.num_local[layer])
 
     def layer_residents(self) -> list[int]:
         """Returns the experts of each layer that are resident or loading on demand; staged ones do not count."""

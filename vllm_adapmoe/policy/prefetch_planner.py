@@ -1,6 +1,7 @@
 """Plans prefetches: which experts of later layers to load, and in which order."""
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -12,6 +13,17 @@ RequestPrefetch = Callable[[ExpertKey, bool], bool]
 """Requests a prefetch of an expert; the flag says whether its use is near-certain. Returns True if it was queued."""
 PredictExperts = Callable[[int], PredictedExperts | None]
 """Predicts the experts of the layer at a distance, the number of layers ahead; None: no prediction."""
+
+
+class Residents(Protocol):
+    """What a planner asks about the cache."""
+
+    def slots_of(self, layer: int) -> np.ndarray:
+        """Returns the slots of a layer's experts, int32 `[experts or more]`, -1 for those not resident."""
+
+    def is_complete(self, layer: int) -> bool:
+        """Returns whether all experts of a layer are resident or loading on demand, so that none can be prefetched."""
+
 
 MIN_CHANCE = 0.5
 """Minimum chance of use of a prefetched expert: below it a prefetch is more likely wasted than used."""
@@ -32,7 +44,7 @@ class PrefetchPlanner:
         lookahead: maximum number of layers ahead; a farther layer is considered only if the nearer ones need no
             fetch.
         max_experts: maximum prefetches in flight, near-certain ones not counted.
-        slots_of: returns the slots of a layer's experts, int32 `[experts or more]`, -1 for those not resident.
+        cache: what is resident.
     """
 
     def __init__(
@@ -41,9 +53,9 @@ class PrefetchPlanner:
         top_k: int,
         lookahead: int,
         max_experts: int,
-        slots_of: Callable[[int], np.ndarray],
+        cache: Residents,
     ) -> None:
-        self.slots_of = slots_of
+        self.cache = cache
         self.num_experts = list(num_experts)
         self.top_k = top_k
         self.prompt_tokens = 0
@@ -77,6 +89,11 @@ class PrefetchPlanner:
         unused_share = (1 - min(1.0, self.top_k / self.num_experts[layer])) ** self.prompt_tokens
         return unused_share <= SWEEP_MISSES
 
+    def has_targets(self, layer: int) -> bool:
+        """Returns whether `plan` may predict a later layer from the input of `layer`."""
+        targets = range(layer + 1, min(layer + 1 + self.lookahead, len(self.num_experts)))
+        return not all(map(self.cache.is_complete, targets))
+
     def plan_first_layers(
         self, prompt_tokens: int, chances: Sequence[np.ndarray], request: RequestPrefetch
     ) -> list[ExpertKey]:
@@ -100,7 +117,7 @@ class PrefetchPlanner:
     def _sweep(self, layer: int, request: RequestPrefetch) -> list[ExpertKey]:
         """Requests all missing experts of the next layer with any, so that they arrive while this one computes."""
         for target in range(layer + 1, min(layer + 1 + self.lookahead, len(self.num_experts))):
-            absent = np.flatnonzero(self.slots_of(target)[: self.num_experts[target]] < 0).tolist()
+            absent = np.flatnonzero(self.cache.slots_of(target)[: self.num_experts[target]] < 0).tolist()
             if chosen := [key for expert in absent if request(key := (target, expert), True)]:
                 return chosen
         return []
@@ -115,7 +132,7 @@ class PrefetchPlanner:
             chosen: receives the queued experts.
         """
         room = self.max_experts
-        for expert in _candidates(chances, self.slots_of(layer), MIN_CHANCE).tolist():
+        for expert in _candidates(chances, self.cache.slots_of(layer), MIN_CHANCE).tolist():
             near_certain = chances[expert] >= CERTAIN_PROB
             if not (near_certain or room):
                 break
@@ -142,10 +159,10 @@ class PrefetchPlanner:
         for distance in range(1, min(self.lookahead, len(self.num_experts) - 1 - layer) + 1):
             if chosen or in_flight:
                 break
-            predicted = predict_experts(distance)
+            target = layer + distance
+            predicted = None if self.cache.is_complete(target) else predict_experts(distance)
             if predicted is None:
                 continue
-            target = layer + distance
             self.pending[target][distance] = predicted
             by_rank = self.precision[target][distance - 1].by_rank
             chance = chances(predicted.ids, predicted.keep_mask, by_rank, self.num_experts[target])

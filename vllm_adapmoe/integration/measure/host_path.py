@@ -22,6 +22,9 @@ LAYER_PARTS = (
     ("cache", "release", "release"),
 )
 """Owner, method and part of what a MoE layer calls in a step."""
+WHOLE = (VLLM, "dispatch", MOVE, KERNEL)
+"""Parts of a measurement of the host path as a whole, which then is "dispatch": each part that is timed costs more than
+the timer can subtract, because the caches are cold in a step."""
 STEP_PARTS = (
     ("predictor", "begin_step", "begin step"),
     ("predictor", "end_step", "end step"),
@@ -66,14 +69,14 @@ class HostPath:
         self._execute_model = worker.execute_model
         worker.execute_model = self._run_step
 
-    def start(self, clock: str) -> None:
-        """Starts to measure decode steps by a clock of `open_clock`.
+    def start(self, clock: str, by_part: bool) -> None:
+        """Starts to measure decode steps by a clock of `open_clock`, by part or the host path as a whole (`WHOLE`).
 
         Raises:
             OSError: the machine does not have the clock.
         """
         self.steps, self._requests = [], 0
-        self.timer.start(open_clock(clock))
+        self.timer.start(open_clock(clock), [part for _, _, part in (*LAYER_PARTS, *STEP_PARTS)] if by_part else WHOLE)
 
     def stop(self) -> list[tuple[int, dict[str, float]]]:
         """Stops measuring; returns `steps`."""

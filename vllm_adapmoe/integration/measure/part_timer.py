@@ -1,7 +1,7 @@
 """PartTimer: what each part of one thread's work costs by a clock, without the parts within it."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import wraps
 from inspect import isgeneratorfunction
 from statistics import median
@@ -32,6 +32,7 @@ class PartTimer:
     def __init__(self) -> None:
         self.clock: Clock | None = None
         """Clock of the measurement in progress; None: nothing is measured."""
+        self._parts: Collection[str] = ()
         self._thread = 0
         self._open: list[_Span] = []
         self._cost: dict[str, int] = {}
@@ -40,11 +41,12 @@ class PartTimer:
         self._inside = self._around = 0.0
         """What one measurement costs the part itself, and the part around it."""
 
-    def start(self, clock: Clock) -> None:
-        """Starts to measure the calling thread."""
-        self.clock, self._thread = clock, threading.get_ident()
+    def start(self, clock: Clock, parts: Collection[str]) -> None:
+        """Starts to measure the calling thread; functions of other than the given parts count for the part around."""
+        self.clock, self._thread, self._parts = clock, threading.get_ident(), {"inner", "with", "without"}
         self._inside = self._around = 0.0
         self._inside, self._around = self._own_cost()
+        self._parts = frozenset(parts)
         self.take()
 
     def stop(self) -> None:
@@ -79,7 +81,7 @@ class PartTimer:
         @wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
             clock = self.clock
-            if clock is None or threading.get_ident() != self._thread:
+            if clock is None or part not in self._parts or threading.get_ident() != self._thread:
                 return function(*args, **kwargs)
             span = _Span(part)
             self._open.append(span)

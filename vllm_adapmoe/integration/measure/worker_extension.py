@@ -150,8 +150,8 @@ class MeasuredWorker:
         """Returns the seconds that `time_parts` has measured, by part."""
         return dict(self.seconds)
 
-    def start_host_path(self, clock: str) -> str | None:
-        """Starts to measure decode steps (`HostPath`), replacing a measurement in progress. Eager engines only.
+    def start_host_path(self, clock: str, by_part: bool) -> str | None:
+        """Starts to measure decode steps (`HostPath.start`), replacing a measurement in progress. Eager engines only.
 
         Returns:
             Why the clock does not exist on this machine; None: it does.
@@ -159,7 +159,7 @@ class MeasuredWorker:
         if not hasattr(self, "host_path"):
             self.host_path = HostPath(self)
         try:
-            self.host_path.start(clock)
+            self.host_path.start(clock, by_part)
         except OSError as error:
             return str(error)
         return None

@@ -209,8 +209,13 @@ class ExpertPredictor:
     def product(self, index: int, x: torch.Tensor) -> torch.Tensor | None:
         """Computes on the device what `predict` needs of a decode step's input, to be copied with the routing."""
         stack = self.stacks[index]
-        needed = self.heads is not None or ((self.cache is not None or self.recorder is not None) and any(stack.slices))
+        needed = self.heads is not None or (self._looks_ahead(index) and any(stack.slices))
         return stack.product(x) if needed and len(x) <= SAMPLE else None
+
+    def _looks_ahead(self, index: int) -> bool:
+        """Returns whether later layers are predicted from the input of layer `index`."""
+        planner = None if self.cache is None else self.cache.controller.planner
+        return self.recorder is not None or (planner is not None and planner.has_targets(index))
 
     @_disabled_by_errors
     def skip_first_layer(self) -> None:
