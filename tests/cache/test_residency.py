@@ -170,7 +170,7 @@ class Interleavings(RuleBasedStateMachine):
         assert self.pool.speculating == states["speculative"] <= most
         residents = [key for key, entry in entries(self.pool).items() if not entry.speculative]
         assert self.pool.residents == len(residents) <= self.pool.capacity
-        assert self.pool.count.tolist() == [sum(key[0] == layer for key in residents) for layer in range(LAYERS)]
+        assert self.pool.count == [sum(key[0] == layer for key in residents) for layer in range(LAYERS)]
         loading = {key for key, entry in entries(self.pool).items() if entry.state is State.LOADING}
         assert loading == set(self.under_way)
         evictable = {
@@ -203,9 +203,9 @@ def residents(pool: Residency) -> set[tuple[int, int]]:
     return {key for key, entry in entries(pool).items() if entry.state is State.RESIDENT}
 
 
-def ask(pool: Residency, layer: int, *experts: int) -> list[tuple[int, int] | None]:
+def ask(pool: Residency, layer: int, *experts: int, expected: np.ndarray | None = None) -> list[tuple[int, int] | None]:
     """One event, served at once; returns who left."""
-    request = pool.request(layer, experts)
+    request = pool.request(layer, experts, expected=expected)
     for load in request.loads:
         pool.complete_load(load.key)
     pool.release(layer, experts)
@@ -240,17 +240,15 @@ def test_who_is_expected_stays():
     for wanted in (0, 1):
         pool = Residency(2, 0, NextToken(1, 4))
         ask(pool, 0, 0, 1)
-        chances = np.full(4, 0.01)
+        chances = np.full(4, 0.01, dtype=np.float32)
         chances[wanted] = 0.9
-        pool.policy.expect(0, chances)
-        assert ask(pool, 0, 2) == [(0, 1 - wanted)]
+        assert ask(pool, 0, 2, expected=chances) == [(0, 1 - wanted)]
 
 
 def test_what_was_expected_once_is_forgotten():
     policy, history = NextToken(1, 3), NextUse(1, 3)
-    policy.expect(0, np.array([0.9, 0.0, 0.0]))
-    for _ in range(2):
-        policy.record(0, np.array([1]))
+    for expected in (np.array([0.9, 0.0, 0.0], dtype=np.float32), None):
+        policy.record(0, np.array([1]), expected)
         history.record(0, np.array([1]))
     assert np.array_equal(policy.wait, history.wait)
 

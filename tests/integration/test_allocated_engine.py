@@ -52,7 +52,7 @@ def _watch_residents(worker: Any) -> None:
     def watched(layer: int, experts: Any) -> None:
         release(layer, experts)
         if layer == 0:
-            worker.residents.append(cache.controller.pools[0].count.tolist())
+            worker.residents.append(list(cache.controller.pools[0].count))
 
     cache.release = watched
 

@@ -92,7 +92,7 @@ class CacheController:
 
     def is_complete(self, layer: int) -> bool:
         """Returns whether all of this rank's experts of a layer are resident or loading on demand."""
-        return bool(self.residency(layer).count[layer] == self.num_local[layer])
+        return self.residency(layer).count[layer] == self.num_local[layer]
 
     def layer_residents(self) -> list[int]:
         """Returns the experts of each layer that are resident or loading on demand; staged ones do not count."""
@@ -141,9 +141,7 @@ class CacheController:
         if self.allocation == "trace" and (not len(event_experts) or experts[0] == event_experts[0]):
             self._record_traffic(layer, list(event_experts if len(event_experts) else experts))
         residency = self.residency(layer)
-        if expected is not None:
-            residency.policy.expect(layer, expected)
-        request = residency.request(layer, experts, event_experts)
+        request = residency.request(layer, experts, event_experts, expected)
         stats = self.stats
         hits = request.hits + len(request.promoted)
         misses = len(experts) - hits
@@ -189,7 +187,7 @@ class CacheController:
         """
         queued: list[ExpertKey] = []
         max_loads = math.ceil(len(missed) * BACKFILL_SHARE)
-        for key in sorted(missed, key=lambda key: (self.residency(key[0]).policy.wait_of(key), key)):
+        for key in sorted(missed, key=lambda key: (self.residency(key[0]).wait_of(key), key)):
             if len(queued) < max_loads and self.residency(key[0]).request_backfill(key):
                 queued.append(key)
         return queued
@@ -215,13 +213,15 @@ class CacheController:
         assert self.planner is not None
         if routing is not None:
             self.planner.record(layer, *routing)
+        planner = self.planner
+        if not planner.has_targets(layer):
+            return []
         in_flight = sum(
             1
             for pool in self.pools
             for entry in pool.speculative.values()
             if entry.state in (State.QUEUED, State.LOADING) and not entry.cancelled
         )
-        planner = self.planner
         return self._queue(lambda request: planner.plan(layer, predict_experts, request, in_flight))
 
     def prefetch_first_layers(self, prompt_tokens: int, chances: Sequence[np.ndarray]) -> list[ExpertKey]:

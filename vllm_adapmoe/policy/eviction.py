@@ -35,12 +35,16 @@ class EvictionPolicy(ABC):
         self.distance = np.zeros(layers)
         """Float64 `[layers]`."""
 
-    def expect(self, layer: int, chances: np.ndarray) -> None:  # noqa: B027 - most policies need no predictions
-        """Sets the predicted chance, `[experts]`, that the event of `layer` after the coming one uses each expert."""
-
     @abstractmethod
-    def record(self, layer: int, experts: np.ndarray) -> None:
-        """Records one event: `layer` requests these distinct experts, int64, together."""
+    def record(self, layer: int, experts: np.ndarray, expected: np.ndarray | None = None) -> None:
+        """Records one event.
+
+        Args:
+            layer: MoE layer index.
+            experts: distinct experts that the layer requests together, int64.
+            expected: predicted chance that the layer's next event uses each expert, float `[experts]`; most policies
+                need no predictions.
+        """
 
     def wait_of(self, key: ExpertKey) -> float:
         """Returns the wait of one expert."""
@@ -55,7 +59,7 @@ class LRU(EvictionPolicy):
         self.wait.fill(1.0)
         self.events = 0
 
-    def record(self, layer: int, experts: np.ndarray) -> None:
+    def record(self, layer: int, experts: np.ndarray, expected: np.ndarray | None = None) -> None:
         self.wait[layer, experts] = -self.events
         self.events += 1
 
@@ -81,7 +85,10 @@ class NextUse(EvictionPolicy):
         """Distance of each layer's next event after an event of another: `[layer of the event, layer]`."""
         self.distance = self._distances[0]
 
-    def record(self, layer: int, experts: np.ndarray, expected: np.ndarray = NO_CHANCES, share: float = 0.0) -> None:
+    def record(self, layer: int, experts: np.ndarray, expected: np.ndarray | None = None) -> None:
+        self._record(layer, experts, NO_CHANCES, 0.0)
+
+    def _record(self, layer: int, experts: np.ndarray, expected: np.ndarray, share: float) -> None:
         self.distance = self._distances[layer]
         _record_uses(
             self.wait[layer], self.quick[layer], self.slow[layer], experts, len(self.wait),
@@ -98,17 +105,9 @@ class NextToken(NextUse):
 
     SHARE = 0.5
 
-    def __init__(self, layers: int, experts: int) -> None:
-        super().__init__(layers, experts)
-        self.expected = NO_CHANCES
-        """Chances to mix in at the coming event, float32 `[experts]`; empty: none."""
-
-    def expect(self, layer: int, chances: np.ndarray) -> None:
-        self.expected = chances.astype(np.float32, copy=False)
-
-    def record(self, layer: int, experts: np.ndarray) -> None:  # type: ignore[override]
-        super().record(layer, experts, self.expected, self.SHARE)
-        self.expected = NO_CHANCES
+    def record(self, layer: int, experts: np.ndarray, expected: np.ndarray | None = None) -> None:
+        chances = NO_CHANCES if expected is None else expected.astype(np.float32, copy=False)
+        self._record(layer, experts, chances, self.SHARE)
 
 
 @compiled

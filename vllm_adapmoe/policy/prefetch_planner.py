@@ -76,6 +76,8 @@ class PrefetchPlanner:
             keep_mask: mask of those that gating kept, bool `[tokens, top_k]`.
         """
         pending = self.pending[layer]
+        if not pending:
+            return
         evaluated = [(distance, predicted) for distance, predicted in pending.items() if len(predicted.ids) == len(ids)]
         pending.clear()
         for distance, predicted in evaluated:
@@ -91,8 +93,10 @@ class PrefetchPlanner:
 
     def has_targets(self, layer: int) -> bool:
         """Returns whether `plan` may predict a later layer from the input of `layer`."""
-        targets = range(layer + 1, min(layer + 1 + self.lookahead, len(self.num_experts)))
-        return not all(map(self.cache.is_complete, targets))
+        for target in range(layer + 1, min(layer + 1 + self.lookahead, len(self.num_experts))):
+            if not self.cache.is_complete(target):
+                return True
+        return False
 
     def plan_first_layers(
         self, prompt_tokens: int, chances: Sequence[np.ndarray], request: RequestPrefetch

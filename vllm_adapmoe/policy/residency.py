@@ -45,7 +45,7 @@ class Residency:
         self.evictable = np.zeros((layers, experts), dtype=bool)
         """Bool `[layers, experts]`: resident and not pinned."""
         self._victims = Victims(policy, self.evictable)
-        self.count = np.zeros(layers, dtype=np.int64)
+        self.count = [0] * layers
         """Resident experts of each layer, demand and background loads in flight included."""
         self.residents = 0
         self.speculative: dict[ExpertKey, Entry] = {}
@@ -71,6 +71,10 @@ class Residency:
         """Returns whether an expert is resident."""
         return bool(self.slots[key] >= 0)
 
+    def wait_of(self, key: ExpertKey) -> float:
+        """Returns the eviction policy's wait of one expert: the longer, the sooner it is evicted."""
+        return self._victims.wait_of(key)
+
     def state(self, key: ExpertKey) -> State:
         """Returns the state of an expert; a cancelled load counts as absent, as it will be dropped."""
         entry = self.entries.get(key)
@@ -78,7 +82,13 @@ class Residency:
             return State.RESIDENT if self.holds(key) else State.ABSENT
         return State.ABSENT if entry.cancelled else entry.state
 
-    def request(self, layer: int, experts: Sequence[int] | np.ndarray, event_experts: Iterable[int] = ()) -> Request:
+    def request(
+        self,
+        layer: int,
+        experts: Sequence[int] | np.ndarray,
+        event_experts: Iterable[int] = (),
+        expected: np.ndarray | None = None,
+    ) -> Request:
         """Handles one event: assigns slots to distinct `experts`, at most `capacity`, and pins them until `release`.
 
         None of them is evicted for another, so all are resident when the layer's kernel runs. A loading expert
@@ -88,10 +98,11 @@ class Residency:
             layer: MoE layer index.
             experts: experts of this event, or of this wave of it.
             event_experts: experts of all waves of the event; prefetches of them are not mispredicted.
+            expected: as in `EvictionPolicy.record`.
         """
         assert len(experts) <= self.capacity, f"{len(experts)} experts requested of {self.capacity} slots"
         requested = np.asarray(experts, dtype=np.int64)
-        self._victims.record(layer, requested)
+        self._victims.record(layer, requested, expected)
         request = Request()
         if self.speculative:
             self._withdraw(layer, {*experts, *event_experts}, request)
@@ -131,7 +142,7 @@ class Residency:
         Returns:
             Experts that were staged and are resident now.
         """
-        self._victims.record(layer, np.asarray(experts, dtype=np.int64))
+        self._victims.record(layer, np.asarray(experts, dtype=np.int64), None)
         promoted = []
         for expert in experts:
             key = layer, expert
@@ -212,7 +223,7 @@ class Residency:
             return None
         if self.residents >= self.capacity or not self.free:
             evicted = self._victim(key[0]) if self.evictable.any() else None
-            if evicted is None or self.policy.wait_of(evicted) <= self.policy.wait_of(key):
+            if evicted is None or self.wait_of(evicted) <= self.wait_of(key):
                 self.unqueue(key)
                 return None
             self._drop(evicted)
@@ -299,7 +310,7 @@ class Residency:
         """Returns the victim for an expert of `layer`; if `spared`, one of that layer only if there is no other."""
         preferred = []
         if self.floors is not None:
-            above = self.count > self.floors
+            above = np.array(self.count) > self.floors
             above[layer] = self.count[layer] >= self.floors[layer]
             preferred.append(above)
         if spared:
@@ -312,7 +323,7 @@ class Residency:
         stale = [key for key, entry in self.speculative.items() if entry.stale]
         if not stale:
             return None
-        return min(stale, key=lambda key: (-self.policy.wait_of(key), key))
+        return min(stale, key=lambda key: (-self.wait_of(key), key))
 
     def _drop(self, key: ExpertKey) -> None:
         """Frees the slot of an expert that is resident, staged or loading."""

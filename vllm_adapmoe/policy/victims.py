@@ -8,6 +8,9 @@ from vllm_adapmoe.experts import ExpertKey
 from vllm_adapmoe.policy.compiled import compiled
 from vllm_adapmoe.policy.eviction import EvictionPolicy
 
+MAX_EVENTS = 256
+"""Maximum number of events kept until the policy records them: a bound on memory."""
+
 
 class Victims:
     """Keeps each layer's best victim, so that a search looks at layers, and only at experts of layers that changed.
@@ -26,13 +29,33 @@ class Victims:
         self._best = np.full(layers, -1, dtype=np.int64)
         """Each layer's evictable expert with the longest wait; -1: none."""
         self._all = np.ones(layers, dtype=bool)
+        self._events: list[tuple[int, np.ndarray, np.ndarray | None]] = []
+        """Events that the policy has not recorded yet: it does so in a row, when a victim is wanted."""
 
-    def record(self, layer: int, experts: np.ndarray) -> None:
-        """Records an event with the policy."""
-        self.policy.record(layer, experts)
-        if self.policy.ages:
+    def record(self, layer: int, experts: np.ndarray, expected: np.ndarray | None) -> None:
+        """Records an event, before the policy's next estimate.
+
+        Args:
+            layer: MoE layer index.
+            experts: distinct ids, int64.
+            expected: as in `EvictionPolicy.record`.
+        """
+        self._events.append((layer, experts, expected))
+        if len(self._events) >= MAX_EVENTS:
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        for layer, experts, expected in self._events:
+            self.policy.record(layer, experts, expected)
+            self.changed[layer] = True
+        if self.policy.ages and self._events:
             self.changed.fill(True)
-        self.changed[layer] = True
+        self._events.clear()
+
+    def wait_of(self, key: ExpertKey) -> float:
+        """Returns the policy's wait of one expert, after all events so far."""
+        self._catch_up()
+        return self.policy.wait_of(key)
 
     def find(self, preferred: Sequence[np.ndarray] = ()) -> ExpertKey:
         """Returns the victim; of experts that wait equally long, the first.
@@ -44,6 +67,7 @@ class Victims:
         Raises:
             LookupError: no expert is evictable.
         """
+        self._catch_up()
         for allowed in (*preferred, self._all):
             layer = _longest_wait(
                 self.policy.wait, self.policy.distance, self.evictable, self.changed, self._best, allowed

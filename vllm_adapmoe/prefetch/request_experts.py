@@ -37,12 +37,16 @@ class RequestExperts:
         self.step = np.zeros((0, *self.shape), dtype=np.float32)
         self.chances: dict[str, np.ndarray] = {}
         """Chances of each request's next token, float32 `[layers, experts]`."""
+        self._predicted: dict[int, np.ndarray] = {}
+        self._used: dict[int, np.ndarray] = {}
+        """Of each layer of the step so far: predictions `[requests, experts]`, or used experts `[requests, top_k]`."""
         self._ended: deque[set[str]] = deque(maxlen=STEPS_IN_FLIGHT)
 
     def begin(self, names: Sequence[str]) -> None:
         """Begins a step with these requests."""
         self.names = names
-        self.step = np.zeros((len(names), *self.shape), dtype=np.float32)
+        self._predicted.clear()
+        self._used.clear()
 
     def record_prediction(self, layer: int, chances: np.ndarray) -> None:
         """Records the prediction of a layer's next-token head.
@@ -52,15 +56,20 @@ class RequestExperts:
             chances: float `[requests, experts]`.
         """
         if len(chances) == len(self.names):
-            self.step[:, layer, : chances.shape[1]] = chances
+            self._predicted[layer] = chances
 
     def record_used(self, layer: int, ids: np.ndarray) -> None:
         """Records the experts of the requests' last tokens, without next-token heads: integer `[requests, top_k]`."""
         if len(ids) == len(self.names):
-            self.step[np.arange(len(ids))[:, None], layer, ids] = REUSE
+            self._used[layer] = ids
 
     def end(self) -> None:
         """Ends the step: keeps its predictions, except for requests that have ended meanwhile."""
+        self.step = np.zeros((len(self.names), *self.shape), dtype=np.float32)
+        for layer, chances in self._predicted.items():
+            self.step[:, layer, : chances.shape[1]] = chances
+        for layer, ids in self._used.items():
+            np.put_along_axis(self.step[:, layer], ids, REUSE, axis=1)
         ended = set().union(*self._ended)
         for name, request_chances in zip(self.names, self.step, strict=True):
             if name not in ended:

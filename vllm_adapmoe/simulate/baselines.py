@@ -22,7 +22,7 @@ class LFRU(EvictionPolicy):
         self.last = np.full((layers, experts), -1.0)
         self.events = 0
 
-    def record(self, layer: int, experts: np.ndarray) -> None:
+    def record(self, layer: int, experts: np.ndarray, expected: np.ndarray | None = None) -> None:
         self.uses[layer, experts] += 1
         self.last[layer, experts] = self.events
         self.events += 1
@@ -34,7 +34,7 @@ class MRS(EvictionPolicy):
 
     DECAY = 0.9
 
-    def record(self, layer: int, experts: np.ndarray) -> None:
+    def record(self, layer: int, experts: np.ndarray, expected: np.ndarray | None = None) -> None:
         self.wait[layer] *= self.DECAY
         self.wait[layer, experts] -= 1 - self.DECAY
 

@@ -14,6 +14,7 @@ from vllm_adapmoe.integration.layers.collaborators import Collaborators, LayerPr
 from vllm_adapmoe.integration.layers.gates import LayerGate
 from vllm_adapmoe.integration.layers.step_routing import StepRouting, read_together
 from vllm_adapmoe.integration.layers.streamed_experts import StreamedExperts
+from vllm_adapmoe.policy.compiled import compiled
 from vllm_adapmoe.policy.events import waves
 from vllm_adapmoe.store.base import ExpertsUnavailable
 
@@ -104,7 +105,7 @@ class CachedExperts(StreamedExperts):
         context = get_forward_context()
         if self._is_dummy_run(context):
             return self._run_dummy(x, topk_weights, topk_ids)
-        padding = padding_rows(context, len(x))
+        padding = None if context.is_padding is None else padding_rows(context, len(x))
         if self.probe is not None:
             real = None if padding is None else ~padding.cpu()
             topk_weights = self.probe.observe(x, topk_weights, topk_ids.cpu(), real)
@@ -134,10 +135,12 @@ class CachedExperts(StreamedExperts):
     ) -> StepRouting:
         """Gates a step where possible on the device, and copies its routing to the host in one transfer."""
         gate = self.gating
+        product = self._product(x)
+        if gate is None and padding is None and ids.device.type == "cpu":
+            return StepRouting(x, weights, ids, None, None, product)
         gated = None if gate is None else gate.gate_each(weights)
         on_host = weights if gate is not None and gated is None else None
         keep_mask, cost = (None, None) if gated is None else (gated.keep_mask, gated.cost)
-        product = self._product(x)
         read = read_together(ids, padding, keep_mask, cost, on_host, product)
         host_ids, padding, keep_mask, cost, on_host, product = read
         assert host_ids is not None
@@ -168,19 +171,26 @@ class CachedExperts(StreamedExperts):
         slots = self._acquire(experts, prediction).numpy().take(ids.numpy())
         if step.real is not None:
             slots = slots.clip(min=0)
-        output = self._run_kernel(step.x, step.weights, torch.from_numpy(slots).to(step.x.device))
+        output = self._run_kernel(step.x, step.weights, torch.from_numpy(slots))
         self._release(experts)
         return output
 
     def _predict(self, step: StepRouting) -> LayerPrediction | None:
         if self.predictor is None:
             return None
-        keep_mask = step.ungated_mask() if step.keep_mask is None else step.keep_mask
-        rows: list[Any] = [step.x, step.weights, step.ids, keep_mask, step.product]
-        if step.real is not None:
-            count = int(step.real.sum())  # padding comes last
-            rows = [None if tensor is None else tensor[:count] for tensor in rows]
-        return self.predictor.predict(self.cache_layer, *rows)
+        if step.real is None:
+            return self.predictor.predict(
+                self.cache_layer, step.x, step.weights, step.ids, step.keep_mask, step.product
+            )
+        rows = slice(int(step.real.sum()))  # padding comes last
+        return self.predictor.predict(
+            self.cache_layer,
+            step.x[rows],
+            step.weights[rows],
+            step.ids[rows],
+            None if step.keep_mask is None else step.keep_mask[rows],
+            None if step.product is None else step.product[rows],
+        )
 
     @property
     def slots(self) -> int:
@@ -336,7 +346,25 @@ def padding_rows(context: ForwardContext, tokens: int) -> torch.Tensor | None:
 
 def distinct(ids: torch.Tensor, num_experts: int) -> np.ndarray:
     """Returns the distinct expert ids of a host tensor, ascending, int64."""
-    return np.flatnonzero(np.bincount(ids.numpy().reshape(-1), minlength=num_experts))
+    return _distinct(ids.numpy().reshape(-1), num_experts)
+
+
+@compiled
+def _distinct(ids: np.ndarray, num_experts: int) -> np.ndarray:
+    used = np.zeros(num_experts, np.bool_)
+    count = 0
+    for expert in ids:
+        if expert < 0:
+            raise IndexError("an expert id is negative")
+        count += not used[expert]
+        used[expert] = True
+    experts = np.empty(count, np.int64)
+    place = 0
+    for expert in range(num_experts):
+        if used[expert]:
+            experts[place] = expert
+            place += 1
+    return experts
 
 
 def _where(ids: torch.Tensor, experts: np.ndarray) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -44,8 +44,7 @@ class Loading(Protocol):
         """Refuses parameters that a layer's experts share, if the store cannot hold them."""
 
 
-@dataclass(frozen=True)
-class LayerPrediction:
+class LayerPrediction(NamedTuple):
     """Predictions made from the input of one event (one layer in one step)."""
 
     expected: np.ndarray | None
@@ -67,7 +66,7 @@ class Predictor(Protocol):
         x: torch.Tensor,
         weights: torch.Tensor,
         ids: torch.Tensor,
-        keep_mask: torch.Tensor,
+        keep_mask: torch.Tensor | None,
         product: torch.Tensor | None = None,
     ) -> LayerPrediction | None:
         """Predicts from one event of layer `index`; None if predictions have failed."""

@@ -172,7 +172,7 @@ class ExpertPredictor:
         x: torch.Tensor,
         weights: torch.Tensor,
         ids: torch.Tensor,
-        keep_mask: torch.Tensor,
+        keep_mask: torch.Tensor | None,
         product: torch.Tensor | None = None,
     ) -> LayerPrediction:
         """Predicts from one event of layer `index`.
@@ -182,7 +182,7 @@ class ExpertPredictor:
             x: experts' input `[tokens, hidden]`, without padding.
             weights: router weights `[tokens, top_k]`, after gating.
             ids: chosen experts `[tokens, top_k]`, on the host.
-            keep_mask: experts that gating keeps, bool `[tokens, top_k]`, on the host.
+            keep_mask: experts that gating keeps, bool `[tokens, top_k]`, on the host; None: all.
             product: result of `product` for this input, on the host; None: not computed.
         """
         if index == 0:
@@ -241,7 +241,7 @@ class ExpertPredictor:
         x: torch.Tensor,
         weights: torch.Tensor,
         ids: torch.Tensor,
-        keep_mask: torch.Tensor,
+        keep_mask: torch.Tensor | None,
         expected: np.ndarray | None,
         outputs: np.ndarray | None,
     ) -> None:
@@ -259,7 +259,8 @@ class ExpertPredictor:
                 predicted[distance] = self._predict_experts(index + distance, outputs[:, columns])
             return predicted.get(distance)
 
-        routing = ids.numpy(), keep_mask.numpy()
+        host_ids = ids.numpy()
+        routing = host_ids, host_ids >= 0 if keep_mask is None else keep_mask.numpy()
         if self.cache is not None:
             self.cache.prefetch(index, routing, predict_experts)
         if self.recorder is not None:
