@@ -96,10 +96,12 @@ class CacheController:
 
     def layer_residents(self) -> list[int]:
         """Returns the experts of each layer that are resident or loading on demand; staged ones do not count."""
-        return np.sum([pool.count for pool in self.pools], axis=0).tolist()
+        return [self.residency(layer).count[layer] for layer in range(len(self.pool_of))]
 
     def layer_floors(self) -> list[int]:
         """Returns the minimum slots of each layer protected from eviction; empty without floors."""
+        if all(pool.floors is None for pool in self.pools):
+            return []
         floors = [self.residency(layer).floors for layer in range(len(self.pool_of))]
         return [int(pool_floors[layer]) for layer, pool_floors in enumerate(floors) if pool_floors is not None]
 

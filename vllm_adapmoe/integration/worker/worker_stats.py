@@ -88,15 +88,14 @@ class StepStats:
 
     def _of_cache(self, cache: ExpertCacheManager) -> StepCounters:
         controller, stats = cache.controller, cache.stats
-        counted: dict[str, Any] = vars(stats)
-        now = StepCounters(
-            **counted,
-            demand_loads=stats.demand_loads,
-            layer_hits=controller.layer_hits,
-            layer_misses=controller.layer_misses,
-        )
-        return replace(
-            now.with_vector(self._fetched(controller, now.to_vector())),
+        counted: dict[str, Any] = vars(stats) | {"demand_loads": stats.demand_loads}
+        now = [*counted.values(), *controller.layer_hits, *controller.layer_misses]
+        change = self._fetched(controller, now).tolist()
+        totals, layers = len(counted), len(controller.layer_hits)
+        return StepCounters(
+            **dict(zip(counted, change[:totals], strict=True)),
+            layer_hits=change[totals : totals + layers],
+            layer_misses=change[totals + layers :],
             slots=cache.num_slots,
             resident=cache.num_resident,
             layer_resident=controller.layer_residents(),
