@@ -3,7 +3,7 @@
 import pytest
 from conftest import TINY_MIXTRAL
 
-from benchmarks.host_path import HOST_PATH, OF_STEP, figures
+from benchmarks.host_path import HOST_PATH, OF_STEP, figures, one_compute_thread
 from benchmarks.workload import prompts_of
 from vllm_adapmoe.integration.measure.engine import EXTENSION, Engine, count_experts
 
@@ -11,12 +11,14 @@ pytestmark = pytest.mark.engine
 
 CEILING = 2.5
 """Maximum host path over vLLM's router and kernel in the same steps: CPU time, tiny_mixtral, one slot short of all
-resident, batch 1. `python -m benchmarks host_path --rounds 3` gave 2.01 (1.91 .. 2.03), on two busy cores."""
+resident, batch 1. `python -m benchmarks host_path --rounds 3` gave 2.00 (1.96 .. 2.05), on two busy cores."""
 
 
-def test_the_host_path_stays_below_its_ceiling():
+def test_the_host_path_stays_below_its_ceiling(monkeypatch):
+    # The engine core polls when it is in this process, on a core that the worker computes on.
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     prompts = prompts_of(TINY_MIXTRAL, None, 1, 16)
-    with Engine(
+    with one_compute_thread(), Engine(
         TINY_MIXTRAL, {"cache_experts": count_experts(TINY_MIXTRAL) - 1}, max_model_len=160, enforce_eager=True,
         worker_extension_cls=EXTENSION,
     ) as engine:  # fmt: skip
