@@ -18,6 +18,7 @@ from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
 from vllm_adapmoe.integration.layers.collaborators import Collaborators, Probe
 from vllm_adapmoe.integration.layers.gates import Gating
 from vllm_adapmoe.integration.layers.mapped_experts import MappedExperts
+from vllm_adapmoe.integration.loading.drafter import resident_drafter
 from vllm_adapmoe.integration.loading.expert_loading import expert_loading
 from vllm_adapmoe.integration.loading.kv_room import room_for_kv_cache
 from vllm_adapmoe.integration.loading.slot_pools import slots_device
@@ -79,7 +80,8 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         )
         self.current_step = CurrentStep(self.model_runner, fails_requests)
         with expert_loading(settings, self.vllm_config) as loading:
-            super().load_model(**kwargs)
+            with resident_drafter(self.model_runner, loading.building.close, loading.pools.count_drafter):
+                super().load_model(**kwargs)
             self.expert_cache = loading.finish(self.model_runner.get_model())
         self.moe_layers, self._loading = loading.layers, loading
         self.device_only = DeviceOnlySteps.of(settings, self.vllm_config, self.moe_layers, self.expert_cache)
