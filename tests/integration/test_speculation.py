@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from conftest import ROOT, TINY_MIXTRAL
 from scenarios import ENGINE_ARGS
-from tiny_drafters import save_deepseek_mtp, save_dense, save_eagle, save_glm_mtp, save_qwen_next_mtp
+from tiny_drafters import HIDDEN, save_deepseek_mtp, save_dense, save_eagle, save_glm_mtp, save_qwen_next_mtp
+from tiny_models import VOCABULARY
 
 from tests.apart import apart
 from vllm_adapmoe.calibrate.text import read_sequences
@@ -178,15 +179,12 @@ def models_of(name: str, tiny_model: Any, folder: Path) -> tuple[Path, dict[str,
 
 
 def expert_layers(worker: Any) -> tuple[int, int]:
-    """Number of layers in the cache, and of stock layers in the draft model; checks that its memory is counted."""
+    """Number of layers in the cache, and of stock layers in the draft model."""
     from vllm.model_executor.layers.fused_moe import RoutedExperts
 
-    target, drafter = worker.model_runner.model, worker.model_runner.drafter.model
+    drafter = worker.model_runner.drafter.model
     stock = [part for part in drafter.modules() if type(part) is RoutedExperts]
     assert all(layer.w2_weight.numel() for layer in stock)
-    shared = {id(parameter) for parameter in target.parameters()}
-    own = sum(parameter.nbytes for parameter in drafter.parameters() if id(parameter) not in shared)
-    assert worker._loading.pools.memory.draft_model == own > 0
     return len(worker.moe_layers), len(stock)
 
 
@@ -217,7 +215,11 @@ def test_a_draft_model_drafts_as_in_stock_vllm(name, tiny_model, tmp_path, monke
             assert drafts == expected[1] and accepted == expected[2]
         assert stats["misses"] > 0
         estimated, nbytes = counted.pop()
-        assert nbytes / 2 < estimated < 3 * nbytes
+        if "model" in speculative:  # the bytes of its checkpoint, which lacks embeddings for EAGLE
+            shared = name.startswith("eagle") * VOCABULARY * HIDDEN * 2
+            assert nbytes == pytest.approx(estimated + shared, abs=20_000)  # the header
+        else:
+            assert nbytes / 2 < estimated < 2 * nbytes
         assert cached == {"qwen next mtp": 4, "deepseek mtp": 2, "glm mtp": 2}.get(name, 3)
         assert stock_layers == {"dense": 0, "eagle": 0, "eagle3": 0, "moe": 3}.get(name, 1)
     if name == "moe":  # it drafts what the target, which it is, outputs

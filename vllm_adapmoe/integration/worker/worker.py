@@ -80,7 +80,8 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         )
         self.current_step = CurrentStep(self.model_runner, fails_requests)
         with expert_loading(settings, self.vllm_config) as loading:
-            with resident_drafter(self.model_runner, loading.building.close, loading.pools.count_drafter):
+            count_drafter = loading.pools.count_drafter
+            with resident_drafter(self.model_runner, self.vllm_config, loading.building.close, count_drafter):
                 super().load_model(**kwargs)
             self.expert_cache = loading.finish(self.model_runner.get_model())
         self.moe_layers, self._loading = loading.layers, loading
