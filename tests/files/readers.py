@@ -84,7 +84,8 @@ def trace_steps() -> list[Step]:
         weights = np.full(ids.shape, 0.5, dtype=np.float16)
         names = [f"request-{row}" for row in range(rows)]
         positions = np.arange(rows, dtype=np.int32)
-        steps.append(Step(float(number), names, positions, ids, weights, predicted, expected, begin))
+        drafted = np.arange(rows) > 0 if number % 2 else None
+        steps.append(Step(float(number), names, positions, ids, weights, predicted, expected, begin, drafted))
     return steps
 
 

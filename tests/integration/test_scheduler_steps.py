@@ -23,7 +23,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_adapmoe.integration.reported_output import with_report
 from vllm_adapmoe.integration.scheduler import scheduler as ours
-from vllm_adapmoe.scheduling.report import StepReport, StepTimes, WorkerReport
+from vllm_adapmoe.scheduling.report import StepReport, StepTimes, WorkerReport, prompt_rows
 
 pytestmark = pytest.mark.versions
 
@@ -48,11 +48,12 @@ class Clock:
 class Server:
     """A scheduler, and a worker that answers every step, as deep in flight as vLLM's engine core keeps it."""
 
-    def __init__(self, cls, is_async, clock, blocks=1000, policy="fcfs", seats=16, **scheduler):
+    def __init__(self, cls, is_async, clock, blocks=1000, policy="fcfs", seats=16, drafts=0, **scheduler):
         config = EngineArgs(
             model=str(TINY_MIXTRAL), skip_tokenizer_init=True, max_model_len=512, max_num_seqs=seats,
             max_num_batched_tokens=256, scheduling_policy=policy, moe_method="adapmoe",
             adapmoe_config={"cache_fraction": 0.5, "scheduler": scheduler},
+            speculative_config={"method": "ngram", "num_speculative_tokens": drafts} if drafts else None,
         ).create_engine_config()  # fmt: skip
         config.cache_config.num_gpu_blocks = blocks
         config.scheduler_config.async_scheduling = is_async
@@ -96,7 +97,7 @@ class Server:
 
     def answer(self, output):
         names = list(output.num_scheduled_tokens)
-        prefill = any(rows > 1 for rows in output.num_scheduled_tokens.values())
+        prefill = prompt_rows(output.num_scheduled_tokens, output.scheduled_spec_decode_tokens) > 0
         seconds = SWEEP if prefill else STEP
         self.clock.now += seconds if names else 0.001
         for name in names:
@@ -209,6 +210,17 @@ def test_requests_wait_for_their_experts_and_nobody_starves(is_async, clock):
     gaps = [max(after - before for before, after in pairwise(server.tokens[name])) for name in names]
     assert 0.05 < max(gaps) <= 0.1 + (1 + is_async) * STEP
     assert [server.finished[name] for name in names] == [150] * 8
+
+
+def test_nobody_waits_while_drafts_are_in_flight(is_async, clock):
+    """Every draft is rejected. A request that skipped a step scheduled ahead would keep a wrong position in vLLM."""
+    server = Server(OURS[is_async], is_async, clock, max_affinity_delay_ms=100, max_prefill_delay_ms=0, drafts=3)
+    names = [server.add(tokens=50, kind=kind) for kind in (0, 0, 0, 0, 0, 0, 1, 1)]
+    server.run()
+    assert (server.scheduler.held_tokens > 0) != is_async
+    assert [server.finished[name] for name in names] == [50] * 8
+    if is_async:
+        assert max(rows for step in server.steps[4:] for rows in step.values()) == 4, "drafts are verified"
 
 
 def test_urgent_requests_are_not_held_for_others(is_async, clock):

@@ -69,7 +69,7 @@ def try_one(one: Architecture) -> dict[str, Any]:
     from tests.models.run_one import run_one
 
     if one.kind == "draft":
-        return {"checkpoint": {"cannot": "a draft model; drafts with experts are refused beside moe_method"}}
+        return {"checkpoint": {"cannot": "a draft model, which needs a target; its experts are not cached"}}
     with tempfile.TemporaryDirectory() as folder:
         told, log = Path(folder, "told.json"), Path(folder, "log")
         child = os.fork()

@@ -3,7 +3,7 @@
 import pytest
 
 from vllm_adapmoe.scheduling.costs import StepCosts
-from vllm_adapmoe.scheduling.report import StepTimes, runs_prompt
+from vllm_adapmoe.scheduling.report import StepTimes, prompt_rows
 
 
 def step(stall: float, seconds: float = 1.0, loads: int = 0, fetching: float = 0.0, prefill: bool = False) -> StepTimes:
@@ -50,6 +50,7 @@ def test_a_wait_that_the_host_saw_as_longer_than_the_device_the_step_is_no_negat
 
 
 def test_a_prompt_is_told_from_draft_tokens():
-    assert not runs_prompt({"a": 1, "b": 3}, {"b": [5, 6]})
-    assert runs_prompt({"a": 1, "b": 4}, {"b": [5, 6]})
-    assert not runs_prompt({}, {})
+    assert prompt_rows({"a": 1, "b": 3}, {"b": [5, 6]}) == 0
+    assert prompt_rows({"a": 1, "b": 4}, {"b": [5, 6]}) == 4
+    assert prompt_rows({"a": 7, "b": 3}, {"b": [5, 6]}) == 7
+    assert prompt_rows({}, {}) == 0

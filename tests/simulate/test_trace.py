@@ -29,7 +29,8 @@ def random_steps(count: int, seed: int = 0) -> list[Step]:
         weights = random.random(ids.shape).astype(np.float16)
         positions = random.integers(0, 9999, rows).astype(np.int32)
         expected = {layer: random.random(8).astype(np.float16) for layer in (0, 1) if random.random() < 0.9}
-        steps.append(Step(number / 7, names, positions, ids, weights, predicted, expected))
+        drafted = random.random(rows) < 0.3 if number % 2 else None
+        steps.append(Step(number / 7, names, positions, ids, weights, predicted, expected, drafted=drafted))
     return steps
 
 
@@ -41,7 +42,19 @@ def same(one: Step, other: Step) -> bool:
         assert np.array_equal(predicted.keep_mask, other.predicted[key].keep_mask)
     assert one.expected.keys() == other.expected.keys()
     assert all(np.array_equal(chances, other.expected[layer]) for layer, chances in one.expected.items())
+    flags = [[False] * len(step.requests) if step.drafted is None else step.drafted.tolist() for step in (one, other)]
+    assert flags[0] == flags[1]
     return all(np.array_equal(getattr(one, part), getattr(other, part)) for part in ("positions", "ids", "weights"))
+
+
+def test_rows_of_draft_tokens_are_no_prompt():
+    """A request that verifies two drafts, a prompt of four tokens, and a request that decodes one."""
+    requests = ["verifies"] * 3 + ["prompt"] * 4 + ["decodes"]
+    ids = np.zeros((3, 8, 2), dtype=int)
+    step = Step(0.0, requests, np.arange(8), ids, ids, {}, drafted=np.array([0, 1, 1, 0, 0, 0, 0, 0], dtype=bool))
+    assert step.prompt_tokens == 4
+    step.drafted = None
+    assert step.prompt_tokens == 7
 
 
 def write(path: Path, steps: list[Step], max_bytes: int = 1 << 30) -> None:

@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
-from vllm.config import ModelConfig
+from vllm.config import ModelConfig, VllmConfig
 
 from vllm_adapmoe.integration.settings import ProfiledModel
 from vllm_adapmoe.model_folder import model_name
 from vllm_adapmoe.profile.model_profile import ModelInfo
 
 MENTIONS = ("expert", "moe")
+DRAFTS_WITHOUT_MODEL = {"ngram", "ngram_gpu", "suffix"}
+"""Methods of speculative decoding that draft without a model."""
 
 
 def model_info(model: ModelConfig) -> ModelInfo:
@@ -53,6 +55,12 @@ def mentions_experts(model: ModelConfig) -> bool:
         return isinstance(settings, list) and any(map(names, settings))
 
     return bool(model.get_num_experts()) or names(model.hf_config.to_dict())
+
+
+def drafter_of(vllm_config: VllmConfig) -> ModelConfig | None:
+    """Returns the draft model of speculative decoding; None if nothing is drafted, or without a model."""
+    speculative = vllm_config.speculative_config
+    return None if speculative is None or speculative.method in DRAFTS_WITHOUT_MODEL else speculative.draft_model_config
 
 
 def max_experts(model: ModelConfig) -> int | None:

@@ -36,6 +36,8 @@ class DeviceMemory:
     """Memory counted against `usable` before the weights are loaded."""
     other_weights: int = 0
     """Bytes of all weights other than routed experts."""
+    draft_model: int = 0
+    """Bytes of the weights of the draft model of speculative decoding."""
     activations: int = 0
     kv_cache: int = 0
     """Minimum KV cache with which vLLM starts."""
@@ -53,13 +55,14 @@ class DeviceMemory:
     @property
     def left(self) -> int:
         """Memory left for slots; negative: the rest alone does not fit."""
-        spent = self.in_use + self.other_weights + self.activations + self.kv_cache + self.graphs + self.bookkeeping
-        return self.usable - spent
+        spent = self.in_use + self.other_weights + self.draft_model + self.activations + self.kv_cache
+        return self.usable - spent - self.graphs - self.bookkeeping
 
     def __str__(self) -> str:
         parts = {
             "in use": self.in_use,
             "other weights": self.other_weights,
+            "draft model": self.draft_model,
             "activations": self.activations,
             "KV cache" + (f" ({self.kv_cache_of})" if self.kv_cache_of else ""): self.kv_cache,
             "CUDA graphs" + (f" ({self.graphs_of}, estimated)" if self.graphs_of else ""): self.graphs,

@@ -57,6 +57,13 @@ class WorkerReport:
     """What the scheduler plans with; None without a cache, or with `scheduler.enabled=false`."""
 
 
-def runs_prompt(rows: Mapping[str, int], drafts: Mapping[str, Sequence[int]]) -> bool:
-    """Returns whether a step with these rows and draft tokens per request runs a prompt or a part of one."""
-    return any(count > 1 + len(drafts.get(name, ())) for name, count in rows.items())
+def prompt_rows(rows: Mapping[str, int], drafts: Mapping[str, Sequence[int]]) -> int:
+    """Returns the number of rows of a step that belong to a prompt or a part of one.
+
+    A decoding request has one row for its last token and one for each draft token that the step verifies.
+
+    Args:
+        rows: number of rows of each request.
+        drafts: draft tokens of each request that has some.
+    """
+    return sum(count for name, count in rows.items() if count > 1 + len(drafts.get(name, ())))

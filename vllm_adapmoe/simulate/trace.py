@@ -87,11 +87,16 @@ class Step:
     begin: np.ndarray | None = None
     """Probability, as known before the step, that the step uses each expert of the first layers, float16
     `[layers, experts]`."""
+    drafted: np.ndarray | None = None
+    """Whether each row verifies a draft token of speculative decoding, bool `[rows]`; None: none does."""
 
     @property
     def prompt_tokens(self) -> int:
-        """Number of rows that belong to requests with several rows in the step."""
-        return sum(rows for rows in Counter(self.requests).values() if rows > 1)
+        """Number of rows that belong to requests with several rows in the step, other than rows of draft tokens."""
+        requests = self.requests
+        if self.drafted is not None:
+            requests = [name for name, drafted in zip(requests, self.drafted.tolist(), strict=True) if not drafted]
+        return sum(rows for rows in Counter(requests).values() if rows > 1)
 
 
 class Steps(Protocol):
@@ -194,6 +199,10 @@ def _frame(steps: Sequence[Step], info: TraceInfo) -> dict[str, np.ndarray]:
     if any(step.begin is not None for step in steps):
         arrays["begin.of"] = np.array([step.begin is not None for step in steps])
         arrays["begin"] = np.stack([step.begin for step in steps if step.begin is not None]).astype(np.float16)
+    if any(step.drafted is not None for step in steps):
+        arrays["drafted"] = np.concatenate(
+            [np.zeros(len(step.positions), dtype=bool) if step.drafted is None else step.drafted for step in steps]
+        )
     for layer in sorted({layer for step in steps for layer in step.expected}):
         arrays[f"expected.{layer}.of"] = np.array([layer in step.expected for step in steps])
         chances = [step.expected[layer] for step in steps if layer in step.expected]

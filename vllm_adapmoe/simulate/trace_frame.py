@@ -14,7 +14,7 @@ NAMES = 1 << 20
 """Maximum number of request names in a frame."""
 REQUIRED = frozenset(("seconds", "rows", "names", "requests", "positions", "ids", "weights"))
 OPTIONAL = re.compile(
-    r"foretold\.(-1|[0-9]{1,4})\.([0-9]{1,4})\.(rows|ids|kept)|expected\.([0-9]{1,4})(?:\.of)?|begin(?:\.of)?"
+    r"foretold\.(-1|[0-9]{1,4})\.([0-9]{1,4})\.(rows|ids|kept)|expected\.([0-9]{1,4})(?:\.of)?|begin(?:\.of)?|drafted"
 )
 
 Frame = dict[str, np.ndarray]
@@ -119,6 +119,8 @@ def _checked(arrays: Frame, info: TraceInfo) -> Frame:
             check_chances(
                 name, checked(f"expected.{expected}", "f", int(has_chances.sum()), -1), range(1, max_experts + 1)
             )
+        elif name == "drafted":
+            checked(name, "b", total)
         else:
             has_chances = checked("begin.of", "b", steps)
             begin = checked("begin", "f", int(has_chances.sum()), -1, max_experts)
@@ -165,4 +167,5 @@ def _steps(arrays: Frame) -> Iterator[Step]:
             predicted=predicted[number],
             expected=expected[number],
             begin=begin[number],
+            drafted=arrays["drafted"][step_rows] if "drafted" in arrays else None,
         )

@@ -109,7 +109,7 @@ def check_model(model: str, revision: str | None, store_dir: Path | None) -> Ite
     yield from _sizes(section, config)
     yield from _pack(section, config, AdapMoEConfig.parse(settings))
     names = {setting.partition("=")[0].partition(" ")[0] for _, setting, _ in feature_checks(config)} - IN_PART
-    refused = f"with any model: {', '.join(sorted(names))}; draft models, and some load formats"
+    refused = f"with any model: {', '.join(sorted(names))}; some methods of speculative decoding, and some load formats"
     yield Finding(section, "ok", "passes the checks of a start", fails=refused)
 
 

@@ -16,13 +16,15 @@ from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
 from vllm_adapmoe.integration.loading import layer_classes
 from vllm_adapmoe.integration.loading.memory import usable_memory
 from vllm_adapmoe.integration.loading.pack_store import check_store
-from vllm_adapmoe.integration.model_info import max_experts, mentions_experts
+from vllm_adapmoe.integration.model_info import DRAFTS_WITHOUT_MODEL, drafter_of, max_experts, mentions_experts
 from vllm_adapmoe.planning.slot_budget import DeviceMemory, check_budget
 
 LOAD_FORMATS = {"auto", "hf", "safetensors", "fastsafetensors", "pt", "mistral", "npcache", "dummy", "runai_streamer"}
 BITS = {"fp8": 8, "experts_int8": 8, "mxfp4": 4, "gpt_oss_mxfp4": 4}
 """Bits of one weight, for quantisations whose settings may omit them."""
-DRAFTS_WITHOUT_EXPERTS = {"ngram", "ngram_gpu", "suffix"}
+DRAFTS = DRAFTS_WITHOUT_MODEL | {"draft_model", "eagle", "eagle3", "mtp"}
+"""Methods of speculative decoding whose engines give the tokens of stock vLLM (`tests/integration/test_speculation.py`;
+ngram_gpu and suffix run no model of their own)."""
 
 
 def check_model(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
@@ -79,6 +81,7 @@ def feature_checks(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
     """Returns, for each feature that does not work with slots: whether it is set, its name, and reason with remedy."""
     parallel, model, load = vllm_config.parallel_config, vllm_config.model_config, vllm_config.load_config
     offload, speculative = vllm_config.offload_config, vllm_config.speculative_config
+    drafter = drafter_of(vllm_config)
     weights_move = "it moves weights that the expert cache moves already; remove it"
     return [
         (parallel.enable_eplb, "enable_eplb=True", "the slot map has no replicas of experts; remove it"),
@@ -107,9 +110,13 @@ def feature_checks(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
          "the cache is keyed by address, so it would compute with evicted experts; set ZENDNNL_MATMUL_WEIGHT_CACHE=0"),
         (load.load_format not in LOAD_FORMATS, f"load_format={load.load_format!r}",
          "it does not load expert by expert; use auto"),
-        (speculative is not None and speculative.method not in DRAFTS_WITHOUT_EXPERTS,
+        (speculative is not None and speculative.method not in DRAFTS,
          f"speculative_config method={getattr(speculative, 'method', None)!r}",
-         f"a draft model's experts are not cached; use one of {', '.join(sorted(DRAFTS_WITHOUT_EXPERTS))}"),
+         f"it has not been compared with stock vLLM; use one of {', '.join(sorted(DRAFTS))}"),
+        (parallel.enable_expert_parallel and drafter is not None and mentions_experts(drafter),
+         f"speculative_config model={getattr(drafter, 'model', None)!r} with enable_expert_parallel=True",
+         "vLLM's CPU kernels crash on the experts of other ranks, and a draft model's are vLLM's own; use "
+         "tensor_parallel_size alone"),
     ]  # fmt: skip
 
 

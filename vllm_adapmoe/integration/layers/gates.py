@@ -1,6 +1,5 @@
 """Gating: the adaptive gates of a worker's MoE layers, with one plan, one threshold and one loss budget."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,13 +37,19 @@ class Gating:
         self._spent = 0.0
         """Predicted loss up to the last step, in nats."""
 
-    def end_step(self, rows: Mapping[str, int]) -> None:
-        """Adjusts the threshold by the loss of a step, to keep the loss budget; `rows`: rows of each request."""
+    def end_step(self, rows: int, prompt_rows: int) -> None:
+        """Adjusts the threshold by the loss of a step, to keep the loss budget.
+
+        Args:
+            rows: number of rows of the step. A row that verifies a draft token counts as a token, accepted or not: it
+                was gated like the others, so the mean over rows estimates the loss of a token that is output.
+            prompt_rows: those of prompts, which lose next to nothing, as they need every expert.
+        """
         if self._budget is None:
             return
         spent, self._spent = self._spent, sum(gate.stats.loss_spent for gate in self.layers)
-        if rows and max(rows.values()) == 1:  # prompts lose next to nothing, as they need every expert
-            self.threshold = self._budget.spend(self._spent - spent, len(rows))
+        if rows and not prompt_rows:
+            self.threshold = self._budget.spend(self._spent - spent, rows)
 
 
 class LayerGate:

@@ -1,7 +1,7 @@
 """Moves a model's experts from the checkpoint into a store while vLLM loads it, then creates the expert cache."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,8 @@ class ExpertLoading:
         self._sources: SourceFiles | None = None
         self._put: set[int] = set()
         self._progress: tqdm | None = None
+        self.building = ExitStack()
+        """Contexts in which vLLM builds cached layers; closed once the model is loaded."""
 
     @cached_property
     def device(self) -> torch.device:
@@ -329,11 +331,10 @@ def expert_loading(settings: EngineSettings, vllm_config: VllmConfig) -> Iterato
     model_class, _ = get_model_architecture(vllm_config.model_config)
     loading = ExpertLoading(settings, vllm_config)
     try:
-        with (
-            cached_classes(loading),
-            loading.model.watching(),
-            around_weights(model_class, loading.weights_context),
-        ):
+        with loading.building as building:
+            building.enter_context(cached_classes(loading))
+            building.enter_context(loading.model.watching())
+            building.enter_context(around_weights(model_class, loading.weights_context))
             yield loading
     except BaseException as error:
         loading.abort(error)

@@ -95,6 +95,15 @@ def check_identifiable(model: Model, load: LoadConfig) -> type[BaseModelLoader]:
     return loader
 
 
+def weight_files(model: Model, load: LoadConfig) -> list[Path]:
+    """Returns the weight files that vLLM's loader would read, sorted; those of a hub's model are downloaded.
+
+    Raises:
+        AdapMoEError: as in `source_files`.
+    """
+    return _weight_files(model, load, check_identifiable(model, load), download=True)[1]
+
+
 def _weight_files(
     model: Model, load: LoadConfig, loader: type[BaseModelLoader], download: bool
 ) -> tuple[Path, list[Path]]:

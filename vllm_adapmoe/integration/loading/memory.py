@@ -108,6 +108,11 @@ class ModelWatch:
         alive = {id(parameter): parameter for reference in self._parameters if (parameter := reference()) is not None}
         return [parameter for key, parameter in alive.items() if key not in known]
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of the recorded parameters that are still in use."""
+        return sum(weight.nbytes for weight in self.other_weights(()))
+
     def bytes_in_use(self, weights: Collection[nn.Parameter]) -> int:
         """Returns the bytes that vLLM counts as used, without the `weights`.
 

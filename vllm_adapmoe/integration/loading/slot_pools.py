@@ -11,6 +11,7 @@ from vllm.platforms import current_platform
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
 from vllm_adapmoe.integration.layers.mapped_experts import kernel_of
+from vllm_adapmoe.integration.loading.drafter import estimate_drafter
 from vllm_adapmoe.integration.loading.graph_memory import bookkeeping_of_worker, graphs_of_worker
 from vllm_adapmoe.integration.loading.host_room import check_host_room
 from vllm_adapmoe.integration.loading.memory import ModelWatch, min_kv_cache, step_bytes, usable_memory
@@ -132,13 +133,17 @@ class SlotPools:
     def _memory(self, resident: bool) -> DeviceMemory:
         """Returns the memory this worker may use and its uses other than slots; `resident`: every expert has one."""
         weights = self.model.other_weights([p for layer in self.layers for p in layer.expert_parameters().values()])
+        other_weights = sum(weight.nbytes for weight in weights)
         kv_cache, kv_cache_of = min_kv_cache(self.vllm_config)
+        layer_bytes = max(sum(p.nbytes for p in layer.expert_parameters().values()) for layer in self.layers)
+        layer_bytes += other_weights // self.vllm_config.model_config.get_total_num_hidden_layers()
         inner = max(layer.moe_config.intermediate_size_per_partition for layer in self.layers)
         graphs, graphs_of = graphs_of_worker(self.settings, self.vllm_config, self.layers, inner, resident)
         return replace(
             usable_memory(self.config, self.vllm_config),
             in_use=self.model.bytes_in_use(weights),
-            other_weights=sum(weight.nbytes for weight in weights),
+            other_weights=other_weights,
+            draft_model=estimate_drafter(self.vllm_config, layer_bytes),
             activations=step_bytes(self.vllm_config, inner, max(layer.top_k for layer in self.layers)),
             kv_cache=kv_cache,
             kv_cache_of=kv_cache_of,
@@ -146,6 +151,11 @@ class SlotPools:
             graphs_of=graphs_of,
             bookkeeping=bookkeeping_of_worker(self.settings, self.vllm_config, self.layers, resident),
         )
+
+    def count_drafter(self, nbytes: int) -> None:
+        """Counts the draft model as it was built, in place of the estimate: bytes of its weights, and its KV cache."""
+        kv_cache, kv_cache_of = min_kv_cache(self.vllm_config)
+        self.memory = replace(self.memory, draft_model=nbytes, kv_cache=kv_cache, kv_cache_of=kv_cache_of)
 
     def check_host_room(self) -> None:
         """Checks that a host store fits into the available host memory (`host_room.check_host_room`).

@@ -47,6 +47,10 @@ class ExpertCacheScheduler(Scheduler):
         self._expected: dict[str, int] = {}
         self._waiting_since: dict[str, float] = {}
         self._ran_at: dict[str, float] = {}
+        config = self.vllm_config
+        self._drafts_in_flight = config.speculative_config is not None and config.scheduler_config.async_scheduling
+        """Whether steps are scheduled before it is known which draft tokens the step before accepts. vLLM corrects the
+        positions of requests in consecutive steps only (`_update_states` of `v1/worker/gpu_model_runner.py`)."""
 
     # Holding back
 
@@ -101,13 +105,14 @@ class ExpertCacheScheduler(Scheduler):
             [self._priority(request) for request in self.running],
             self.costs.surcharge,
             self.arrivals.gap(now),
-            self.max_num_scheduled_tokens - len(self.running),
+            # A decoding request takes a row for its last token, and one for each draft token.
+            self.max_num_scheduled_tokens - sum(1 + len(request.spec_token_ids) for request in self.running),
             self.holding.max_prefill_delay_ms / 1000,
         )
 
     def _hold_decoding(self, now: float) -> int:
         """Holds decoding requests back for a step by marking them not eligible to vLLM, and returns how many."""
-        if self.holding.max_affinity_delay_ms == 0 or len(self.running) < 2:
+        if self.holding.max_affinity_delay_ms == 0 or len(self.running) < 2 or self._drafts_in_flight:
             return 0
         assert self._report is not None
         requests = {request.request_id: request for request in self.running if _has_token_to_run(request)}

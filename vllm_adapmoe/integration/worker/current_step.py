@@ -1,6 +1,6 @@
 """CurrentStep: the step that a worker is running, its requests, and which of them fail in it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from vllm.logger import init_logger
 
 from vllm_adapmoe.integration.compat import requests_of_step
+from vllm_adapmoe.scheduling.report import prompt_rows
 from vllm_adapmoe.store.base import ExpertsUnavailable
 
 logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
@@ -32,6 +33,8 @@ class CurrentStep:
         """Whether a step of requests is being launched; False while vLLM profiles, warms up or captures graphs."""
         self.rows: Mapping[str, int] = {}
         """Number of rows of each request of the current or last step."""
+        self.drafts: Mapping[str, Sequence[int]] = {}
+        """Draft tokens that the step verifies, of each request that has some: one of its rows each, the last ones."""
         self._output: Any = None
         self._failed: set[str] = set()
 
@@ -39,6 +42,12 @@ class CurrentStep:
         """Sets the step that is about to run."""
         self._output = scheduler_output
         self.rows = scheduler_output.num_scheduled_tokens
+        self.drafts = scheduler_output.scheduled_spec_decode_tokens
+
+    @property
+    def prompt_rows(self) -> int:
+        """Number of rows of the step that belong to prompts."""
+        return prompt_rows(self.rows, self.drafts)
 
     @contextmanager
     def launch(self) -> Iterator[None]:

@@ -21,6 +21,7 @@ from vllm_adapmoe.integration.worker.step_recorder import StepRecorder
 from vllm_adapmoe.policy.prediction import PredictedExperts, predict_experts
 from vllm_adapmoe.prefetch.heads import chance_of_any
 from vllm_adapmoe.prefetch.request_experts import RequestExperts
+from vllm_adapmoe.scheduling.report import prompt_rows
 from vllm_adapmoe.simulate.trace import SAMPLE, sample_rows
 
 STRICT = "ADAPMOE_STRICT"
@@ -103,7 +104,9 @@ class ExpertPredictor:
         """Gate stack of each layer: the gates of later layers, and its own next-token head."""
         self.first: torch.Tensor | None = None
         self.last_rows: torch.Tensor | None = None
-        """Index of each request's last row in the current step; None: every row is a last row."""
+        """Index of each request's last row in the current step; None: every row is a last row. Of the rows that verify
+        draft tokens it is the last, too: which ones are accepted is known only after the step, and the last one's next
+        token is the only one that certainly has not run yet."""
         self.expected_at_start: np.ndarray | None = None
         """Experts that the step is expected to use, predicted before it begins."""
         self._first_layer: HostCopy | None = None
@@ -160,9 +163,9 @@ class ExpertPredictor:
             None if self.experts is None else self.experts.batch_chances(list(rows), self.lookahead)
         )
         if self.cache is not None:
-            prompt_tokens = sum(count for count in rows.values() if count > 1)
             self.cache.prefetch_first_layers(
-                prompt_tokens, () if self.expected_at_start is None else list(self.expected_at_start)
+                prompt_rows(rows, self.current.drafts),
+                () if self.expected_at_start is None else list(self.expected_at_start),
             )
 
     @_disabled_by_errors
@@ -232,7 +235,7 @@ class ExpertPredictor:
         if self.experts is not None:
             self.experts.begin([name for name, _, _ in requests])
         if self.recorder is not None and tokens is not None:
-            self.recorder.begin(requests, tokens, self.expected_at_start)
+            self.recorder.begin(requests, tokens, self.expected_at_start, self.current.drafts)
 
     @_disabled_by_errors
     def _prefetch(
@@ -274,13 +277,23 @@ class ExpertPredictor:
         """Predicts the first layer of the next step, after the model has run.
 
         Args:
-            hidden: `[requests, hidden]`, last hidden states of the rows that tokens are sampled from.
+            hidden: `[rows, hidden]`, last hidden states of the rows that tokens are sampled from: one of each request,
+                and one more for each draft token that the step verifies.
         """
+        hidden = self._of_last_rows(hidden)
         if self.first is None or len(hidden) > SAMPLE or hidden.shape[1] != len(self.first) - 1:
             return
         # Does not block: a GPU's result is used when the next step begins.
         self._first_layer = HostCopy(torch.addmm(self.first[-1], hidden.float(), self.first[:-1]))
         self._take_first_layer()
+
+    def _of_last_rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Returns the last of the sampled rows of each request, as in `last_rows`."""
+        drafts = self.current.drafts
+        if not drafts:
+            return hidden
+        ends = torch.tensor([1 + len(drafts.get(name, ())) for name, _, _ in self.current.requests()]).cumsum(0)
+        return hidden[(ends - 1).to(hidden.device)] if int(ends[-1]) == len(hidden) else hidden
 
     def _take_first_layer(self) -> None:
         if self._first_layer is None or not self._first_layer.arrived:

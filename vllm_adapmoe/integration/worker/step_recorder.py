@@ -1,7 +1,7 @@
 """StepRecorder: collects the routing and predictions of one step after the other for a trace."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -28,12 +28,23 @@ class StepRecorder:
         self._complete = False
         """Whether all layers of the step are recorded."""
 
-    def begin(self, requests: Requests, tokens: int, predicted_before: np.ndarray | None) -> None:
-        """Writes the step before to the trace, and begins one of `tokens` rows without padding.
+    def begin(
+        self,
+        requests: Requests,
+        tokens: int,
+        predicted_before: np.ndarray | None,
+        drafts: Mapping[str, Sequence[int]],
+    ) -> None:
+        """Writes the step before to the trace, and begins another one.
 
-        `predicted_before`: experts expected for the step before it began, as in `Step.begin`; None: not predicted.
+        Args:
+            requests: id, first position and number of rows of each request.
+            tokens: number of rows, without padding.
+            predicted_before: experts expected for the step before it began, as in `Step.begin`; None: not predicted.
+            drafts: draft tokens of each request that has some.
         """
         self.end()
+        verified = [len(drafts.get(name, ())) for name, _, _ in requests]
         self._complete = False
         self._step = Step(
             seconds=time.monotonic(),
@@ -43,6 +54,11 @@ class StepRecorder:
             weights=np.zeros((self.layers, tokens, self.top_k), dtype=np.float16),
             predicted={},
             begin=predicted_before,
+            drafted=np.concatenate(
+                [np.arange(rows) >= rows - count for (_, _, rows), count in zip(requests, verified, strict=True)]
+            )
+            if any(verified)
+            else None,
         )
 
     def record(

@@ -18,6 +18,7 @@ from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
 from vllm_adapmoe.integration.layers.collaborators import Collaborators, Probe
 from vllm_adapmoe.integration.layers.gates import Gating
 from vllm_adapmoe.integration.layers.mapped_experts import MappedExperts
+from vllm_adapmoe.integration.loading.drafter import resident_drafter
 from vllm_adapmoe.integration.loading.expert_loading import expert_loading
 from vllm_adapmoe.integration.loading.kv_room import room_for_kv_cache
 from vllm_adapmoe.integration.loading.slot_pools import slots_device
@@ -34,7 +35,7 @@ from vllm_adapmoe.integration.worker.updated_worker import UpdatedWorker
 from vllm_adapmoe.integration.worker.worker_stats import CounterDelta, StepStats, total_stats
 from vllm_adapmoe.prefetch.heads import NextTokenHeads
 from vllm_adapmoe.prefetch.request_experts import bits
-from vllm_adapmoe.scheduling.report import StepReport, StepTimes, WorkerReport, runs_prompt
+from vllm_adapmoe.scheduling.report import StepReport, StepTimes, WorkerReport
 from vllm_adapmoe.units import GiB
 
 if TYPE_CHECKING or current_platform.is_cpu():
@@ -79,7 +80,9 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         )
         self.current_step = CurrentStep(self.model_runner, fails_requests)
         with expert_loading(settings, self.vllm_config) as loading:
-            super().load_model(**kwargs)
+            count_drafter = loading.pools.count_drafter
+            with resident_drafter(self.model_runner, self.vllm_config, loading.building.close, count_drafter):
+                super().load_model(**kwargs)
             self.expert_cache = loading.finish(self.model_runner.get_model())
         self.moe_layers, self._loading = loading.layers, loading
         self.device_only = DeviceOnlySteps.of(settings, self.vllm_config, self.moe_layers, self.expert_cache)
@@ -210,7 +213,7 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         with step.launch(), self._device_step(scheduler_output.total_num_scheduled_tokens):
             output = super().execute_model(scheduler_output)
         if self.gating is not None:
-            self.gating.end_step(step.rows)
+            self.gating.end_step(sum(step.rows.values()), step.prompt_rows)
         if step.rows:
             self._step_report = self._report_step(scheduler_output)
         return self._with_report(output)
@@ -250,8 +253,7 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         stats = self.expert_cache.stats
         counted = [stats.stall_seconds, stats.demand_loads + stats.prefetches, stats.fetch_seconds]
         stall_seconds, loads, fetch_seconds = self._since(stats, counted).tolist()
-        prefill = runs_prompt(self.current_step.rows, scheduler_output.scheduled_spec_decode_tokens)
-        self._clock.stop((stall_seconds, int(loads), fetch_seconds, prefill))
+        self._clock.stop((stall_seconds, int(loads), fetch_seconds, self.current_step.prompt_rows > 0))
         rank_experts = bits(self.expert_cache.controller.is_local)  # other ranks' experts take no slot here
         return StepReport(
             slots=self.expert_cache.num_slots,
