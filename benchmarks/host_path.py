@@ -15,7 +15,9 @@ from benchmarks.workload import prompts_of
 from vllm_adapmoe.integration.measure.host_path import KERNEL, LAYER_PARTS, MOVE, STEP_PARTS, VLLM
 from vllm_adapmoe.results import rotated, spread
 
-CLOCKS = ("cpu", "wall", "instructions")
+MEASUREMENTS = {"cpu": ("cpu", False), "wall": ("wall", False), "instructions": ("instructions", False),
+                "parts": ("cpu", True)}  # fmt: skip
+"""Clock of each measurement, and whether it is by part (`HostPath.start`)."""
 OF_LAYER = list(dict.fromkeys(part for _, _, part in LAYER_PARTS))
 OF_STEP = list(dict.fromkeys(part for _, _, part in STEP_PARTS))
 HOST_PATH = [part for part in OF_LAYER if part not in (VLLM, KERNEL, MOVE)]
@@ -52,9 +54,8 @@ def run_host_path(spec: HostPathSpec) -> dict[str, Any]:
         "prompt_tokens": spec.prompt_tokens,
         "output_tokens": spec.output_tokens,
         "profile": None if spec.profile is None else str(spec.profile),
-        "unit": "microseconds (cpu, wall) or thousands (instructions): parts of a layer per layer, others per step",
-        "clocks": [clock for clock in CLOCKS if clock not in left_out],
-        "clocks_left_out": left_out,
+        "unit": "microseconds, or thousands of instructions: parts of a layer per layer, others per step",
+        "left_out": left_out,
         "models": models,
     }
 
@@ -99,21 +100,21 @@ def _run_model(spec: HostPathSpec, model: Path, left_out: dict[str, str]) -> dic
             ) as engine:  # fmt: skip
                 for batch in rotated(spec.batches, number):
                     engine.generate(prompts[batch], spec.output_tokens)  # warms up
-                    for clock in CLOCKS:
-                        refused = engine.call("start_host_path", clock)
+                    for measurement, arguments in MEASUREMENTS.items():
+                        refused = engine.call("start_host_path", *arguments)
                         if refused is not None:
-                            left_out[clock] = refused
+                            left_out[measurement] = refused
                             continue
                         engine.generate(prompts[batch], spec.output_tokens)
                         layers, steps = engine.call("stop_host_path")
-                        measured.setdefault((name, batch, clock), []).append(figures(layers, steps))
+                        measured.setdefault((name, batch, measurement), []).append(figures(layers, steps))
     return {
         "model": str(model),
         "layers": layers,
         "experts": size.experts,
         "top_k": info.top_k,
         "points": [
-            _point(name, batch, {clock: measured[name, batch, clock] for clock in CLOCKS if clock not in left_out},
+            _point(name, batch, {each: measured[name, batch, each] for each in MEASUREMENTS if each not in left_out},
                    measured[STOCK, batch, "cpu"])
             for batch in spec.batches for name in configurations
         ],
@@ -141,11 +142,11 @@ def figures(layers: int, steps: Steps) -> dict[str, float]:
 
 
 def _point(
-    name: str, batch: int, by_clock: dict[str, list[dict[str, float]]], stock: list[dict[str, float]]
+    name: str, batch: int, measured: dict[str, list[dict[str, float]]], stock: list[dict[str, float]]
 ) -> dict[str, Any]:
     ratios = {}
     if name != STOCK:
-        cpu = by_clock["cpu"]
+        cpu = measured["cpu"]
         pairs = zip(cpu, stock, strict=True)
         ratios = {
             "host_path_to_stock_layer": spread([own["host path"] / other["stock layer"] for own, other in pairs]),
@@ -156,8 +157,8 @@ def _point(
         "batch": batch,
         **ratios,
         **{
-            clock: {figure: spread([measured[figure] for measured in rounds]) for figure in rounds[0]}
-            for clock, rounds in by_clock.items()
+            each: {figure: spread([values[figure] for values in rounds]) for figure in rounds[0]}
+            for each, rounds in measured.items()
         },
     }
 
@@ -173,12 +174,14 @@ def print_host_path(result: dict[str, Any], console: Console) -> None:
         table.add_column("")
         for point in points:
             table.add_column(f"{point['configuration'].replace('_', ' ')}\nbatch {point['batch']}", justify="right")
-        for name in (*HOST_PATH, "host path", MOVE, KERNEL, VLLM, "layer"):
-            table.add_row(name, *_medians(points, "cpu", name), end_section=name in ("host path", "layer"))
+        for name in HOST_PATH:
+            table.add_row(name, *_medians(points, "parts", name), end_section=name == HOST_PATH[-1])
         for name in OF_STEP:
-            table.add_row(f"{name}, a step", *_medians(points, "cpu", name), end_section=name == OF_STEP[-1])
+            table.add_row(f"{name}, a step", *_medians(points, "parts", name), end_section=name == OF_STEP[-1])
+        for name in ("host path", MOVE, KERNEL, VLLM, "layer"):
+            table.add_row(f"whole: {name}", *_medians(points, "cpu", name), end_section=name == "layer")
         table.add_row("host path, wall", *_medians(points, "wall", "host path"))
-        if "instructions" in result["clocks"]:
+        if "instructions" not in result["left_out"]:
             table.add_row("host path, 1000 instructions", *_medians(points, "instructions", "host path"))
         for title, key in (
             ("host path / stock vLLM's layer", "host_path_to_stock_layer"),
@@ -186,8 +189,8 @@ def print_host_path(result: dict[str, Any], console: Console) -> None:
         ):
             table.add_row(title, *(_spread(point[key]) if key in point else "" for point in points))
         console.print(table)
-    for clock, reason in result["clocks_left_out"].items():
-        console.print(f"{clock} left out: {reason}", markup=False)
+    for measurement, reason in result["left_out"].items():
+        console.print(f"{measurement} left out: {reason}", markup=False)
 
 
 def _medians(points: Sequence[dict[str, Any]], clock: str, name: str) -> list[str]:
