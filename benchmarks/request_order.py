@@ -10,8 +10,6 @@ from benchmarks.request_routing import Routing
 from vllm_adapmoe.experts import CacheShape
 from vllm_adapmoe.policy.cache_setup import CacheSetup
 from vllm_adapmoe.policy.controller import CacheController
-from vllm_adapmoe.prefetch.request_experts import bits
-from vllm_adapmoe.scheduling.affinity import DecodingRequest, held_back
 from vllm_adapmoe.scheduling.arrivals import Arrivals
 from vllm_adapmoe.scheduling.batches import Batches, QueuedRequest
 from vllm_adapmoe.scheduling.costs import StepCosts
@@ -23,8 +21,8 @@ from vllm_adapmoe.simulate.replay import waves
 WARM_SHARE = 0.25
 """Share of the tokens that are produced before the measurement begins."""
 PHASE_STEPS = 4
-MAX_PREFILL_DELAY, MAX_AFFINITY_DELAY = 0.5, 0.2
-"""The product's defaults, seconds."""
+MAX_PREFILL_DELAY, MAX_OVERTAKES = 0.5, 4.0
+"""The product's defaults, seconds and batches."""
 
 
 @dataclass(eq=False)
@@ -73,7 +71,7 @@ class Order:
         """Returns the waiting requests to start in this step."""
         return waiting[: self.spec.seats - len(running)]
 
-    def decode(self, running: list[ReplayedRequest], now: float, resident: np.ndarray) -> list[ReplayedRequest]:
+    def decode(self, running: list[ReplayedRequest]) -> list[ReplayedRequest]:
         """Returns the running requests to decode in a step without prompts."""
         return running
 
@@ -99,7 +97,7 @@ class Phases(Order):
 
     kind, steps = 0, 0
 
-    def decode(self, running: list[ReplayedRequest], now: float, resident: np.ndarray) -> list[ReplayedRequest]:
+    def decode(self, running: list[ReplayedRequest]) -> list[ReplayedRequest]:
         kinds = sorted({request.kind for request in running})
         self.steps += 1
         if self.steps > PHASE_STEPS or self.kind not in kinds:
@@ -107,28 +105,12 @@ class Phases(Order):
         return [request for request in running if request.kind == self.kind]
 
 
-class HeldBack(Order):
-    """Decodes the requests whose experts are resident, by the rule of `scheduling.affinity`."""
-
-    def decode(self, running: list[ReplayedRequest], now: float, resident: np.ndarray) -> list[ReplayedRequest]:
-        decoding = []
-        for request in running:
-            experts = np.zeros_like(resident)
-            used = self.routing.experts[request.kind][request.excerpt, max(0, request.prompt + request.tokens - 2)]
-            np.put_along_axis(experts, used.astype(int), True, axis=1)
-            decoding.append(DecodingRequest(request.name, bits(experts), now - request.last))
-        slots = int(self.spec.fraction * resident.size)
-        compute = self.spec.layer_seconds * len(resident)
-        held = held_back(decoding, bits(resident), slots, compute, self.spec.load_seconds, MAX_AFFINITY_DELAY)
-        return [request for request in running if request.name not in held]
-
-
 class SimilarTexts(Order):
     """Starts batches of similar texts, by the rules of `scheduling.batches` and `scheduling.text_signatures`."""
 
     def __init__(self, spec: ReplaySpec, routing: Routing) -> None:
         super().__init__(spec, routing)
-        self.texts, self.batches = TextSignatures(), Batches(4.0)
+        self.texts, self.batches = TextSignatures(), Batches(MAX_OVERTAKES)
         self.known: dict[str, QueuedRequest] = {}
 
     def start(self, waiting: list[ReplayedRequest], running: list[ReplayedRequest]) -> list[ReplayedRequest]:
@@ -264,11 +246,11 @@ def replay_order(spec: ReplaySpec, routing: Routing, order: Order, holds_prompts
             waiting_since.clear()
         waiting = [request for request in waiting if request not in starting]
         begun_prompts += len(starting)
-        decoded = running if starting else order.decode(running, now, cache.resident)
+        decoded = running if starting else order.decode(running)
         loads = cache.loads(decoded, starting)
         stall = loads * spec.load_seconds
         seconds = stall + layers * spec.layer_seconds
-        costs.observe(StepTimes(seconds, stall, loads, stall, bool(starting)))
+        costs.observe(StepTimes(seconds, stall, bool(starting)))
         now += seconds
         for request in decoded + starting:
             if not request.tokens:
@@ -294,7 +276,6 @@ def replay_order(spec: ReplaySpec, routing: Routing, order: Order, holds_prompts
 ORDERS: dict[str, tuple[type[Order], bool]] = {
     "vllm_order": (Order, False),
     "held_prompts": (Order, True),
-    "held_back": (HeldBack, True),
     "phases": (Phases, True),
     "kinds": (Kinds, True),
     "similar_texts": (SimilarTexts, True),

@@ -14,7 +14,7 @@ from benchmarks.request_routing import record_routing
 from benchmarks.workload import ratios
 from vllm_adapmoe.results import spread
 
-LENGTH = 192
+LENGTH = 128
 """Tokens of an excerpt: the longest prompt and answer."""
 FRACTIONS = (0.5, 0.25)
 LOADS = ((16, 64), (64, 256))
@@ -46,7 +46,7 @@ def run_schedule(spec: ScheduleSpec) -> dict[str, Any]:
         for seats, clients in tqdm(LOADS, desc=f"{fraction:.0%} resident", unit="load"):
             replayed = ReplaySpec(
                 fraction=fraction, seats=seats, clients=clients, load_seconds=spec.load_ms / 1e3,
-                layer_seconds=spec.layer_ms / 1e3, prompt_tokens=(16, 96), answer_tokens=(32, 96),
+                layer_seconds=spec.layer_ms / 1e3, prompt_tokens=(16, 64), answer_tokens=(32, 64),
                 tokens=TOKENS_PER_SEAT * seats,
             )  # fmt: skip
             figures = compare(replayed, routing, spec.rounds)
