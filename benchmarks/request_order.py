@@ -12,7 +12,7 @@ from vllm_adapmoe.policy.cache_setup import CacheSetup
 from vllm_adapmoe.policy.controller import CacheController
 from vllm_adapmoe.scheduling.arrivals import Arrivals
 from vllm_adapmoe.scheduling.batches import Batches, QueuedRequest
-from vllm_adapmoe.scheduling.costs import StepCosts
+from vllm_adapmoe.scheduling.costs import Mean, StepCosts
 from vllm_adapmoe.scheduling.prefill import WaitingPrompt, hold_prefill
 from vllm_adapmoe.scheduling.report import StepTimes
 from vllm_adapmoe.scheduling.text_signatures import TextSignatures
@@ -110,12 +110,13 @@ class SimilarTexts(Order):
 
     def __init__(self, spec: ReplaySpec, routing: Routing) -> None:
         super().__init__(spec, routing)
-        self.texts, self.batches = TextSignatures(), Batches(MAX_OVERTAKES)
+        self.texts, self.batches, self.running = TextSignatures(), Batches(MAX_OVERTAKES), Mean()
         self.known: dict[str, QueuedRequest] = {}
 
     def start(self, waiting: list[ReplayedRequest], running: list[ReplayedRequest]) -> list[ReplayedRequest]:
         seats = self.spec.seats - len(running)
-        size = len(running) or min(seats, len(waiting))
+        self.running.add(len(running))
+        size = max(1, round(self.running.value or seats))
         queue = []
         for request in waiting[: self.batches.window(size, seats)]:
             if request.name not in self.known:

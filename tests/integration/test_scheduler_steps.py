@@ -208,10 +208,10 @@ def kinds_together(server) -> float:
     return sum(shares) / len(shares)
 
 
-def queue_of_two_kinds(server, requests=120):
+def queue_of_two_kinds(server, requests=120, shortest=8):
     """More requests than seats, so that requests wait; returns their names in order of arrival."""
     chance = random.Random(3)
-    names = [server.add(tokens=chance.randrange(8, 24), kind=chance.randrange(2)) for _ in range(requests)]
+    names = [server.add(tokens=chance.randrange(shortest, 24), kind=chance.randrange(2)) for _ in range(requests)]
     server.run()
     assert len(server.finished) == requests
     return names
@@ -234,6 +234,13 @@ def test_similar_requests_run_together_and_nobody_starves(is_async, clock):
     assert last_overtaken[0] == 0
     # The limit, and those that start in the same step.
     assert 4 < last_overtaken[4] <= 4 * 4 + 4
+
+
+def test_a_batch_whose_requests_end_together_is_followed_by_another(is_async, clock):
+    """With equal lengths hardly anything runs when the next batch starts."""
+    server = Server(OURS[is_async], is_async, clock, seats=4, max_prefill_delay_ms=0)
+    queue_of_two_kinds(server, shortest=23)
+    assert kinds_together(server) > 0.85
 
 
 def test_requests_start_in_order_of_arrival_where_hardly_anything_is_loaded(is_async, clock):

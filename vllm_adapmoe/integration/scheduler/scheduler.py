@@ -60,7 +60,7 @@ class ExpertCacheScheduler(Scheduler):
         seats = self.max_num_running_reqs - len(self.running)
         throttle_prefills |= self._hold(now, seats)
         if self.order is not None and not throttle_prefills and seats > 0 and self._waits_for_experts:
-            self.order.arrange(self.waiting, len(self.running), seats)
+            self.order.arrange(self.waiting, seats)
         output = super().schedule(throttle_prefills)
         self._begun += len(output.scheduled_new_reqs) + len(output.scheduled_cached_reqs.resumed_req_ids)
         for name in output.num_scheduled_tokens:
@@ -68,7 +68,8 @@ class ExpertCacheScheduler(Scheduler):
         for name in output.finished_req_ids:
             self._waiting_since.pop(name, None)
         if self.order is not None:
-            self._count_overtakes(self.order.started([self.requests[new.req_id] for new in output.scheduled_new_reqs]))
+            begun = [self.requests[new.req_id] for new in output.scheduled_new_reqs]
+            self._count_overtakes(self.order.scheduled(begun, len(self.running)))
             self.order.ended(output.finished_req_ids)
         return output
 

@@ -7,6 +7,7 @@ from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_adapmoe.scheduling.batches import Batches, QueuedRequest
+from vllm_adapmoe.scheduling.costs import Mean
 from vllm_adapmoe.scheduling.text_signatures import TextSignatures
 
 MAX_STARTS = 16
@@ -27,20 +28,21 @@ class StartOrder:
         self._running: dict[str, Request] = {}
         self._waiting: list[QueuedRequest] = []
         """Requests that the last `arrange` has looked at, in order of arrival."""
+        self._running_mean = Mean()
         self._size = 0
-        """Requests of a batch at the last `arrange`."""
+        """Number of requests of a batch, at the last `arrange`."""
 
-    def arrange(self, queue: RequestQueue, running: int, seats: int) -> None:
+    def arrange(self, queue: RequestQueue, seats: int) -> None:
         """Puts the chosen requests first, after preempted ones.
 
         Args:
             queue: vLLM's queue in order of arrival.
-            running: number of running requests.
             seats: number of requests that could start.
         """
         ahead = list(takewhile(lambda request: not _is_new(request), queue))
         seats = min(seats, MAX_STARTS)
-        self._size = running or min(seats, len(queue) - len(ahead))
+        # Not the number that run now: many may just have ended.
+        self._size = max(1, round(self._running_mean.value or seats))
         window = islice(queue, len(ahead), len(ahead) + self.batches.window(self._size, seats))
         requests = {request.request_id: request for request in window if _is_new(request)}
         # Requests that were put first and did not start are not where they arrived.
@@ -58,8 +60,14 @@ class StartOrder:
             self._queued[name] = QueuedRequest(name, self.texts.signature(request.all_token_ids))
         return self._queued[name]
 
-    def started(self, requests: Collection[Request]) -> int:
-        """Records the requests that a step starts; returns how many of them overtook an older one."""
+    def scheduled(self, requests: Collection[Request], running: int) -> int:
+        """Records a scheduled step; returns how many requests that start with it overtook an older one.
+
+        Args:
+            requests: requests that start with the step.
+            running: number of running requests, including them.
+        """
+        self._running_mean.add(running)
         names = [request.request_id for request in requests]
         overtakes = self.batches.started(self._waiting, names, self._size)
         self._waiting = []
