@@ -18,7 +18,7 @@ from vllm_adapmoe.policy.cache_setup import CacheSetup
 from vllm_adapmoe.policy.controller import CacheController
 from vllm_adapmoe.policy.prediction import PredictedExperts, predict_experts
 from vllm_adapmoe.prefetch.heads import chance_of_any
-from vllm_adapmoe.prefetch.request_experts import RequestExperts, bits
+from vllm_adapmoe.prefetch.request_experts import RequestExperts
 
 DECISIONS = ("begin", "prefetch", "release", "transfers")
 """Parts that are decisions of the `CacheController`."""
@@ -65,7 +65,7 @@ class Steps:
         setup = CacheSetup([slots], "next_token", lookahead=LOOKAHEAD, max_experts=MAX_EXPERTS)
         self.controller = controller = CacheController(cache_shape, setup)
         self.maps = SlotMaps(controller.pools, cache_shape.pool_of, cache_shape.num_experts)
-        self.requests = RequestExperts(layers, experts, shape.top_k)
+        self.requests = RequestExperts(layers, experts)
         self.names = [str(number) for number in range(batch)]
         self.random = np.random.default_rng(0)
         self._fill(slots)
@@ -79,7 +79,7 @@ class Steps:
         self.chances = timer.timed("heads", chance_of_any)
         self.begin_requests = timer.timed("requests", self._begin_requests)
         self.record_prediction = timer.timed("requests", self.requests.record_prediction)
-        self.end_requests = timer.timed("requests", self._end_requests)
+        self.end_requests = timer.timed("requests", self.requests.end)
         self.predict = timer.timed("made up", self._predict)
 
     def _fill(self, slots: int) -> None:
@@ -127,10 +127,6 @@ class Steps:
         self.requests.begin(self.names)
         chances = self.requests.batch_chances(self.names, LOOKAHEAD)
         return () if chances is None else list(chances)
-
-    def _end_requests(self) -> tuple[int, dict[str, int]]:
-        self.requests.end()
-        return bits(self.maps.copy() >= 0), self.requests.top_expected()
 
 
 def run_big_shapes(shapes: Sequence[Shape], batches: Sequence[int], steps: int, resident: float) -> dict[str, Any]:

@@ -116,6 +116,22 @@ def big_shapes(
 
 
 @app.command()
+def schedule(
+    model: Model,
+    output: Output = None,
+    text: Text = None,
+    load_ms: Annotated[float, typer.Option(min=0, help="Time of one expert fetch, ms.")] = 0.47,
+    layer_ms: Annotated[float, typer.Option(min=0, help="Time a layer computes in a step, ms.")] = 0.1,
+    rounds: Rounds = 2,
+) -> None:
+    """Compares orders in which a loaded server may run its requests: recorded routing, replayed on a slow link."""
+    from benchmarks.schedule import ScheduleSpec, print_schedule, run_schedule
+
+    spec = ScheduleSpec(checkpoint_folder(model), text, load_ms, layer_ms, rounds)
+    report(run_schedule(spec), print_schedule, output)
+
+
+@app.command()
 def residency(
     model: Model,
     output: Output = None,

@@ -70,17 +70,17 @@ class PrefetchConfig(BaseModel):
 
 
 class SchedulerConfig(BaseModel):
-    """Scheduling by expert use: briefly delays requests where that saves expert fetches, up to the limits below."""
+    """Scheduling by expert use: starts waiting requests later, or in another order, where that saves expert fetches."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     enabled: bool = Field(True, strict=True)
-    """Whether requests may be delayed to save expert fetches; false keeps vLLM's own order."""
+    """Whether waiting requests may start later or in another order to save expert fetches; false keeps vLLM's order."""
     max_prefill_delay_ms: float = Field(500.0, ge=0, strict=True)
     """Maximum time a prompt waits for other prompts, to share one pass over the experts, in ms. 0 disables the wait."""
-    max_affinity_delay_ms: float = Field(200.0, ge=0, strict=True)
-    """Maximum time a decoding request waits while requests whose experts are resident run, in ms. 0 disables the
-    wait."""
+    max_overtakes: float = Field(4.0, ge=0, strict=True)
+    """Maximum number of later requests that start before a waiting one because their texts are similar to those that
+    run, as a multiple of the running requests. 0 keeps the order of arrival."""
 
 
 class AdapMoEConfig(BaseModel):

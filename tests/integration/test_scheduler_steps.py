@@ -1,11 +1,11 @@
-"""vLLM's real schedulers, sync and async, with requests held back: no engine, a worker's answers are made up.
+"""vLLM's real schedulers, sync and async, with prompts held back and reordered: no engine, made-up answers.
 
 The CPU platform of vLLM never schedules ahead, so this is where the async scheduler runs on this machine.
 """
 
 import random
 from collections import deque
-from itertools import count, pairwise
+from itertools import count
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_adapmoe.integration.reported_output import with_report
 from vllm_adapmoe.integration.scheduler import scheduler as ours
-from vllm_adapmoe.scheduling.report import StepReport, StepTimes, WorkerReport, prompt_rows
+from vllm_adapmoe.scheduling.report import StepTimes, WorkerReport, prompt_rows
 
 pytestmark = pytest.mark.versions
 
@@ -32,9 +32,8 @@ STEP, SWEEP = 0.010, 0.200
 """Seconds that a decode step and a step with a prompt wait for experts."""
 STOCK = {False: Scheduler, True: AsyncScheduler}
 OURS = {False: ours.ExpertCacheScheduler, True: ours.ExpertCacheAsyncScheduler}
-SLOTS = 8
-CLASSES = {0: 0b0000_0000_1111_1111, 1: 0b1111_1111_0000_0000}
-"""Experts of two kinds of requests: either fits the slots, both together do not."""
+WORDS = 90
+"""Tokens that the prompts of one kind are of; other kinds use others."""
 
 
 class Clock:
@@ -47,6 +46,9 @@ class Clock:
 
 class Server:
     """A scheduler, and a worker that answers every step, as deep in flight as vLLM's engine core keeps it."""
+
+    stall_share = 0.9
+    """Share of a step that waits for experts."""
 
     def __init__(self, cls, is_async, clock, blocks=1000, policy="fcfs", seats=16, drafts=0, **scheduler):
         config = EngineArgs(
@@ -70,13 +72,13 @@ class Server:
         self.arrived: dict[str, float] = {}
         self.steps: list[dict[str, int]] = []
         self.finished: dict[str, int] = {}
-        self.resident = 0
         self.kinds: dict[str, int] = {}
         self.ids = count()
 
     def add(self, prompt=20, tokens=8, kind=0, priority=0, seed=None):
         name = f"r{next(self.ids)}"
-        ids = [random.Random(name if seed is None else seed).randrange(2, 200) for _ in range(prompt)]
+        generator = random.Random(name if seed is None else seed)
+        ids = [2 + WORDS * kind + generator.randrange(WORDS) for _ in range(prompt)]
         params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
         params.update_from_generation_config({}, 1)
         self.scheduler.add_request(Request(name, ids, params, None, priority=priority, block_hasher=self.hasher))
@@ -100,17 +102,13 @@ class Server:
         prefill = prompt_rows(output.num_scheduled_tokens, output.scheduled_spec_decode_tokens) > 0
         seconds = SWEEP if prefill else STEP
         self.clock.now += seconds if names else 0.001
-        for name in names:
-            self.resident = CLASSES[self.kinds[name]]
         sampled = []
         for name in names:
             request = self.scheduler.requests.get(name)
             done = request is not None and not request.is_prefill_chunk
             sampled.append([5] if done else [])
         answer = ModelRunnerOutput(names, {name: index for index, name in enumerate(names)}, sampled)
-        expected = {name: CLASSES[self.kinds[name]] for name in names}
-        times = StepTimes(seconds, seconds * 0.9, 8, seconds * 0.8, prefill)
-        report = WorkerReport(step=StepReport(SLOTS, self.resident, expected, [times]))
+        report = WorkerReport(times=[StepTimes(seconds, seconds * self.stall_share, prefill)])
         for one in self.scheduler.update_from_output(output, with_report(answer, report)).values():
             for result in one.outputs:
                 self.tokens[result.request_id] += [self.clock.now] * len(result.new_token_ids)
@@ -198,29 +196,74 @@ def test_no_delay_allowed_is_vllms_own_order(is_async, clock):
 
     stock = steps(STOCK[is_async])
     assert steps(OURS[is_async], enabled=False) == stock
-    assert steps(OURS[is_async], max_prefill_delay_ms=0, max_affinity_delay_ms=0) == stock
+    assert steps(OURS[is_async], max_prefill_delay_ms=0, max_overtakes=0) == stock
 
 
-def test_requests_wait_for_their_experts_and_nobody_starves(is_async, clock):
-    """Two classes that never fit together: whoever is resident would stay for ever, but for the limit."""
-    server = Server(OURS[is_async], is_async, clock, max_affinity_delay_ms=100, max_prefill_delay_ms=0)
-    names = [server.add(tokens=150, kind=kind) for kind in (0, 0, 0, 0, 0, 0, 1, 1)]
+def kinds_together(server) -> float:
+    """Mean share of a decode step's requests that are of the kind of most of them, once some have ended."""
+    shares = []
+    for step in server.steps[len(server.steps) // 3 :]:
+        kinds = [server.kinds[name] for name, rows in step.items() if rows == 1]
+        if len(kinds) >= 3:
+            shares.append(max(kinds.count(kind) for kind in set(kinds)) / len(kinds))
+    return sum(shares) / len(shares)
+
+
+def queue_of_two_kinds(server, requests=120, shortest=8):
+    """More requests than seats, so that requests wait; returns their names in order of arrival."""
+    chance = random.Random(3)
+    names = [server.add(tokens=chance.randrange(shortest, 24), kind=chance.randrange(2)) for _ in range(requests)]
     server.run()
-    assert server.scheduler.held_tokens > 100
-    gaps = [max(after - before for before, after in pairwise(server.tokens[name])) for name in names]
-    assert 0.05 < max(gaps) <= 0.1 + (1 + is_async) * STEP
-    assert [server.finished[name] for name in names] == [150] * 8
+    assert len(server.finished) == requests
+    return names
 
 
-def test_nobody_waits_while_drafts_are_in_flight(is_async, clock):
-    """Every draft is rejected. A request that skipped a step scheduled ahead would keep a wrong position in vLLM."""
-    server = Server(OURS[is_async], is_async, clock, max_affinity_delay_ms=100, max_prefill_delay_ms=0, drafts=3)
+def test_similar_requests_run_together_and_nobody_starves(is_async, clock):
+    together, last_overtaken = {}, {}
+    for limit in (0, 4):
+        server = Server(OURS[is_async], is_async, clock, seats=4, max_overtakes=limit, max_prefill_delay_ms=0)
+        names = queue_of_two_kinds(server)
+        together[limit] = kinds_together(server)
+        begun = sorted(names, key=lambda name: server.tokens[name][0])
+        last_overtaken[limit] = max(
+            sum(other > number for other in map(names.index, begun[: begun.index(name)]))
+            for number, name in enumerate(names)
+        )
+        assert (server.scheduler.overtakes > 0) == (limit > 0)
+        assert not server.scheduler.order or not server.scheduler.order._queued, "names are kept for ever"
+    assert together[0] < 0.75 and together[4] > together[0] + 0.1, together
+    assert last_overtaken[0] == 0
+    # The limit, and those that start in the same step.
+    assert 4 < last_overtaken[4] <= 4 * 4 + 4
+
+
+def test_a_batch_whose_requests_end_together_is_followed_by_another(is_async, clock):
+    """With equal lengths hardly anything runs when the next batch starts."""
+    server = Server(OURS[is_async], is_async, clock, seats=4, max_prefill_delay_ms=0)
+    queue_of_two_kinds(server, shortest=23)
+    assert kinds_together(server) > 0.85
+
+
+def test_requests_start_in_order_of_arrival_where_hardly_anything_is_loaded(is_async, clock):
+    server = Server(OURS[is_async], is_async, clock, seats=4, max_prefill_delay_ms=0)
+    server.stall_share = 0.05
+    queue_of_two_kinds(server)
+    assert server.scheduler.overtakes == 0
+
+
+def test_priorities_are_vllms(is_async, clock):
+    server = Server(OURS[is_async], is_async, clock, seats=4, policy="priority", max_prefill_delay_ms=0)
+    queue_of_two_kinds(server)
+    assert server.scheduler.order is None and server.scheduler.overtakes == 0
+
+
+def test_drafts_take_rows_of_a_step(is_async, clock):
+    """Every draft is rejected, and vLLM's own order of steps stays."""
+    server = Server(OURS[is_async], is_async, clock, max_prefill_delay_ms=0, drafts=3)
     names = [server.add(tokens=50, kind=kind) for kind in (0, 0, 0, 0, 0, 0, 1, 1)]
     server.run()
-    assert (server.scheduler.held_tokens > 0) != is_async
     assert [server.finished[name] for name in names] == [50] * 8
-    if is_async:
-        assert max(rows for step in server.steps[4:] for rows in step.values()) == 4, "drafts are verified"
+    assert max(rows for step in server.steps[4:] for rows in step.values()) == 4, "drafts are verified"
 
 
 def test_urgent_requests_are_not_held_for_others(is_async, clock):
@@ -254,13 +297,14 @@ def test_every_request_ends_under_preemption_and_with_a_shared_prefix(is_async, 
     for name, tokens in server.finished.items():
         assert tokens in (3, 30, 60), name
     scheduler = server.scheduler
-    assert not scheduler._ran_at and not scheduler._waiting_since and not scheduler._expected, "names are kept for ever"
+    order = scheduler.order
+    assert not scheduler._waiting_since and not order._queued and not order._running, "names are kept for ever"
     assert scheduler.kv_cache_manager.usage == 0
 
 
 def test_aborted_while_held(is_async, clock):
     server = Server(OURS[is_async], is_async, clock, max_prefill_delay_ms=10_000)
-    warm(server)
+    warm(server, decoding=8)
     name = server.add()
     server.step()
     assert name not in server.steps[-1] and server.scheduler.held_prefill_steps > 0

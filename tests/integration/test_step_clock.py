@@ -5,7 +5,6 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from vllm.v1.worker.gpu_worker import Worker
@@ -175,14 +174,9 @@ def test_a_worker_reports_what_steps_took_on_the_device_with_later_steps(clock, 
     """Two steps in flight, as under async scheduling; a step that is launched takes the host no time."""
     monkeypatch.setattr(Worker, "execute_model", lambda worker, output: stream.launch(output.milliseconds))
     worker: Any = object.__new__(ExpertCacheWorker)
-    experts = SimpleNamespace(forget=lambda finished: None, end=lambda: None, top_expected=dict)
-    stats = SimpleNamespace(stall_seconds=0.0, demand_loads=0, prefetches=0, fetch_seconds=0.0)
-    cache = SimpleNamespace(
-        stats=stats, num_slots=4, controller=SimpleNamespace(is_local=np.ones((1, 4), dtype=bool)),
-        resident=lambda: np.zeros((1, 4), dtype=bool),
-    )  # fmt: skip
+    stats = SimpleNamespace(stall_seconds=0.0)
     vars(worker).update(
-        predictor=SimpleNamespace(experts=experts, begin_step=lambda rows: None), expert_cache=cache,
+        expert_cache=SimpleNamespace(stats=stats),
         current_step=CurrentStep(None, False), _clock=clock, _since=CounterDelta(), _config=AdapMoEConfig(),
     )  # fmt: skip
 
@@ -193,11 +187,11 @@ def test_a_worker_reports_what_steps_took_on_the_device_with_later_steps(clock, 
             scheduled_spec_decode_tokens={}, finished_req_ids=set(),
         )  # fmt: skip
         worker.execute_model(output)
-        return list(worker._step_report.times)
+        return list(worker._step_times)
 
     assert run(30, 7, 0.02) == []
     assert run(50, 1, 0.01) == []
     stream.run()
     first, second = run(5, 1, 0.0)
-    assert first == StepTimes(pytest.approx(0.030), pytest.approx(0.02), 0, 0.0, prefill=True)
-    assert second == StepTimes(pytest.approx(0.050), pytest.approx(0.01), 0, 0.0, prefill=False)
+    assert first == StepTimes(pytest.approx(0.030), pytest.approx(0.02), prefill=True)
+    assert second == StepTimes(pytest.approx(0.050), pytest.approx(0.01), prefill=False)

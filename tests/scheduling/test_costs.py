@@ -6,13 +6,13 @@ from vllm_adapmoe.scheduling.costs import StepCosts
 from vllm_adapmoe.scheduling.report import StepTimes, prompt_rows
 
 
-def step(stall: float, seconds: float = 1.0, loads: int = 0, fetching: float = 0.0, prefill: bool = False) -> StepTimes:
-    return StepTimes(seconds, stall, loads, fetching, prefill)
+def step(stall: float, seconds: float = 1.0, prefill: bool = False) -> StepTimes:
+    return StepTimes(seconds, stall, prefill)
 
 
 def test_nothing_is_known_at_first():
     costs = StepCosts()
-    assert costs.surcharge == 0 and costs.decode_step == 0
+    assert costs.surcharge == 0 and costs.stall_share == 0
     costs.observe(step(0.5, prefill=True))
     costs.observe(step(0.2))
     assert costs.surcharge == 0  # decode steps after decode steps are not known
@@ -25,7 +25,7 @@ def test_a_prompt_costs_its_own_waits_and_those_of_the_step_after_it():
     costs.observe(step(0.5, prefill=True))
     costs.observe(step(0.3))
     assert costs.surcharge == pytest.approx(0.5 + 0.1 - 0.2)
-    assert costs.decode_step == pytest.approx((5 * 0.8 + 0.7) / 6 + 0.2)
+    assert costs.stall_share == pytest.approx(0.2 / ((5 * 0.8 + 0.7) / 6 + 0.2))
 
 
 def test_chunks_in_a_row_are_one_price_each():
@@ -34,13 +34,6 @@ def test_chunks_in_a_row_are_one_price_each():
     for stall in (0.4, 0.6):
         costs.observe(step(stall, prefill=True))
     assert costs.surcharge == pytest.approx(0.3)
-
-
-def test_loads_are_priced_by_the_time_the_link_was_busy():
-    costs = StepCosts()
-    costs.observe(step(0.1, loads=4, fetching=0.2))
-    costs.observe(step(0.0))
-    assert costs.load.value == pytest.approx(0.05)
 
 
 def test_a_wait_that_the_host_saw_as_longer_than_the_device_the_step_is_no_negative_price():

@@ -3,26 +3,11 @@
 import numpy as np
 import pytest
 
-from vllm_adapmoe.prefetch.request_experts import REUSE, RequestExperts, bits
-
-
-def test_bits_of_a_set():
-    experts = np.zeros((2, 5), dtype=bool)
-    experts[0, 3] = experts[1, 0] = True
-    assert bits(experts) == 1 << 3 | 1 << 5
-
-
-def test_the_likeliest_of_each_request():
-    experts = RequestExperts(2, 4, top_k=2)
-    experts.begin(["a", "b"])
-    experts.record_prediction(0, np.array([[0.1, 0.9, 0.2, 0.8], [0.9, 0.8, 0.0, 0.1]]))
-    experts.record_used(1, np.array([[0, 1], [2, 3]]))
-    experts.end()
-    assert experts.top_expected() == {"a": 0b0011_1010, "b": 0b1100_0011}
+from vllm_adapmoe.prefetch.request_experts import REUSE, RequestExperts
 
 
 def test_a_batch_is_expected_to_use_what_any_of_it_is():
-    experts = RequestExperts(1, 3, top_k=1)
+    experts = RequestExperts(1, 3)
     assert experts.batch_chances(["a"], 1) is None
     experts.begin(["a", "b"])
     experts.record_prediction(0, np.array([[0.5, 0.0, 1.2], [0.5, 0.2, -0.1]]))
@@ -36,7 +21,7 @@ def test_a_batch_is_expected_to_use_what_any_of_it_is():
 
 def test_a_layer_of_another_batch_is_left_out():
     """A dummy run, or one whose rows cannot be told apart."""
-    experts = RequestExperts(1, 3, top_k=1)
+    experts = RequestExperts(1, 3)
     experts.begin(["a"])
     experts.record_used(0, np.array([[0], [1]]))
     experts.end()
@@ -45,7 +30,7 @@ def test_a_layer_of_another_batch_is_left_out():
 
 def test_a_request_that_has_ended_does_not_come_back():
     """Steps in place are told of when they have run: when their request may have ended."""
-    experts = RequestExperts(2, 4, 2)
+    experts = RequestExperts(2, 4)
     experts.begin(["a", "b"])
     experts.record_used(0, np.array([[0, 1], [2, 3]]))
     experts.forget(["a"])

@@ -16,23 +16,16 @@ STEPS_IN_FLIGHT = 8
 """Upper bound on steps whose end is reported late; vLLM's asynchronous scheduling has two in flight."""
 
 
-def bits(experts: np.ndarray) -> int:
-    """Packs bool `[layers, experts]` into the bits of an integer."""
-    return int.from_bytes(np.packbits(experts, bitorder="little").tobytes(), "little")
-
-
 class RequestExperts:
     """Collects, layer by layer of each step, the experts that each request's next token is expected to use.
 
     Args:
         layers: number of MoE layers.
         experts: maximum number of experts of a layer.
-        top_k: experts per token.
     """
 
-    def __init__(self, layers: int, experts: int, top_k: int) -> None:
+    def __init__(self, layers: int, experts: int) -> None:
         self.shape = layers, experts
-        self.top_k = top_k
         self.names: Sequence[str] = ()
         self.step = np.zeros((0, *self.shape), dtype=np.float32)
         self.chances: dict[str, np.ndarray] = {}
@@ -74,15 +67,6 @@ class RequestExperts:
         for name, request_chances in zip(self.names, self.step, strict=True):
             if name not in ended:
                 self.chances[name] = request_chances
-
-    def top_expected(self) -> dict[str, int]:
-        """Returns, for each request of the last step, the bit mask of its expected experts, `top_k` per layer."""
-        if not len(self.step):
-            return {}
-        best = np.zeros(self.step.shape, dtype=bool)
-        ids = np.argpartition(-self.step, self.top_k - 1, axis=2)[:, :, : self.top_k]
-        np.put_along_axis(best, ids, True, axis=2)
-        return {name: bits(experts) for name, experts in zip(self.names, best, strict=True)}
 
     def forget(self, names: Iterable[str]) -> None:
         """Forgets requests that have ended; also ignores them in steps whose end is reported later."""

@@ -25,8 +25,6 @@ class StepCosts:
     def __init__(self) -> None:
         self.compute = Mean()
         """Seconds of a decode step, without waits for experts."""
-        self.load = Mean()
-        """Seconds of one expert fetch."""
         self.decode = Mean()
         """Seconds of waits for experts in a decode step after another one."""
         self.sweep = Mean()
@@ -36,8 +34,6 @@ class StepCosts:
 
     def observe(self, step: StepTimes) -> None:
         """Updates the means with one step; call in the order in which steps ran."""
-        if step.loads:
-            self.load.add(step.fetch_seconds / step.loads)
         prompt_stall, self._prompt_stall = self._prompt_stall, step.stall_seconds if step.prefill else None
         if step.prefill:
             if prompt_stall is not None:  # one prompt's chunks in a row, or one prompt after the other
@@ -58,6 +54,7 @@ class StepCosts:
         return max(0.0, self.sweep.value - self.decode.value)
 
     @property
-    def decode_step(self) -> float:
-        """Seconds of a decode step; 0 while unknown."""
-        return (self.compute.value or 0.0) + (self.decode.value or 0.0)
+    def stall_share(self) -> float:
+        """Share of a decode step that waits for experts; 0 while unknown."""
+        stall = self.decode.value or 0.0
+        return stall / (stall + (self.compute.value or 0.0)) if stall else 0.0

@@ -41,7 +41,7 @@ class StepCounters:
     kept_experts: float | None = None
     loss_spent: float | None = None
     held_prefill_steps: float | None = None
-    held_tokens: float | None = None
+    overtakes: float | None = None
     slots: float | None = None
     resident: float | None = None
     link_bandwidth: float | None = None
@@ -99,7 +99,9 @@ METRICS = {
     "held_prefill_steps": Metric(
         "held_prompt_steps", "Steps that deferred waiting prompts so that they share a later step."
     ),
-    "held_tokens": Metric("held_tokens", "Decode tokens deferred while the resident experts serve other requests."),
+    "overtakes": Metric(
+        "overtaking_requests", "Requests started before older ones, to run with requests that use the same experts."
+    ),
     "slots": Metric("slots", "Expert slots on the device.", "gauge"),
     "resident": Metric("resident_experts", "Slots that hold an expert.", "gauge"),
     "link_bandwidth": Metric(

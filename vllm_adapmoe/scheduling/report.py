@@ -8,9 +8,9 @@ from vllm_adapmoe.scheduling.counters import StepCounters
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Duration of one step, and its waits and fetches.
+    """Duration of one step, and its waits for experts.
 
-    `seconds` is from the first kernel of the step to its last, by the device's clock; the other times are the host's. A
+    `seconds` is from the first kernel of the step to its last, by the device's clock; the waits are the host's. A
     layer driven by the host waits for experts after it has read the routing, when the device has nothing left to run:
     such a wait is idle time of the device too, and part of `seconds`. Steps that read experts in place do not wait.
     """
@@ -19,30 +19,8 @@ class StepTimes:
     """Seconds that the model ran, waits for experts included."""
     stall_seconds: float
     """Seconds of those spent waiting for experts."""
-    loads: int
-    """Experts fetched, on demand or prefetched."""
-    fetch_seconds: float
-    """Seconds with at least one fetch in flight, until its bytes were in the slot."""
     prefill: bool
     """Whether the step ran a prompt or a part of one."""
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """Report on one step that has been launched.
-
-    Sets of experts are bit masks in integers, so that the union over a batch takes one operation per request.
-    """
-
-    slots: int
-    """Number of slots of the cache."""
-    resident: int
-    """Bit mask of the experts that need no fetch."""
-    expected: dict[str, int]
-    """Bit mask, for each request of the step, of the experts its next token is expected to use, over all layers."""
-    times: Sequence[StepTimes] = ()
-    """Times of the steps that have ended since the last report, in order: on the CPU this step, on a GPU earlier ones,
-    since this one has only been launched."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +31,9 @@ class WorkerReport:
     """None: nothing was counted."""
     failed_requests: tuple[str, ...] = ()
     """Requests to be ended, because experts that they need cannot be read."""
-    step: StepReport | None = None
-    """What the scheduler plans with; None without a cache, or with `scheduler.enabled=false`."""
+    times: Sequence[StepTimes] = ()
+    """Times of the steps that have ended since the last report, in order: on the CPU this step, on a GPU earlier ones,
+    since this one has only been launched. Empty without a cache, or with `scheduler.enabled=false`."""
 
 
 def prompt_rows(rows: Mapping[str, int], drafts: Mapping[str, Sequence[int]]) -> int:

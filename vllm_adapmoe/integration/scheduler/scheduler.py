@@ -13,76 +13,84 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_adapmoe.integration.reported_output import report_of
+from vllm_adapmoe.integration.scheduler.start_order import StartOrder
 from vllm_adapmoe.integration.scheduler.stats_outbox import StatsOutbox
 from vllm_adapmoe.integration.settings import EngineSettings
-from vllm_adapmoe.scheduling.affinity import DecodingRequest, held_back
 from vllm_adapmoe.scheduling.arrivals import Arrivals
 from vllm_adapmoe.scheduling.costs import StepCosts
 from vllm_adapmoe.scheduling.counters import StepCounters
 from vllm_adapmoe.scheduling.prefill import WaitingPrompt, hold_prefill
-from vllm_adapmoe.scheduling.report import StepReport
+
+MIN_STALL_SHARE = 0.1
+"""Minimum share of a decode step that waits for experts. Below it the order of requests could gain no more than that,
+and requests start in order of arrival."""
 
 
 class ExpertCacheScheduler(Scheduler):
-    """vLLM's scheduler, which additionally holds requests back where that saves fetches.
+    """vLLM's scheduler, which additionally decides when and in which order requests start, to save fetches.
 
     It also adds the worker's counters to the step's statistics, and ends requests whose experts cannot be read.
     """
 
     held_prefill_steps = 0
     """Steps that held waiting prompts back."""
-    held_tokens = 0
-    """Decode tokens held back, summed over steps."""
+    overtakes = 0
+    """Requests that started before an older one."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.outbox = StatsOutbox()
-        self.holding = EngineSettings.of(self.vllm_config).config.scheduler
+        self.settings = EngineSettings.of(self.vllm_config).config.scheduler
         self.costs = StepCosts()
         self.arrivals = Arrivals()
         self._begun = 0
         """Number of prompts begun, including restarts after preemption."""
-        self._report: StepReport | None = None
-        """Report of the last step; None until a step has run with a cache."""
-        self._expected: dict[str, int] = {}
         self._waiting_since: dict[str, float] = {}
-        self._ran_at: dict[str, float] = {}
-        config = self.vllm_config
-        self._drafts_in_flight = config.speculative_config is not None and config.scheduler_config.async_scheduling
-        """Whether steps are scheduled before it is known which draft tokens the step before accepts. vLLM corrects the
-        positions of requests in consecutive steps only (`_update_states` of `v1/worker/gpu_model_runner.py`)."""
+        self.order: StartOrder | None = None
+        """None: requests start in vLLM's order, of arrival or by priority."""
+        if self.settings.max_overtakes and self.policy == SchedulingPolicy.FCFS:
+            self.order = StartOrder(self.settings.max_overtakes)
 
-    # Holding back
+    # Starting requests
 
     def schedule(self, throttle_prefills: bool = False) -> Any:
-        if not self.holding.enabled:
+        if not self.settings.enabled:
             return super().schedule(throttle_prefills)
         now = time.monotonic()
-        if self._report is not None:
-            throttle_prefills |= self._hold(now)
+        seats = self.max_num_running_reqs - len(self.running)
+        throttle_prefills |= self._hold(now, seats)
+        if self.order is not None and not throttle_prefills and seats > 0 and self._waits_for_experts:
+            self.order.arrange(self.waiting, seats)
         output = super().schedule(throttle_prefills)
         self._begun += len(output.scheduled_new_reqs) + len(output.scheduled_cached_reqs.resumed_req_ids)
         for name in output.num_scheduled_tokens:
-            self._ran_at[name] = now
             self._waiting_since.pop(name, None)
         for name in output.finished_req_ids:
-            for times in (self._ran_at, self._waiting_since, self._expected):
-                times.pop(name, None)
+            self._waiting_since.pop(name, None)
+        if self.order is not None:
+            begun = [self.requests[new.req_id] for new in output.scheduled_new_reqs]
+            self._count_overtakes(self.order.scheduled(begun, len(self.running)))
+            self.order.ended(output.finished_req_ids)
         return output
 
-    def _hold(self, now: float) -> bool:
-        """Decides which requests wait for the next step; returns whether waiting prompts do."""
+    @property
+    def _waits_for_experts(self) -> bool:
+        return self.costs.stall_share > MIN_STALL_SHARE
+
+    def _count_overtakes(self, overtakes: int) -> None:
+        self.overtakes += overtakes
+        if self.log_stats and overtakes:
+            self.outbox.add(StepCounters(overtakes=overtakes), 0)
+
+    def _hold(self, now: float, seats: int) -> bool:
+        """Returns whether waiting prompts wait for the next step."""
         prefilling = any(request.is_prefill_chunk for request in self.running)
-        seats = self.max_num_running_reqs - len(self.running)
         waiting = self._waiting(now, seats)
         self.arrivals.observe(now, self._begun + len(waiting))
         hold = bool(waiting) and not prefilling and self._hold_prefill(waiting, now)
-        # A step with a prompt uses nearly all experts anyway, so holding decoding requests back would save nothing.
-        tokens = self._hold_decoding(now) if hold or not (prefilling or waiting) else 0
         self.held_prefill_steps += hold
-        self.held_tokens += tokens
-        if self.log_stats and (hold or tokens):
-            self.outbox.add(StepCounters(held_prefill_steps=int(hold), held_tokens=tokens), 0)
+        if self.log_stats and hold:
+            self.outbox.add(StepCounters(held_prefill_steps=1), 0)
         return hold
 
     def _waiting(self, now: float, seats: int) -> list[WaitingPrompt]:
@@ -107,34 +115,8 @@ class ExpertCacheScheduler(Scheduler):
             self.arrivals.gap(now),
             # A decoding request takes a row for its last token, and one for each draft token.
             self.max_num_scheduled_tokens - sum(1 + len(request.spec_token_ids) for request in self.running),
-            self.holding.max_prefill_delay_ms / 1000,
+            self.settings.max_prefill_delay_ms / 1000,
         )
-
-    def _hold_decoding(self, now: float) -> int:
-        """Holds decoding requests back for a step by marking them not eligible to vLLM, and returns how many."""
-        if self.holding.max_affinity_delay_ms == 0 or len(self.running) < 2 or self._drafts_in_flight:
-            return 0
-        assert self._report is not None
-        requests = {request.request_id: request for request in self.running if _has_token_to_run(request)}
-        decoding = [
-            DecodingRequest(
-                name, self._expected.get(name), now - self._ran_at.setdefault(name, now), self._priority(request)
-            )
-            for name, request in requests.items()
-        ]
-        held_requests = held_back(
-            decoding,
-            self._report.resident,
-            self._report.slots,
-            self.costs.compute.value or 0.0,
-            self.costs.load.value or 0.0,
-            # A request held back now is considered again only after this step.
-            max(0.0, self.holding.max_affinity_delay_ms / 1000 - self.costs.decode_step),
-        )
-        for name in held_requests:
-            request = requests[name]
-            request.next_decode_eligible_step = max(request.next_decode_eligible_step, self.current_step + 2)
-        return len(held_requests)
 
     # Output of the worker
 
@@ -142,11 +124,8 @@ class ExpertCacheScheduler(Scheduler):
         report = report_of(model_runner_output)
         if self.log_stats and report.counters is not None:
             self.outbox.add(report.counters, scheduler_output.total_num_scheduled_tokens)
-        if report.step is not None:
-            self._report = report.step
-            self._expected |= {name: bits for name, bits in report.step.expected.items() if name in self.requests}
-            for times in report.step.times:
-                self.costs.observe(times)
+        for times in report.times:
+            self.costs.observe(times)
         failed = self._finish_failed(report.failed_requests)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for request in failed:
@@ -185,14 +164,3 @@ def is_cache_aware(scheduler_cls: Any) -> bool:
     """Returns whether a scheduler, given as class or name, handles the worker's reports."""
     cls = resolve_obj_by_qualname(scheduler_cls) if isinstance(scheduler_cls, str) else scheduler_cls
     return isinstance(cls, type) and issubclass(cls, ExpertCacheScheduler)
-
-
-def _has_token_to_run(request: Request) -> bool:
-    """Returns whether vLLM could schedule a token of a running request now.
-
-    With asynchronous scheduling its last token may already be in flight.
-    """
-    in_flight = request.num_output_placeholders
-    if request.num_tokens_with_spec + in_flight <= request.num_computed_tokens:
-        return False
-    return not in_flight or request.num_computed_tokens + 2 - in_flight < request.num_prompt_tokens + request.max_tokens

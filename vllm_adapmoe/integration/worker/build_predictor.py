@@ -1,4 +1,4 @@
-"""Builds a worker's `ExpertPredictor` as the configuration needs it: for prefetch, eviction, scheduling or a trace."""
+"""Builds a worker's `ExpertPredictor` as the configuration needs it: for prefetch, eviction or a trace."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,9 +43,9 @@ def build_predictor(
     prefetching = cache is not None and cache.controller.planner is not None
     recorder = _recorder(config, vllm_config, layers, cache)
     request_experts = None
-    if cache is not None and (prefetching or config.scheduler.enabled):
+    if cache is not None and prefetching:
         shape = cache.controller.shape
-        request_experts = RequestExperts(len(shape.num_experts), max(shape.num_experts), shape.top_k)
+        request_experts = RequestExperts(len(shape.num_experts), max(shape.num_experts))
     heads = first = None
     if next_token_heads is not None:
         by_next_token = cache is not None and config.eviction in ("auto", "next_token")

@@ -34,8 +34,7 @@ from vllm_adapmoe.integration.worker.step_clock import StepClock
 from vllm_adapmoe.integration.worker.updated_worker import UpdatedWorker
 from vllm_adapmoe.integration.worker.worker_stats import CounterDelta, StepStats, total_stats
 from vllm_adapmoe.prefetch.heads import NextTokenHeads
-from vllm_adapmoe.prefetch.request_experts import bits
-from vllm_adapmoe.scheduling.report import StepReport, StepTimes, WorkerReport
+from vllm_adapmoe.scheduling.report import StepTimes, WorkerReport
 from vllm_adapmoe.units import GiB
 
 if TYPE_CHECKING or current_platform.is_cpu():
@@ -63,8 +62,8 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
     """Probe of each layer while the model is measured (`measure.worker_extension`); otherwise empty."""
     device_only: DeviceOnlySteps | None = None
     """Steps and layers that run without the host; None on the CPU and with stock layers."""
-    _step_report: StepReport | None
-    """Report of the current step, until it is sent with the step's output."""
+    _step_times: Sequence[StepTimes] = ()
+    """Times of finished steps, until they are sent with a step's output."""
     _warming_up = False
     """Whether vLLM is running warm-up steps."""
 
@@ -72,7 +71,7 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         """Loads the model and allocates its slots, before vLLM measures the memory that remains for the KV cache."""
         settings = EngineSettings.of(self.vllm_config)
         config = self._config = settings.config
-        self._step_report, self._since, self._clock = None, CounterDelta(), StepClock(slots_device())
+        self._since, self._clock = CounterDelta(), StepClock(slots_device())
         self._dummy_weights = self.vllm_config.load_config.load_format == "dummy"
         # Other ranks, or another scheduler, would not know of the failure and would continue the request.
         fails_requests = self.vllm_config.parallel_config.world_size == 1 and is_cache_aware(
@@ -215,7 +214,7 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         if self.gating is not None:
             self.gating.end_step(sum(step.rows.values()), step.prompt_rows)
         if step.rows:
-            self._step_report = self._report_step(scheduler_output)
+            self._step_times = self._report_step(scheduler_output)
         return self._with_report(output)
 
     def _check_weights(self) -> None:
@@ -241,26 +240,18 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
             return nullcontext()
         return self.device_only.step(tokens, self.current_step)
 
-    def _report_step(self, scheduler_output: Any) -> StepReport | None:
-        """Returns the scheduler's report on the launched step and the times of finished ones; None if not needed."""
+    def _report_step(self, scheduler_output: Any) -> Sequence[StepTimes]:
+        """Returns the times of finished steps, for the scheduler; none if it does not need them."""
         experts = None if self.predictor is None else self.predictor.experts
-        if experts is None or self.expert_cache is None:
-            return None
-        experts.forget(scheduler_output.finished_req_ids)
-        experts.end()
-        if not self._config.scheduler.enabled:
-            return None
+        if experts is not None:
+            experts.forget(scheduler_output.finished_req_ids)
+            experts.end()
+        if self.expert_cache is None or not self._config.scheduler.enabled:
+            return ()
         stats = self.expert_cache.stats
-        counted = [stats.stall_seconds, stats.demand_loads + stats.prefetches, stats.fetch_seconds]
-        stall_seconds, loads, fetch_seconds = self._since(stats, counted).tolist()
-        self._clock.stop((stall_seconds, int(loads), fetch_seconds, self.current_step.prompt_rows > 0))
-        rank_experts = bits(self.expert_cache.controller.is_local)  # other ranks' experts take no slot here
-        return StepReport(
-            slots=self.expert_cache.num_slots,
-            resident=bits(self.expert_cache.resident()),
-            expected={name: expected & rank_experts for name, expected in experts.top_expected().items()},
-            times=[StepTimes(seconds, *inputs) for seconds, inputs in self._clock.finished()],
-        )
+        (stall_seconds,) = self._since(stats, [stats.stall_seconds]).tolist()
+        self._clock.stop((stall_seconds, self.current_step.prompt_rows > 0))
+        return [StepTimes(seconds, *inputs) for seconds, inputs in self._clock.finished()]
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         output = super().sample_tokens(grammar_output)
@@ -269,9 +260,9 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
     def _with_report(self, output: Any) -> Any:
         if not ends_step(output):
             return output
-        step, self._step_report = self._step_report, None
+        times, self._step_times = self._step_times, ()
         return with_report(
-            output, WorkerReport(self.step_stats.step(self.gating), self.current_step.take_failed(), step)
+            output, WorkerReport(self.step_stats.step(self.gating), self.current_step.take_failed(), times)
         )
 
     def expert_cache_stats(self) -> dict[str, float]:
