@@ -26,7 +26,7 @@ def test_steps_request_every_routed_expert_and_prefetch():
     assert stats["prefetch_hits"] > 0 and stats["late"] == 0
     slots = [slot for layer in steps.maps for slot in layer.tolist() if slot >= 0]
     assert len(slots) == len(set(slots)) == sum(steps.controller.layer_residents())
-    assert len(steps.requests.top_expected()) == 8
+    assert len(steps.requests.chances) == 8
 
 
 def test_a_slow_decision_is_seen_in_its_part(monkeypatch):

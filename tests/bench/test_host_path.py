@@ -7,11 +7,13 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from benchmarks.host_path import CLOCKS, OF_LAYER, OF_STEP, STOCK, figures, print_host_path
+from benchmarks.host_path import MEASUREMENTS, OF_LAYER, OF_STEP, STOCK, figures, print_host_path
 from vllm_adapmoe.integration.measure.host_path import KERNEL, MOVE, VLLM
 from vllm_adapmoe.integration.measure.part_timer import PartTimer
 from vllm_adapmoe.integration.measure.thread_clock import open_clock, open_counter
 from vllm_adapmoe.results import spread
+
+PARTS = ("layer", "inner", "wait", "move")
 
 
 class Clock:
@@ -39,13 +41,27 @@ def test_a_part_counts_without_the_parts_within_it():
     timed = timer.timed("layer", layer)
     timed()
     assert timer.take() == {}, "measured before the start"
-    timer.start(clock)
+    timer.start(clock, PARTS)
     timed()
     timed()
     assert timer.take() == {"layer": 14, "inner": 80}
     timer.stop()
     timed()
     assert timer.take() == {}
+
+
+def test_other_parts_count_for_the_part_around():
+    clock, timer = Clock(), PartTimer()
+    inner = timer.timed("inner", clock.work)
+
+    def layer() -> None:
+        clock.work(5)
+        inner(30)
+
+    timed = timer.timed("layer", layer)
+    timer.start(clock, ["layer"])
+    timed()
+    assert timer.take() == {"layer": 35}
 
 
 def test_a_generator_counts_only_while_it_runs():
@@ -57,7 +73,7 @@ def test_a_generator_counts_only_while_it_runs():
             yield amount
 
     timed = timer.timed("wait", arrivals)
-    timer.start(clock)
+    timer.start(clock, PARTS)
     for amount in timed():
         clock.work(100 * amount)
     assert timer.take() == {"wait": 7}
@@ -66,7 +82,7 @@ def test_a_generator_counts_only_while_it_runs():
 def test_other_threads_do_not_count():
     clock, timer = Clock(), PartTimer()
     work = timer.timed("move", clock.work)
-    timer.start(clock)
+    timer.start(clock, PARTS)
     thread = threading.Thread(target=work, args=(5,))
     thread.start()
     thread.join()
@@ -81,7 +97,7 @@ def test_an_error_ends_its_part():
         raise ValueError("unreadable")
 
     timed = timer.timed("wait", fails)
-    timer.start(clock)
+    timer.start(clock, PARTS)
     for _ in range(2):
         with pytest.raises(ValueError, match="unreadable"):
             timed()
@@ -95,7 +111,7 @@ def test_the_timer_subtracts_its_own_cost():
 
     timer = PartTimer()
     inner, timed = timer.timed("inner", lambda: None), timer.timed("layer", layer)
-    timer.start(time.thread_time_ns)
+    timer.start(time.thread_time_ns, PARTS)
     calls = 20_000
     costs = []
     for _ in range(5):
@@ -137,15 +153,14 @@ def test_figures_are_medians_over_the_steps():
 
 def test_the_table_shows_every_part():
     figures_of = {name: spread([12.34, 56.78]) for name in (*OF_LAYER, *OF_STEP, "host path", "layer")}
-    point = {clock: figures_of for clock in CLOCKS}
+    point = {clock: figures_of for clock in MEASUREMENTS}
     ratios = {"host_path_to_stock_layer": spread([2.5]), "host_path_to_own_stock_part": spread([1.75])}
     points = [
         {"configuration": STOCK, "batch": 1, **point},
         {"configuration": "one_short", "batch": 1, **ratios, **point},
     ]
     result = {
-        "clocks": ["cpu", "wall"],
-        "clocks_left_out": {"instructions": "[Errno 2] no"},
+        "left_out": {"instructions": "[Errno 2] no"},
         "models": [{"model": "m", "layers": 2, "experts": 16, "top_k": 2, "points": points}],
     }
     output = StringIO()

@@ -269,7 +269,7 @@ def test_what_is_there_does_not_wait_for_the_rest():
     assert_served(cache, 0, [1, 4])
     seen = []
     for arrived in cache.arrivals(cache.begin(0, [0, 1, 3, 4])):
-        seen.append(arrived)
+        seen.append(arrived.tolist())
         slots = cache.slot_maps[0][arrived]
         for name, tensor in cache.pool(0).tensors.items():
             assert torch.equal(as_bytes(tensor[slots]), as_bytes(LAYERS[0][name][arrived])), "named before it was there"

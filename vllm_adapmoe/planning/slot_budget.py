@@ -36,8 +36,6 @@ class DeviceMemory:
     """Memory counted against `usable` before the weights are loaded."""
     other_weights: int = 0
     """Bytes of all weights other than routed experts."""
-    draft_model: int = 0
-    """Bytes of the weights of the draft model of speculative decoding."""
     activations: int = 0
     kv_cache: int = 0
     """Minimum KV cache with which vLLM starts."""
@@ -51,6 +49,8 @@ class DeviceMemory:
     """Description of the captured graphs, for messages."""
     bookkeeping: int = 0
     """Memory of the cache's own gates, tables and buffers."""
+    draft_model: int = 0
+    """Bytes of the weights of the draft model of speculative decoding."""
 
     @property
     def left(self) -> int:
