@@ -1,7 +1,7 @@
 """Measures a trained model and writes results.json: losses, load, re-use, and how well the next gate is predicted.
 
     python examples/tiny_mixtral/measure.py --dense /tmp/dense
-    python examples/tiny_mixtral/measure.py --model examples/tiny_qwen3moe/model --corpus
+    python examples/tiny_mixtral/measure.py --model examples/tiny_qwen3moe_128/model --corpus --steps 2800
 
 With neither --dense nor --corpus only the loss on the bundled held-out excerpts is printed; that needs no corpus.
 """
@@ -52,7 +52,10 @@ def routing(model: PreTrainedModel, ids: np.ndarray) -> list[dict[str, float | l
     top_k = model.config.num_experts_per_tok
     gates = [layer.mlp.gate for layer in model.model.layers]
     inputs: list[torch.Tensor] = []
-    hooks = [gate.register_forward_pre_hook(lambda gate, args: inputs.append(args[0].view(-1, 128))) for gate in gates]
+    width = model.config.hidden_size
+    hooks = [
+        gate.register_forward_pre_hook(lambda gate, args: inputs.append(args[0].view(-1, width))) for gate in gates
+    ]
     rows = torch.from_numpy(ids[: len(ids) // SEQUENCE * SEQUENCE].astype(np.int64)).view(-1, SEQUENCE)
     collected: list[list[torch.Tensor]] = [[] for _ in gates]
     with torch.inference_mode():
@@ -91,6 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=HERE / "model")
     parser.add_argument("--dense", type=Path, help="the dense baseline; with it results.json is written")
+    parser.add_argument("--steps", type=int, default=1400, help="that the models were trained for, for results.json")
     parser.add_argument("--corpus", action="store_true", help="write results.json without a dense baseline")
     parser.add_argument("--cache", type=Path, default=Path("/tmp/tiny_mixtral"))
     args = parser.parse_args()
@@ -117,9 +121,9 @@ def main() -> None:
     }
     mean = {kind: float(np.mean([row[kind] for row in losses.values()])) for kind in (*models, "unigram")}
     result = {
-        "command": f"train.py {args.model.parent.name.removeprefix('tiny_')}; measure.py {' '.join(sys.argv[1:])}",
-        "steps": 1400,
-        "tokens": 1400 * BATCH * SEQUENCE,
+        "command": f"train.py for {args.model.parent.name}; measure.py {' '.join(sys.argv[1:])}",
+        "steps": args.steps,
+        "tokens": args.steps * BATCH * SEQUENCE,
         "seed": 0,
         "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "transformers")},
         "machine": {"processor": _processor(), "cores_used": 1, "cores": os.cpu_count()},
