@@ -7,7 +7,6 @@ try:
     from numba import njit
 except ImportError:  # a machine with torch and numpy alone, without vLLM: slower, with the same results
     njit = None
-
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -22,3 +21,28 @@ def compiled(function: Function) -> Function:
         return njit(cache=True, boundscheck=True)(function)
     except RuntimeError:  # no folder for the cache can be written: compiled in every process
         return njit(boundscheck=True)(function)
+
+
+def _hide_special_attributes() -> None:
+    """Makes llvmlite's wrapper of LLVM's library answer for LLVM's functions alone; it answers for every name.
+
+    vLLM's CPU platform reads `__dict__` of all objects in all modules when an engine starts (`_rebind_kernels` of
+    vllm/triton_utils/dispatcher.py), and fails on the function that it gets once LLVM is loaded.
+    """
+    from llvmlite.binding import ffi
+
+    wrapper = getattr(ffi, "_lib_wrapper", None)
+    if wrapper is None:
+        return
+    find = wrapper.__getattr__
+
+    def find_function(library: Any, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return find(library, name)
+
+    wrapper.__getattr__ = find_function
+
+
+if njit is not None:
+    _hide_special_attributes()
