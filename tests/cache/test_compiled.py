@@ -17,7 +17,6 @@ def test_the_highest_of_each_row():
     assert len(set(highest(values, 4)[1])) == 4, "whatever NaN is, no column comes twice"
 
 
-@pytest.mark.versions
 def test_vllm_looks_into_every_module_when_an_engine_starts():
     from vllm.triton_utils.dispatcher import _rebind_kernels
 
