@@ -8,7 +8,7 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
-from vllm.model_executor.model_loader.utils import get_draft_load_config, get_model_architecture
+from vllm.model_executor.model_loader.utils import get_model_architecture
 
 from vllm_adapmoe.integration.loading.built_model import around_weights
 from vllm_adapmoe.integration.loading.identity import weight_files
@@ -32,7 +32,7 @@ def estimate_drafter(vllm_config: VllmConfig, layer_bytes: int) -> int:
     target = vllm_config.model_config
     if speculative.method == "mtp" and drafter.model in (target.model, target.model_weights):
         return layer_bytes * (getattr(drafter.hf_config, "n_predict", None) or 1)
-    files = weight_files(drafter, get_draft_load_config(vllm_config))
+    files = weight_files(drafter, speculative.draft_load_config or vllm_config.load_config)
     return sum(file.stat().st_size for file in files) // speculative.draft_parallel_config.tensor_parallel_size
 
 
