@@ -9,9 +9,9 @@ from vllm_adapmoe.integration.measure.engine import EXTENSION, Engine, count_exp
 
 pytestmark = pytest.mark.engine
 
-CEILING = 2.5
+CEILING = 1.9
 """Maximum host path over vLLM's router and kernel in the same steps: CPU time, tiny_mixtral, one slot short of all
-resident, batch 1. `python -m benchmarks host_path --rounds 3` gave 2.00 (1.96 .. 2.05), on two busy cores."""
+resident, batch 1. Measured so on two busy cores: 1.30 to 1.35, and 2.0 before events were recorded in arrays."""
 
 
 def test_the_host_path_stays_below_its_ceiling(monkeypatch):
