@@ -136,6 +136,7 @@ class PrefetchPlanner:
             chosen: receives the queued experts.
         """
         room = self.max_experts
+        chances = chances.astype(np.float64, copy=False)  # numba knows no float16, which traces hold
         for expert in _candidates(chances, self.cache.slots_of(layer), MIN_CHANCE).tolist():
             near_certain = chances[expert] >= CERTAIN_PROB
             if not (near_certain or room):
