@@ -164,7 +164,7 @@ class CachedExperts(StreamedExperts):
         prediction = self._predict(step)
         if step.keep_mask is not None:
             return self._run_kept(step, step.keep_mask, prediction)
-        experts = distinct(step.ids if step.real is None else step.ids[step.real], self.local_num_experts)
+        experts = distinct(step.ids if step.real is None else step.ids[step.real], self.moe_config.num_experts)
         if len(experts) > self.slots or self.expert_map is not None:
             return self._run_kept(step, step.ungated_mask(), prediction)
         ids = step.ids if step.real is None else step.ids * step.real.unsqueeze(1)
@@ -272,7 +272,7 @@ class CachedExperts(StreamedExperts):
         prediction: LayerPrediction | None,
     ) -> Iterator[tuple[torch.Tensor | slice, torch.Tensor]]:
         """Runs (token, expert) pairs, loading each expert once; yields indices of pairs, and their outputs."""
-        experts = distinct(ids, self.local_num_experts)
+        experts = distinct(ids, self.moe_config.num_experts)
         groups = waves(experts, self.slots)
         if len(groups) <= 1:  # zero if other ranks have all; the cache still needs the event
             yield slice(None), self._run_wave(x, weights, token, ids, experts, prediction, NO_EXPERTS)

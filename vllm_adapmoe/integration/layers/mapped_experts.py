@@ -164,7 +164,7 @@ class MappedExperts(CachedExperts):
 
     def _run_kept(self, step: StepRouting, keep_mask: torch.Tensor, prediction: LayerPrediction | None) -> torch.Tensor:
         """Runs the kept (token, expert) pairs wave by wave, each once all of its experts are resident."""
-        x, experts = step.x, distinct(step.ids[keep_mask], self.local_num_experts)
+        x, experts = step.x, distinct(step.ids[keep_mask], self.moe_config.num_experts)
         ids = to_device(torch.where(keep_mask, step.ids, self.local_num_experts), x.device)
         groups = waves(experts, self.slots)
         if len(groups) == 1:
