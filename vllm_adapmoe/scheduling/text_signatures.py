@@ -36,7 +36,8 @@ class TextSignatures:
         self._texts = np.zeros(BUCKETS, dtype=np.int64)
         """Number of texts that each row is the mean of."""
         self._mean = np.zeros(WIDTH, dtype=np.float32)
-        self._count = 0
+        self.count = 0
+        """Number of texts learnt from."""
 
     def learn(self, tokens: Tokens) -> None:
         """Learns from one text."""
@@ -45,8 +46,8 @@ class TextSignatures:
         buckets, counts = np.unique(_buckets(tokens), return_counts=True)
         weights = np.sqrt(counts).astype(np.float32)
         text = weights @ self._projection[buckets] / np.linalg.norm(weights)
-        self._count += 1
-        self._mean += (text - self._mean) / min(self._count, MEMORY)
+        self.count += 1
+        self._mean += (text - self._mean) / min(self.count, MEMORY)
         self._texts[buckets] += 1
         shares = 1 / (np.minimum(self._texts[buckets], MEMORY) + PRIOR)
         self._rows[buckets] += shares[:, None].astype(np.float32) * (text - self._mean - self._rows[buckets])

@@ -24,7 +24,8 @@ class StartOrder:
     def __init__(self, max_overtakes: float) -> None:
         self.batches = Batches(max_overtakes)
         self.texts = TextSignatures()
-        self._queued: dict[str, QueuedRequest] = {}
+        self._queued: dict[str, tuple[QueuedRequest, int]] = {}
+        """Waiting requests, and the number of texts that were known when each was given its signature."""
         self._running: dict[str, Request] = {}
         self._waiting: list[QueuedRequest] = []
         """Requests that the last `arrange` has looked at, in order of arrival."""
@@ -56,9 +57,12 @@ class StartOrder:
 
     def _queue(self, request: Request) -> QueuedRequest:
         name = request.request_id
-        if name not in self._queued:
-            self._queued[name] = QueuedRequest(name, self.texts.signature(request.all_token_ids))
-        return self._queued[name]
+        queued = self._queued.get(name)
+        # A burst on a new server has arrived before any text is known; doubling bounds how often a text is read again.
+        if queued is None or self.texts.count >= 2 * max(1, queued[1]):
+            queued = QueuedRequest(name, self.texts.signature(request.all_token_ids)), self.texts.count
+            self._queued[name] = queued
+        return queued[0]
 
     def scheduled(self, requests: Collection[Request], running: int) -> int:
         """Records a scheduled step; returns how many requests that start with it overtook an older one.
