@@ -2,7 +2,7 @@
 
     python examples/tiny_mixtral/train.py mixtral --output examples/tiny_mixtral/model
     python examples/tiny_mixtral/train.py mixtral-dense --output /tmp/mixtral-dense
-    python examples/tiny_mixtral/train.py qwen3moe --steps 2800 --output examples/tiny_qwen3moe_128/model
+    python examples/tiny_mixtral/train.py qwen3moe --steps 2800 --output examples/tiny_qwen3moe/model
 
 Fixed seeds; about an hour each on one core. `measure.py` then measures both and writes results.json.
 """
