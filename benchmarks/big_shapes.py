@@ -65,7 +65,7 @@ class Steps:
         setup = CacheSetup([slots], "next_token", lookahead=LOOKAHEAD, max_experts=MAX_EXPERTS)
         self.controller = controller = CacheController(cache_shape, setup)
         self.maps = SlotMaps(controller.pools, cache_shape.pool_of, cache_shape.num_experts)
-        self.requests = RequestExperts(layers, experts)
+        self.requests = RequestExperts(LOOKAHEAD, experts)
         self.names = [str(number) for number in range(batch)]
         self.random = np.random.default_rng(0)
         self._fill(slots)
@@ -102,7 +102,8 @@ class Steps:
         for layer in range(shape.layers):
             outputs = random.random((self.batch, shape.experts), dtype=np.float32) * (2 * shape.top_k / shape.experts)
             expected = self.chances(outputs)
-            self.record_prediction(layer, outputs)
+            if layer < LOOKAHEAD:
+                self.record_prediction(layer, outputs)
             experts = np.unique(ids[layer])
             request = self.begin(layer, experts, (), expected)
             queued = self.prefetch(layer, (ids[layer], kept), partial(self.predict, layer, ids, correct))
@@ -125,7 +126,7 @@ class Steps:
 
     def _begin_requests(self) -> Sequence[np.ndarray]:
         self.requests.begin(self.names)
-        chances = self.requests.batch_chances(self.names, LOOKAHEAD)
+        chances = self.requests.batch_chances(self.names)
         return () if chances is None else list(chances)
 
 

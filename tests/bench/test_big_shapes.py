@@ -6,7 +6,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from benchmarks.big_shapes import DECISIONS, PARTS, Shape, Steps, measure_batch, print_big_shapes
+from benchmarks.big_shapes import DECISIONS, LOOKAHEAD, PARTS, Shape, Steps, measure_batch, print_big_shapes
 from benchmarks.big_shapes_memory import bookkeeping, measure_profile
 from vllm_adapmoe.integration.measure.part_timer import PartTimer
 from vllm_adapmoe.policy.controller import CacheController
@@ -51,7 +51,8 @@ def test_memory_is_found_in_its_module():
     cell = shape.layers * shape.experts / 1e6
     assert memory["cache/slot_maps.py"] == pytest.approx(4 * cell, rel=0.5), "int32"
     assert memory["policy/eviction.py"] == pytest.approx(3 * 8 * cell, rel=0.2), "three arrays of float64"
-    assert memory["prefetch/request_experts.py"] == pytest.approx(2 * 4 * cell, rel=0.5), "float32 of each request"
+    first_layers = cell * LOOKAHEAD / shape.layers
+    assert memory["prefetch/request_experts.py"] == pytest.approx(2 * 4 * first_layers, rel=0.5), "float32 per request"
 
 
 def test_a_profile_of_the_shape():

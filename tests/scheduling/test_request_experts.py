@@ -8,15 +8,15 @@ from vllm_adapmoe.prefetch.request_experts import REUSE, RequestExperts
 
 def test_a_batch_is_expected_to_use_what_any_of_it_is():
     experts = RequestExperts(1, 3)
-    assert experts.batch_chances(["a"], 1) is None
+    assert experts.batch_chances(["a"]) is None
     experts.begin(["a", "b"])
     experts.record_prediction(0, np.array([[0.5, 0.0, 1.2], [0.5, 0.2, -0.1]]))
     experts.end()
-    chances = experts.batch_chances(["a", "b", "unknown"], 3)
+    chances = experts.batch_chances(["a", "b", "unknown"])
     assert np.array_equal(chances, chances.astype(np.float16)), "a replay of the trace sees the same"
     assert chances[0] == pytest.approx([0.75, 1 - 0.995 * 0.8, 1 - 0.005 * 0.995], abs=1e-3)
     experts.forget(["b"])
-    assert experts.batch_chances(["a", "b"], 1)[0, 0] == 0.5
+    assert experts.batch_chances(["a", "b"])[0, 0] == 0.5
 
 
 def test_a_layer_of_another_batch_is_left_out():
@@ -25,7 +25,7 @@ def test_a_layer_of_another_batch_is_left_out():
     experts.begin(["a"])
     experts.record_used(0, np.array([[0], [1]]))
     experts.end()
-    assert experts.batch_chances(["a"], 1)[0].max() < REUSE
+    assert experts.batch_chances(["a"])[0].max() < REUSE
 
 
 def test_a_request_that_has_ended_does_not_come_back():

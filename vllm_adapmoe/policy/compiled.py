@@ -13,7 +13,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def compiled(function: Function) -> Function:
     """Compiles a function of arrays and numbers at its first call; later processes read the code from numba's cache.
 
-    An index out of bounds raises IndexError, as without numba.
+    An index out of bounds raises IndexError, as without numba. Pass arrays to be filled, and return numbers: numba
+    unpickles the dtype of every array that a function returns, which takes as long as the rest of a call.
     """
     if njit is None:
         return function

@@ -44,10 +44,13 @@ def predict_experts(
     """
     rank = logits if correction is None else 1 / (1 + np.exp(-logits)) + correction
     ids = highest(rank, min(top_k, rank.shape[1]))
+    keep_mask = np.empty(ids.shape, dtype=bool)
     if threshold > 0 and top_k > 1:
-        keep = _kept_by_batch if by_batch else _kept_by_token
-        return PredictedExperts(ids, keep(logits, ids, sensitivity, threshold))
-    return PredictedExperts(ids, ids >= 0)
+        predict_gating = _kept_by_batch if by_batch else _kept_by_token
+        predict_gating(logits, ids, sensitivity, threshold, keep_mask)
+    else:
+        keep_mask.fill(True)
+    return PredictedExperts(ids, keep_mask)
 
 
 class Precision:
@@ -80,7 +83,6 @@ class Precision:
         self.observed = fade * self.observed + len(ids)
 
 
-@compiled
 def highest(values: np.ndarray, count: int) -> np.ndarray:
     """Returns the columns of the highest values of each row, descending, int64 `[rows, count]`; the first of equals.
 
@@ -89,6 +91,13 @@ def highest(values: np.ndarray, count: int) -> np.ndarray:
         count: at most the number of columns.
     """
     columns = np.empty((len(values), count), np.int64)
+    _highest(values, columns)
+    return columns
+
+
+@compiled
+def _highest(values: np.ndarray, columns: np.ndarray) -> None:
+    count = columns.shape[1]
     best = np.empty(count, values.dtype)
     for row in range(len(values)):
         filled = 0
@@ -104,7 +113,6 @@ def highest(values: np.ndarray, count: int) -> np.ndarray:
             best[place] = value
             columns[row, place] = column
             filled = min(filled + 1, count)
-    return columns
 
 
 @compiled
@@ -121,10 +129,12 @@ def _weights(logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 
 @compiled
-def _kept_by_token(logits: np.ndarray, ids: np.ndarray, sensitivity: float, threshold: float) -> np.ndarray:
-    """Returns the mask of what `gate_tokens` keeps."""
+def _kept_by_token(
+    logits: np.ndarray, ids: np.ndarray, sensitivity: float, threshold: float, keep_mask: np.ndarray
+) -> None:
+    """Writes the mask of what `gate_tokens` keeps."""
     weights = _weights(logits, ids)
-    keep_mask = np.ones(ids.shape, np.bool_)
+    keep_mask[:] = True
     for token in range(len(ids)):
         squares = (weights[token] ** 2).sum()
         inside = inside_squares = 0.0
@@ -133,12 +143,13 @@ def _kept_by_token(logits: np.ndarray, ids: np.ndarray, sensitivity: float, thre
             inside_squares += weights[token, rank - 1] ** 2
             cost = (((1 - inside) / inside) ** 2 * inside_squares + squares - inside_squares) / 2
             keep_mask[token, rank] = cost * sensitivity >= threshold
-    return keep_mask
 
 
 @compiled
-def _kept_by_batch(logits: np.ndarray, ids: np.ndarray, sensitivity: float, threshold: float) -> np.ndarray:
-    """Returns the mask of what `gate_batch` keeps of experts that are not resident."""
+def _kept_by_batch(
+    logits: np.ndarray, ids: np.ndarray, sensitivity: float, threshold: float, keep_mask: np.ndarray
+) -> None:
+    """Writes the mask of what `gate_batch` keeps of experts that are not resident."""
     weights = _weights(logits, ids)
     prices = np.zeros(logits.shape[1])
     for token in range(len(ids)):
@@ -147,11 +158,9 @@ def _kept_by_batch(logits: np.ndarray, ids: np.ndarray, sensitivity: float, thre
             weight = weights[token, rank]
             cost = ((weight / (1 - weight)) ** 2 * (squares - weight**2) + weight**2) / 2
             prices[ids[token, rank]] += cost * sensitivity
-    keep_mask = np.empty(ids.shape, np.bool_)
     for token in range(len(ids)):
         for rank in range(ids.shape[1]):
             keep_mask[token, rank] = prices[ids[token, rank]] >= threshold
-    return keep_mask
 
 
 @compiled
@@ -165,7 +174,6 @@ def _count_used(predicted: np.ndarray, ids: np.ndarray, keep_mask: np.ndarray, u
                     break
 
 
-@compiled
 def chances(ids: np.ndarray, keep_mask: np.ndarray, precision: np.ndarray, num_experts: int) -> np.ndarray:
     """Returns the chance that any token of the batch uses an expert: `1 - prod (1 - b_rank)` over tokens that rank it.
 
@@ -179,9 +187,18 @@ def chances(ids: np.ndarray, keep_mask: np.ndarray, precision: np.ndarray, num_e
     Returns:
         float64 `[num_experts]`; 0 for experts that no token is predicted to keep.
     """
-    unused = np.ones(num_experts)
+    result = np.empty(num_experts)
+    write_chances(ids, keep_mask, precision, result)
+    return result
+
+
+@compiled
+def write_chances(ids: np.ndarray, keep_mask: np.ndarray, precision: np.ndarray, result: np.ndarray) -> None:
+    """Writes `chances` to `result` `[num_experts]`."""
+    result[:] = 1
     for token in range(len(ids)):
         for rank in range(min(ids.shape[1], len(precision))):
             if keep_mask[token, rank]:
-                unused[ids[token, rank]] *= 1 - precision[rank]
-    return 1 - unused
+                result[ids[token, rank]] *= 1 - precision[rank]
+    for expert in range(len(result)):
+        result[expert] = 1 - result[expert]

@@ -7,7 +7,7 @@ import numpy as np
 
 from vllm_adapmoe.experts import ExpertKey
 from vllm_adapmoe.policy.compiled import compiled
-from vllm_adapmoe.policy.prediction import Precision, PredictedExperts, chances
+from vllm_adapmoe.policy.prediction import Precision, PredictedExperts, write_chances
 
 RequestPrefetch = Callable[[ExpertKey, bool], bool]
 """Requests a prefetch of an expert; the flag says whether its use is near-certain. Returns True if it was queued."""
@@ -113,7 +113,10 @@ class PrefetchPlanner:
             return self._sweep(-1, request)
         chosen: list[ExpertKey] = []
         for layer, layer_chances in enumerate(chances[: self.lookahead]):
-            self._choose(layer, layer_chances, request, chosen)
+            layer_chances = layer_chances.astype(np.float64, copy=False)  # numba knows no float16, which traces hold
+            experts = np.empty(len(layer_chances), np.int64)
+            count = _candidates(layer_chances, self.cache.slots_of(layer), MIN_CHANCE, experts)
+            self._request(layer, experts[:count], layer_chances, request, chosen)
             if chosen:
                 break
         return chosen
@@ -126,18 +129,25 @@ class PrefetchPlanner:
                 return chosen
         return []
 
-    def _choose(self, layer: int, chances: np.ndarray, request: RequestPrefetch, chosen: list[ExpertKey]) -> None:
-        """Requests the most probable absent experts of a layer, and adds those queued to `chosen`.
+    def _request(
+        self,
+        layer: int,
+        experts: np.ndarray,
+        chances: np.ndarray,
+        request: RequestPrefetch,
+        chosen: list[ExpertKey],
+    ) -> None:
+        """Requests as many of a layer's candidates as may be in flight, and adds those queued to `chosen`.
 
         Args:
             layer: MoE layer index.
-            chances: `[experts]`.
+            experts: candidates, the most probable first.
+            chances: chance of each expert of the layer, `[experts]`.
             request: as in `plan`.
             chosen: receives the queued experts.
         """
         room = self.max_experts
-        chances = chances.astype(np.float64, copy=False)  # numba knows no float16, which traces hold
-        for expert in _candidates(chances, self.cache.slots_of(layer), MIN_CHANCE).tolist():
+        for expert in experts.tolist():
             near_certain = chances[expert] >= CERTAIN_PROB
             if not (near_certain or room):
                 break
@@ -169,16 +179,38 @@ class PrefetchPlanner:
             if predicted is None:
                 continue
             self.pending[target][distance] = predicted
-            by_rank = self.precision[target][distance - 1].by_rank
-            chance = chances(predicted.ids, predicted.keep_mask, by_rank, self.num_experts[target])
-            self._choose(target, chance, request, chosen)
+            chances = np.empty(self.num_experts[target])
+            experts = np.empty(self.num_experts[target], np.int64)
+            count = _predicted_candidates(
+                predicted.ids, predicted.keep_mask, self.precision[target][distance - 1].by_rank,
+                self.cache.slots_of(target), MIN_CHANCE, chances, experts,
+            )  # fmt: skip
+            if count:
+                self._request(target, experts[:count], chances, request, chosen)
         return chosen
 
 
 @compiled
-def _candidates(chances: np.ndarray, slots: np.ndarray, least: float) -> np.ndarray:
-    """Returns the experts without a slot whose chance is `least` or more, the highest first, the first of equals."""
-    experts = np.empty(len(chances), np.int64)
+def _predicted_candidates(
+    ids: np.ndarray,
+    keep_mask: np.ndarray,
+    precision: np.ndarray,
+    slots: np.ndarray,
+    least: float,
+    chances: np.ndarray,
+    experts: np.ndarray,
+) -> int:
+    """Writes the `chances` of a layer's experts, and finds the candidates among them, as `_candidates`."""
+    write_chances(ids, keep_mask, precision, chances)
+    return _candidates(chances, slots, least, experts)
+
+
+@compiled
+def _candidates(chances: np.ndarray, slots: np.ndarray, least: float, experts: np.ndarray) -> int:
+    """Finds the experts without a slot whose chance is `least` or more.
+
+    Writes them to `experts`, the highest chance first, of equal ones the first expert; returns how many they are.
+    """
     count = 0
     for expert in range(len(chances)):
         if chances[expert] < least or slots[expert] >= 0:
@@ -189,4 +221,4 @@ def _candidates(chances: np.ndarray, slots: np.ndarray, least: float) -> np.ndar
             place -= 1
         experts[place] = expert
         count += 1
-    return experts[:count]
+    return count

@@ -31,6 +31,8 @@ class Residency:
         assert 0 <= staging < num_slots
         self.num_slots = num_slots
         self.staging = staging
+        self.capacity = num_slots - staging
+        """Maximum number of experts resident together, and so of one request."""
         self.policy = policy
         layers, experts = policy.wait.shape
         self.slots = np.full((layers, experts), -1, dtype=np.int32)
@@ -57,11 +59,6 @@ class Residency:
         self.max_backfilling = self.capacity - experts
         """Maximum of those in flight together, so that a whole layer always fits."""
         self.set_floors(floors)
-
-    @property
-    def capacity(self) -> int:
-        """Maximum number of experts resident together, and so of one request."""
-        return self.num_slots - self.staging
 
     def set_floors(self, floors: Sequence[int] | None) -> None:
         """Sets the floors of the layers; evicts nothing by itself."""
@@ -106,10 +103,13 @@ class Residency:
         request = Request()
         if self.speculative:
             self._withdraw(layer, {*experts, *event_experts}, request)
-        absent = _pin(requested, self.slots[layer], self.pins[layer], self.evictable[layer])
-        request.hits = len(experts) - len(absent)
+        absent = np.empty(len(requested), np.int64)
+        misses = _pin(requested, self.slots[layer], self.pins[layer], self.evictable[layer], absent)
+        request.hits = len(requested) - misses
+        if not misses:
+            return request
         missing: list[tuple[ExpertKey, Entry | None]] = []
-        for expert in absent.tolist():
+        for expert in absent[:misses].tolist():
             key = layer, expert
             entry = self.entries.get(key)
             if entry is None or entry.state is State.QUEUED:
@@ -347,9 +347,8 @@ class Residency:
 
 
 @compiled
-def _pin(experts: np.ndarray, slots: np.ndarray, pins: np.ndarray, evictable: np.ndarray) -> np.ndarray:
-    """Pins experts of one layer, whose rows are given; returns those that are not resident."""
-    absent = np.empty(len(experts), np.int64)
+def _pin(experts: np.ndarray, slots: np.ndarray, pins: np.ndarray, evictable: np.ndarray, absent: np.ndarray) -> int:
+    """Pins experts of one layer, whose rows are given; writes those not resident to `absent`, and returns how many."""
     count = 0
     for expert in experts:
         pins[expert] += 1
@@ -357,7 +356,7 @@ def _pin(experts: np.ndarray, slots: np.ndarray, pins: np.ndarray, evictable: np
         if slots[expert] < 0:
             absent[count] = expert
             count += 1
-    return absent[:count]
+    return count
 
 
 @compiled

@@ -133,18 +133,18 @@ def chance_of_any(outputs: np.ndarray) -> np.ndarray:
         values as the cache.
     """
     requests = outputs.reshape(len(outputs), -1)
-    return _chance_of_any(requests).reshape(outputs.shape[1:])
+    chances = np.empty(requests.shape[1], np.float32)
+    _chance_of_any(requests, chances)
+    return chances.reshape(outputs.shape[1:])
 
 
 @compiled
-def _chance_of_any(outputs: np.ndarray) -> np.ndarray:
-    chances = np.empty(outputs.shape[1], np.float32)
+def _chance_of_any(outputs: np.ndarray, chances: np.ndarray) -> None:
     for expert in range(outputs.shape[1]):
         unused = 1.0
         for request in range(len(outputs)):
             unused *= 1.0 - min(max(outputs[request, expert], MIN_PROB), MAX_PROB)
         chances[expert] = round((1.0 - unused) * STEPS) / STEPS
-    return chances
 
 
 def _hash(data: bytes) -> str:

@@ -1,4 +1,4 @@
-"""RequestExperts: the experts that each running request is expected to use next."""
+"""RequestExperts: the experts that each running request is expected to use next, in the first layers."""
 
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -19,15 +19,16 @@ STEPS_IN_FLIGHT = 8
 class RequestExperts:
     """Collects, layer by layer of each step, the experts that each request's next token is expected to use.
 
+    Those of the first layers, which are prefetched before a step: later layers are predicted while it runs.
+
     Args:
-        layers: number of MoE layers.
+        layers: number of MoE layers to collect, from the first one.
         experts: maximum number of experts of a layer.
     """
 
     def __init__(self, layers: int, experts: int) -> None:
-        self.shape = layers, experts
+        self.layers, self.experts = layers, experts
         self.names: Sequence[str] = ()
-        self.step = np.zeros((0, *self.shape), dtype=np.float32)
         self.chances: dict[str, np.ndarray] = {}
         """Chances of each request's next token, float32 `[layers, experts]`."""
         self._predicted: dict[int, np.ndarray] = {}
@@ -58,13 +59,13 @@ class RequestExperts:
 
     def end(self) -> None:
         """Ends the step: keeps its predictions, except for requests that have ended meanwhile."""
-        self.step = np.zeros((len(self.names), *self.shape), dtype=np.float32)
+        step = np.zeros((len(self.names), self.layers, self.experts), dtype=np.float32)
         for layer, chances in self._predicted.items():
-            self.step[:, layer, : chances.shape[1]] = chances
+            step[:, layer, : chances.shape[1]] = chances
         for layer, ids in self._used.items():
-            np.put_along_axis(self.step[:, layer], ids, REUSE, axis=1)
+            step[np.arange(len(ids))[:, None], layer, ids] = REUSE
         ended = set().union(*self._ended)
-        for name, request_chances in zip(self.names, self.step, strict=True):
+        for name, request_chances in zip(self.names, step, strict=True):
             if name not in ended:
                 self.chances[name] = request_chances
 
@@ -74,7 +75,7 @@ class RequestExperts:
         for name in self._ended[-1]:
             self.chances.pop(name, None)
 
-    def batch_chances(self, names: Sequence[str], layers: int) -> np.ndarray | None:
-        """Returns `chance_of_any` of these requests for the first `layers`, `[layers, experts]`; None: unknown."""
-        known = [self.chances[name][:layers] for name in names if name in self.chances]
+    def batch_chances(self, names: Sequence[str]) -> np.ndarray | None:
+        """Returns `chance_of_any` of these requests, `[layers, experts]`; None: unknown."""
+        known = [self.chances[name] for name in names if name in self.chances]
         return chance_of_any(np.stack(known)) if known else None

@@ -105,7 +105,9 @@ class CachedExperts(StreamedExperts):
         context = get_forward_context()
         if self._is_dummy_run(context):
             return self._run_dummy(x, topk_weights, topk_ids)
-        padding = None if context.is_padding is None else padding_rows(context, len(x))
+        assert self.step is not None
+        # vLLM marks padding in steps without any, too.
+        padding = None if len(x) == self.step.tokens else padding_rows(context, len(x))
         if self.probe is not None:
             real = None if padding is None else ~padding.cpu()
             topk_weights = self.probe.observe(x, topk_weights, topk_ids.cpu(), real)
@@ -114,7 +116,7 @@ class CachedExperts(StreamedExperts):
             try:
                 return self._run_step(step)
             except ExpertsUnavailable as error:
-                if self.step is None or not self.step.fails_requests:
+                if not self.step.fails_requests:
                     raise
                 failed = torch.isin(step.ids, torch.tensor(error.experts, dtype=step.ids.dtype)).any(1)
                 self.step.fail(failed, error)
@@ -346,25 +348,24 @@ def padding_rows(context: ForwardContext, tokens: int) -> torch.Tensor | None:
 
 def distinct(ids: torch.Tensor, num_experts: int) -> np.ndarray:
     """Returns the distinct expert ids of a host tensor, ascending, int64."""
-    return _distinct(ids.numpy().reshape(-1), num_experts)
+    experts = np.empty(num_experts, np.int64)
+    return experts[: _distinct(ids.numpy().reshape(-1), experts)]
 
 
 @compiled
-def _distinct(ids: np.ndarray, num_experts: int) -> np.ndarray:
-    used = np.zeros(num_experts, np.bool_)
-    count = 0
+def _distinct(ids: np.ndarray, experts: np.ndarray) -> int:
+    """Writes the distinct ids, ascending, to `experts` `[num_experts]`; returns how many they are."""
+    used = np.zeros(len(experts), np.bool_)
     for expert in ids:
         if expert < 0:
             raise IndexError("an expert id is negative")
-        count += not used[expert]
         used[expert] = True
-    experts = np.empty(count, np.int64)
-    place = 0
-    for expert in range(num_experts):
+    count = 0
+    for expert in range(len(experts)):
         if used[expert]:
-            experts[place] = expert
-            place += 1
-    return experts
+            experts[count] = expert
+            count += 1
+    return count
 
 
 def _where(ids: torch.Tensor, experts: np.ndarray) -> torch.Tensor:

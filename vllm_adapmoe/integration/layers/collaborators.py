@@ -95,6 +95,10 @@ class Step(Protocol):
         """Whether it is a step of requests; False while vLLM profiles, warms up or captures graphs."""
 
     @property
+    def tokens(self) -> int:
+        """Number of rows of the step, without padding."""
+
+    @property
     def fails_requests(self) -> bool:
         """Whether requests whose experts cannot be read are ended one by one."""
 

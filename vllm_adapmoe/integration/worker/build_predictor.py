@@ -45,7 +45,8 @@ def build_predictor(
     request_experts = None
     if cache is not None and prefetching:
         shape = cache.controller.shape
-        request_experts = RequestExperts(len(shape.num_experts), max(shape.num_experts))
+        first_layers = min(layers_ahead(config.prefetch, recorder is not None), len(shape.num_experts))
+        request_experts = RequestExperts(first_layers, max(shape.num_experts))
     heads = first = None
     if next_token_heads is not None:
         by_next_token = cache is not None and config.eviction in ("auto", "next_token")

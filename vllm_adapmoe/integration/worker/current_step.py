@@ -33,6 +33,8 @@ class CurrentStep:
         """Whether a step of requests is being launched; False while vLLM profiles, warms up or captures graphs."""
         self.rows: Mapping[str, int] = {}
         """Number of rows of each request of the current or last step."""
+        self.tokens = 0
+        """Number of rows of all of them, without padding."""
         self.drafts: Mapping[str, Sequence[int]] = {}
         """Draft tokens that the step verifies, of each request that has some: one of its rows each, the last ones."""
         self._output: Any = None
@@ -42,6 +44,7 @@ class CurrentStep:
         """Sets the step that is about to run."""
         self._output = scheduler_output
         self.rows = scheduler_output.num_scheduled_tokens
+        self.tokens = scheduler_output.total_num_scheduled_tokens
         self.drafts = scheduler_output.scheduled_spec_decode_tokens
 
     @property

@@ -159,9 +159,7 @@ class ExpertPredictor:
         """Prefetches for the first layers of a step about to run; `rows`: number of rows of each request."""
         self._take_first_layer()
         self._first_layer = None  # a prediction that has not arrived by now is too late
-        self.expected_at_start = (
-            None if self.experts is None else self.experts.batch_chances(list(rows), self.lookahead)
-        )
+        self.expected_at_start = None if self.experts is None else self.experts.batch_chances(list(rows))
         if self.cache is not None:
             self.cache.prefetch_first_layers(
                 prompt_rows(rows, self.current.drafts),
@@ -200,11 +198,11 @@ class ExpertPredictor:
             else:
                 head_outputs = stack.outputs(x if last is None else x[last.to(x.device)])
             expected = chance_of_any(head_outputs[:, stack.width :])
-            if self.experts is not None:
+            if self.experts is not None and index < self.experts.layers:
                 self.experts.record_prediction(index, head_outputs[:, stack.width :])
             if last is None and len(x) <= SAMPLE:
                 outputs = head_outputs
-        elif self.experts is not None:
+        elif self.experts is not None and index < self.experts.layers:
             self.experts.record_used(index, (ids if self.last_rows is None else ids[self.last_rows]).numpy())
         return LayerPrediction(expected, partial(self._prefetch, index, x, weights, ids, keep_mask, expected, outputs))
 
@@ -319,7 +317,7 @@ class ExpertPredictor:
             return
         last = np.cumsum([rows for _, _, rows in requests]) - 1
         self.experts.begin([name for name, _, _ in requests])
-        for index, layer_ids in enumerate(ids[:, last]):
+        for index, layer_ids in enumerate(ids[: self.experts.layers, last]):
             self.experts.record_used(index, np.where(layer_ids < 0, layer_ids.max(1, keepdims=True), layer_ids))
         self.experts.end()
 
