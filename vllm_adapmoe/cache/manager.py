@@ -182,12 +182,19 @@ class ExpertCacheManager:
             Exception: as in `begin`.
         """
         request = acquisition.request
-        waiting = {load.key for load in (*request.loads, *request.awaited)}
         resident = acquisition.experts
-        if waiting:
-            resident = np.setdiff1d(resident, [expert for _, expert in waiting], assume_unique=True)
+        if request.loads or request.awaited:
+            loading = [load.key[1] for load in (*request.loads, *request.awaited)]
+            resident = np.setdiff1d(resident, loading, assume_unique=True)
         if len(resident):
             yield resident
+        for arrived in self._arriving(acquisition):
+            yield np.array(arrived)
+
+    def _arriving(self, acquisition: Acquisition) -> Iterator[list[int]]:
+        """Yields the loads of an acquisition as they end; raises as `arrivals`."""
+        request = acquisition.request
+        waiting = {load.key for load in (*request.loads, *request.awaited)}
         failed: dict[int, Exception] = {}
         while waiting:
             arrived = []
@@ -198,7 +205,7 @@ class ExpertCacheManager:
                 else:
                     failed[key[1]] = failure
             if arrived and not failed:
-                yield np.array(arrived)
+                yield arrived
         if failed:
             self.release(acquisition.layer, acquisition.experts)
             first = next(iter(failed.values()))
@@ -219,7 +226,7 @@ class ExpertCacheManager:
     def wait(self, acquisition: Acquisition) -> torch.Tensor:
         """Blocks until all experts of an acquisition are resident; returns the layer's slot map."""
         if acquisition.request.loads or acquisition.request.awaited:
-            for _ in self.arrivals(acquisition):
+            for _ in self._arriving(acquisition):
                 pass
         return self.slot_maps[acquisition.layer]
 

@@ -35,8 +35,6 @@ class Entry:
     """Background load of an expert that was read in place: not a prediction, and no layer waits for it."""
     cancelled: bool = False
     """Load in flight that is not needed any more; it stops at the next tile."""
-    stale: bool = False
-    """Staged, but not selected by its layer's router: a mispredicted prefetch."""
 
 
 class Load(NamedTuple):

@@ -47,11 +47,15 @@ class Residency:
         self.evictable = np.zeros((layers, experts), dtype=bool)
         """Bool `[layers, experts]`: resident and not pinned."""
         self._victims = Victims(policy, self.evictable)
+        self._others = ~np.eye(layers, dtype=bool)
+        """Bool `[layers, layers]`: for each layer, all layers but it."""
         self.count = [0] * layers
         """Resident experts of each layer, demand and background loads in flight included."""
         self.residents = 0
         self.speculative: dict[ExpertKey, Entry] = {}
         """Entries queued, loading or staged that no layer has requested yet."""
+        self._stale: set[ExpertKey] = set()
+        """Those of them that are staged and were mispredicted."""
         self.speculating = 0
         """Slots held by those entries."""
         self.backfilling = 0
@@ -189,7 +193,7 @@ class Residency:
         if entry is None:
             self.entries[key] = self.speculative[key] = Entry(State.QUEUED, speculative=True, near_certain=near_certain)
             return True
-        entry.stale = False
+        self._stale.discard(key)
         entry.cancelled = False
         entry.near_certain |= near_certain
         return False
@@ -204,11 +208,14 @@ class Residency:
         evicted = None
         if self.speculating >= self.staging:
             evicted = self._stale_prefetch()
-            if evicted is None and not (entry.near_certain and self._may_displace()):
-                self.unqueue(key)
-                return None
-            if evicted is None and not self.free:
-                evicted = self._victim(key[0], spared=True)
+            if evicted is None:
+                in_use = self.speculating + self.backfilling
+                may_displace = entry.near_certain and in_use < self.max_speculating
+                if may_displace and not self.free:
+                    evicted = self._victim(key[0], spared=True)
+                if not may_displace or (evicted is None and not self.free):
+                    self.unqueue(key)
+                    return None
             if evicted is not None:
                 self._drop(evicted)
         self.speculating += 1
@@ -222,7 +229,7 @@ class Residency:
             self.unqueue(key)
             return None
         if self.residents >= self.capacity or not self.free:
-            evicted = self._victim(key[0]) if self.evictable.any() else None
+            evicted = self._victim(key[0])
             if evicted is None or self.wait_of(evicted) <= self.wait_of(key):
                 self.unqueue(key)
                 return None
@@ -234,10 +241,6 @@ class Residency:
         self.count[key[0]] += 1
         entry.state, entry.slot = State.LOADING, self.free.pop()
         return Load(key, entry.slot, evicted)
-
-    def _may_displace(self) -> bool:
-        in_use = self.speculating + self.backfilling
-        return in_use < self.max_speculating and (bool(self.free) or bool(self.evictable.any()))
 
     def complete_load(self, key: ExpertKey) -> State:
         """Records that a load has completed; returns the expert's new state."""
@@ -276,7 +279,8 @@ class Residency:
         """Turns a prefetch that holds a slot into a requested expert."""
         self.speculating -= 1
         del self.speculative[key]
-        entry.speculative = entry.cancelled = entry.stale = False
+        entry.speculative = entry.cancelled = False
+        self._stale.discard(key)
 
     def _withdraw(self, layer: int, selected: set[int], request: Request) -> None:
         """Withdraws mispredicted prefetches: those of this layer for experts that its router did not select."""
@@ -284,7 +288,7 @@ class Residency:
             if key[0] != layer or key[1] in selected or entry.cancelled:
                 continue
             if entry.state is State.STAGED:
-                entry.stale = True
+                self._stale.add(key)
                 continue
             request.cancelled.append(key)
             if entry.state is State.QUEUED:
@@ -303,27 +307,32 @@ class Residency:
             return None
         # No slot is free, so prefetches hold more than their staging slots: evict a mispredicted one first.
         key = (self._stale_prefetch() if may_grow else None) or self._victim(layer)
+        if key is None:
+            raise LookupError("every resident expert is pinned, so none can be evicted")
         self._drop(key)
         return key
 
-    def _victim(self, layer: int, spared: bool = False) -> ExpertKey:
-        """Returns the victim for an expert of `layer`; if `spared`, one of that layer only if there is no other."""
-        preferred = []
+    def _victim(self, layer: int, spared: bool = False) -> ExpertKey | None:
+        """Returns the victim for an expert of `layer`; None: no expert is evictable.
+
+        Args:
+            layer: MoE layer index.
+            spared: whether experts of that layer are evicted only if there are no others.
+        """
+        preferred: list[np.ndarray] = []
         if self.floors is not None:
             above = np.array(self.count) > self.floors
             above[layer] = self.count[layer] >= self.floors[layer]
             preferred.append(above)
         if spared:
-            others = np.ones(len(self.count), dtype=bool)
-            others[layer] = False
+            others = self._others[layer]
             preferred = [*(above & others for above in preferred), others, *preferred]
         return self._victims.find(preferred)
 
     def _stale_prefetch(self) -> ExpertKey | None:
-        stale = [key for key, entry in self.speculative.items() if entry.stale]
-        if not stale:
+        if not self._stale:
             return None
-        return min(stale, key=lambda key: (-self.wait_of(key), key))
+        return min(self._stale, key=lambda key: (-self.wait_of(key), key))
 
     def _drop(self, key: ExpertKey) -> None:
         """Frees the slot of an expert that is resident, staged or loading."""
@@ -339,6 +348,7 @@ class Residency:
         self.evictable[key] = False
         self._victims.changed[layer] = True
         if entry is not None and entry.speculative:
+            self._stale.discard(key)
             del self.speculative[key]
             self.speculating -= 1
         else:

@@ -57,15 +57,12 @@ class Victims:
         self._catch_up()
         return self.policy.wait_of(key)
 
-    def find(self, preferred: Sequence[np.ndarray] = ()) -> ExpertKey:
-        """Returns the victim; of experts that wait equally long, the first.
+    def find(self, preferred: Sequence[np.ndarray] = ()) -> ExpertKey | None:
+        """Returns the victim, of experts that wait equally long the first; None: no expert is evictable.
 
         Args:
             preferred: masks of layers, bool `[layers]`, the most preferred first; the victim is of a layer of the first
                 mask with an evictable expert, of any layer if none has one.
-
-        Raises:
-            LookupError: no expert is evictable.
         """
         self._catch_up()
         for allowed in (*preferred, self._all):
@@ -74,7 +71,7 @@ class Victims:
             )
             if layer >= 0:
                 return layer, int(self._best[layer])
-        raise LookupError("every resident expert is pinned, so none can be evicted")
+        return None
 
 
 @compiled
