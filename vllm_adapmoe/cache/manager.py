@@ -75,6 +75,7 @@ class ExpertCacheManager:
         link = None if link_gbps is None else link_gbps * 1e9
         experts = [self.store.num_experts(layer) for layer in range(self.store.num_layers)]
         self.slot_maps = SlotMaps(controller.pools, self.pool_of_layer, experts)
+        self._capacity = [controller.pools[pool].capacity for pool in self.pool_of_layer]
         self.transfers = TransferEngine(controller, self.pools, self.store, self.readers, link, self.reader_cpus)
 
     def restart(self, controller: CacheController, link_gbps: float | None) -> None:
@@ -134,7 +135,7 @@ class ExpertCacheManager:
 
     def capacity(self, layer: int) -> int:
         """Returns the maximum number of experts of `layer` that can be acquired together."""
-        return self.controller.residency(layer).capacity
+        return self._capacity[layer]
 
     @property
     def num_slots(self) -> int:

@@ -8,6 +8,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm_adapmoe.scheduling.report import WorkerReport
 
 EMPTY = WorkerReport()
+OUTPUT_FIELDS = [entry.name for entry in fields(ModelRunnerOutput)]
 
 
 @dataclass
@@ -19,7 +20,7 @@ class ReportedOutput(ModelRunnerOutput):
     @classmethod
     def of(cls, output: ModelRunnerOutput, report: WorkerReport) -> "ReportedOutput":
         """Returns the output with a report; vLLM shares some outputs, so `output` itself stays as it is."""
-        return cls(**{entry.name: getattr(output, entry.name) for entry in fields(ModelRunnerOutput)}, report=report)
+        return cls(**{name: getattr(output, name) for name in OUTPUT_FIELDS}, report=report)
 
 
 class ReportedAsyncOutput(AsyncModelRunnerOutput):

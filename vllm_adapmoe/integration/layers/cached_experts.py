@@ -107,7 +107,8 @@ class CachedExperts(StreamedExperts):
             return self._run_dummy(x, topk_weights, topk_ids)
         assert self.step is not None
         # vLLM marks padding in steps without any, too.
-        padding = None if len(x) == self.step.tokens else padding_rows(context, len(x))
+        tokens = x.shape[0]  # a tensor's `len` takes microseconds
+        padding = None if tokens == self.step.tokens else padding_rows(context, tokens)
         if self.probe is not None:
             real = None if padding is None else ~padding.cpu()
             topk_weights = self.probe.observe(x, topk_weights, topk_ids.cpu(), real)

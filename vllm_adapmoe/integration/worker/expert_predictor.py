@@ -54,6 +54,10 @@ def _disabled_by_errors(
     return run
 
 
+def _nothing() -> None:
+    """Prefetches nothing."""
+
+
 class ExpertPredictor:
     """Predicts experts during a worker's steps, layer by layer, for prefetch, eviction, scheduling and traces.
 
@@ -187,7 +191,7 @@ class ExpertPredictor:
             product: result of `product` for this input, on the host; None: not computed.
         """
         if index == 0:
-            self._read_requests(len(x))
+            self._read_requests(x.shape[0])
         stack = self.stacks[index]
         outputs = None if product is None else product.numpy()
         expected = None
@@ -200,10 +204,12 @@ class ExpertPredictor:
             expected = chance_of_any(head_outputs[:, stack.width :])
             if self.experts is not None and index < self.experts.layers:
                 self.experts.record_prediction(index, head_outputs[:, stack.width :])
-            if last is None and len(x) <= SAMPLE:
+            if last is None and x.shape[0] <= SAMPLE:
                 outputs = head_outputs
         elif self.experts is not None and index < self.experts.layers:
             self.experts.record_used(index, (ids if self.last_rows is None else ids[self.last_rows]).numpy())
+        if self._has_nothing_to_prefetch(index):
+            return LayerPrediction(expected, _nothing)
         return LayerPrediction(expected, partial(self._prefetch, index, x, weights, ids, keep_mask, expected, outputs))
 
     @_disabled_by_errors
@@ -217,6 +223,13 @@ class ExpertPredictor:
         """Returns whether later layers are predicted from the input of layer `index`."""
         planner = None if self.cache is None else self.cache.controller.planner
         return self.recorder is not None or (planner is not None and planner.has_targets(index))
+
+    def _has_nothing_to_prefetch(self, index: int) -> bool:
+        """Returns whether a layer's routing is of no use: all experts of the next layers are resident."""
+        if self.recorder is not None:
+            return False
+        planner = None if self.cache is None else self.cache.controller.planner
+        return planner is None or not (planner.pending[index] or planner.has_targets(index))
 
     @_disabled_by_errors
     def skip_first_layer(self) -> None:
@@ -246,8 +259,6 @@ class ExpertPredictor:
         expected: np.ndarray | None,
         outputs: np.ndarray | None,
     ) -> None:
-        if self.cache is None and self.recorder is None:
-            return
         stack = self.stacks[index]
         predicted: dict[int, PredictedExperts | None] = {}
 
@@ -256,7 +267,7 @@ class ExpertPredictor:
             columns = stack.slices[distance - 1] if distance <= len(stack.slices) else None
             if distance not in predicted and columns is not None:
                 if outputs is None:
-                    outputs = stack.outputs(x[sample_rows(len(x))])
+                    outputs = stack.outputs(x if x.shape[0] <= SAMPLE else x[sample_rows(x.shape[0])])
                 predicted[distance] = self._predict_experts(index + distance, outputs[:, columns])
             return predicted.get(distance)
 
