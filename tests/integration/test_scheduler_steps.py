@@ -237,6 +237,13 @@ def test_similar_requests_run_together_and_nobody_starves(is_async, clock):
     assert 4 < last_overtaken[4] <= 4 * 4 + 4
 
 
+def test_a_burst_on_a_new_server_is_read_again_as_texts_become_known(is_async, clock):
+    """All of its requests wait before any text is known."""
+    server = Server(OURS[is_async], is_async, clock, seats=4, max_prefill_delay_ms=0)
+    queue_of_two_kinds(server, requests=16)
+    assert server.scheduler.overtakes > 0
+
+
 def test_a_batch_whose_requests_end_together_is_followed_by_another(is_async, clock):
     """With equal lengths hardly anything runs when the next batch starts."""
     server = Server(OURS[is_async], is_async, clock, seats=4, max_prefill_delay_ms=0)
