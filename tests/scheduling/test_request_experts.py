@@ -28,6 +28,20 @@ def test_a_layer_of_another_batch_is_left_out():
     assert experts.batch_chances(["a"])[0].max() < REUSE
 
 
+def test_reuse_is_measured():
+    """Half of the experts of every token are those of the token before, in the first layer; none in the second."""
+    experts = RequestExperts(2, 64)
+    for token in range(400):
+        experts.begin(["a", "b"])
+        used = np.array([[0, 1 + token % 20], [40, 41 + token % 20]])
+        experts.record_used(0, used)
+        experts.record_used(1, np.array([[2 * (token % 10), 1], [40 + 2 * (token % 10), 3]]) + token % 2)
+        experts.end()
+    assert experts.reuse(0) == pytest.approx(0.5, abs=0.01)
+    assert experts.reuse(1) < 0.01
+    assert experts.batch_chances(["a"])[0, 0] == pytest.approx(experts.reuse(0), abs=1e-3)
+
+
 def test_a_request_that_has_ended_does_not_come_back():
     """Steps in place are told of when they have run: when their request may have ended."""
     experts = RequestExperts(2, 4)

@@ -7,11 +7,14 @@ import numpy as np
 
 from vllm_adapmoe.prefetch.heads import chance_of_any
 
-REUSE = 0.45
-"""Chance that a token uses an expert of its request's last token, used without next-token heads. The bundled models'
-layers measure 0.29 to 0.47, 0.37 and 0.38 on average (`reuse` in examples/*/results.json); 0.25 would be random."""
-
-
+REUSE, REUSE_WEIGHT = 0.37, 8.0
+"""Prior chance that a token uses an expert of its request's last token, used without next-token heads, weighted as so
+many tokens. Of tiny_mixtral's 8 experts the layers re-use 0.29 to 0.47, 0.37 on average; of tiny_qwen3moe's 128 0.11 to
+0.24 (`reuse` in examples/*/results.json)."""
+REUSE_MEMORY = 512.0
+"""Tokens after which the weight of older ones has faded to 1/e."""
+MIN_REUSE = 1e-3
+"""Lower bound of that chance: an expert with a chance of zero could not be told from one that was not used."""
 STEPS_IN_FLIGHT = 8
 """Upper bound on steps whose end is reported late; vLLM's asynchronous scheduling has two in flight."""
 
@@ -34,6 +37,9 @@ class RequestExperts:
         self._predicted: dict[int, np.ndarray] = {}
         self._used: dict[int, np.ndarray] = {}
         """Of each layer of the step so far: predictions `[requests, experts]`, or used experts `[requests, top_k]`."""
+        self._reused = np.full(layers, REUSE_WEIGHT * REUSE)
+        self._observed = np.full(layers, REUSE_WEIGHT)
+        """Share of re-used experts and number of tokens that it was measured on, summed with fading weights."""
         self._ended: deque[set[str]] = deque(maxlen=STEPS_IN_FLIGHT)
 
     def begin(self, names: Sequence[str]) -> None:
@@ -63,11 +69,27 @@ class RequestExperts:
         for layer, chances in self._predicted.items():
             step[:, layer, : chances.shape[1]] = chances
         for layer, ids in self._used.items():
-            step[np.arange(len(ids))[:, None], layer, ids] = REUSE
+            self._observe_reuse(layer, ids)
+            step[np.arange(len(ids))[:, None], layer, ids] = self.reuse(layer)
         ended = set().union(*self._ended)
         for name, request_chances in zip(self.names, step, strict=True):
             if name not in ended:
                 self.chances[name] = request_chances
+
+    def reuse(self, layer: int) -> float:
+        """Returns the chance that a token uses an expert of its request's last token."""
+        return max(MIN_REUSE, float(self._reused[layer] / self._observed[layer]))
+
+    def _observe_reuse(self, layer: int, ids: np.ndarray) -> None:
+        """Updates `reuse` with the experts that the requests use now, `[requests, top_k]`."""
+        shares = [
+            np.count_nonzero(self.chances[name][layer, row]) / len(row)
+            for name, row in zip(self.names, ids, strict=True)
+            if name in self.chances
+        ]
+        fade = np.exp(-len(shares) / REUSE_MEMORY)
+        self._reused[layer] = fade * self._reused[layer] + sum(shares)
+        self._observed[layer] = fade * self._observed[layer] + len(shares)
 
     def forget(self, names: Iterable[str]) -> None:
         """Forgets requests that have ended; also ignores them in steps whose end is reported later."""
