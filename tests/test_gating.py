@@ -9,6 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vllm_adapmoe.gating.rules import (
+    Gated,
     drop_costs,
     gate_batch,
     gate_by_weight,
@@ -58,6 +59,29 @@ def routed(draw, top_k=TOP_K):
 
 thresholds = st.floats(1e-6, 10)
 sensitivities = st.floats(1e-3, 50)
+
+
+def gate_by_sorting(weights: torch.Tensor, sensitivity: float, threshold: float) -> Gated:
+    """The token rule as one would write it for eager PyTorch."""
+    ordered, order = weights.double().sort(dim=-1, descending=True, stable=True)
+    kept, costs = ordered.cumsum(-1), drop_costs(ordered)
+    last_kept = (~(costs[:, :-1] * sensitivity < threshold)).sum(-1, keepdim=True)
+    keep_mask = (torch.arange(weights.shape[1]) <= last_kept).gather(-1, order.argsort(-1))
+    scale = (kept[:, -1:] / kept.gather(-1, last_kept)).float()
+    return Gated(keep_mask, weights * keep_mask * scale, costs.gather(-1, last_kept).squeeze(-1))
+
+
+@given(routed(st.integers(1, 8)), sensitivities, st.just(0.0) | thresholds, st.randoms(use_true_random=False))
+def test_token_rule_is_that_of_sorted_weights_to_the_last_bit(routing, sensitivity, threshold, random):
+    weights = routing[0].clone()
+    for special in (weights[0, 0].item(), float("nan"), float("inf"), float("-inf"), 0.0):  # the first one is a tie
+        if random.random() < 0.3:
+            weights[random.randrange(len(weights)), random.randrange(weights.shape[1])] = special
+    limits = torch.tensor([sensitivity, threshold], dtype=torch.float64)
+    expected = gate_by_sorting(weights, sensitivity, threshold)
+    for gated in (gate_tokens(weights, sensitivity, threshold), gate_tokens(weights, *limits)):
+        for ours, theirs in zip(gated, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
 @given(routed(st.just(2)), sensitivities, thresholds)

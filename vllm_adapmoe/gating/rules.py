@@ -15,6 +15,7 @@ being the layer's sensitivity. With top-2 and one expert dropped c = W^2, the pa
 kept.
 """
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -53,25 +54,32 @@ def _costs(kept: torch.Tensor, kept_squares: torch.Tensor) -> torch.Tensor:
     return 0.5 * (moved.square() * kept_squares + (kept_squares[:, -1:] - kept_squares))
 
 
-def gate_tokens(weights: torch.Tensor, sensitivity: float, threshold: float) -> Gated:
+def gate_tokens(weights: torch.Tensor, sensitivity: float | torch.Tensor, threshold: float | torch.Tensor) -> Gated:
     """Keeps, for each token, the fewest experts whose dropping cost is below the threshold, at least one.
 
     `c * S < T`, as in the authors' code, where the paper writes <=: so a threshold of zero drops nothing. NaN weights
     drop nothing either, and reach the kernel as in stock vLLM.
 
-    A decode step runs this in every layer, so it uses few operations at the expense of readability.
+    A decode step runs this in every layer. It is written so that `torch.compile` makes one kernel of it, at the expense
+    of readability: sort, cumsum and scatter would each be a call of its own. Weights are added one by one, in
+    descending order: no compiler may add them in another, so that compiled and eager models gate alike to the last bit.
 
     Args:
         weights: `[tokens, top_k]`.
-        sensitivity: S of the layer, nats per token.
-        threshold: T, maximum loss of one token in one layer, nats.
+        sensitivity: S of the layer, nats per token; a tensor is float64, without dimensions.
+        threshold: T, maximum loss of one token in one layer, nats; a tensor is float64, without dimensions.
     """
-    ordered, order = weights.double().sort(dim=-1, descending=True, stable=True)
-    kept = ordered.cumsum(-1)
-    costs = _costs(kept, ordered.square().cumsum(-1))
+    exact = weights.double()
+    place = torch.arange(exact.shape[1], device=exact.device)
+    own, other = exact.unsqueeze(2), exact.unsqueeze(1)
+    # Number of larger weights; of equal ones the first counts as larger. NaN ranks first, and makes all costs NaN.
+    rank = torch.where(place < place.unsqueeze(1), other >= own, other > own).sum(-1)
+    ordered = torch.where(rank.unsqueeze(1) == place.unsqueeze(1), other, 0.0).sum(-1)
+    terms = torch.stack((ordered, ordered.square()), -1).unbind(1)
+    kept, kept_squares = torch.stack(list(accumulate(terms)), 1).unbind(-1)
+    costs = _costs(kept, kept_squares)
     last_kept = (~(costs[:, :-1] * sensitivity < threshold)).sum(-1, keepdim=True)  # rank of the last one kept
-    ordered_mask = torch.arange(costs.shape[1], device=costs.device) <= last_kept
-    keep_mask = torch.empty_like(ordered_mask).scatter_(-1, order, ordered_mask)
+    keep_mask = rank <= last_kept
     scale = kept[:, -1:] / kept.gather(-1, last_kept)  # exactly one where all are kept
     return Gated(keep_mask, weights * keep_mask * scale.to(weights.dtype), costs.gather(-1, last_kept).squeeze(-1))
 
