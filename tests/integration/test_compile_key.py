@@ -26,7 +26,8 @@ def config() -> Any:
 def layers(**attributes: Any) -> list[Any]:
     state = dict.fromkeys(("expert_map", "cache", "gating", "probe", "predictor")) | attributes
     stock = CachedExperts.is_stock.fget  # type: ignore[attr-defined]
-    return [SimpleNamespace(is_stock=stock(SimpleNamespace(**state))) for _ in range(3)]
+    gates = attributes.get("gating") == "token"
+    return [SimpleNamespace(is_stock=stock(SimpleNamespace(**state)), gates_in_model=gates) for _ in range(3)]
 
 
 def key(config: Any, *what: Any) -> list[str]:
@@ -40,6 +41,7 @@ def test_the_key_knows_what_is_traced(config):
     for attribute in ("expert_map", "cache", "gating", "probe", "predictor"):
         assert key(config, layers(**{attribute: object()}), False) != resident, attribute
     assert key(config, layers(), True) != resident
+    assert key(config, layers(gating="token"), False) != key(config, layers(gating="batch"), False)
 
 
 def test_a_layers_own_code_runs_where_any_of_them_is_set():

@@ -18,7 +18,7 @@ from tests.apart import apart
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, greedy, prompts
 from vllm_adapmoe.calibrate.text import read_sequences
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.gating.rules import gate_tokens
+from vllm_adapmoe.gating.rules import Gated, gate_tokens
 from vllm_adapmoe.integration.measure.engine import Engine, describe_model
 from vllm_adapmoe.integration.measure.losses import decode_losses, prefill_losses
 from vllm_adapmoe.profile.model_profile import ModelProfile
@@ -175,6 +175,45 @@ def _looks_ahead(worker: Any) -> bool:
     return worker.predictor is not None
 
 
+def same_bits(ours: Gated, theirs: Gated) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+def _watch_gates(worker: Any) -> None:
+    """Compares what the compiled model has gated with what the rule gives for the same weights, run eagerly."""
+    worker.compared = []
+    for layer in worker.moe_layers:
+
+        def compared(x, weights, ids, gated, layer=layer, run=layer.run_experts):
+            if layer_is_live() and layer.gating is not None and layer.gating.plan.rule == "token":
+                eager = gate_tokens(weights, layer.gating.sensitivity, layer.gating.threshold)
+                worker.compared.append(gated is not None and same_bits(gated, eager))
+            return run(x, weights, ids, gated)
+
+        layer.run_experts = compared
+
+
+def _compared(worker: Any) -> list[bool]:
+    return worker.compared
+
+
+@pytest.mark.engine
+def test_a_compiled_rule_gates_as_an_eager_one():
+    """To the last bit, whatever the number of tokens, and however inductor vectorises the choices."""
+    compiled = torch.compile(gate_tokens, dynamic=True)
+    generator = torch.Generator().manual_seed(0)
+    for tokens in (1, 3, 64, 500):
+        weights = torch.randn(tokens, 8, generator=generator).mul(2).softmax(-1)
+        weights[tokens // 2, :2] = weights[tokens // 2, 2]
+        weights[0] = torch.nan if tokens == 500 else weights[0]
+        for threshold in (0.0, 0.01, 1.0):
+            limits = torch.tensor([2.0, threshold], dtype=torch.float64)
+            eager, ours = gate_tokens(weights, *limits.tolist()), compiled(weights, *limits)
+            assert torch.equal(eager.keep_mask, ours.keep_mask)
+            for one, other in zip(eager[1:], ours[1:], strict=True):
+                torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.engine
 @pytest.mark.versions
 def test_configured_gating_compiled(monkeypatch):
@@ -185,6 +224,7 @@ def test_configured_gating_compiled(monkeypatch):
         "gating": {"mode": "token", "max_loss_increase": 0.005},
     }
     from vllm_adapmoe.integration.entry import switch
+    from vllm_adapmoe.integration.layers import cached_experts, gates
 
     # Handlers would not do: some versions configure logging, and drop them, while the engine starts.
     said: list[str] = []
@@ -193,6 +233,23 @@ def test_configured_gating_compiled(monkeypatch):
         assert running.generate(prompts(3, 2048, seed=4), 8).tokens
         stats = running.cache_stats()
         assert running.llm.collective_rpc(_looks_ahead) == [False], "there is nothing to look ahead for"
+
+        running.llm.collective_rpc(_watch_gates)
+        eagerly: list[Any] = []
+        for module in (cached_experts, gates):
+            monkeypatch.setattr(module, "gate_tokens", lambda *given: eagerly.append(given) or gate_tokens(*given))
+        kept = []
+        for share in (0.5, 0.1, None):  # plans take effect although the model was compiled for another one
+            running.call("set_gating", None if share is None else plan_of(TINY_MIXTRAL, share))
+            running.generate(prompts(3, 2048, seed=4), 8)
+            kept.append(running.call("kept_by_layer"))
+        running.call("set_gating", plan_of(TINY_MIXTRAL, 0.5, "batch"))
+        running.generate(prompts(1, 2048, seed=4), 2)
+        assert set(running.call("kept_by_layer")) == {2.0}, "what is resident is kept in batch mode"
+        (compared,) = running.llm.collective_rpc(_compared)
+        assert compared and all(compared)
+        assert not eagerly, "the compiled model did not gate"
+        assert sum(kept[0]) < sum(kept[1]) and not kept[2]
     profile = ModelProfile.load(PROFILES[TINY_MIXTRAL])
     predicted = profile.mean_experts(profile.threshold_for_loss(0.005))
     assert stats["misses"] == 0

@@ -76,11 +76,11 @@ def _watch(worker: Any) -> None:
 
 
 def _watched(worker: Any, run_experts: Any) -> Any:
-    def noted(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def noted(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, gated: Any) -> torch.Tensor:
         tensors = x.view(torch.int16), weights, ids
         digest = hashlib.sha256(b"".join(one.contiguous().numpy().tobytes() for one in tensors)).hexdigest()
         worker.events.append(("input", digest, ids.tolist()))
-        return run_experts(x, weights, ids)
+        return run_experts(x, weights, ids, gated)
 
     return noted
 

@@ -10,6 +10,7 @@ from vllm.forward_context import ForwardContext, get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from vllm_adapmoe.cache.manager import Acquisition, ExpertCacheManager
+from vllm_adapmoe.gating.rules import Gated, gate_tokens
 from vllm_adapmoe.integration.layers.collaborators import Collaborators, LayerPrediction, Predictor, Probe, Step
 from vllm_adapmoe.integration.layers.gates import LayerGate
 from vllm_adapmoe.integration.layers.step_routing import StepRouting, read_together
@@ -36,6 +37,11 @@ class CachedExperts(StreamedExperts):
         self.predictor: Predictor | None = None
         self.step: Step | None = None
         """None until the model is loaded: every step before is a dummy run."""
+        self.gates_in_model = False
+        """Whether `forward_modular` gates; `torch.compile` traces the value at the model's first call."""
+        self.gate_limits = torch.zeros(2, dtype=torch.float64, device="cpu")
+        """The gate's sensitivity and threshold. An input of the compiled model, not constants in it: all layers share a
+        kernel, and another plan takes effect. One tensor, because Dynamo makes Python floats of those of one number."""
         self.cache_layer = self.loading.add(self)
         super().__init__(*args, **kwargs)
 
@@ -45,6 +51,10 @@ class CachedExperts(StreamedExperts):
         self.gating = collaborators.gating
         self.predictor = collaborators.predictor
         self.probe = collaborators.probe
+        # Residency is known to the host only, and a probe sees the weights before they are gated.
+        self.gates_in_model = self.gating is not None and self.gating.plan.rule == "token" and self.probe is None
+        if self.gating is not None:
+            self.gate_limits[0], self.gate_limits[1] = self.gating.sensitivity, self.gating.threshold
 
     def use_cache(self, cache: ExpertCacheManager) -> None:
         """Serves from the slots of `cache`. The tensor objects stay the same, because kernels keep references."""
@@ -87,16 +97,24 @@ class CachedExperts(StreamedExperts):
         if self.apply_router_weight_on_input:
             # Outside the opaque op, so that torch.compile can fuse it, as in vLLM's own layer (`prepare_finalize/`).
             x = x * topk_weights.to(x.dtype)
+        keep_mask = weights = cost = None
+        if self.gates_in_model:  # here, so that torch.compile fuses it
+            keep_mask, weights, cost = gate_tokens(topk_weights, *self.gate_limits.unbind())
         # Opaque to torch.compile: misses and dropped experts depend on the values of ids and weights.
-        return torch.ops.vllm.adapmoe_routed_experts(x, topk_weights, topk_ids, self.layer_name)
+        return torch.ops.vllm.adapmoe_routed_experts(
+            x, topk_weights, topk_ids, keep_mask, weights, cost, self.layer_name
+        )
 
-    def run_experts(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
+    def run_experts(
+        self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, gated: Gated | None = None
+    ) -> torch.Tensor:
         """Runs the layer's experts for one step: gates, acquires slots for the kept ones, runs vLLM's kernel on them.
 
         Args:
             x: `[tokens, hidden]`, already multiplied by its weight under `apply_router_weight_on_input`.
             topk_weights: `[tokens, top_k]`, float32.
             topk_ids: `[tokens, top_k]`, int32, logical expert ids.
+            gated: what `forward_modular` has gated, by the rule `token`; None: nothing.
 
         Returns:
             `[tokens, hidden]`, dtype of `x`. Bit-identical to stock vLLM without a gate and with one wave; otherwise
@@ -112,7 +130,7 @@ class CachedExperts(StreamedExperts):
         if self.probe is not None:
             real = None if padding is None else ~padding.cpu()
             topk_weights = self.probe.observe(x, topk_weights, topk_ids.cpu(), real)
-        step = self._read_step(x, topk_weights, topk_ids, padding)
+        step = self._read_step(x, topk_weights, topk_ids, padding, gated)
         while True:
             try:
                 return self._run_step(step)
@@ -134,14 +152,19 @@ class CachedExperts(StreamedExperts):
         return self._run_kernel(x, topk_weights, torch.zeros_like(topk_ids))
 
     def _read_step(
-        self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, padding: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        ids: torch.Tensor,
+        padding: torch.Tensor | None,
+        gated: Gated | None,
     ) -> StepRouting:
         """Gates a step where possible on the device, and copies its routing to the host in one transfer."""
         gate = self.gating
         product = self._product(x)
         if gate is None and padding is None and ids.device.type == "cpu":
             return StepRouting(x, weights, ids, None, None, product)
-        gated = None if gate is None else gate.gate_each(weights)
+        gated = None if gate is None else gate.gate_each(weights, gated)
         on_host = weights if gate is not None and gated is None else None
         keep_mask, cost = (None, None) if gated is None else (gated.keep_mask, gated.cost)
         read = read_together(ids, padding, keep_mask, cost, on_host, product)
@@ -375,14 +398,29 @@ def _where(ids: torch.Tensor, experts: np.ndarray) -> torch.Tensor:
 
 
 def _routed_experts(
-    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: str
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    keep_mask: torch.Tensor | None,
+    gated_weights: torch.Tensor | None,
+    cost: torch.Tensor | None,
+    layer_name: str,
 ) -> torch.Tensor:
+    gated = None
+    if keep_mask is not None and gated_weights is not None and cost is not None:
+        gated = Gated(keep_mask, gated_weights, cost)
     layer = get_forward_context().no_compile_layers[layer_name].routed_experts
-    return layer.run_experts(x, topk_weights, topk_ids)
+    return layer.run_experts(x, topk_weights, topk_ids, gated)
 
 
 def _routed_experts_fake(
-    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: str
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    keep_mask: torch.Tensor | None,
+    gated_weights: torch.Tensor | None,
+    cost: torch.Tensor | None,
+    layer_name: str,
 ) -> torch.Tensor:
     return torch.empty_like(x)
 

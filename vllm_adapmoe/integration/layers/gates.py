@@ -79,11 +79,17 @@ class LayerGate:
         """Whether the rule asks which experts are resident, which only the host knows."""
         return self.plan.rule == "batch"
 
-    def gate_each(self, weights: torch.Tensor) -> Gated | None:
-        """Gates each token by itself, on the device of `weights` `[tokens, top_k]`; None if the rule needs a batch."""
+    def gate_each(self, weights: torch.Tensor, by_token: Gated | None = None) -> Gated | None:
+        """Gates each token by itself, on the device of `weights`; None if the rule needs a batch.
+
+        Args:
+            weights: `[tokens, top_k]`.
+            by_token: what the rule `token` gives for them, if the model has computed it. A compiled model computes it
+                although another rule has been set since.
+        """
         plan = self.plan
         if plan.rule == "token":
-            return gate_tokens(weights, self.sensitivity, self.threshold)
+            return gate_tokens(weights, self.sensitivity, self.threshold) if by_token is None else by_token
         if plan.rule == "weight":
             return gate_by_weight(weights, self.threshold)
         if plan.rule == "batch":

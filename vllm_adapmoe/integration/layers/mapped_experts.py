@@ -13,6 +13,7 @@ from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.device import ALIGNMENT
 from vllm_adapmoe.device.deferred import DeferredRouting
 from vllm_adapmoe.device.in_place import DOWN, GATE_UP, InPlaceDecode
+from vllm_adapmoe.gating.rules import Gated
 from vllm_adapmoe.integration.layers.cached_experts import NO_EXPERTS, CachedExperts, distinct, padding_rows
 from vllm_adapmoe.integration.layers.collaborators import Collaborators, LayerPrediction
 from vllm_adapmoe.integration.layers.graph_break import is_capturing
@@ -74,7 +75,9 @@ class MappedExperts(CachedExperts):
     def expert_map(self) -> torch.Tensor | None:
         return super().expert_map if self._row_of is None else self._row_of
 
-    def run_experts(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
+    def run_experts(
+        self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, gated: Gated | None = None
+    ) -> torch.Tensor:
         context = get_forward_context()
         # Not by the mode in the context: model runner V2 captures whole steps with CUDAGraphMode.NONE.
         capturing = is_capturing()
@@ -83,7 +86,7 @@ class MappedExperts(CachedExperts):
                 raise RuntimeError(
                     f"a CUDA graph of {len(x)} tokens; experts are read in place for {self.in_place.routing.tokens}"
                 )
-            weights, ids, costs = self._gate_on_device(topk_weights, topk_ids, context)
+            weights, ids, costs = self._gate_on_device(topk_weights, topk_ids, gated, context)
             return self.in_place.experts(self.cache_layer, x, weights, ids, costs)
         if capturing:
             raise RuntimeError(
@@ -93,8 +96,8 @@ class MappedExperts(CachedExperts):
         if not self._is_dummy_run(context) and self._may_defer(len(x)):
             with self._whole_layer() as whole:
                 if whole:
-                    return self._run_whole_layer(x, topk_weights, topk_ids, context)
-        return super().run_experts(x, topk_weights, topk_ids)
+                    return self._run_whole_layer(x, topk_weights, topk_ids, gated, context)
+        return super().run_experts(x, topk_weights, topk_ids, gated)
 
     def _may_defer(self, tokens: int) -> bool:
         tokens_gated_alone = self.gating is None or not self.gating.needs_residency
@@ -111,12 +114,12 @@ class MappedExperts(CachedExperts):
         return nullcontext(True) if self.cache is None else self.cache.whole_layer(self.cache_layer)
 
     def _gate_on_device(
-        self, weights: torch.Tensor, ids: torch.Tensor, context: ForwardContext
+        self, weights: torch.Tensor, ids: torch.Tensor, gated: Gated | None, context: ForwardContext
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Gates on the device: returns weights, int32 ids with -1 for dropped and padding, and the cost of dropping."""
         ids, costs = ids.int(), None
         if self.gating is not None:
-            gated = self.gating.gate_each(weights)
+            gated = self.gating.gate_each(weights, gated)
             assert gated is not None
             weights, costs = gated.weights, gated.cost
             ids = ids.masked_fill(~gated.keep_mask, -1)
@@ -126,13 +129,18 @@ class MappedExperts(CachedExperts):
         return weights, ids, costs
 
     def _run_whole_layer(
-        self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, context: ForwardContext
+        self,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        gated: Gated | None,
+        context: ForwardContext,
     ) -> torch.Tensor:
         """Runs a fully resident layer without the host, which reads the recorded routing later."""
         assert self.deferred is not None
         if self.predictor is not None and self.cache_layer == 0:
             self.predictor.skip_first_layer()
-        weights, ids, costs = self._gate_on_device(topk_weights, topk_ids, context)
+        weights, ids, costs = self._gate_on_device(topk_weights, topk_ids, gated, context)
         self.deferred.record(self.cache_layer, ids, costs)
         slot_map = self._slot_map()
         slots = slot_map.numpy().tobytes()
@@ -144,7 +152,7 @@ class MappedExperts(CachedExperts):
     def _run_dummy(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         """Runs the kernels of a step of this size on arbitrary slots, to warm up and to allocate the same memory."""
         if self.in_place is not None and len(x) <= self.in_place.routing.tokens:
-            weights, ids, costs = self._gate_on_device(topk_weights, topk_ids, get_forward_context())
+            weights, ids, costs = self._gate_on_device(topk_weights, topk_ids, None, get_forward_context())
             return self.in_place.warm_up(self.cache_layer, x, weights, ids, costs)
         num_slots = self.local_num_experts if self.cache is None else self.cache.pool(self.cache_layer).num_slots
         rows = torch.arange(self.local_num_experts, dtype=torch.int32).clamp(max=num_slots - 1)
