@@ -39,7 +39,7 @@ class CachedExperts(StreamedExperts):
         """None until the model is loaded: every step before is a dummy run."""
         self.gates_in_model = False
         """Whether `forward_modular` gates; `torch.compile` traces the value at the model's first call."""
-        self.gate_limits = torch.zeros(2, dtype=torch.float64, device="cpu")
+        self.gate_limits = torch.zeros(2, dtype=torch.float64, device=self.loading.device)
         """The gate's sensitivity and threshold. An input of the compiled model, not constants in it: all layers share a
         kernel, and another plan takes effect. One tensor, because Dynamo makes Python floats of those of one number."""
         self.cache_layer = self.loading.add(self)
