@@ -71,8 +71,8 @@ class NextUse(EvictionPolicy):
     an event of its layer with probability p, estimated by two exponential means of its uses, a fast and a slow one. The
     expected distance to its next use is `d + L (1 / p - 1)` (ours).
 
-    The constants hardly matter: with 128 experts, half or twice the slow rate and none or twice the weight of the fast mean
-    move 0.95 to 1.07 times the bytes (examples/benchmarks/eviction_constants_tiny_qwen3moe.json).
+    The constants hardly matter: with 128 experts, half or twice the slow rate and none or twice the weight of the fast
+    mean move 0.95 to 1.07 times the bytes (examples/benchmarks/eviction_constants_tiny_qwen3moe.json).
     """
 
     QUICK, SLOW = 0.5, 0.05
@@ -103,8 +103,8 @@ class NextToken(NextUse):
     """Evicts like `NextUse`, with the next tokens' predicted experts included in p (`heads.NextTokenHeads`).
 
     p is the mean of the estimate from recent use and the prediction of the layer's next-token head. The mean was better
-    than either in replays of both bundled models, and the share hardly matters: with 128 experts, 0.3 moves 1 to 3 % more
-    bytes and 0.7 up to 2 % less (examples/benchmarks/eviction_constants_tiny_qwen3moe.json).
+    than either in replays of both bundled models, and the share hardly matters: with 128 experts, 0.3 moves 1 to 3 %
+    more bytes and 0.7 up to 2 % less (examples/benchmarks/eviction_constants_tiny_qwen3moe.json).
     """
 
     SHARE = 0.5
