@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,16 @@ def engine(model: Path, fraction: float) -> Engine:
     return Engine(model, config, enforce_eager=True, **arguments)
 
 
-def assert_equal_but_for_rounding(ours: np.ndarray, theirs: np.ndarray) -> None:
-    """Rounding to bf16 moves a loss by a hundredth, and now and then a router's choice with it."""
-    difference = abs(ours - theirs)
-    assert np.median(difference) < 0.015
-    assert np.quantile(difference, 0.98) < 0.15
+def assert_equal_but_for_rounding(
+    ours: np.ndarray, theirs: np.ndarray, limits: Sequence[float] = (0.015, 0.15)
+) -> None:
+    """Rounding to bf16 moves a loss by a hundredth, and now and then a router's choice with it.
+
+    `limits`: of the difference's quantiles 0.5 and 0.98; by default those of tiny_mixtral. With more experts a choice
+    moves more often.
+    """
+    difference = np.quantile(abs(ours - theirs), (0.5, 0.98))
+    assert (difference < limits).all(), (difference, limits)
     assert ours.mean() == pytest.approx(theirs.mean(), rel=2e-3)
 
 
@@ -91,7 +97,11 @@ def test_token_mode(model):
         off = prefill_losses(half, sequences)
         half.call("set_gating", plan_of(model, 0.0))
         # Pairs of token and expert are summed one by one here, in the kernel there: equal but for rounding.
-        assert_equal_but_for_rounding(prefill_losses(half, sequences).nats, off.nats)
+        # How much of that a model shows is measured without gating, against transformers in float32.
+        ungated = apart(reference_losses, model, sequences, plan_of(model, 0.0))
+        limits = 1.5 * np.quantile(abs(off.nats - ungated), (0.5, 0.98))
+        print("limits of rounding:", limits)
+        assert_equal_but_for_rounding(prefill_losses(half, sequences).nats, off.nats, limits)
         half.call("set_gating", plan)
         half.call("set_cache", on_demand)
         gated_tokens, after = run(half)
@@ -106,9 +116,9 @@ def test_token_mode(model):
     assert experts == pytest.approx(top_k - 0.4 * (top_k - 1), rel=0.03), "as the profile predicted"
 
     per_token = prompt_losses.nats.reshape(len(sequences), LENGTH - 1)[:, 3:].reshape(-1)
-    assert_equal_but_for_rounding(decoded.nats, per_token)
+    assert_equal_but_for_rounding(decoded.nats, per_token, limits)
     reference = apart(reference_losses, model, sequences, plan)
-    assert_equal_but_for_rounding(prompt_losses.nats, reference)
+    assert_equal_but_for_rounding(prompt_losses.nats, reference, limits)
     assert abs(prompt_losses.nats - off.nats).mean() > 3 * abs(prompt_losses.nats - reference).mean(), "it is gating"
 
     for fraction in (0.25, 1.0):
