@@ -9,9 +9,10 @@ from vllm_adapmoe.integration.measure.engine import EXTENSION, Engine, count_exp
 
 pytestmark = pytest.mark.engine
 
-CEILING = 1.9
+CEILING = 1.1
 """Maximum host path over vLLM's router and kernel in the same steps: CPU time, tiny_mixtral, one slot short of all
-resident, batch 1. Measured so on two busy cores: 1.30 to 1.35, and 2.0 before events were recorded in arrays."""
+resident, batch 1. Measured so: 0.75 to 0.77, 0.76 to 0.85 on busy cores; 1.9 before state was kept in arrays
+(examples/benchmarks/host_path.json)."""
 
 
 def test_the_host_path_stays_below_its_ceiling(monkeypatch):
