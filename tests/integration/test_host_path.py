@@ -1,5 +1,7 @@
 """What the main thread does in a MoE layer outside the expert kernel, against vLLM's own part of the same layer."""
 
+from typing import Any
+
 import pytest
 from conftest import TINY_MIXTRAL
 
@@ -15,15 +17,26 @@ resident, batch 1. Measured so: 0.75 to 0.77, 0.76 to 0.85 on busy cores; 1.9 be
 (examples/benchmarks/host_path.json)."""
 
 
+def signatures(worker: Any) -> list[tuple[str, int]]:
+    """For how many types of arguments each loop of the decisions is compiled."""
+    from vllm_adapmoe.policy.compiled import FUNCTIONS
+
+    return [(function.__name__, len(function.signatures)) for function in FUNCTIONS]
+
+
 def test_the_host_path_stays_below_its_ceiling(monkeypatch):
     # The engine core polls when it is in this process, on a core that the worker computes on.
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     prompts = prompts_of(TINY_MIXTRAL, None, 1, 16)
     with one_compute_thread(), Engine(
         TINY_MIXTRAL, {"cache_experts": count_experts(TINY_MIXTRAL) - 1}, max_model_len=160, enforce_eager=True,
         worker_extension_cls=EXTENSION,
     ) as engine:  # fmt: skip
+        compiled = engine.llm.collective_rpc(signatures)
         tokens = engine.generate(prompts, 128).tokens
+        engine.generate(prompts_of(TINY_MIXTRAL, None, 3, 16), 16)
+        assert engine.llm.collective_rpc(signatures) == compiled, "a request waited for numba"
         measured = []
         for by_part in (False, True):
             assert engine.call("start_host_path", "cpu", by_part) is None

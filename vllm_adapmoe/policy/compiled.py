@@ -8,6 +8,8 @@ try:
 except ImportError:  # a machine with torch and numpy alone, without vLLM: slower, with the same results
     njit = None
 Function = TypeVar("Function", bound=Callable[..., Any])
+FUNCTIONS: list[Callable[..., Any]] = []
+"""All functions compiled by numba. Each is compiled, or read from numba's cache, at its first call with other types."""
 
 
 def compiled(function: Function) -> Function:
@@ -19,9 +21,11 @@ def compiled(function: Function) -> Function:
     if njit is None:
         return function
     try:
-        return njit(cache=True, boundscheck=True)(function)
+        fast = njit(cache=True, boundscheck=True)(function)
     except RuntimeError:  # no folder for the cache can be written: compiled in every process
-        return njit(boundscheck=True)(function)
+        fast = njit(boundscheck=True)(function)
+    FUNCTIONS.append(fast)
+    return fast
 
 
 def _hide_special_attributes() -> None:

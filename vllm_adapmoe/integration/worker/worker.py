@@ -32,6 +32,7 @@ from vllm_adapmoe.integration.worker.device_only_steps import DeviceOnlySteps
 from vllm_adapmoe.integration.worker.expert_predictor import ExpertPredictor
 from vllm_adapmoe.integration.worker.step_clock import StepClock
 from vllm_adapmoe.integration.worker.updated_worker import UpdatedWorker
+from vllm_adapmoe.integration.worker.warm_up import warm_up_decisions
 from vllm_adapmoe.integration.worker.worker_stats import CounterDelta, StepStats, total_stats
 from vllm_adapmoe.prefetch.heads import NextTokenHeads
 from vllm_adapmoe.scheduling.report import StepTimes, WorkerReport
@@ -187,6 +188,8 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
 
         Dummy steps load no experts and are not counted. Capture is global, so no fetch may be in flight during it.
         """
+        if self.expert_cache is not None:
+            warm_up_decisions(self.expert_cache.controller.setup.eviction)
         self._warming_up = True
         try:
             with self._quiet():
