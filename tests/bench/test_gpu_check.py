@@ -446,16 +446,16 @@ import sys
 if sys.argv[0] == "-m":  # an engine's process: of two experts that are asked for each has the other's slot
     from vllm_adapmoe.cache.manager import ExpertCacheManager
 
-    arrivals = ExpertCacheManager.arrivals
+    arriving = ExpertCacheManager._arriving
 
     def swapped(self, acquisition):
-        yield from arrivals(self, acquisition)
+        yield from arriving(self, acquisition)
         if len(acquisition.experts) > 1:
             one, two = list(acquisition.experts)[:2]
             slots = self.slot_maps[acquisition.layer]
             slots[one], slots[two] = slots[two].clone(), slots[one].clone()
 
-    ExpertCacheManager.arrivals = swapped
+    ExpertCacheManager._arriving = swapped
 """
 
 
