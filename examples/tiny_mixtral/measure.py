@@ -1,7 +1,7 @@
 """Measures a trained model and writes results.json: losses, load, re-use, and how well the next gate is predicted.
 
     python examples/tiny_mixtral/measure.py --dense /tmp/dense
-    python examples/tiny_mixtral/measure.py --model examples/tiny_qwen3moe/model --corpus --steps 2800
+    python examples/tiny_mixtral/measure.py --model examples/tiny_qwen3moe/model --dense /tmp/dense --steps 2800
 
 With neither --dense nor --corpus only the loss on the bundled held-out excerpts is printed; that needs no corpus.
 """

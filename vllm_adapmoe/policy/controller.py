@@ -88,11 +88,11 @@ class CacheController:
 
     def slots_of(self, layer: int) -> np.ndarray:
         """Returns the slots of a layer's experts, int32 `[experts or more]`, -1 for those not resident."""
-        return self.pools[self.pool_of[layer]].slots[layer]
+        return self.residency(layer).slots[layer]
 
     def is_complete(self, layer: int) -> bool:
         """Returns whether all of this rank's experts of a layer are resident or loading on demand."""
-        return self.pools[self.pool_of[layer]].count[layer] == self.num_local[layer]
+        return self.residency(layer).count[layer] == self.num_local[layer]
 
     def layer_residents(self) -> list[int]:
         """Returns the experts of each layer that are resident or loading on demand; staged ones do not count."""

@@ -42,11 +42,11 @@ def build_predictor(
     """
     prefetching = cache is not None and cache.controller.planner is not None
     recorder = _recorder(config, vllm_config, layers, cache)
+    ahead = layers_ahead(config.prefetch, recorder is not None)
     request_experts = None
     if cache is not None and prefetching:
         shape = cache.controller.shape
-        first_layers = min(layers_ahead(config.prefetch, recorder is not None), len(shape.num_experts))
-        request_experts = RequestExperts(first_layers, max(shape.num_experts))
+        request_experts = RequestExperts(min(ahead, len(shape.num_experts)), max(shape.num_experts))
     heads = first = None
     if next_token_heads is not None:
         by_next_token = cache is not None and config.eviction in ("auto", "next_token")
@@ -60,7 +60,7 @@ def build_predictor(
         layers,
         Routers(layers, model, vllm_config.compilation_config.static_forward_context),
         cache if prefetching else None,
-        layers_ahead(config.prefetch, recorder is not None),
+        ahead,
         heads,
         first,
         request_experts,

@@ -208,7 +208,7 @@ class ExpertPredictor:
                 outputs = head_outputs
         elif self.experts is not None and index < self.experts.layers:
             self.experts.record_used(index, (ids if self.last_rows is None else ids[self.last_rows]).numpy())
-        if self._has_nothing_to_prefetch(index):
+        if not self._uses_routing(index):
             return LayerPrediction(expected, _nothing)
         return LayerPrediction(expected, partial(self._prefetch, index, x, weights, ids, keep_mask, expected, outputs))
 
@@ -224,12 +224,10 @@ class ExpertPredictor:
         planner = None if self.cache is None else self.cache.controller.planner
         return self.recorder is not None or (planner is not None and planner.has_targets(index))
 
-    def _has_nothing_to_prefetch(self, index: int) -> bool:
-        """Returns whether a layer's routing is of no use: all experts of the next layers are resident."""
-        if self.recorder is not None:
-            return False
+    def _uses_routing(self, index: int) -> bool:
+        """Returns whether later layers are predicted from layer `index`, or its routing was predicted before."""
         planner = None if self.cache is None else self.cache.controller.planner
-        return planner is None or not (planner.pending[index] or planner.has_targets(index))
+        return (planner is not None and bool(planner.pending[index])) or self._looks_ahead(index)
 
     @_disabled_by_errors
     def skip_first_layer(self) -> None:

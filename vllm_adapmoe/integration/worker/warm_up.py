@@ -13,25 +13,24 @@ from vllm_adapmoe.prefetch.heads import chance_of_any
 EXPERTS, TOP_K, LAYERS = 8, 2, 4
 
 
-def warm_up_decisions(eviction: str, ids_dtype: torch.dtype = torch.int32) -> None:
+def warm_up_decisions(eviction: str) -> None:
     """Takes the decisions of some steps of a small cache, so that every compiled loop runs with the types of a step.
 
     Five seconds on a new machine; a third of a second once numba has cached the code.
 
     Args:
         eviction: eviction policy of the worker's cache.
-        ids_dtype: dtype of the experts' ids.
     """
     shape = CacheShape([EXPERTS] * LAYERS, TOP_K, [0] * LAYERS, [1] * LAYERS)
     setup = CacheSetup([LAYERS * EXPERTS // 2], eviction, lookahead=2, max_experts=1)
     controller = CacheController(shape, setup)
-    for rows in (1, 2, 2):  # columns of one row are contiguous, those of more rows are not
+    for rows in (1, 2):  # columns of one row are contiguous, those of more rows are not
         outputs = np.random.default_rng(rows).standard_normal((rows, 2 * EXPERTS), dtype=np.float32)
         logits = outputs[:, EXPERTS:]
         chance_of_any(np.stack([logits[:1]] * 2))
         for layer in range(LAYERS):
             for shift in range(0, EXPERTS, TOP_K):
-                ids = torch.arange(rows * TOP_K, dtype=ids_dtype).view(rows, TOP_K).add(shift) % EXPERTS
+                ids = torch.arange(rows * TOP_K, dtype=torch.int32).view(rows, TOP_K).add(shift) % EXPERTS
                 _run_event(controller, layer, ids, logits)
 
 
