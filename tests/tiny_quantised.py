@@ -11,6 +11,7 @@ from tiny_models import COMMON, save_tiny_model
 from transformers import AutoModelForCausalLM, GptOssConfig
 
 from benchmarks.gpu_check.checkpoints import GROUP, fp8_blocks, fp8_config, gptq, gptq_config, int4, pack
+from vllm_adapmoe.precision.rounding import round_to_int4
 
 Tensors = dict[str, torch.Tensor]
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -26,6 +27,15 @@ def _compressed_int4(weight: torch.Tensor) -> Tensors:
     values, scale = int4(weight)
     return {
         "weight_packed": pack(values), "weight_scale": scale, "weight_shape": torch.tensor(weight.shape)
+    }  # fmt: skip
+
+
+def _rounded_int4(weight: torch.Tensor) -> Tensors:
+    """As `precision=4` rounds, packed by other code."""
+    rounded = round_to_int4(weight, GROUP, torch.bfloat16)
+    return {
+        "weight_packed": pack(rounded.integers.to(torch.int64) + 8), "weight_scale": rounded.scales,
+        "weight_shape": torch.tensor(weight.shape),
     }  # fmt: skip
 
 
@@ -58,6 +68,9 @@ FORMATS: dict[str, tuple[Callable[[torch.Tensor], Tensors], dict[str, Any]]] = {
         _SYMMETRIC | {"num_bits": 8, "strategy": "token", "dynamic": True},
     )),
     "compressed_int4": (_compressed_int4, _compressed(
+        "pack-quantized", _SYMMETRIC | {"num_bits": 4, "strategy": "group", "group_size": GROUP, "dynamic": False}, None
+    )),
+    "rounded_int4": (_rounded_int4, _compressed(
         "pack-quantized", _SYMMETRIC | {"num_bits": 4, "strategy": "group", "group_size": GROUP, "dynamic": False}, None
     )),
     "fp8_blocks": (fp8_blocks, fp8_config(

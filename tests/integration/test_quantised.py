@@ -1,7 +1,6 @@
 """Quantised experts: the tokens of stock vLLM with half of the experts resident, packed, restored, in waves and gated.
 
-vLLM 0.32 offers its x86 kernels for quantised experts only where there is AMX, though they compute with AVX-512 alone;
-without AMX these tests offer them all the same, to stock vLLM as to the plugin.
+Without AMX it is the plugin that offers vLLM's x86 kernels for them (`entry/edits.py`), to stock vLLM too.
 """
 
 from pathlib import Path
@@ -14,12 +13,12 @@ from tiny_models import VOCABULARY
 from tiny_quantised import save_quantised_model
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.fused_moe.config import int8_w8a8_moe_quant_config
-from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 from vllm.platforms import current_platform
 
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy, hidden_states, prompts
 from tests.integration.test_architectures import PROMPT, check_gating
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
+from vllm_adapmoe.integration.compat import runs_quantised_experts
 from vllm_adapmoe.integration.layers.expert_tensors import ExpertTensors, own_tensors
 from vllm_adapmoe.integration.loading.expert_loading import ExpertLoading
 from vllm_adapmoe.integration.measure.engine import Engine
@@ -37,15 +36,8 @@ KERNELS = ("compressed_int8", "compressed_int4", "fp8_blocks", "mxfp4")
 
 @pytest.fixture(scope="module")
 def kernels():
-    if torch.cpu._is_amx_tile_supported():
-        yield
-        return
-    if not (torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_vnni_supported()):
+    if not runs_quantised_experts():
         pytest.skip("vLLM's kernels for quantised experts need AMX, or AVX-512 with VNNI and bf16")
-    with pytest.MonkeyPatch.context() as patch:
-        for cls in (cpu_moe.CPUExpertsInt8, cpu_moe.CPUExpertsInt4, cpu_moe.CPUExpertsFp8, cpu_moe.CPUExpertsMxfp4):
-            patch.setattr(cls, "_supports_current_device", staticmethod(lambda: True))
-        yield
 
 
 @pytest.fixture(scope="module")

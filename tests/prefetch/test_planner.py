@@ -44,6 +44,21 @@ def test_whole_layers_are_not_predicted():
     assert not planner.has_targets(0)
 
 
+def test_layers_that_rarely_find_experts_missing_are_not_predicted():
+    planner = planner_for([4] * 3, 2, lookahead=1, max_experts=1)
+    for _ in range(100):
+        planner.record_missing(1, 0)
+    assert not planner.has_targets(0)
+    assert planner.plan(0, {}.__getitem__, lambda *_: True, 0) == [], "nothing is computed for it"
+    assert planner.has_targets(1), "of layer 2 nothing is known yet"
+    planner.prompt_tokens = 100
+    assert planner.has_targets(0), "a sweep needs no prediction"
+    planner.prompt_tokens = 0
+    for _ in range(4):  # a change of traffic
+        planner.record_missing(1, 1)
+    assert planner.has_targets(0)
+
+
 def said(*experts: int) -> PredictedExperts:
     return PredictedExperts(np.array([experts]), np.ones((1, len(experts)), dtype=bool))
 

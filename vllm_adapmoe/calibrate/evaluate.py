@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ class EvaluateSpec:
     """`adapmoe_config` of the engine."""
     thresholds: Sequence[float] | None = None
     """Thresholds of rule `token`; None: one for each of `DROPS`."""
+    precisions: Sequence[int] = ()
+    """Bits per expert weight to compare with 16, ungated: 8 and 4."""
 
 
 def points(profile: ModelProfile, thresholds: Sequence[float] | None) -> list[dict[str, Any]]:
@@ -68,33 +71,49 @@ def run_evaluate(spec: EvaluateSpec) -> dict[str, Any]:
     length = spec.sequence_length
     sequences = read_sequences(spec.model, spec.data, length, max(2, spec.tokens // length), seed=0)
     groups = [sequences[start : start + GROUP] for start in range(0, len(sequences), GROUP)]
-    engine = Engine(
+    start = partial(
+        Engine,
         spec.model,
-        spec.cache,
         enforce_eager=True,
         max_model_len=length + 1,
         max_num_batched_tokens=max(4096, length + 1),
         forced=True,
     )
-    with engine:
 
-        def losses(plan: dict[str, Any] | None) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
-            engine.call("set_gating", plan)
-            parts = [prefill_losses(engine, group) for group in groups]
-            nats = np.concatenate([part.nats for part in parts]).reshape(len(sequences), -1)
-            return nats, np.concatenate([part.best for part in parts]), engine.cache_stats()
+    def losses(engine: Engine) -> tuple[np.ndarray, np.ndarray]:
+        parts = [prefill_losses(engine, group) for group in groups]
+        nats = np.concatenate([part.nats for part in parts]).reshape(len(sequences), -1)
+        return nats, np.concatenate([part.best for part in parts])
 
-        base, base_best, _ = losses(None)
-        rows = []
-        for plan in tqdm(plans, desc="Evaluating", unit="point"):
-            nats, best, stats = losses(plan)
-            rows.append(_row(plan, nats, base, float((best == base_best).mean()), stats, profile))
-        middle = next(
-            (plan for plan, row in zip(plans, rows, strict=True) if row["mean_experts"] < 0.9 * profile.model.top_k),
-            plans[0],
-        )
-        decode = _decode(engine, middle, sequences[:DECODE_SEQUENCES], decode_losses, prefill_losses)
-    _compare(rows, profile.model.top_k)
+    rows = []
+    with tqdm(total=len(plans) + len(spec.precisions), desc="Evaluating", unit="point") as progress:
+        with start(spec.cache) as engine:
+            engine.call("set_gating", None)
+            base, base_best = losses(engine)
+            for plan in plans:
+                engine.call("set_gating", plan)
+                nats, best = losses(engine)
+                stats = engine.cache_stats()
+                kept = stats["kept_experts"] / stats["gated_tokens"]
+                rows.append(_row(plan, nats, base, float((best == base_best).mean()), kept, profile))
+                progress.update()
+            _compare(rows, profile.model.top_k)
+            middle = next(
+                (
+                    plan
+                    for plan, row in zip(plans, rows, strict=True)
+                    if row["mean_experts"] < 0.9 * profile.model.top_k
+                ),
+                plans[0],
+            )
+            decode = _decode(engine, middle, sequences[:DECODE_SEQUENCES], decode_losses, prefill_losses)
+        for bits in spec.precisions:
+            with start(spec.cache | {"precision": bits}) as engine:
+                nats, best = losses(engine)
+            plan = {"rule": PRECISION, "bits": bits}
+            agreement = float((best == base_best).mean())
+            rows.append(_row(plan, nats, base, agreement, float(profile.model.top_k), profile))
+            progress.update()
     return {
         "benchmark": "evaluate",
         "model": str(spec.model),
@@ -112,7 +131,7 @@ def _row(
     nats: np.ndarray,
     base: np.ndarray,
     agreement: float,
-    stats: dict[str, float],
+    mean_experts: float,
     profile: ModelProfile,
 ) -> dict[str, Any]:
     """Returns the figures of one point."""
@@ -123,7 +142,8 @@ def _row(
     return {
         "rule": plan["rule"],
         "threshold": plan.get("threshold"),
-        "mean_experts": stats["kept_experts"] / stats["gated_tokens"],
+        "bits": plan.get("bits", 16),
+        "mean_experts": mean_experts,
         "loss": float(nats.mean()),
         "perplexity": float(np.exp(nats.mean())),
         "loss_increase": increase,
@@ -179,6 +199,7 @@ def _compare(rows: list[dict[str, Any]], top_k: int) -> None:
 
 
 RULES = {"token": "sensitivity", "weight": "weight", "count": "fixed k"}
+PRECISION = "precision"
 
 
 def print_evaluate(result: dict[str, Any], console: Console) -> None:
@@ -195,7 +216,7 @@ def print_evaluate(result: dict[str, Any], console: Console) -> None:
     for row in result["points"]:
         predicted = row["predicted_loss_increase"]
         table.add_row(
-            RULES[row["rule"]],
+            f"{row['bits']} bit" if row["rule"] == PRECISION else RULES[row["rule"]],
             "" if row["threshold"] is None else f"{row['threshold']:.2g}",
             f"{row['mean_experts']:.2f}",
             f"{row['loss']:.4f}",
@@ -231,6 +252,12 @@ def plot_evaluate(result: dict[str, Any], path: Path) -> None:
                     [row["mean_experts"] for row in rows],
                     [100 * row["predicted_loss_increase"] for row in rows],
                     "k--", linewidth=1, label="sensitivity, predicted",
+                )  # fmt: skip
+        for row in result["points"]:
+            if row["rule"] == PRECISION:
+                axes.errorbar(
+                    [row["mean_experts"]], [100 * row["loss_increase"]], [100 * row["loss_increase_stderr"]],
+                    marker="s", markersize=4, capsize=2, label=f"{row['bits']} bit, ungated",
                 )  # fmt: skip
         axes.invert_xaxis()
         axes.legend(frameon=False)

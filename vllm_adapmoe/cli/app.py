@@ -19,6 +19,7 @@ from vllm_adapmoe.cli.options import (
     Revision,
     checkpoint_folder,
     numbers,
+    precisions,
     profile_option,
     quieten_vllm,
 )
@@ -42,6 +43,7 @@ def pack(
     store_dir: Annotated[str | None, typer.Option(help="Folder for packed files; default: vLLM's cache.")] = None,
     dtype: Annotated[str, typer.Option(help="Dtype of the model, as in `vllm serve`.")] = "auto",
     quantization: Annotated[str | None, typer.Option(help="Quantization method, as in `vllm serve`.")] = None,
+    precision: Annotated[int, typer.Option(help="Bits per expert weight: 16 as in the checkpoint, 8 or 4.")] = 16,
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks, as in `vllm serve`.")] = 1,
     revision: Revision = None,
     download_dir: Annotated[str | None, typer.Option(help="Folder of downloaded models, as in `vllm serve`.")] = None,
@@ -51,7 +53,7 @@ def pack(
     from vllm_adapmoe.integration.loading.packing import pack_experts
 
     folder = pack_experts(
-        model, store_dir, dtype=dtype, quantization=quantization, tensor_parallel_size=tensor_parallel_size,
+        model, store_dir, precision, dtype=dtype, quantization=quantization, tensor_parallel_size=tensor_parallel_size,
         revision=revision, download_dir=download_dir, load_format=load_format,
     )  # fmt: skip
     Console().print(f"packed into {folder}", markup=False)
@@ -97,6 +99,9 @@ def evaluate(
     thresholds: Annotated[
         str | None, typer.Option(help="Sensitivity-gating thresholds, comma-separated; default: twelve values.")
     ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Bits per expert weight to compare too, comma-separated: 8,4. Ungated.")
+    ] = None,
     tokens: Annotated[int, typer.Option(min=512, help="Maximum number of tokens to use of --data.")] = 65_536,
     sequence_length: Annotated[int, typer.Option(min=16, help="Tokens per sequence.")] = 256,
     revision: Revision = None,
@@ -108,10 +113,16 @@ def evaluate(
     quieten_vllm()
     from vllm_adapmoe.calibrate.evaluate import EvaluateSpec, plot_evaluate, print_evaluate, run_evaluate
 
-    cache = AdapMoEConfig.parse(adapmoe_config).transport()
+    cache = AdapMoEConfig.parse(adapmoe_config)
+    bits = precisions("--precision", precision)
+    if bits and cache.precision != 16:
+        raise AdapMoEError(
+            f"--precision {precision} is compared with 16 bits, and adapmoe_config sets precision={cache.precision}; "
+            "remove one of them"
+        )
     spec = EvaluateSpec(
-        model=checkpoint_folder(model, revision),
-        profile=profile, data=data, tokens=tokens, sequence_length=sequence_length, cache=cache,
+        model=checkpoint_folder(model, revision), cache=cache.transport(), precisions=bits,
+        profile=profile, data=data, tokens=tokens, sequence_length=sequence_length,
         thresholds=None if thresholds is None else numbers("--thresholds", thresholds),
     )  # fmt: skip
     report(run_evaluate(spec), print_evaluate, output, plot_evaluate, plot)

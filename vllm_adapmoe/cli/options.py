@@ -88,3 +88,16 @@ def numbers(option: str, text: str) -> list[float]:
         raise ValueError
     except ValueError:
         raise AdapMoEError(f"{option} {text!r} is not a list of numbers; separate them with commas") from None
+
+
+def precisions(option: str, text: str | None) -> list[int]:
+    """Parses a comma-separated list of bits per expert weight; returns those below 16, in order, each once.
+
+    Raises:
+        AdapMoEError: a value is not 16, 8 or 4.
+    """
+    values = [] if text is None else numbers(option, text)
+    for value in values:
+        if value not in (16, 8, 4):
+            raise AdapMoEError(f"{option} {value:g} is not usable; use 16, 8 or 4, separated by commas")
+    return [int(value) for value in dict.fromkeys(values) if value != 16]

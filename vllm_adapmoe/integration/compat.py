@@ -60,6 +60,11 @@ def old_ray_executor_chosen() -> bool:
     return not getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", True)
 
 
+FUSED_MOE = "vllm.model_executor.layers.fused_moe"
+CPU_MOE = f"{FUSED_MOE}.experts.cpu_moe"
+QUANTISED_ON_CPU = ("CPUExpertsInt8", "CPUExpertsInt4", "CPUExpertsFp8", "CPUExpertsMxfp4")
+"""Kernels of `CPU_MOE` for quantised experts on x86. vLLM offers them only where there is AMX, but they compute with
+AVX-512 as well (`csrc/cpu/sgl-kernels/moe_int8.cpp`, `moe_int4.cpp`, `moe_fp8.cpp` of 0.32)."""
 EDITED = {
     "vllm.engine.arg_utils": (
         "EngineArgs.__dataclass_fields__",
@@ -68,9 +73,9 @@ EDITED = {
         "AsyncEngineArgs.__dataclass_fields__",
     ),
     "vllm.v1.metrics.stats": ("SchedulerStats.__dataclass_fields__",),
+    CPU_MOE: tuple(f"{kernel}._supports_current_device" for kernel in QUANTISED_ON_CPU),
 }
 """Names that each module edited by `entry/edits.py` must have; without them it is left unedited."""
-FUSED_MOE = "vllm.model_executor.layers.fused_moe"
 REBOUND = {
     f"{FUSED_MOE}.experts.triton_moe.TritonExperts.apply": {"_prepare_expert_assignment", "try_get_optimal_moe_config"},
     f"{FUSED_MOE}.experts.triton_moe.TritonWNA16Experts.apply": {"moe_align_block_size", "try_get_optimal_moe_config"},
@@ -79,6 +84,17 @@ REBOUND = {
     f"{FUSED_MOE}.fused_moe._prepare_expert_assignment": {"moe_align_block_size"},
 }
 """vLLM functions that `slot_kernels` runs with some global names rebound, and the names that they must use."""
+
+
+def runs_quantised_experts() -> bool:
+    """Returns whether this is an x86 CPU that runs the kernels of `QUANTISED_ON_CPU`."""
+    import torch
+    from vllm.platforms import CpuArchEnum, current_platform
+
+    if not current_platform.is_cpu() or current_platform.get_cpu_architecture() != CpuArchEnum.X86:
+        return False
+    avx512 = torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_vnni_supported()
+    return torch.cpu._is_amx_tile_supported() or avx512
 
 
 def is_switched_on(vllm_config: Any) -> bool:

@@ -28,6 +28,17 @@ def compiled(function: Function) -> Function:
     return fast
 
 
+def vectorised(function: Function) -> Function:
+    """Compiles a loop over many numbers at its first call: indices are not checked, and sums may be reordered."""
+    if njit is None:
+        return function
+    options = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "nogil": True}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # as in `compiled`
+        return njit(**options)(function)
+
+
 def _hide_special_attributes() -> None:
     """Makes llvmlite's wrapper of LLVM's library answer for LLVM's functions alone; it answers for every name.
 

@@ -153,6 +153,8 @@ class CacheController:
         stats.misses += misses
         self.layer_misses[layer] += misses
         stats.late += len(request.awaited)
+        if self.planner is not None:
+            self.planner.record_missing(layer, len(experts) - request.hits)
         for load in request.promoted:
             del self.staged[load.key]
         for load in request.loads:
@@ -177,6 +179,8 @@ class CacheController:
         stats.in_place += misses
         self.layer_hits[layer] += hits
         self.layer_misses[layer] += misses
+        if self.planner is not None:
+            self.planner.record_missing(layer, misses + len(promoted))
         for load in promoted:
             self._count_wasted(load.evicted)
             stats.prefetch_hits += load.key[1] in resident

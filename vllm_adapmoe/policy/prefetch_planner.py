@@ -29,6 +29,12 @@ MIN_CHANCE = 0.5
 """Minimum chance of use of a prefetched expert: below it a prefetch is more likely wasted than used."""
 CERTAIN_PROB = 0.9
 """Chance from which a prefetch is near-certain: it is exempt from `max_experts`, and may evict resident experts."""
+MIN_MISSING = 0.1
+"""Minimum mean number of experts that an event of a layer finds missing, for predictions of the layer. A prediction
+takes 0.1 ms of the main thread (examples/benchmarks/host_path.json), and a prefetch hides at most the time of a layer,
+rarely more than a millisecond in a decode step: below this rate predictions cost more time than they save."""
+MISSING_EVENTS = 16.0
+"""Events of a layer after which the weight of an older one in that mean has faded to 1/e."""
 SWEEP_MISSES = 0.01
 """Maximum share of a layer's experts that a step is expected to leave unused to count as a sweep over the layer."""
 
@@ -66,6 +72,8 @@ class PrefetchPlanner:
         self.precision = [[Precision(top_k) for _ in range(lookahead)] for _ in range(layers)]
         self.pending: list[dict[int, PredictedExperts]] = [{} for _ in range(layers)]
         """Predictions for each layer's next event, by lookahead."""
+        self.missing = [1.0] * layers
+        """Mean number of experts that recent events of each layer found missing, prefetched ones included."""
 
     def record(self, layer: int, ids: np.ndarray, keep_mask: np.ndarray) -> None:
         """Updates the precision of the predictions for `layer` with what its router selected.
@@ -83,6 +91,10 @@ class PrefetchPlanner:
         for distance, predicted in evaluated:
             self.precision[layer][distance - 1].record(predicted, ids, keep_mask)
 
+    def record_missing(self, layer: int, missing: int) -> None:
+        """Updates the mean number of missing experts of `layer` with one event's, prefetched ones included."""
+        self.missing[layer] += (missing - self.missing[layer]) / MISSING_EVENTS
+
     def is_sweep(self, layer: int) -> bool:
         """Returns whether the step's prompts need nearly all experts of a layer, if tokens choose `top_k` at random.
 
@@ -92,11 +104,17 @@ class PrefetchPlanner:
         return unused_share <= SWEEP_MISSES
 
     def has_targets(self, layer: int) -> bool:
-        """Returns whether `plan` may predict a later layer from the input of `layer`."""
-        for target in range(layer + 1, min(layer + 1 + self.lookahead, len(self.num_experts))):
-            if not self.cache.is_complete(target):
+        """Returns whether `plan` may prefetch for a later layer while `layer` runs."""
+        last = len(self.num_experts) - 1
+        sweeps = layer < last and self.is_sweep(layer + 1)
+        for target in range(layer + 1, min(layer + self.lookahead, last) + 1):
+            if (sweeps and not self.cache.is_complete(target)) or self._is_predicted(target):
                 return True
         return False
+
+    def _is_predicted(self, layer: int) -> bool:
+        """Returns whether a layer has missing experts, and finds experts missing often enough to be predicted."""
+        return self.missing[layer] >= MIN_MISSING and not self.cache.is_complete(layer)
 
     def plan_first_layers(
         self, prompt_tokens: int, chances: Sequence[np.ndarray], request: RequestPrefetch
@@ -175,7 +193,7 @@ class PrefetchPlanner:
             if chosen or in_flight:
                 break
             target = layer + distance
-            predicted = None if self.cache.is_complete(target) else predict_experts(distance)
+            predicted = predict_experts(distance) if self._is_predicted(target) else None
             if predicted is None:
                 continue
             self.pending[target][distance] = predicted

@@ -150,7 +150,7 @@ def _sizes(section: str, config: Any) -> Iterator[Finding]:
 def _pack(section: str, config: Any, settings: AdapMoEConfig) -> Iterator[Finding]:
     try:
         sources = source_files(config.model_config, config.load_config, download=False)
-        path = pack_folder(settings, sources) / pack_names(config)[0]
+        path = pack_folder(settings, sources) / pack_names(settings, config)[0]
         open_valid(path, load_identity(config), sources).close()
     except PackMissing:
         yield Finding(section, "ok", f"not packed yet: the first start with store=file writes {path}")

@@ -1,4 +1,4 @@
-"""Edits of vLLM that no plugin hook offers: adds fields to `EngineArgs` and `SchedulerStats`.
+"""Edits of vLLM that no plugin hook offers: fields of `EngineArgs` and `SchedulerStats`, and a check of CPU kernels.
 
 `patches/` holds the same changes as diffs for vLLM itself. Nothing is edited if vLLM already has the fields, or lacks
 what would be edited: stock vLLM then runs unchanged.
@@ -15,7 +15,13 @@ from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
-from vllm_adapmoe.integration.compat import EDITED, is_switched_on
+from vllm_adapmoe.integration.compat import (
+    CPU_MOE,
+    EDITED,
+    QUANTISED_ON_CPU,
+    is_switched_on,
+    runs_quantised_experts,
+)
 
 
 @dataclasses.dataclass
@@ -102,9 +108,18 @@ def edit_scheduler_stats(module: ModuleType) -> None:
     add_fields(module.SchedulerStats, StatsFields)
 
 
+def edit_cpu_moe(module: ModuleType) -> None:
+    """Applies M3 to vLLM's CPU kernels: offers those for quantised experts without AMX, too."""
+    if hasattr(module, "_runs_x86_quantized_experts"):  # as patched
+        return
+    for name in QUANTISED_ON_CPU:
+        getattr(module, name)._supports_current_device = staticmethod(runs_quantised_experts)
+
+
 EDITS: dict[str, Callable[[ModuleType], None]] = {
     "vllm.engine.arg_utils": edit_engine_args,
     "vllm.v1.metrics.stats": edit_scheduler_stats,
+    CPU_MOE: edit_cpu_moe,
 }
 
 

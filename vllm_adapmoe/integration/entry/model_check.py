@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
-from vllm.platforms import current_platform
+from vllm.platforms import CpuArchEnum, current_platform
 
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
-from vllm_adapmoe.integration.compat import old_ray_executor_chosen
+from vllm_adapmoe.integration.compat import old_ray_executor_chosen, runs_quantised_experts
 from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
 from vllm_adapmoe.integration.loading import layer_classes
 from vllm_adapmoe.integration.loading.memory import usable_memory
@@ -61,12 +61,35 @@ def check_model(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
         ):  # fmt: skip
             if is_set:
                 raise AdapMoEError(f"{setting} does not work with enable_expert_parallel=True: {reason}")
+    _check_precision(config, model)
     check_budget(config, expert_bound, model.get_num_experts_per_tok() or 1, _device_memory(config, vllm_config))
     # The number of experts is known only from the built model, but with fewer slots than one layer has experts a store
     # is certainly needed.
     needs_store = (config.cache_fraction or 1) < 1
     needs_store |= (config.cache_experts or sys.maxsize) < (model.get_num_experts() or 0)
     check_store(config, vllm_config, needs_store)
+
+
+def _check_precision(config: AdapMoEConfig, model: ModelConfig) -> None:
+    """Refuses to quantise experts that are quantised already, or that vLLM cannot compute here."""
+    if config.precision == 16:
+        return
+    if model.quantization is not None:
+        raise AdapMoEError(
+            f"precision={config.precision} does not work with quantization={model.quantization!r}: the experts are "
+            "quantised already; remove precision, or use the unquantised checkpoint"
+        )
+    if model.dtype not in (torch.bfloat16, torch.float16):
+        raise AdapMoEError(
+            f"precision={config.precision} does not work with dtype={str(model.dtype).removeprefix('torch.')}: vLLM's "
+            "kernels take bfloat16 and float16; set dtype=bfloat16"
+        )
+    x86 = current_platform.is_cpu() and current_platform.get_cpu_architecture() == CpuArchEnum.X86
+    if x86 and not runs_quantised_experts():
+        raise AdapMoEError(
+            f"precision={config.precision}: vLLM's x86 kernels for quantised experts need AMX, or AVX-512 with VNNI "
+            "and bf16, which this CPU lacks; remove precision"
+        )
 
 
 def _device_memory(config: AdapMoEConfig, vllm_config: VllmConfig) -> DeviceMemory:

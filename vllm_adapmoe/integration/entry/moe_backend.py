@@ -6,7 +6,7 @@ from vllm.platforms import current_platform
 
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.integration.compat import marlin_takes_mxfp4_with_quantised_activations
-from vllm_adapmoe.integration.entry.backends import AUTO, MXFP4_W4A4, choose_backend
+from vllm_adapmoe.integration.entry.backends import AUTO, INT8, INT_WEIGHTS, MXFP4_W4A4, choose_backend
 from vllm_adapmoe.integration.entry.expert_format import expert_formats
 from vllm_adapmoe.integration.model_info import expert_sizes, max_experts
 
@@ -24,7 +24,10 @@ def set_moe_backend(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
     """
     kernel, quantisation = vllm_config.kernel_config, vllm_config.quant_config
     sizes = expert_sizes(vllm_config.model_config)
-    formats = expert_formats(quantisation, sizes, vllm_config.parallel_config.tensor_parallel_size)
+    if config.precision == 16:
+        formats = expert_formats(quantisation, sizes, vllm_config.parallel_config.tensor_parallel_size)
+    else:
+        formats = {INT8 if config.precision == 8 else INT_WEIGHTS}
     if formats is None:
         assert quantisation is not None
         logger.warning(

@@ -1,7 +1,7 @@
 """vLLM's MoE layer with experts in the expert cache: its parameters are replaced by slots."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,26 @@ from vllm_adapmoe.policy.events import waves
 from vllm_adapmoe.store.base import ExpertsUnavailable
 
 NO_EXPERTS = np.empty(0, dtype=np.int64)
+MIN_PAIRS = 16
+"""Minimum number of pairs that run by themselves while other experts are in flight. A call of the kernel costs 0.1 ms
+whatever it computes: with 128 small experts, gated decode steps took up to 1.8 times the kernel time of ungated ones
+while every arrival ran by itself."""
+
+
+class Pairs(NamedTuple):
+    """Pairs of a token and an expert that it keeps, on the host."""
+
+    token: torch.Tensor
+    """Rows of the experts' input, int64 `[pairs]`."""
+    weights: torch.Tensor
+    """Float32 `[pairs, 1]`."""
+    ids: np.ndarray
+    """Logical expert ids, int64 `[pairs]`."""
+
+    def take(self, rows: np.ndarray) -> "Pairs":
+        """Returns the pairs of these indices."""
+        index = torch.from_numpy(rows)
+        return Pairs(self.token[index], self.weights[index], self.ids[rows])
 
 
 class CachedExperts(StreamedExperts):
@@ -281,42 +301,33 @@ class CachedExperts(StreamedExperts):
         """
         x = step.x
         if self.expert_map is not None:
-            keep_mask = keep_mask & (self.expert_map.cpu()[step.ids.long()] >= 0)
-        token, choice = keep_mask.nonzero(as_tuple=True)
-        weights = step.weights[token.to(x.device), choice.to(x.device)].unsqueeze(1)
-        total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        for rows, outputs in self._run_rows(x, weights, token, step.ids[token, choice].long(), prediction):
-            total.index_add_(0, token[rows].to(x.device), outputs.float())
+            keep_mask = keep_mask & (self.expert_map[step.ids.long()] >= 0)
+        pairs = kept_pairs(keep_mask, step.ids, step.weights)
+        total = torch.zeros(x.shape, dtype=torch.float32)
+        for part, outputs in self._run_waves(x, pairs, prediction):
+            total.index_add_(0, part.token, outputs.float())
         return total.to(x.dtype)
 
-    def _run_rows(
-        self,
-        x: torch.Tensor,
-        weights: torch.Tensor,
-        token: torch.Tensor,
-        ids: torch.Tensor,
-        prediction: LayerPrediction | None,
-    ) -> Iterator[tuple[torch.Tensor | slice, torch.Tensor]]:
-        """Runs (token, expert) pairs, loading each expert once; yields indices of pairs, and their outputs."""
-        experts = distinct(ids, self.moe_config.num_experts)
+    def _run_waves(
+        self, x: torch.Tensor, pairs: Pairs, prediction: LayerPrediction | None
+    ) -> Iterator[tuple[Pairs, torch.Tensor]]:
+        """Runs (token, expert) pairs, loading each expert once; yields the pairs of each wave, and their outputs."""
+        experts = distinct(torch.from_numpy(pairs.ids), self.moe_config.num_experts)
         groups = waves(experts, self.slots)
         if len(groups) <= 1:  # zero if other ranks have all; the cache still needs the event
-            yield slice(None), self._run_wave(x, weights, token, ids, experts, prediction, NO_EXPERTS)
+            yield pairs, self._run_wave(x, pairs, experts, prediction, NO_EXPERTS)
             return
-        wave_of = torch.zeros(experts[-1] + 1, dtype=torch.int64)
+        wave_of = np.zeros(experts[-1] + 1, dtype=np.int64)
         for number, group in enumerate(groups):
-            wave_of[torch.from_numpy(group)] = number
+            wave_of[group] = number
         for number, group in enumerate(groups):
-            rows = (wave_of[ids] == number).nonzero().view(-1)
-            wave = weights[rows.to(x.device)], token[rows], ids[rows]
-            yield rows, self._run_wave(x, *wave, group, prediction if number == 0 else None, experts)
+            wave = pairs.take(np.flatnonzero(wave_of[pairs.ids] == number))
+            yield wave, self._run_wave(x, wave, group, prediction if number == 0 else None, experts)
 
     def _run_wave(
         self,
         x: torch.Tensor,
-        weights: torch.Tensor,
-        token: torch.Tensor,
-        ids: torch.Tensor,
+        pairs: Pairs,
         experts: np.ndarray,
         prediction: LayerPrediction | None,
         event_experts: np.ndarray,
@@ -327,22 +338,29 @@ class CachedExperts(StreamedExperts):
         result: a pair's output does not depend on the pairs it runs with, and outputs are summed later in fixed order.
         """
         outputs = None
-        for arrived in self._arrivals(experts, prediction, event_experts):
-            rows = None if len(arrived) == len(experts) else _where(ids, arrived)
-            pairs = (weights, token, ids) if rows is None else (weights[rows.to(x.device)], token[rows], ids[rows])
-            part = self._run_pairs(x[pairs[1].to(x.device)], pairs[0], pairs[2])
-            if rows is None:
-                outputs = part
+        waiting: list[np.ndarray] = []
+        arrived = 0
+        for experts_arrived in self._arrivals(experts, prediction, event_experts):
+            waiting.append(experts_arrived)
+            arrived += len(experts_arrived)
+            if sum(map(len, waiting)) == len(experts):
+                outputs = self._run_pairs(x, pairs)
                 continue
+            rows = np.flatnonzero(np.isin(pairs.ids, np.concatenate(waiting)))
+            if arrived < len(experts) and len(rows) < MIN_PAIRS:
+                continue
+            part = self._run_pairs(x, pairs.take(rows))
             if outputs is None:
-                outputs = part.new_empty(len(ids), part.shape[1])
-            outputs[rows.to(x.device)] = part
+                outputs = part.new_empty(len(pairs.ids), part.shape[1])
+            outputs[torch.from_numpy(rows)] = part
+            waiting.clear()
         self._release(experts)
         return x.new_empty(0, x.shape[1]) if outputs is None else outputs
 
-    def _run_pairs(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Runs rows of `x` with one resident expert each; `ids`: `[rows]`, on the host."""
-        return self._run_kernel(x, weights, self._slot_map()[ids].unsqueeze(1).to(x.device))
+    def _run_pairs(self, x: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        """Runs pairs whose experts are resident."""
+        slots = torch.from_numpy(self._slot_map().numpy().take(pairs.ids)).unsqueeze(1)
+        return self._run_kernel(x[pairs.token], pairs.weights, slots)
 
     def _run_kernel(self, x: torch.Tensor, topk_weights: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         if self.apply_router_weight_on_input:  # `forward_modular` has applied it; vLLM would apply it again
@@ -392,9 +410,33 @@ def _distinct(ids: np.ndarray, experts: np.ndarray) -> int:
     return count
 
 
-def _where(ids: torch.Tensor, experts: np.ndarray) -> torch.Tensor:
-    """Returns the indices in `ids` `[pairs]` that are one of `experts`."""
-    return torch.from_numpy(np.flatnonzero(np.isin(ids.numpy(), experts)))
+def kept_pairs(keep_mask: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Pairs:
+    """Returns the pairs of a step that gating keeps; all arguments `[tokens, top_k]`, on the host."""
+    token, experts = np.empty(ids.numel(), np.int64), np.empty(ids.numel(), np.int64)
+    kept = np.empty((ids.numel(), 1), np.float32)
+    count = _kept_pairs(keep_mask.numpy(), ids.numpy(), weights.numpy(), token, experts, kept)
+    return Pairs(torch.from_numpy(token[:count]), torch.from_numpy(kept[:count]), experts[:count])
+
+
+@compiled
+def _kept_pairs(
+    keep_mask: np.ndarray,
+    ids: np.ndarray,
+    weights: np.ndarray,
+    token: np.ndarray,
+    experts: np.ndarray,
+    kept: np.ndarray,
+) -> int:
+    """Writes token, expert and weight of the kept pairs, in order; returns how many they are."""
+    count = 0
+    for row in range(len(ids)):
+        for choice in range(ids.shape[1]):
+            if keep_mask[row, choice]:
+                token[count] = row
+                experts[count] = ids[row, choice]
+                kept[count, 0] = weights[row, choice]
+                count += 1
+    return count
 
 
 def _routed_experts(

@@ -22,6 +22,10 @@ class Loading(Protocol):
         """Device of the slots."""
 
     @property
+    def precision(self) -> int:
+        """Bits per expert weight; 16: as in the checkpoint."""
+
+    @property
     def all_resident(self) -> bool:
         """Whether there is a slot for every expert."""
 

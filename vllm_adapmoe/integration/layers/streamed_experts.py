@@ -15,6 +15,7 @@ from vllm_adapmoe.integration.layers.collaborators import Loading
 from vllm_adapmoe.integration.layers.expert_tensors import ExpertTensors, own_tensors
 from vllm_adapmoe.integration.layers.heap import trim_heap
 from vllm_adapmoe.integration.layers.mapped_memory import on_host
+from vllm_adapmoe.integration.layers.precision import quantising_method
 
 SHAPE = "_weight_shape"
 """Suffix of the shapes that compressed-tensors stores with packed weights. vLLM's reloading counts elements, and a
@@ -43,7 +44,10 @@ class StreamedExperts(RoutedExperts):
 
     def _get_quant_method(self, *args: Any, **kwargs: Any) -> FusedMoEMethodBase:
         # The weight loader dispatches on the class name of the method, so the instance is wrapped, not the class.
-        method = super()._get_quant_method(*args, **kwargs)
+        if self.loading.precision == 16:
+            method = super()._get_quant_method(*args, **kwargs)
+        else:
+            method = quantising_method(self.moe_config, self.loading.precision)
         create_weights = method.create_weights
         process_weights = method.process_weights_after_loading
 

@@ -19,6 +19,7 @@ from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.experts import CacheShape
 from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
 from vllm_adapmoe.integration.layers.expert_writes import ExpertWrites
+from vllm_adapmoe.integration.layers.precision import ROUNDING, log_rounding
 from vllm_adapmoe.integration.loading.built_model import around_weights, check_layers, experts_built
 from vllm_adapmoe.integration.loading.identity import load_identity, source_files
 from vllm_adapmoe.integration.loading.layer_classes import cached_classes
@@ -76,6 +77,11 @@ class ExpertLoading:
     def device(self) -> torch.device:
         """Device of the slots, and of the experts of a model that fits."""
         return slots_device()
+
+    @property
+    def precision(self) -> int:
+        """Bits per expert weight; 16: as in the checkpoint."""
+        return self.config.precision
 
     def add(self, layer: CachedExperts) -> int:
         """Registers a layer under construction; returns its index among the model's MoE layers.
@@ -168,7 +174,7 @@ class ExpertLoading:
         """Returns the path of this rank's packed file, in `store_dir` or in the model's folder in vLLM's cache."""
         ranks = self.vllm_config.parallel_config.tensor_parallel_size
         assert self._sources is not None
-        return pack_folder(self.config, self._sources) / pack_name(self._shard(), ranks)
+        return pack_folder(self.config, self._sources) / pack_name(self.config, self._shard(), ranks)
 
     def _shard(self) -> str:
         """Names this rank's part of the experts: a shard of each, or, under expert parallelism, whole ones."""
@@ -180,13 +186,18 @@ class ExpertLoading:
     def _identity(self) -> dict[str, str]:
         method = self.layers[0].quant_method
         kernel = getattr(method, "experts_cls", None)
-        return load_identity(self.vllm_config) | {
-            "tensor_parallel_rank": self._shard(),
-            "method": type(method).__name__,
-            "kernel": kernel.__name__ if kernel is not None else "",
-            "layers": str(len(self.layers)),
-            "experts": ",".join(str(layer.local_num_experts) for layer in self.layers),
-        }
+        precision = {} if self.precision == 16 else {"precision": str(self.precision), "rounding": str(ROUNDING)}
+        return (
+            load_identity(self.vllm_config)
+            | precision
+            | {
+                "tensor_parallel_rank": self._shard(),
+                "method": type(method).__name__,
+                "kernel": kernel.__name__ if kernel is not None else "",
+                "layers": str(len(self.layers)),
+                "experts": ",".join(str(layer.local_num_experts) for layer in self.layers),
+            }
+        )
 
     def put(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Stores the experts of a layer: one tensor `[experts, ...]` in kernel format per parameter."""
@@ -249,6 +260,8 @@ class ExpertLoading:
         self.begin()
         if self._progress is not None:
             self._progress.close()
+        if self._store is None:
+            log_rounding(self.layers)
         if self.all_resident:
             return None
         if self._sources is not None:

@@ -40,18 +40,19 @@ def pack_folder(config: AdapMoEConfig, sources: SourceFiles) -> Path:
     return packs_root(config.store_dir) / f"{name}-{hash_bytes(sources.origin.encode())[:12]}"
 
 
-def pack_names(vllm_config: VllmConfig) -> list[str]:
+def pack_names(config: AdapMoEConfig, vllm_config: VllmConfig) -> list[str]:
     """Returns the names of the packed files of all ranks."""
     parallel = vllm_config.parallel_config
     ranks = parallel.tensor_parallel_size
     spread = parallel.enable_expert_parallel and ranks > 1
     strategy = f"{parallel.expert_placement_strategy}-" if spread else ""
-    return [pack_name(f"{strategy}{rank}", ranks) for rank in range(ranks)]
+    return [pack_name(config, f"{strategy}{rank}", ranks) for rank in range(ranks)]
 
 
-def pack_name(shard: str, ranks: int) -> str:
-    """Returns the name of the packed file of one rank's shard of the experts."""
-    return f"experts-{shard}-of-{ranks}.pack"
+def pack_name(config: AdapMoEConfig, shard: str, ranks: int) -> str:
+    """Returns the name of the packed file of one rank's shard of the experts; each precision has a file of its own."""
+    precision = "" if config.precision == 16 else f"-int{config.precision}"
+    return f"experts-{shard}-of-{ranks}{precision}.pack"
 
 
 def open_valid(path: Path, identity: dict[str, str], sources: SourceFiles) -> FileStore:
@@ -160,7 +161,7 @@ def _packs_to_make(config: AdapMoEConfig, vllm_config: VllmConfig) -> Iterator[t
     """
     identity = load_identity(vllm_config)
     sources = None
-    for name in pack_names(vllm_config):
+    for name in pack_names(config, vllm_config):
         try:
             if config.store_dir is None:
                 sources = sources or source_files(vllm_config.model_config, vllm_config.load_config)

@@ -13,7 +13,7 @@ from vllm_adapmoe.integration.loading.pack_store import pack_folder
 from vllm_adapmoe.printable import OneLineError, reason
 
 
-def pack_experts(model: str, store_dir: str | None, **engine_args: Any) -> Path:
+def pack_experts(model: str, store_dir: str | None, precision: int = 16, **engine_args: Any) -> Path:
     """Writes the packed files of all ranks, unless valid ones exist; returns their folder.
 
     Raises:
@@ -29,7 +29,7 @@ def pack_experts(model: str, store_dir: str | None, **engine_args: Any) -> Path:
     experts, top_k = described.get_num_experts(), described.get_num_experts_per_tok() or 1
     # The fewest slots that one token needs: any cache with fewer slots than experts has a store.
     fraction = top_k / experts if top_k < experts else 0.5
-    config: dict[str, Any] = {"cache_fraction": fraction, "store": "file"}
+    config: dict[str, Any] = {"cache_fraction": fraction, "store": "file", "precision": precision}
     if store_dir is not None:
         config["store_dir"] = store_dir
     engine_args |= {"moe_method": "adapmoe", "adapmoe_config": config, "enforce_eager": True}

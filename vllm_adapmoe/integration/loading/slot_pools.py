@@ -11,6 +11,7 @@ from vllm.platforms import current_platform
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
 from vllm_adapmoe.integration.layers.mapped_experts import kernel_of
+from vllm_adapmoe.integration.layers.precision import quantised_bytes
 from vllm_adapmoe.integration.loading.drafter import estimate_drafter
 from vllm_adapmoe.integration.loading.graph_memory import bookkeeping_of_worker, graphs_of_worker
 from vllm_adapmoe.integration.loading.host_room import check_host_room
@@ -71,7 +72,7 @@ class SlotPools:
         self.groups: list[list[int]] = []
         """Indices of the layers of each pool."""
         self.shapes: list[ExpertShape] = []
-        """Shape of the experts of each pool, in their load-time format."""
+        """Shape of the experts of each pool, in their load-time format, or in the one that `precision` makes of it."""
         self.memory: DeviceMemory
         """Memory that this worker may use, and its uses other than slots."""
 
@@ -124,9 +125,10 @@ class SlotPools:
     def _shape(self, group: Sequence[int]) -> ExpertShape:
         layer = self.layers[group[0]]
         parameters = layer.expert_parameters().values()
+        nbytes = sum(p.numel() * p.element_size() for p in parameters) // layer.local_num_experts
         return ExpertShape(
             num_experts=sum(self.layers[index].local_num_experts for index in group),
-            bytes_per_expert=sum(p.numel() * p.element_size() for p in parameters) // layer.local_num_experts,
+            bytes_per_expert=quantised_bytes(layer) or nbytes,
             top_k=max(self.layers[index].top_k for index in group),
         )
 

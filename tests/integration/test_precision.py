@@ -1,0 +1,124 @@
+"""Experts of a bf16 checkpoint, quantised while they load: as stock vLLM on a checkpoint of the same integers."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import VOCABULARY, save_tiny_model
+from tiny_quantised import save_quantised_model
+from vllm.engine.arg_utils import EngineArgs
+
+from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy, hidden_states, prompts
+from tests.integration.test_architectures import PROMPT, check_gating
+from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.integration.compat import runs_quantised_experts
+from vllm_adapmoe.integration.entry import model_check
+from vllm_adapmoe.integration.layers.precision import quantising_method
+from vllm_adapmoe.integration.measure.engine import Engine
+
+EAGER = ENGINE_ARGS | {"enforce_eager": True}
+HALF = VLLM_STEPS | {"cache_fraction": 0.5}
+CHECKPOINTS = {8: "compressed_int8", 4: "rounded_int4"}
+"""Checkpoints with the same integers and scales, written in the format of compressed-tensors."""
+ASKED = prompts(8, VOCABULARY, seed=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def supported():
+    if not runs_quantised_experts():
+        pytest.skip("vLLM's x86 kernels for quantised experts need AMX, or AVX-512 with VNNI and bf16")
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    """What stock vLLM answers on the quantised checkpoint, and the output of its first MoE block."""
+    seen: dict[int, tuple[list[Any], torch.Tensor]] = {}
+
+    def ask(bits: int) -> tuple[list[Any], torch.Tensor]:
+        if bits not in seen:
+            folder = save_quantised_model(CHECKPOINTS[bits], tmp_path_factory.mktemp(f"int{bits}"))
+            with Engine(folder, None, **EAGER) as engine:
+                told = answers(engine, ASKED, greedy(logprobs=1))
+                seen[bits] = told, hidden_states(engine, PROMPT)[0]
+        return seen[bits]
+
+    return ask
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_tokens_of_a_quantised_checkpoint(bits, tiny_model, stock, tmp_path):
+    """All resident; half, packed and restored; and from host memory."""
+    expected, _ = stock(bits)
+    store = {"store": "file", "store_dir": str(tmp_path)}
+    caches = [VLLM_STEPS | {"cache_fraction": 1.0}, HALF | store, HALF | store, HALF | {"store": "host"}]
+    for number, cache in enumerate(caches):
+        with Engine(tiny_model("mixtral"), cache | {"precision": bits}, **EAGER) as engine:
+            assert answers(engine, ASKED, greedy(logprobs=1)) == expected
+            if number == 0:
+                continue
+            assert engine.cache_stats()["misses"] > 0
+            if number == 1:
+                check_gating(engine, 2)
+    assert [path.name for path in tmp_path.glob("*.pack")] == [f"experts-0-of-1-int{bits}.pack"]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("bits", [8, 4])
+def test_several_waves_are_equal_within_rounding(bits, tiny_model, stock):
+    theirs = stock(bits)[1].float()
+    with Engine(
+        tiny_model("mixtral"), VLLM_STEPS | {"cache_experts": 2, "store": "host", "precision": bits}, **EAGER
+    ) as engine:
+        ours = hidden_states(engine, PROMPT)[0].float()
+    assert torch.allclose(ours, theirs, rtol=2**-7, atol=2**-7 * theirs.abs().max().item())
+
+
+@pytest.mark.engine
+def test_a_budget_in_bytes_counts_the_quantised_expert(tiny_model):
+    """A budget for 12 experts in bf16 holds twice as many in int8, but for their scales; known before they are read."""
+    budget = {"cache_gb": 12 * 3 * 128 * 128 * 2 / 2**30, "store": "host", "precision": 8}
+    with Engine(tiny_model("mixtral"), VLLM_STEPS | budget, **EAGER) as engine:
+        assert 22 <= engine.cache_stats()["slots"] < 24
+
+
+@pytest.mark.engine
+def test_compiled_and_replaced(tiny_model, tmp_path):
+    """New weights are quantised like the first ones."""
+    args = ENGINE_ARGS | {"enable_prefix_caching": False}  # which does not know of new weights
+    other = save_tiny_model("mixtral", tmp_path / "other", seed=1)
+    cache = HALF | {"store": "host", "precision": 4}
+    with Engine(tiny_model("mixtral"), cache, **args) as engine:
+        expected = answers(engine, ASKED, greedy(logprobs=1))
+    with Engine(other, cache, **args) as engine:
+        assert answers(engine, ASKED, greedy(logprobs=1)) != expected
+        engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(tiny_model("mixtral"))})
+        assert answers(engine, ASKED, greedy(logprobs=1)) == expected
+
+
+def configure(folder: Path, **args: Any) -> None:
+    EngineArgs(
+        model=str(folder), moe_method="adapmoe", adapmoe_config={"cache_fraction": 0.5, "precision": 4}, **args
+    ).create_engine_config()
+
+
+def test_refusals(tiny_model, tmp_path, monkeypatch):
+    with pytest.raises(AdapMoEError, match=r"quantised already; remove precision"):
+        configure(save_quantised_model("gptq", tmp_path))
+    with pytest.raises(AdapMoEError, match=r"dtype=float32.*set dtype=bfloat16"):
+        configure(tiny_model("mixtral"), dtype="float32")
+    monkeypatch.setattr(model_check, "runs_quantised_experts", lambda: False)
+    with pytest.raises(AdapMoEError, match=r"AVX-512 with VNNI and bf16, which this CPU lacks; remove precision"):
+        configure(tiny_model("mixtral"))
+
+
+def test_what_kernels_cannot_compute_is_refused():
+    """Their biases would be left out of the sums."""
+    moe: Any = SimpleNamespace(has_bias=True, hidden_dim=128, intermediate_size_per_partition=128)
+    with pytest.raises(AdapMoEError, match=r"leave out the experts' biases; remove precision"):
+        quantising_method(moe, 8)
+    moe = SimpleNamespace(has_bias=False, hidden_dim=128, intermediate_size_per_partition=48)
+    with pytest.raises(AdapMoEError, match=r"128 by 48 weights, which are not multiples of 32; set precision=8"):
+        quantising_method(moe, 4)

@@ -1,0 +1,1 @@
+"""Expert weights in fewer bits: rounding, and the sizes of the rounded formats."""
