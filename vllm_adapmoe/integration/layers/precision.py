@@ -31,7 +31,7 @@ WEIGHTS = ("w13", "w2")
 logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
 
 
-class QuantisingMethod(FusedMoEMethodBase):
+class QuantisingMethod:
     """Mixin over a quantisation method of vLLM: loads the weights of an unquantised checkpoint, and quantises them.
 
     vLLM's own methods that quantise while loading are not used: they load through its layerwise reloading, which wants
@@ -85,7 +85,7 @@ class QuantisingMethod(FusedMoEMethodBase):
             for key, tensor in self.parameters_of(name, torch.stack(integers), torch.stack(scales)).items():
                 layer.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
         self.relative_error = (error / squares) ** 0.5 if squares else 0.0
-        super().process_weights_after_loading(layer)
+        super().process_weights_after_loading(layer)  # type: ignore[misc]
 
 
 class Int8Experts(QuantisingMethod, CompressedTensorsW8A8Int8MoEMethod):
@@ -138,7 +138,7 @@ class Int4Experts(QuantisingMethod, CompressedTensorsWNA16MoEMethod):
         return weight[0].numel() // 2 + weight[0].numel() // self.group_size * per_group
 
 
-def quantising_method(moe: FusedMoEConfig, bits: int) -> QuantisingMethod:
+def quantising_method(moe: FusedMoEConfig, bits: int) -> FusedMoEMethodBase:
     """Returns the method that quantises a layer's experts to `bits`, 8 or 4.
 
     Raises:
