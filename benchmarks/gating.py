@@ -43,9 +43,9 @@ def run_gating(spec: GatingSpec) -> dict[str, Any]:
     prompts = spec.prompts()
     points = []
     for fraction in (*FRACTIONS, 1.0):
-        config = ON_DEMAND | {"cache_fraction": fraction, "store": spec.store}
-        if fraction == 1.0:  # gated from the start, else the layers run vLLM's own code
-            config |= {"profile": str(spec.profile), "gating": {"mode": "token", "threshold": 0.0}}
+        # Gated from the start, as a server is: gating is then compiled with the model.
+        gated = {"profile": str(spec.profile), "gating": {"mode": "token", "threshold": 0.0}}
+        config = ON_DEMAND | gated | {"cache_fraction": fraction, "store": spec.store}
         measured: dict[str, list[dict[str, Any]]] = {name: [] for name in settings}
         with Engine(spec.model, config, max_model_len=spec.length) as engine:
             engine.call("time_parts")

@@ -1,11 +1,15 @@
 """Experts of a bf16 checkpoint, quantised while they load: as stock vLLM on a checkpoint of the same integers."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT, TINY_MIXTRAL
 from tiny_models import VOCABULARY, save_tiny_model
 from tiny_quantised import save_quantised_model
 from vllm.engine.arg_utils import EngineArgs
@@ -96,6 +100,26 @@ def test_compiled_and_replaced(tiny_model, tmp_path):
         assert answers(engine, ASKED, greedy(logprobs=1)) != expected
         engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(tiny_model("mixtral"))})
         assert answers(engine, ASKED, greedy(logprobs=1)) == expected
+        with pytest.raises(Exception, match=r"save_sharded_state does not work with precision=4"):
+            engine.llm.collective_rpc("save_sharded_state", kwargs={"path": str(tmp_path / "state")})
+    assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.engine
+def test_evaluate_compares_widths(tmp_path):
+    command = [
+        Path(sys.executable).with_name("adapmoe"), "evaluate", TINY_MIXTRAL, "--profile", "tiny_mixtral", "--data",
+        ROOT / "examples" / "tiny_mixtral" / "heldout", "--tokens", "2048", "--thresholds", "0.01",
+        "--precision", "16,8,4", "-o", tmp_path / "result.json",
+    ]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    points = json.loads((tmp_path / "result.json").read_text())["points"]
+    rows = {point["bits"]: point for point in points if point["rule"] == "precision"}
+    assert list(rows) == [8, 4] and all(row["mean_experts"] == 2 for row in rows.values())
+    assert 0 < abs(rows[8]["loss_increase"]) < 0.005 and abs(rows[4]["loss_increase"]) < 0.02
+    assert rows[8]["top1_agreement"] > rows[4]["top1_agreement"] > 0.9
+    assert " 4 bit " in done.stdout and " 8 bit " in done.stdout
 
 
 def configure(folder: Path, **args: Any) -> None:

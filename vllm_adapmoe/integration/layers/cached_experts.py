@@ -338,22 +338,25 @@ class CachedExperts(StreamedExperts):
         result: a pair's output does not depend on the pairs it runs with, and outputs are summed later in fixed order.
         """
         outputs = None
-        waiting: list[np.ndarray] = []
-        arrived = 0
-        for experts_arrived in self._arrivals(experts, prediction, event_experts):
-            waiting.append(experts_arrived)
-            arrived += len(experts_arrived)
-            if sum(map(len, waiting)) == len(experts):
+        ready = np.zeros(self.moe_config.num_experts, np.bool_)
+        arrived = ran = 0
+        for resident in self._arrivals(experts, prediction, event_experts):
+            ready[resident] = True
+            arrived += len(resident)
+            if arrived == len(experts) and not ran:
                 outputs = self._run_pairs(x, pairs)
                 continue
-            rows = np.flatnonzero(np.isin(pairs.ids, np.concatenate(waiting)))
+            if arrived < len(experts) and len(pairs.ids) - ran < MIN_PAIRS:
+                continue
+            rows = np.flatnonzero(ready[pairs.ids])
             if arrived < len(experts) and len(rows) < MIN_PAIRS:
                 continue
             part = self._run_pairs(x, pairs.take(rows))
             if outputs is None:
                 outputs = part.new_empty(len(pairs.ids), part.shape[1])
             outputs[torch.from_numpy(rows)] = part
-            waiting.clear()
+            ran += len(rows)
+            ready[:] = False
         self._release(experts)
         return x.new_empty(0, x.shape[1]) if outputs is None else outputs
 

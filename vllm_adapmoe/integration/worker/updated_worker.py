@@ -149,8 +149,14 @@ class UpdatedWorker(Worker):
         """Saves a sharded state like vLLM's method, with experts from the store where parameters are slots.
 
         Raises:
-            AdapMoEError: the weights are being replaced, or were replaced only in part.
+            AdapMoEError: the weights are being replaced, or were replaced only in part; or they are quantised by
+                `precision`, of which a sharded state says nothing.
         """
+        if self._config.precision != 16:
+            raise AdapMoEError(
+                f"save_sharded_state does not work with precision={self._config.precision}: vLLM would load the state "
+                "as unquantised weights; save it without precision"
+            )
         cache = self.expert_cache
         if cache is None:
             return super().save_sharded_state(path, pattern, max_size)
