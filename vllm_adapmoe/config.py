@@ -101,8 +101,8 @@ class AdapMoEConfig(BaseModel):
     store_dir: PathText | None = None
     """Folder of the packed files; default: `adapmoe` in vLLM's cache folder."""
     precision: Literal[16, 8, 4] = 16
-    """Bits per weight of the routed experts. 16: as in the checkpoint. 8, 4: experts of a bf16 or float16 checkpoint
-    are quantised while they load or are packed, into vLLM's int8 by channel or int4 in groups: half or a third of the
+    """Bits per weight of the routed experts. 16: as in the checkpoint. 8, 4: experts of a bf16 checkpoint are
+    quantised while they load or are packed, into vLLM's int8 by channel or int4 in groups: half or a third of the
     bytes, at a small increase of the loss, which `adapmoe evaluate --precision` measures."""
     eviction: Literal["auto", "lru", "next_use", "next_token"] = "auto"
     """Eviction policy: which resident expert to evict when a slot is needed. `auto`: `next_token` where the profile has

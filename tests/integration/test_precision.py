@@ -12,7 +12,9 @@ import torch
 from conftest import ROOT, TINY_MIXTRAL
 from tiny_models import VOCABULARY, save_tiny_model
 from tiny_quantised import save_quantised_model
+from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
+from vllm.inputs import TokensPrompt
 
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy, hidden_states, prompts
 from tests.integration.test_architectures import PROMPT, check_gating
@@ -27,6 +29,7 @@ HALF = VLLM_STEPS | {"cache_fraction": 0.5}
 CHECKPOINTS = {8: "compressed_int8", 4: "rounded_int4"}
 """Checkpoints with the same integers and scales, written in the format of compressed-tensors."""
 ASKED = prompts(8, VOCABULARY, seed=1)
+TINY_QWEN3MOE = ROOT / "examples" / "tiny_qwen3moe" / "model"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,6 +61,8 @@ def test_the_tokens_of_a_quantised_checkpoint(bits, tiny_model, stock, tmp_path)
     expected, _ = stock(bits)
     store = {"store": "file", "store_dir": str(tmp_path)}
     caches = [VLLM_STEPS | {"cache_fraction": 1.0}, HALF | store, HALF | store, HALF | {"store": "host"}]
+    pack = tmp_path / f"experts-0-of-1-int{bits}.pack"
+    packed = []
     for number, cache in enumerate(caches):
         with Engine(tiny_model("mixtral"), cache | {"precision": bits}, **EAGER) as engine:
             assert answers(engine, ASKED, greedy(logprobs=1)) == expected
@@ -66,7 +71,9 @@ def test_the_tokens_of_a_quantised_checkpoint(bits, tiny_model, stock, tmp_path)
             assert engine.cache_stats()["misses"] > 0
             if number == 1:
                 check_gating(engine, 2)
-    assert [path.name for path in tmp_path.glob("*.pack")] == [f"experts-0-of-1-int{bits}.pack"]
+        packed.append(pack.stat().st_mtime_ns)
+    assert len(set(packed)) == 1, "the second start reads what the first one packed"
+    assert [path.name for path in tmp_path.glob("*.pack")] == [pack.name]
 
 
 @pytest.mark.engine
@@ -81,11 +88,17 @@ def test_several_waves_are_equal_within_rounding(bits, tiny_model, stock):
 
 
 @pytest.mark.engine
-def test_a_budget_in_bytes_counts_the_quantised_expert(tiny_model):
-    """A budget for 12 experts in bf16 holds twice as many in int8, but for their scales; known before they are read."""
-    budget = {"cache_gb": 12 * 3 * 128 * 128 * 2 / 2**30, "store": "host", "precision": 8}
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_budget_in_bytes_counts_the_quantised_expert(bits, tiny_model, tmp_path):
+    """What holds every expert in so many bits, and not half of them in bf16, needs no store: known before loading."""
+    expert = 3 * 128 * 128 * {8: 8.6, 4: 5.2}[bits] / 8
+    budget = {"cache_gb": 24 * expert / 2**30, "store": "file", "store_dir": str(tmp_path), "precision": bits}
     with Engine(tiny_model("mixtral"), VLLM_STEPS | budget, **EAGER) as engine:
-        assert 22 <= engine.cache_stats()["slots"] < 24
+        answers(engine, ASKED[:1], greedy(logprobs=1))
+    assert list(tmp_path.iterdir()) == []
+    with Engine(tiny_model("mixtral"), VLLM_STEPS | budget | {"cache_gb": 23.5 * expert / 2**30}, **EAGER) as engine:
+        assert engine.cache_stats()["slots"] == 23
+    assert len(list(tmp_path.glob("*.pack"))) == 1
 
 
 @pytest.mark.engine
@@ -103,6 +116,22 @@ def test_compiled_and_replaced(tiny_model, tmp_path):
         with pytest.raises(Exception, match=r"save_sharded_state does not work with precision=4"):
             engine.llm.collective_rpc("save_sharded_state", kwargs={"path": str(tmp_path / "state")})
     assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.engine
+def test_groups_of_32(tmp_path):
+    """Experts 32 weights wide, in the bundled model of 128."""
+    config = {"cache_fraction": 0.5, "store": "host"}
+    prompt = list(range(5, 69))
+    losses = []
+    for bits in (16, 4):
+        with Engine(TINY_QWEN3MOE, VLLM_STEPS | config | {"precision": bits}, **EAGER) as engine:
+            [answer] = engine.llm.generate(
+                [TokensPrompt(prompt_token_ids=prompt)], SamplingParams(max_tokens=1, prompt_logprobs=0)
+            )
+            pairs = zip(answer.prompt_logprobs[1:], prompt[1:], strict=True)
+            losses.append(-sum(logprobs[token].logprob for logprobs, token in pairs) / (len(prompt) - 1))
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
 @pytest.mark.engine
@@ -131,18 +160,21 @@ def configure(folder: Path, **args: Any) -> None:
 def test_refusals(tiny_model, tmp_path, monkeypatch):
     with pytest.raises(AdapMoEError, match=r"quantised already; remove precision"):
         configure(save_quantised_model("gptq", tmp_path))
-    with pytest.raises(AdapMoEError, match=r"dtype=float32.*set dtype=bfloat16"):
-        configure(tiny_model("mixtral"), dtype="float32")
+    for dtype in ("float32", "float16"):
+        with pytest.raises(AdapMoEError, match=rf"dtype={dtype}.*set dtype=bfloat16"):
+            configure(tiny_model("mixtral"), dtype=dtype)
     monkeypatch.setattr(model_check, "runs_quantised_experts", lambda: False)
     with pytest.raises(AdapMoEError, match=r"AVX-512 with VNNI and bf16, which this CPU lacks; remove precision"):
         configure(tiny_model("mixtral"))
 
 
 def test_what_kernels_cannot_compute_is_refused():
-    """Their biases would be left out of the sums."""
+    """Biases would be left out of the sums; weights on the input end in an error after the model has been packed."""
     moe: Any = SimpleNamespace(has_bias=True, hidden_dim=128, intermediate_size_per_partition=128)
     with pytest.raises(AdapMoEError, match=r"leave out the experts' biases; remove precision"):
-        quantising_method(moe, 8)
+        quantising_method(moe, 8, False)
     moe = SimpleNamespace(has_bias=False, hidden_dim=128, intermediate_size_per_partition=48)
+    with pytest.raises(AdapMoEError, match=r"router weights on the experts' input; remove precision"):
+        quantising_method(moe, 8, True)
     with pytest.raises(AdapMoEError, match=r"128 by 48 weights, which are not multiples of 32; set precision=8"):
-        quantising_method(moe, 4)
+        quantising_method(moe, 4, False)

@@ -75,3 +75,13 @@ def test_rounding_does_not_depend_on_the_default_dtype():
     finally:
         torch.set_default_dtype(before)
     assert torch.equal(rounded.integers, expected.integers) and torch.equal(rounded.scales, expected.scales)
+
+
+def test_tiny_weights_are_zero():
+    """The inverse of a subnormal scale is infinite."""
+    for largest in (1e-40, 2e-38, 0.0):
+        weights = torch.zeros(1, 32)
+        weights[0, 3] = largest
+        rounded = round_to_int4(weights, 32, torch.bfloat16)
+        assert torch.isfinite(rounded.integers * rounded.scales).all()
+        assert rounded.squared_error <= largest**2 + 1e-45

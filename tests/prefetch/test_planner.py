@@ -59,6 +59,18 @@ def test_layers_that_rarely_find_experts_missing_are_not_predicted():
     assert planner.has_targets(0)
 
 
+def test_large_experts_are_predicted_although_they_are_rarely_missing():
+    """A prefetch of one hides more than a prediction costs."""
+    small, large = (
+        PrefetchPlanner([4] * 2, 2, lookahead=1, max_experts=1, cache=Holding(4), expert_bytes=[size] * 2)
+        for size in (300_000, 350_000_000)
+    )
+    for planner in (small, large):
+        for event in range(200):
+            planner.record_missing(1, event % 20 == 0)
+    assert large.has_targets(0) and not small.has_targets(0)
+
+
 def said(*experts: int) -> PredictedExperts:
     return PredictedExperts(np.array([experts]), np.ones((1, len(experts)), dtype=bool))
 

@@ -109,6 +109,7 @@ def run_evaluate(spec: EvaluateSpec) -> dict[str, Any]:
             decode = _decode(engine, middle, sequences[:DECODE_SEQUENCES], decode_losses, prefill_losses)
         for bits in spec.precisions:
             with start(spec.cache | {"precision": bits}) as engine:
+                engine.call("set_gating", None)
                 nats, best = losses(engine)
             plan = {"rule": PRECISION, "bits": bits}
             agreement = float((best == base_best).mean())

@@ -71,7 +71,9 @@ class CacheController:
             self._set_floors(None)
         self.planner = None
         if any(pool.staging for pool in self.pools):
-            self.planner = PrefetchPlanner(shape.num_experts, shape.top_k, setup.lookahead, setup.max_experts, self)
+            self.planner = PrefetchPlanner(
+                shape.num_experts, shape.top_k, setup.lookahead, setup.max_experts, self, shape.expert_bytes
+            )
         self.stats = CacheStats()
         self.layer_hits, self.layer_misses = [0] * len(self.pool_of), [0] * len(self.pool_of)
         """Hits and misses of each layer, counted as in `stats`."""

@@ -29,10 +29,11 @@ MIN_CHANCE = 0.5
 """Minimum chance of use of a prefetched expert: below it a prefetch is more likely wasted than used."""
 CERTAIN_PROB = 0.9
 """Chance from which a prefetch is near-certain: it is exempt from `max_experts`, and may evict resident experts."""
-MIN_MISSING = 0.1
-"""Minimum mean number of experts that an event of a layer finds missing, for predictions of the layer. A prediction
-takes 0.1 ms of the main thread (examples/benchmarks/host_path.json), and a prefetch hides at most the time of a layer,
-rarely more than a millisecond in a decode step: below this rate predictions cost more time than they save."""
+PREDICTION_BYTES = 1e6
+"""Bytes of experts that a CPU reads, at 10 GB/s, while the main thread makes a prediction: 0.1 ms
+(examples/benchmarks/host_path.json)."""
+MAX_MIN_MISSING = 0.1
+"""Maximum of `min_missing`, for layers that compute in no more than a millisecond."""
 MISSING_EVENTS = 16.0
 """Events of a layer after which the weight of an older one in that mean has faded to 1/e."""
 SWEEP_MISSES = 0.01
@@ -51,6 +52,7 @@ class PrefetchPlanner:
             fetch.
         max_experts: maximum prefetches in flight, near-certain ones not counted.
         cache: what is resident.
+        expert_bytes: bytes of an expert of each layer; None: small.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class PrefetchPlanner:
         lookahead: int,
         max_experts: int,
         cache: Residents,
+        expert_bytes: Sequence[int] | None = None,
     ) -> None:
         self.cache = cache
         self.num_experts = list(num_experts)
@@ -74,6 +77,11 @@ class PrefetchPlanner:
         """Predictions for each layer's next event, by lookahead."""
         self.missing = [1.0] * layers
         """Mean number of experts that recent events of each layer found missing, prefetched ones included."""
+        self.min_missing = [MAX_MIN_MISSING] * layers
+        """Minimum of `missing` for predictions of each layer. A prefetch hides at most the time of a layer, in which a
+        token's experts are read: below this rate predictions take more time than they save."""
+        if expert_bytes is not None:
+            self.min_missing = [min(MAX_MIN_MISSING, PREDICTION_BYTES / (top_k * size)) for size in expert_bytes]
 
     def record(self, layer: int, ids: np.ndarray, keep_mask: np.ndarray) -> None:
         """Updates the precision of the predictions for `layer` with what its router selected.
@@ -114,7 +122,7 @@ class PrefetchPlanner:
 
     def _is_predicted(self, layer: int) -> bool:
         """Returns whether a layer has missing experts, and finds experts missing often enough to be predicted."""
-        return self.missing[layer] >= MIN_MISSING and not self.cache.is_complete(layer)
+        return self.missing[layer] >= self.min_missing[layer] and not self.cache.is_complete(layer)
 
     def plan_first_layers(
         self, prompt_tokens: int, chances: Sequence[np.ndarray], request: RequestPrefetch

@@ -59,8 +59,10 @@ def round_to_int4(weights: torch.Tensor, group: int, scale_dtype: torch.dtype) -
     # With a dtype: while vLLM loads a model, the default one is the model's.
     shares = torch.tensor(SHARES, dtype=torch.float32) / INT4_LEAST
     candidates = (largest.unsqueeze(2) * shares).to(scale_dtype)
+    # Their inverse would be infinite: all of these weights round to zero.
+    candidates[candidates.abs() < torch.finfo(torch.float32).tiny] = 0
     integers = torch.empty(values.shape, dtype=torch.int8)
-    best = torch.empty(largest.shape, dtype=torch.int64)
+    best = torch.zeros(largest.shape, dtype=torch.int64)
     error = _round_groups(values.numpy(), candidates.float().numpy(), integers.numpy(), best.numpy())
     scales = candidates.gather(2, best.unsqueeze(2)).squeeze(2)
     return Rounded(integers.to(weights.device), scales.to(weights.device), error)

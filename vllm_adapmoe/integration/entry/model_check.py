@@ -61,7 +61,7 @@ def check_model(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
         ):  # fmt: skip
             if is_set:
                 raise AdapMoEError(f"{setting} does not work with enable_expert_parallel=True: {reason}")
-    _check_precision(config, model)
+    _check_precision(config, vllm_config)
     check_budget(config, expert_bound, model.get_num_experts_per_tok() or 1, _device_memory(config, vllm_config))
     # The number of experts is known only from the built model, but with fewer slots than one layer has experts a store
     # is certainly needed.
@@ -70,20 +70,35 @@ def check_model(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
     check_store(config, vllm_config, needs_store)
 
 
-def _check_precision(config: AdapMoEConfig, model: ModelConfig) -> None:
+def _check_precision(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
     """Refuses to quantise experts that are quantised already, or that vLLM cannot compute here."""
     if config.precision == 16:
         return
+    model = vllm_config.model_config
     if model.quantization is not None:
         raise AdapMoEError(
             f"precision={config.precision} does not work with quantization={model.quantization!r}: the experts are "
             "quantised already; remove precision, or use the unquantised checkpoint"
         )
-    if model.dtype not in (torch.bfloat16, torch.float16):
+    # vLLM's x86 kernel for int8 has no float16 version for few rows (`tinygemm_kernel_vnni` of moe_int8.cpp, 0.32).
+    dtypes = (torch.bfloat16,) if current_platform.is_cpu() else (torch.bfloat16, torch.float16)
+    if model.dtype not in dtypes:
         raise AdapMoEError(
             f"precision={config.precision} does not work with dtype={str(model.dtype).removeprefix('torch.')}: vLLM's "
-            "kernels take bfloat16 and float16; set dtype=bfloat16"
+            "kernels do not take it; set dtype=bfloat16"
         )
+    if config.precision == 4 and not current_platform.is_cpu():
+        drafter = drafter_of(vllm_config)
+        if drafter is not None and mentions_experts(drafter):
+            raise AdapMoEError(
+                f"precision=4 does not work with speculative_config model={drafter.model!r} on a GPU: "
+                "moe_backend=marlin cannot compute its unquantised experts; set precision=8"
+            )
+        if getattr(envs, "VLLM_MARLIN_INPUT_DTYPE", None):
+            raise AdapMoEError(
+                f"precision=4 does not work with VLLM_MARLIN_INPUT_DTYPE={envs.VLLM_MARLIN_INPUT_DTYPE}: its scales "
+                "may be negative; unset it"
+            )
     x86 = current_platform.is_cpu() and current_platform.get_cpu_architecture() == CpuArchEnum.X86
     if x86 and not runs_quantised_experts():
         raise AdapMoEError(

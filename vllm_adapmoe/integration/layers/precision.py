@@ -19,7 +19,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.platforms import current_platform
 
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.precision.rounding import Rounded, pack_int4, round_to_int4, round_to_int8
+from vllm_adapmoe.precision.rounding import pack_int4, round_to_int4, round_to_int8
 from vllm_adapmoe.printable import reason
 
 GROUPS = (64, 32)
@@ -39,15 +39,15 @@ class QuantisingMethod:
     """
 
     bits: int
-    relative_error = 0.0
-    """Root of the squared error over the squared weights, once the weights have been quantised."""
+    relative_error: float | None = None
+    """Root of the squared error over the squared weights; None until weights have been quantised."""
 
-    def round(self, weights: torch.Tensor) -> Rounded:
-        """Rounds one matrix of one expert, `[rows, columns]`."""
-        raise NotImplementedError
+    def quantise(self, name: str, weights: torch.Tensor) -> tuple[dict[str, torch.Tensor], float]:
+        """Quantises one weight of one expert, `[rows, columns]`.
 
-    def parameters_of(self, name: str, integers: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Returns a weight's parameters as vLLM's method loads them, `[experts, ...]`, by name."""
+        Returns:
+            Its parameters as vLLM's method loads them, by name, and the squared error.
+        """
         raise NotImplementedError
 
     def bytes_of(self, weight: torch.Tensor) -> int:
@@ -68,7 +68,7 @@ class QuantisingMethod:
         error = squares = 0.0
         for name in WEIGHTS:
             experts = getattr(layer, f"{name}_weight").data
-            integers, scales = [], []
+            parameters: dict[str, torch.Tensor] = {}
             for expert, weights in enumerate(experts):
                 size = float(weights.float().square().sum())
                 if not size < float("inf"):
@@ -76,13 +76,15 @@ class QuantisingMethod:
                         f"precision={self.bits}: expert {expert} of {getattr(layer, 'layer_name', 'a layer')} has "
                         "weights that are not finite; use an intact checkpoint, or remove precision"
                     )
-                rounded = self.round(weights)
-                integers.append(rounded.integers)
-                scales.append(rounded.scales)
-                error += rounded.squared_error
+                quantised, expert_error = self.quantise(name, weights)
+                for key, tensor in quantised.items():
+                    if key not in parameters:
+                        parameters[key] = tensor.new_empty((len(experts), *tensor.shape))
+                    parameters[key][expert] = tensor
+                error += expert_error
                 squares += size
             delattr(layer, f"{name}_weight")
-            for key, tensor in self.parameters_of(name, torch.stack(integers), torch.stack(scales)).items():
+            for key, tensor in parameters.items():
                 layer.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
         self.relative_error = (error / squares) ** 0.5 if squares else 0.0
         super().process_weights_after_loading(layer)  # type: ignore[misc]
@@ -98,14 +100,13 @@ class Int8Experts(QuantisingMethod, CompressedTensorsW8A8Int8MoEMethod):
         weights = QuantizationArgs(**kind, strategy="channel")
         super().__init__(weights, QuantizationArgs(**kind, strategy="token", dynamic=True), moe)
 
-    def round(self, weights: torch.Tensor) -> Rounded:
-        return round_to_int8(weights)
-
-    def parameters_of(self, name: str, integers: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {f"{name}_weight": integers, f"{name}_weight_scale": scales}
+    def quantise(self, name: str, weights: torch.Tensor) -> tuple[dict[str, torch.Tensor], float]:
+        integers, scales, error = round_to_int8(weights)
+        return {f"{name}_weight": integers, f"{name}_weight_scale": scales}, error
 
     def bytes_of(self, weight: torch.Tensor) -> int:
-        return weight[0].numel() + 4 * weight.shape[1]
+        # A float32 scale for each row; on x86 also an int32 sum (`convert_weight_packed`).
+        return weight[0].numel() + (8 if current_platform.is_cpu() else 4) * weight.shape[1]
 
     def create_weights(self, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().create_weights(layer, *args, **kwargs)
@@ -123,14 +124,15 @@ class Int4Experts(QuantisingMethod, CompressedTensorsWNA16MoEMethod):
     bits = 4
 
     def __init__(self, moe: FusedMoEConfig, group: int) -> None:
-        weights = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=group)
+        # vLLM offers its x86 kernel for all groups but those of 32; the kernel takes the group from the scales' shape.
+        named = GROUPS[0] if current_platform.is_cpu() else group
+        weights = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=named)
         super().__init__(weights, None, moe)
+        self.group_size = group
 
-    def round(self, weights: torch.Tensor) -> Rounded:
-        return round_to_int4(weights, self.group_size, weights.dtype)
-
-    def parameters_of(self, name: str, integers: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {f"{name}_weight_packed": pack_int4(integers), f"{name}_weight_scale": scales}
+    def quantise(self, name: str, weights: torch.Tensor) -> tuple[dict[str, torch.Tensor], float]:
+        integers, scales, error = round_to_int4(weights, self.group_size, weights.dtype)
+        return {f"{name}_weight_packed": pack_int4(integers), f"{name}_weight_scale": scales}, error
 
     def bytes_of(self, weight: torch.Tensor) -> int:
         # x86: an int32 sum, a float32 scale and an int8 zero point for each group (`convert_weight_packed_scale_zp`).
@@ -138,8 +140,13 @@ class Int4Experts(QuantisingMethod, CompressedTensorsWNA16MoEMethod):
         return weight[0].numel() // 2 + weight[0].numel() // self.group_size * per_group
 
 
-def quantising_method(moe: FusedMoEConfig, bits: int) -> FusedMoEMethodBase:
+def quantising_method(moe: FusedMoEConfig, bits: int, weights_on_input: bool) -> FusedMoEMethodBase:
     """Returns the method that quantises a layer's experts to `bits`, 8 or 4.
+
+    Args:
+        moe: the layer's configuration.
+        bits: 8 or 4.
+        weights_on_input: whether the layer applies router weights to the experts' input.
 
     Raises:
         AdapMoEError: no kernel of vLLM computes them, in this model or on this machine.
@@ -148,6 +155,11 @@ def quantising_method(moe: FusedMoEConfig, bits: int) -> FusedMoEMethodBase:
         raise AdapMoEError(
             f"precision={bits} does not work with this model: vLLM's kernels for it leave out the experts' biases; "
             "remove precision"
+        )
+    if weights_on_input and current_platform.is_cpu():
+        raise AdapMoEError(
+            f"precision={bits} does not work with this model: vLLM's CPU kernels for it do not take router weights on "
+            "the experts' input; remove precision"
         )
     sizes = moe.hidden_dim, moe.intermediate_size_per_partition
     group = next((group for group in GROUPS if all(size % group == 0 for size in sizes)), None)
@@ -160,7 +172,8 @@ def quantising_method(moe: FusedMoEConfig, bits: int) -> FusedMoEMethodBase:
         return Int8Experts(moe) if bits == 8 else Int4Experts(moe, group or 0)
     except (NotImplementedError, ValueError) as error:
         raise AdapMoEError(
-            f"precision={bits}: vLLM has no kernel for it here: {reason(error)}; remove precision"
+            f"precision={bits}: vLLM has no kernel for {bits}-bit experts with this model's router and activation on "
+            f"this device ({reason(error)}); remove precision"
         ) from None
 
 
@@ -177,7 +190,7 @@ def log_rounding(layers: Sequence[RoutedExperts]) -> None:
     methods = [layer.quant_method for layer in layers if isinstance(layer.quant_method, QuantisingMethod)]
     if not methods:
         return
-    errors = [100 * method.relative_error for method in methods]
+    errors = [100 * method.relative_error for method in methods if method.relative_error is not None]
     logger.info(
         "Expert cache: experts quantised to %d bits; relative errors of the weights, in %%, by layer: %s",
         methods[0].bits, ", ".join(f"{error:.2f}" for error in errors),

@@ -47,7 +47,7 @@ class StreamedExperts(RoutedExperts):
         if self.loading.precision == 16:
             method = super()._get_quant_method(*args, **kwargs)
         else:
-            method = quantising_method(self.moe_config, self.loading.precision)
+            method = quantising_method(self.moe_config, self.loading.precision, self.apply_router_weight_on_input)
         create_weights = method.create_weights
         process_weights = method.process_weights_after_loading
 
@@ -212,6 +212,8 @@ class StreamedExperts(RoutedExperts):
         else:
             self._process_weights(self)
             if self.loading.all_resident:
+                if self.loading.precision != 16:
+                    self._free_replaced(parameters)
                 return
             processed = {path: tensor for path, tensor in own_tensors(self).items() if id(tensor) not in foreign}
             names = [path for path, tensor in processed.items() if _is_of_experts(path, tensor, self.local_num_experts)]
@@ -225,8 +227,12 @@ class StreamedExperts(RoutedExperts):
         else:
             self.loading.put(self.cache_layer, self.expert_tensors.tensors)
         self.expert_tensors.free()
+        self._free_replaced(parameters)
+
+    def _free_replaced(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Frees parameters that quantisation has replaced, to which a model's loader may still hold references."""
         in_use = {id(tensor) for tensor in own_tensors(self).values()}
-        for parameter in parameters.values():  # a loader may still hold references to replaced parameters
+        for parameter in parameters.values():
             if id(parameter) not in in_use:
                 parameter.data = parameter.data.new_empty(0)
         trim_heap()
