@@ -40,6 +40,8 @@ class EvaluateSpec:
     """`adapmoe_config` of the engine."""
     thresholds: Sequence[float] | None = None
     """Thresholds of rule `token`; None: one for each of `DROPS`."""
+    gating: bool = True
+    """Whether to compare gating rules."""
     precisions: Sequence[int] = ()
     """Bits per expert weight to compare with 16, ungated: 8 and 4."""
 
@@ -67,7 +69,7 @@ def run_evaluate(spec: EvaluateSpec) -> dict[str, Any]:
     from vllm_adapmoe.integration.measure.losses import decode_losses, prefill_losses
 
     profile = load_profile(spec.profile, spec.model)
-    plans = points(profile, spec.thresholds)
+    plans = points(profile, spec.thresholds) if spec.gating else []
     length = spec.sequence_length
     sequences = read_sequences(spec.model, spec.data, length, max(2, spec.tokens // length), seed=0)
     groups = [sequences[start : start + GROUP] for start in range(0, len(sequences), GROUP)]

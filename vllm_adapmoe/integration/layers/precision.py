@@ -86,7 +86,7 @@ class QuantisingMethod:
             delattr(layer, f"{name}_weight")
             for key, tensor in parameters.items():
                 layer.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
-        self.relative_error = (error / squares) ** 0.5 if squares else 0.0
+        self.relative_error = (error / squares) ** 0.5 if squares else None  # None: a blank expert of a packed layer
         super().process_weights_after_loading(layer)  # type: ignore[misc]
 
 
@@ -188,9 +188,9 @@ def quantised_bytes(layer: RoutedExperts) -> int | None:
 def log_rounding(layers: Sequence[RoutedExperts]) -> None:
     """Logs the rounding errors of layers whose weights have been quantised."""
     methods = [layer.quant_method for layer in layers if isinstance(layer.quant_method, QuantisingMethod)]
-    if not methods:
-        return
     errors = [100 * method.relative_error for method in methods if method.relative_error is not None]
+    if not errors:
+        return
     logger.info(
         "Expert cache: experts quantised to %d bits; relative errors of the weights, in %%, by layer: %s",
         methods[0].bits, ", ".join(f"{error:.2f}" for error in errors),
