@@ -17,9 +17,8 @@ from vllm_adapmoe.precision.rounding import pack_int4, round_to_int4, round_to_i
 
 SIZES = {
     "Qwen3-30B-A3B": (2048, 768, 8, 16),
-    "OLMoE": (2048, 1024, 8, 8),
     "DeepSeek-V2-Lite": (2048, 1408, 6, 8),
-    "slots": (512, 256, 8, 256),
+    "slots": (512, 256, 8, 144),
 }
 """Hidden size, intermediate size, top-k and rows of the weights. With many rows, as slots are, the kernel for int8
 takes its path for few tokens in prompts too."""

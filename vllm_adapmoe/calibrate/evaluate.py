@@ -99,16 +99,14 @@ def run_evaluate(spec: EvaluateSpec) -> dict[str, Any]:
                 kept = stats["kept_experts"] / stats["gated_tokens"]
                 rows.append(_row(plan, nats, base, float((best == base_best).mean()), kept, profile))
                 progress.update()
-            _compare(rows, profile.model.top_k)
-            middle = next(
-                (
-                    plan
-                    for plan, row in zip(plans, rows, strict=True)
-                    if row["mean_experts"] < 0.9 * profile.model.top_k
-                ),
-                plans[0],
-            )
-            decode = _decode(engine, middle, sequences[:DECODE_SEQUENCES], decode_losses, prefill_losses)
+            decode = None
+            if plans:
+                _compare(rows, profile.model.top_k)
+                most = 0.9 * profile.model.top_k
+                middle = next(
+                    (plan for plan, row in zip(plans, rows, strict=True) if row["mean_experts"] < most), plans[0]
+                )
+                decode = _decode(engine, middle, sequences[:DECODE_SEQUENCES], decode_losses, prefill_losses)
         for bits in spec.precisions:
             with start(spec.cache | {"precision": bits}) as engine:
                 engine.call("set_gating", None)
@@ -231,6 +229,8 @@ def print_evaluate(result: dict[str, Any], console: Console) -> None:
         )
     console.print(table)
     decode = result["decode"]
+    if decode is None:
+        return
     console.print(
         f"the same {decode['tokens']} tokens at threshold {decode['threshold']:.3g}: loss {decode['loss_prefill']:.4f} "
         f"gated as prompts, {decode['loss_decode']:.4f} gated in decode; same top-1 {decode['same_best_token']:.2%}"
@@ -244,6 +244,8 @@ def plot_evaluate(result: dict[str, Any], path: Path) -> None:
     with figure(path, "experts per token", "increase of the mean token loss, %") as axes:
         for rule, label in RULES.items():
             rows = sorted((r for r in result["points"] if r["rule"] == rule), key=lambda r: r["mean_experts"])
+            if not rows:
+                continue
             axes.errorbar(
                 [row["mean_experts"] for row in rows],
                 [100 * row["loss_increase"] for row in rows],
