@@ -138,7 +138,7 @@ def test_groups_of_32(tmp_path):
 def test_evaluate_compares_widths(tmp_path):
     command = [
         Path(sys.executable).with_name("adapmoe"), "evaluate", TINY_MIXTRAL, "--profile", "tiny_mixtral", "--data",
-        ROOT / "examples" / "tiny_mixtral" / "heldout", "--tokens", "2048", "--no-gating",
+        ROOT / "examples" / "tiny_mixtral" / "heldout", "--tokens", "2048", "--precision-only",
         "--precision", "16,8,4", "-o", tmp_path / "result.json",
     ]  # fmt: skip
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)

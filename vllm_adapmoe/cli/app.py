@@ -102,7 +102,9 @@ def evaluate(
     precision: Annotated[
         str | None, typer.Option(help="Bits per expert weight to compare too, comma-separated: 8,4. Ungated.")
     ] = None,
-    gating: Annotated[bool, typer.Option(help="Whether to measure gating, or --precision alone.")] = True,
+    precision_only: Annotated[
+        bool, typer.Option("--precision-only", help="Measures --precision alone, without gating.")
+    ] = False,
     tokens: Annotated[int, typer.Option(min=512, help="Maximum number of tokens to use of --data.")] = 65_536,
     sequence_length: Annotated[int, typer.Option(min=16, help="Tokens per sequence.")] = 256,
     revision: Revision = None,
@@ -116,15 +118,15 @@ def evaluate(
 
     cache = AdapMoEConfig.parse(adapmoe_config)
     bits = precisions("--precision", precision)
-    if not (gating or bits):
-        raise AdapMoEError("--no-gating leaves nothing to measure; add --precision, e.g. 8,4")
+    if precision_only and not bits:
+        raise AdapMoEError("--precision-only leaves nothing to measure; add --precision, e.g. 8,4")
     if bits and cache.precision != 16:
         raise AdapMoEError(
             f"--precision {precision} is compared with 16 bits, and adapmoe_config sets precision={cache.precision}; "
             "remove one of them"
         )
     spec = EvaluateSpec(
-        model=checkpoint_folder(model, revision), cache=cache.transport(), gating=gating, precisions=bits,
+        model=checkpoint_folder(model, revision), cache=cache.transport(), gating=not precision_only, precisions=bits,
         profile=profile, data=data, tokens=tokens, sequence_length=sequence_length,
         thresholds=None if thresholds is None else numbers("--thresholds", thresholds),
     )  # fmt: skip
