@@ -34,6 +34,7 @@ from benchmarks.gpu_check.routing import curves, draw_tokens
 from benchmarks.gpu_check.shapes import MIXTRAL, QWEN3, Shape
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.device.addresses import AddressTable
+from vllm_adapmoe.integration.compat import runs_quantised_experts
 from vllm_adapmoe.policy.cache_setup import CacheSetup
 
 CPU = Device("cpu")
@@ -465,9 +466,9 @@ def test_tokens_of_engines():
     rows = list(tokens.check_tokens(CPU, 1, time.monotonic() + 500, ENGINES_OF_TESTS))
     bf16, *quantised, waves = rows
     assert bf16.verdict == waves.verdict == MET, [row.figure for row in rows]
-    if torch.cpu._is_amx_tile_supported():
+    if runs_quantised_experts():
         assert {row.verdict for row in quantised} == {MET}, [row.figure for row in rows]
-    else:  # stock vLLM has no kernel for them, and that is what the rows say
+    else:  # vLLM has no kernel for them, and that is what the rows say
         assert {row.verdict for row in quantised} == {NOT_RUN}
         assert all(row.figure.startswith("stock vLLM: ") for row in quantised)
     ran = [row for row in rows if row.verdict == MET]
