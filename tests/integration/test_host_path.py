@@ -11,10 +11,10 @@ from vllm_adapmoe.integration.measure.engine import EXTENSION, Engine, count_exp
 
 pytestmark = pytest.mark.engine
 
-CEILING = 1.1
+CEILING = 0.9
 """Maximum host path over vLLM's router and kernel in the same steps: CPU time, tiny_mixtral, one slot short of all
-resident, batch 1. Measured so: 0.75 to 0.77, 0.76 to 0.85 on busy cores; 1.9 before state was kept in arrays
-(examples/benchmarks/host_path.json)."""
+resident, batch 1. Measured so: 0.58 to 0.60; 0.76 while layers that rarely miss were predicted, 1.9 before state was
+kept in arrays (examples/benchmarks/host_path.json)."""
 
 
 def signatures(worker: Any) -> list[tuple[str, int]]:
@@ -46,6 +46,7 @@ def test_the_host_path_stays_below_its_ceiling(monkeypatch):
             measured.append(figures(layers, steps))
     whole, parts = measured
     for part in (*HOST_PATH, *OF_STEP):
-        assert parts[part] > 0 or part == "wait", f"{part} was not called"
+        # Nothing to wait for, and nothing predicted of layers that hardly ever miss.
+        assert parts[part] > 0 or part in ("wait", "prefetch"), f"{part} was not called"
     print("host path / vLLM's part of the layer:", whole["host path"] / whole["stock layer"])
     assert whole["host path"] / whole["stock layer"] < CEILING

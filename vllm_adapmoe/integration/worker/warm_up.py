@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from vllm_adapmoe.experts import CacheShape
-from vllm_adapmoe.integration.layers.cached_experts import distinct
+from vllm_adapmoe.integration.layers.cached_experts import distinct, kept_pairs
 from vllm_adapmoe.policy.cache_setup import CacheSetup
 from vllm_adapmoe.policy.controller import CacheController
 from vllm_adapmoe.policy.prediction import PredictedExperts, predict_experts
@@ -43,6 +43,8 @@ def _run_event(controller: CacheController, layer: int, ids: torch.Tensor, logit
 
     expected = chance_of_any(logits)
     experts = distinct(ids, EXPERTS)
+    pairs = kept_pairs(torch.ones(ids.shape, dtype=torch.bool), ids, torch.ones(ids.shape, dtype=torch.float32))
+    distinct(torch.from_numpy(pairs.ids), EXPERTS)  # of gated steps
     queued = controller.prefetch_first_layers(0, [expected])
     request = controller.begin(layer, experts, (), expected)
     routing = ids.numpy(), np.ones(ids.shape, dtype=bool)
