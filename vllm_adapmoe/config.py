@@ -20,7 +20,7 @@ class AdapMoEError(OneLineError, ValueError):
 
 def _path(text: str) -> str:
     if "\0" in text:
-        raise ValueError("a path must not contain NUL characters")
+        raise ValueError("a path must not contain NUL characters; remove them")
     return text
 
 
