@@ -20,10 +20,7 @@ def compiled(function: Function) -> Function:
     """
     if njit is None:
         return function
-    try:
-        fast = njit(cache=True, boundscheck=True)(function)
-    except RuntimeError:  # no folder for the cache can be written: compiled in every process
-        fast = njit(boundscheck=True)(function)
+    fast = _jit(function, boundscheck=True)
     FUNCTIONS.append(fast)
     return fast
 
@@ -32,10 +29,13 @@ def vectorised(function: Function) -> Function:
     """Compiles a loop over many numbers at its first call: indices are not checked, and sums may be reordered."""
     if njit is None:
         return function
-    options = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "nogil": True}
+    return _jit(function, fastmath={"reassoc", "contract", "nsz", "arcp"}, nogil=True)
+
+
+def _jit(function: Function, **options: Any) -> Function:
     try:
         return njit(cache=True, **options)(function)
-    except RuntimeError:  # as in `compiled`
+    except RuntimeError:  # no folder for the cache can be written: compiled in every process
         return njit(**options)(function)
 
 

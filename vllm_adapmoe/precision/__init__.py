@@ -1,1 +1,1 @@
-"""Expert weights in fewer bits: rounding, and the sizes of the rounded formats."""
+"""Expert weights in fewer bits: rounding."""
