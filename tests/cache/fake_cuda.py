@@ -109,8 +109,8 @@ class Stream:
 class Event:
     """`torch.cuda.Event`."""
 
-    def __init__(self, cuda: "FakeCuda") -> None:
-        self.cuda = cuda
+    def __init__(self, cuda: "FakeCuda", enable_timing: bool = False) -> None:
+        self.cuda, self.enable_timing = cuda, enable_timing
         self.recorded: tuple[Stream, int] | None = None
         self.captured = False
         self.clock: Clock = {}
@@ -138,6 +138,16 @@ class Event:
             self.cuda.fault("an event is waited for before it is recorded")
             return
         self.cuda.wait(*self.recorded, self.clock)
+
+    def elapsed_time(self, end: "Event") -> float:
+        """A millisecond, whatever has run: there is no clock here. `cudaEventElapsedTime` wants both to have ended."""
+        self.cuda.call("cudaEventElapsedTime", capturable=False)
+        for event in (self, end):
+            if not event.enable_timing:
+                self.cuda.fault("an event without timing is asked for its time")
+            elif event.recorded is None or event.recorded[0].done < event.recorded[1]:
+                self.cuda.fault("an event is asked for its time before it has ended")
+        return 1.0
 
 
 class FakeCuda:
@@ -373,7 +383,7 @@ class FakeCuda:
         patch.setattr(torch.Tensor, "pin_memory", pinning)
         patch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: self.kind(tensor) == "device"))
         patch.setattr(torch.cuda, "Stream", new_stream)
-        patch.setattr(torch.cuda, "Event", lambda **options: Event(self))
+        patch.setattr(torch.cuda, "Event", lambda **options: Event(self, **options))
         patch.setattr(torch.cuda, "current_stream", self.current_stream)
         patch.setattr(torch.cuda, "stream", self.stream)
         patch.setattr(torch.cuda, "synchronize", self.synchronize)

@@ -16,6 +16,7 @@ from tests.cache.fake_cuda import Event, FakeCuda
 from tests.cache.schedule import Stopped
 from tests.store.test_stores import Contended
 from vllm_adapmoe.cache import slots, transfer
+from vllm_adapmoe.cache.demand_copies import DemandCopies
 from vllm_adapmoe.cache.host_copy import HostCopy
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.cache.slots import SlotPool
@@ -306,6 +307,32 @@ def test_a_kernel_that_reads_a_slot_before_its_copy_has_ended_is_found():
         lambda patch: patch.setattr(slots, "_wait", lambda event, nbytes: nbytes),
         "kernel reads device memory that an unordered copy writes",
         "a kernel ran other weights than those of its experts",
+    )
+
+
+def test_a_demand_load_that_a_kernel_does_not_wait_for_is_found():
+    issue = DemandCopies.issue
+
+    def beside(copies: DemandCopies, *args: Any) -> None:
+        with torch.cuda.stream(torch.cuda.Stream(DEVICE)):  # which waits in the place of the kernels' stream
+            issue(copies, *args)
+
+    assert_found(
+        lambda patch: patch.setattr(DemandCopies, "issue", beside),
+        "kernel reads device memory that an unordered copy writes",
+        "a kernel ran other weights than those of its experts",
+    )
+
+
+def test_a_demand_load_into_a_slot_that_a_kernel_still_reads_is_found():
+    def copy_whole(pool: SlotPool, slot: int, record: torch.Tensor) -> None:
+        with torch.cuda.stream(torch.cuda.Stream(DEVICE)):  # which was not held
+            plain_copy(pool, slot, record)
+
+    plain_copy = SlotPool.copy_whole
+    assert_found(
+        lambda patch: patch.setattr(SlotPool, "copy_whole", copy_whole),
+        "copy writes device memory that an unordered kernel reads",
     )
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from vllm_adapmoe.cache.demand_copies import DemandCopies
 from vllm_adapmoe.cache.slot_maps import SlotMaps
 from vllm_adapmoe.cache.slots import SlotPool
 from vllm_adapmoe.cache.transfer import READERS, CacheClosed, TransferEngine
@@ -67,6 +68,7 @@ class ExpertCacheManager:
             for layout, residency in zip(layouts, controller.pools, strict=True)
         ]
         self.closed = False
+        self._demand_copies = DemandCopies(device) if device.type == "cuda" else None
         self._use_controller(controller, link_gbps)
 
     def _use_controller(self, controller: CacheController, link_gbps: float | None) -> None:
@@ -76,12 +78,21 @@ class ExpertCacheManager:
         experts = [self.store.num_experts(layer) for layer in range(self.store.num_layers)]
         self.slot_maps = SlotMaps(controller.pools, self.pool_of_layer, experts)
         self._capacity = [controller.pools[pool].capacity for pool in self.pool_of_layer]
-        self.transfers = TransferEngine(controller, self.pools, self.store, self.readers, link, self.reader_cpus)
+        self.transfers = TransferEngine(
+            controller, self.pools, self.store, self.readers, link, self.reader_cpus,
+            self._demand_copies if link is None else None,
+        )  # fmt: skip
+
+    def _end_transfers(self) -> None:
+        """Ends the transfers before a restart."""
+        self._check_usable()
+        self.transfers.close()
+        if self._demand_copies is not None:
+            self._demand_copies.finish(self.stats)
 
     def restart(self, controller: CacheController, link_gbps: float | None) -> None:
         """Restarts the cache between two steps, with another controller, empty slots and the controller's counters."""
-        self._check_usable()
-        self.transfers.close()
+        self._end_transfers()
         self._use_controller(controller, link_gbps)
 
     def resize(self, controller: CacheController, link_gbps: float | None) -> None:
@@ -89,8 +100,7 @@ class ExpertCacheManager:
 
         Releases the tensors of the old slots first; their memory is freed only if nothing else references them.
         """
-        self._check_usable()
-        self.transfers.close()
+        self._end_transfers()
         layouts, device = [pool.layout for pool in self.pools], self.pools[0].device
         self.pools.clear()
         if device.type == "cuda":
@@ -104,8 +114,7 @@ class ExpertCacheManager:
 
         Closes the previous store unless it is the same object.
         """
-        self._check_usable()
-        self.transfers.close()
+        self._end_transfers()
         if store is not self.store:
             self.store.close()
             self.store = store

@@ -22,6 +22,8 @@ class SlotPool:
         self.layout = layout
         self.num_slots = num_slots
         self.device = device
+        self.record_bytes = sum(piece.nbytes for piece in layout.pieces)
+        """Bytes that are moved to fill a slot."""
         self.tensors: dict[str, torch.Tensor] = {}
         bytes_of_slot: list[list[torch.Tensor]] = [[] for _ in range(num_slots)]
         for piece in layout.pieces:
@@ -66,22 +68,48 @@ class SlotPool:
         finally:
             self._staging.append(staging)
 
-    def copy(self, slot: int, record: torch.Tensor, tile_bytes: int) -> Iterator[int]:
+    def copy_whole(self, slot: int, record: torch.Tensor) -> None:
+        """Launches the copy of a page-locked record, uint8 `[record bytes]`, to a slot, on the current stream.
+
+        That stream must hold the copy until no kernel reads the slot's previous expert: `hold_until_unused`.
+        """
+        for piece, memory in zip(self.layout.pieces, self._bytes_of_slot[slot], strict=True):
+            memory.copy_(record[piece.offset : piece.offset + piece.nbytes], non_blocking=True)
+
+    def hold_until_unused(self, stream: torch.cuda.Stream) -> None:
+        """Lets a stream wait for all kernels that may read slots of evicted experts (`mark_used`)."""
+        if self._used is not None:
+            stream.wait_event(self._used)
+
+    def copy(
+        self,
+        slot: int,
+        record: torch.Tensor,
+        tile_bytes: int,
+        first: Callable[[], torch.cuda.Event | None] = lambda: None,
+    ) -> Iterator[int]:
         """Copies a page-locked record, uint8 `[record bytes]`, to a slot on a device; yields the bytes of each tile.
 
         Runs on its own stream, after all kernels that may read the slot's previous expert. The slot is filled when the
         iterator has ended; however it ends, no copy to the slot is in flight any more.
+
+        Args:
+            slot: slot to fill.
+            record: the record.
+            tile_bytes: maximum bytes of a tile.
+            first: returns the event that each tile waits for on the device.
         """
         try:
             stream = self._streams.pop()
         except IndexError:
             stream = torch.cuda.Stream(self.device)
-        if self._used is not None:
-            stream.wait_event(self._used)
+        self.hold_until_unused(stream)
         in_flight: deque[tuple[torch.cuda.Event, int]] = deque()
         try:
             for number, start, stop in self.layout.tiles(tile_bytes):
                 offset = self.layout.pieces[number].offset
+                if (others := first()) is not None:
+                    stream.wait_event(others)
                 with torch.cuda.stream(stream):
                     source = record[offset + start : offset + stop]
                     self._bytes_of_slot[slot][number][start:stop].copy_(source, non_blocking=True)

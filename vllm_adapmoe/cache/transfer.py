@@ -8,6 +8,9 @@ from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+
+from vllm_adapmoe.cache.demand_copies import Copy, DemandCopies
 from vllm_adapmoe.cache.slots import SlotPool
 from vllm_adapmoe.experts import ExpertKey
 from vllm_adapmoe.policy.controller import CacheController
@@ -77,6 +80,7 @@ class TransferEngine:
         readers: number of threads; 0: the waiting thread moves everything itself, in order of submission.
         link_bytes_per_second: simulated bandwidth limit of the link; None: no limit.
         cpus: CPUs that the threads run on; None: those of the creating thread.
+        demand_copies: copies demand loads of page-locked records, without threads; None: the threads do.
     """
 
     def __init__(
@@ -87,6 +91,7 @@ class TransferEngine:
         readers: int = READERS,
         link_bytes_per_second: float | None = None,
         cpus: Collection[int] | None = None,
+        demand_copies: DemandCopies | None = None,
     ) -> None:
         self.controller = controller
         self.pools = pools
@@ -114,6 +119,7 @@ class TransferEngine:
         self.quiet = False
         """Whether transfers are stopped: between `drain` and `resume`."""
         self.cpus = cpus
+        self.demand_copies = demand_copies
         self._counted_until = 0.0
         """Time up to which `fetch_seconds` is counted, of `time.perf_counter`."""
         self.threads = [
@@ -126,11 +132,28 @@ class TransferEngine:
     # Called by the manager
 
     def submit(self, request: Request) -> None:
-        """Queues an event's demand loads, and gives the loads in flight that it awaits demand priority."""
+        """Starts an event's demand loads, and gives the loads in flight that it awaits demand priority.
+
+        Loads that `demand_copies` takes have ended for the host: what it launches from now on finds them in slots.
+        """
         for load in request.awaited:
             self._promote(load.key)
+        copies, copied = [], []
         for load in request.loads:
-            self._queue_urgent(Job(load.key, urgent=True, slot=load.slot))
+            record = None if self.demand_copies is None else self.store.page_locked(load.key)
+            if record is None:
+                self._queue_urgent(Job(load.key, urgent=True, slot=load.slot))
+            else:
+                copies.append(Copy(self.pools[self.controller.pool_of[load.key[0]]], load.slot, record))
+                copied.append(load.key)
+        if self.demand_copies is not None and copies:
+            try:
+                self.demand_copies.issue(copies, self.controller.stats)
+            except Exception as error:
+                self._fail(error)
+                raise
+            for key, copy in zip(copied, copies, strict=True):
+                self.controller.transfer_ended(key, copy.pool.record_bytes, complete=True)
 
     def _promote(self, key: ExpertKey) -> None:
         job = self.jobs[key]
@@ -234,8 +257,11 @@ class TransferEngine:
         tile = tile_bytes(pool.layout.nbytes, job.urgent, limit)
         record = self.store.page_locked(job.key) if pool.device.type == "cuda" else None
         if record is not None:
-            return pool.copy(job.slot, record, tile)
+            return pool.copy(job.slot, record, tile, self._demand_ended)
         return pool.fill(job.slot, lambda buffers: self.store.read_tiles(job.key, buffers, tile))
+
+    def _demand_ended(self) -> torch.cuda.Event | None:
+        return None if self.demand_copies is None else self.demand_copies.ended
 
     def _move(self, job: Job, tiles: Iterator[int]) -> bool:
         """Returns whether the record is complete; False: it was cancelled, or a demand load goes first."""

@@ -30,9 +30,10 @@ class CacheStats:
     wasted_bytes: int = 0
     """Bytes of loads cancelled or failed, and of prefetches evicted before a layer requested the expert."""
     stall_seconds: float = 0.0
-    """Seconds that layers waited for experts."""
+    """Seconds that layers waited for experts, on the host or on the device."""
     fetch_seconds: float = 0.0
-    """Seconds with at least one transfer in flight: `fetched_bytes / fetch_seconds` is the bandwidth achieved."""
+    """Seconds with at least one transfer in flight: `fetched_bytes / fetch_seconds` is the bandwidth achieved. Copies
+    that the device waits for (`DemandCopies`) are added, though others may be in flight beside them."""
 
     @property
     def demand_loads(self) -> int:
