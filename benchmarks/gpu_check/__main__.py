@@ -16,13 +16,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog=f"python -m {__package__}", description=__doc__)
     parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file to write the result to")
     parser.add_argument("--seed", type=int, help="random seed; drawn if not given; stored in the result")
+    parser.add_argument(
+        "--parts", metavar="PART,...",
+        help="parts to run, of kernels, tokens, copies, decode, engines; default: all, which takes eight minutes",
+    )  # fmt: skip
     options = parser.parse_args()
     problem = _problem()
     if problem is not None:
         print(f"{NAME}: {problem}; nothing was run", file=sys.stderr)
         return 2
     seed = secrets.randbelow(2**31) if options.seed is None else options.seed
-    return run(options.output, seed)
+    return run(options.output, seed, options.parts)
 
 
 def _problem() -> str | None:
@@ -38,23 +42,28 @@ def _problem() -> str | None:
     return None
 
 
-def run(output: Path, seed: int) -> int:
+def run(output: Path, seed: int, chosen: str | None = None) -> int:
     """Runs the check on the CUDA device at the shapes of real models; returns the exit status."""
     import torch
     import triton
 
-    from benchmarks.gpu_check.check import CheckSpec, run_check
+    from benchmarks.gpu_check.check import PARTS, CheckSpec, run_check
     from benchmarks.gpu_check.device import Device
     from benchmarks.gpu_check.report import Result
     from benchmarks.gpu_check.shapes import MIXTRAL, QWEN3
 
+    parts = PARTS if chosen is None else tuple(chosen.split(","))
+    if unknown := [part for part in parts if part not in PARTS]:
+        print(f"{NAME}: --parts: no part {unknown[0]!r}; there are {', '.join(PARTS)}", file=sys.stderr)
+        return 2
     device = Device("cuda")
     described = device.describe() | {"triton": triton.__version__}
     title = f"{described['name']}, torch {torch.__version__}, Triton {triton.__version__}, seed {seed}"
     command = f"python -m {__package__} {' '.join(sys.argv[1:])}"
     result = Result(output, title, {"command": command, "device": described}, seed)
     with result.ended_after(LAST_SECOND):
-        for part in run_check(device, CheckSpec(shapes=(MIXTRAL, QWEN3), dtype=torch.bfloat16, seed=seed)):
+        spec = CheckSpec(shapes=(MIXTRAL, QWEN3), dtype=torch.bfloat16, seed=seed, parts=parts)
+        for part in run_check(device, spec):
             result.add(part)
     return result.end()
 

@@ -1,7 +1,7 @@
 """Runs the whole check, section by section."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,8 @@ MAX_HOST_BYTES = 24 << 30
 """Maximum host memory to page-lock, which is slow."""
 SPARE_DEVICE_BYTES = 4 << 30
 """Device memory kept for anything but slots."""
+PARTS = ("kernels", "tokens", "copies", "decode", "engines")
+"""Parts of the check, in order: `tokens` and `engines` need vLLM, the others torch alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,36 +51,44 @@ class CheckSpec:
     """Decoded tokens that are not timed."""
     tokens: int = TOKENS
     """Decoded tokens that are timed."""
+    parts: Collection[str] = PARTS
+    """Parts to run."""
 
 
 def run_check(device: Device, spec: CheckSpec) -> Iterator[list[Row]]:
     """Yields the rows of each part of the check of a device."""
     shapes, dtype, seed = spec.shapes, spec.dtype, spec.seed
     start = time.monotonic()
-    for shape in shapes:
+
+    def of(part: str) -> Sequence[Shape]:
+        return shapes if part in spec.parts else ()
+
+    for shape in of("kernels"):
         common = shape, device, dtype, seed
         yield attempt(CORRECTNESS, f"{shape.name}: kernel", lambda: check_kernel(*common, spec.batches))  # noqa: B023
         yield attempt(CORRECTNESS, f"{shape.name}: slots", lambda: check_slots(*common))  # noqa: B023
         yield attempt(CORRECTNESS, f"{shape.name}: waves", lambda: check_waves(*common))  # noqa: B023
         yield attempt(CORRECTNESS, f"{shape.name}: refills", lambda: check_refills(*common))  # noqa: B023
         yield attempt(CORRECTNESS, f"{shape.name}: in place", lambda: check_in_place(*common))  # noqa: B023
-    without = Row(ENGINES, "adapmoe in vLLM", "no CUDA device", "", SKIPPED) if not device.cuda else obstacle()
+    without = None
+    if not {"tokens", "engines"}.isdisjoint(spec.parts):
+        without = Row(ENGINES, "adapmoe in vLLM", "no CUDA device", "", SKIPPED) if not device.cuda else obstacle()
     if without is not None:
         yield [without]
-    else:
+    elif "tokens" in spec.parts:
         device.give_back()  # for the engines, which are other processes
         ends = start + TOKENS_SECONDS
         yield attempt(CORRECTNESS, WHAT, lambda: check_vllm_kernels(seed, ends))
         yield attempt(CORRECTNESS, "tokens", lambda: check_tokens(device, seed, ends, plan_for(device)))
-    for shape in shapes:
+    for shape in of("copies"):
         yield attempt(COPIES, shape.name, lambda: check_copies(shape, device, dtype, seed))  # noqa: B023
-    for seconds, shape in zip(DECODE_SECONDS, shapes, strict=False):
+    for seconds, shape in zip(DECODE_SECONDS, of("decode"), strict=False):
         ends = start + seconds
         yield attempt(
             DECODE, shape.name,
             lambda: check_decode(shape, device, dtype, seed, _limits(device, ends, spec)),  # noqa: B023
         )  # fmt: skip
-    if without is None:
+    if without is None and "engines" in spec.parts:
         device.give_back()
         try:
             reduced = fitting(shapes[-1], device.free_bytes(), host_memory().available)

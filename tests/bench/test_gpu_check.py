@@ -25,7 +25,7 @@ from benchmarks.gpu_check import (
     tokens,
     vllm_kernel_rows,
 )
-from benchmarks.gpu_check.__main__ import main
+from benchmarks.gpu_check.__main__ import main, run
 from benchmarks.gpu_check.decode import Limits, check_decode
 from benchmarks.gpu_check.device import Device
 from benchmarks.gpu_check.engine_process import MARK, SPEED, EngineFailed, EngineProcess
@@ -180,6 +180,23 @@ def test_a_part_that_fails_leaves_the_others(monkeypatch):
     assert [row.figure for row in rows].count("RuntimeError: no such slot") == 3
     assert [row.verdict for row in rows if "slots hold" in row.what or "waves" in row.what] == [MET, MET]
     assert failed(rows), "correctness that could not be run is not met"
+
+
+def test_only_the_parts_that_are_asked_for(monkeypatch, capsys):
+    ran = []
+    for name in ("check_kernel", "check_slots", "check_waves", "check_refills", "check_in_place"):
+        monkeypatch.setattr(check, name, lambda *args: ran.append("kernels") or [])
+    for name in ("copies", "decode"):
+        monkeypatch.setattr(check, f"check_{name}", lambda *args, name=name: ran.append(name) or [])
+    for part in ("kernels", "copies", "decode"):
+        ran.clear()
+        spec = check.CheckSpec(shapes=(TINY,), dtype=torch.float16, seed=7, parts=(part,))
+        assert list(check.run_check(CPU, spec))[-1:] == [[]] and set(ran) == {part}
+    spec = check.CheckSpec(shapes=(TINY,), dtype=torch.float16, seed=7, parts=("tokens",))
+    ((row,),) = check.run_check(CPU, spec)
+    assert row.verdict == SKIPPED
+    assert run(Path("unused"), 1, "tokens,copy") == 2
+    assert "no part 'copy'; there are kernels, tokens, copies, decode, engines" in capsys.readouterr().err
 
 
 HANGS = """
@@ -377,7 +394,7 @@ def said(tokens_of: list[int], logprobs: list[float], **others):
     answer = [(tokens_of, [[value, value, token] for token, value in zip(tokens_of, logprobs, strict=True)])]
     return {
         "runner": "V2", "graphs": "FULL", "kernels": ["TritonExperts"], "alone": answer, "together": answer,
-        "forced": answer, "forced_again": answer, "cache": {"in_place": 3.0},
+        "forced": answer, "forced_again": answer, "cache": {"in_place": 3.0}, "repeats": True,
     } | others  # fmt: skip
 
 
@@ -398,6 +415,11 @@ def test_what_is_promised_of_engines():
     assert judged(bits, stock, stock) == MET
     assert judged(bits, said([5, 6, 7], logits), stock) == MISSED, "the last bit"
     assert judged(bits, said([5, 6, 7], [-1.0, -2.0, -3.0], kernels=["MarlinExperts"]), stock) == MISSED
+    batch = {"together": said([5, 6, 8], [-1.0, -2.0, -3.0])["alone"]}
+    assert judged(bits, stock | batch, stock) == MISSED
+    unsteady = stock | {"repeats": False}
+    assert judged(bits, stock | batch, unsteady) == MET, "stock's own batches differ"
+    assert judged(bits, said([5, 6, 7], logits), unsteady) == MISSED, "alone they do not"
     noisy = said([5, 6, 7], [-1.0, -2.0, -3.01])
     near, far = said([5, 6, 7], [-1.0, -2.005, -3.0]), said([5, 6, 7], [-1.0, -2.0, -3.05])
     for one in (graphs, waves, in_place):

@@ -25,6 +25,8 @@ from vllm_adapmoe.integration.measure.gpu_check import MARK, device_arguments
 
 MAX_SEQUENCES = 8
 KV_CACHE_BYTES = 64 << 20
+REPEATS = 3
+"""Further runs of the batch by stock vLLM, to see whether it gives the same answers each time."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ def main() -> None:
             "alone": [_answers(engine, [prompt], spec.tokens)[0] for prompt in spec.prompts],
             "together": _answers(engine, spec.prompts, spec.tokens),
         }
+        again = [_answers(engine, spec.prompts, spec.tokens) for _ in range(REPEATS if spec.adapmoe is None else 0)]
+        results["repeats"] = all(answers == results["together"] for answers in again)
         if spec.forced is not None:
             results["forced"] = _forced(engine, spec.prompts, spec.forced)
             results["forced_again"] = _forced(engine, spec.prompts, spec.forced)
