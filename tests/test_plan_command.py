@@ -164,6 +164,32 @@ def write_trace(path, expert_bytes: int, layers: int = 12) -> None:
     writer.close()
 
 
+def test_precision(mixtral, tmp_path):
+    """The sizes are those of vLLM's formats: a GPU's with a link that is given, else this machine's."""
+    result, output = tmp_path / "result.json", tmp_path / "config.json"
+    done = plan(mixtral, "--precision", "16,8,4", "--memory", "24GiB", "--reserve", "2GiB", *SPEEDS, "--result", result)
+    assert done.exit_code == 0, done.exception
+    assert "experts of precision 8" in done.output and "experts of precision 4" in done.output
+    weights = 3 * 4096 * 14336
+    rows = 2 * 14336 + 4096
+    variants = json.loads(result.read_text())["variants"]
+    sizes = [variant["size"]["expert_bytes"] for variant in variants]
+    assert sizes == [2 * weights, align(weights + 4 * rows), align(weights // 2 + 2 * weights // 64)]
+    assert [variant["config"]["precision"] for variant in variants] == [16, 8, 4]
+    assert measure_checkpoint(mixtral, None, None, 4, on_cpu=True)[1].expert_bytes == align(
+        weights // 2 + 9 * weights // 64
+    )
+    assert plan(mixtral, "--precision", "8", "--memory", "24GiB", "--reserve", "2GiB", *SPEEDS, "-o", output).exit_code == 0
+    assert AdapMoEConfig.parse(json.loads(output.read_text())).precision == 8
+    assert "--output takes one configuration; --precision 8,4 has 2" in refusal(
+        mixtral, "--precision", "8,4", "-o", output, "--memory", "24GiB"
+    )
+    assert "--precision 6 is not known; use 16, 8 or 4" in refusal(mixtral, "--precision", "6", *SPEEDS)
+    assert "set only one of them" in refusal(mixtral, "--precision", "8", "--expert-bits", "8", *SPEEDS)
+    (mixtral / "config.json").write_text(json.dumps(MIXTRAL | {"intermediate_size": 14320}))
+    assert "not multiples of 32; use 8" in refusal(mixtral, "--precision", "4", *SPEEDS)
+
+
 def test_a_trace_is_replayed(tmp_path):
     trace = tmp_path / "trace"
     write_trace(trace, 1)

@@ -48,6 +48,13 @@ def plan(
     expert_bits: Annotated[
         str | None, typer.Option(help="Bits per expert weight, comma-separated, e.g. 16,8,4.5. Default: as --dtype.")
     ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="Values of the key precision, comma-separated, e.g. 16,8,4, with the bytes of vLLM's formats: a GPU's "
+            "if --link is given, else this machine's."
+        ),
+    ] = None,
     max_loss_increase: Annotated[
         float | None,
         typer.Option(
@@ -75,13 +82,17 @@ def plan(
     if allocation not in ALLOCATIONS:
         raise AdapMoEError(f"--allocation {allocation} is not known; use {', '.join(ALLOCATIONS)}")
     bits = [] if expert_bits is None else numbers("--expert-bits", expert_bits)
-    if output is not None and len(bits) > 1:
-        raise AdapMoEError(f"--output takes one configuration; --expert-bits {expert_bits} has {len(bits)} values")
+    precisions = [] if precision is None else numbers("--precision", precision)
+    if output is not None and (len(bits) > 1 or len(precisions) > 1):
+        name, given, values = (
+            ("--precision", precision, precisions) if precisions else ("--expert-bits", expert_bits, bits)
+        )
+        raise AdapMoEError(f"--output takes one configuration; {name} {given} has {len(values)} values")
     if output is not None and memory is None:
         raise AdapMoEError("--output needs to know the budget; add --memory, e.g. --memory 24GiB")
     question = Question(
         _config_folder(model, revision), profile, trace, memory, reserve, dtype, bits, link, compute, max_loss_increase,
-        allocation, store_dir, max_model_len,
+        allocation, store_dir, max_model_len, precisions,
     )  # fmt: skip
     answer = run_plan(question, _checkpoint_hash) | {"model": model}
     if output is not None:

@@ -10,6 +10,7 @@ from torch import nn
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.model_folder import model_name
 from vllm_adapmoe.planning.memory_plan import ModelSize, StepSize
+from vllm_adapmoe.precision.formats import GROUPS, bits_per_weight
 from vllm_adapmoe.printable import reason
 from vllm_adapmoe.profile.model_profile import ModelInfo
 from vllm_adapmoe.store.record import align
@@ -25,28 +26,33 @@ def has_weights(folder: Path) -> bool:
 
 
 def measure_checkpoint(
-    folder: Path, dtype: torch.dtype | None, expert_bits: float | None
+    folder: Path,
+    dtype: torch.dtype | None,
+    expert_bits: float | None,
+    precision: int | None = None,
+    on_cpu: bool = False,
 ) -> tuple[ModelInfo, ModelSize]:
     """Measures a model; for a multimodal one, experts of the text part, and all other weights together.
 
     Args:
         folder: folder with `config.json`; no weights are needed.
         dtype: dtype of the weights; None: the dtype in the configuration.
-        expert_bits: bits per weight of a routed expert, scales included; None: those of `dtype`.
+        expert_bits: bits per weight of a routed expert, scales included; None: those of `precision`.
+        precision: 8 or 4 if experts are quantised while they load; None or 16: they keep `dtype`.
+        on_cpu: whether quantised experts have the format of vLLM's x86 kernels.
 
     Returns:
         The model as a profile describes it, without a hash, and its sizes.
 
     Raises:
-        AdapMoEError: no configuration; transformers cannot build it; it is quantised and `expert_bits` is None; or it
-            has no routed experts, or experts of several sizes.
+        AdapMoEError: no configuration; transformers cannot build it; it is quantised and `expert_bits` is None; it
+            has no routed experts, or experts of several sizes; or no kernel takes them at `precision`.
     """
     model, config = _build(folder)
     text = config.get_text_config()
     dtype = dtype or _dtype(config)
     if expert_bits is None and any(getattr(part, "quantization_config", None) is not None for part in (config, text)):
         raise AdapMoEError(f"{folder} is quantised; set --expert-bits to the bits per expert weight")
-    bits = expert_bits or 8 * dtype.itemsize
     layers = list(_expert_layers(model))
     top_k = _find(text.to_dict(), TOP_K) or 0
     if not layers or not top_k:
@@ -54,6 +60,16 @@ def measure_checkpoint(
     if len({(count, weights) for count, weights, _ in layers}) > 1:
         raise AdapMoEError(f"{folder} has experts of several sizes; adapmoe plan supports models with one size")
     count, expert_weights, _ = layers[0]
+    bits = expert_bits or 8.0 * dtype.itemsize
+    if precision in (8, 4):
+        inner = expert_weights // (3 * text.hidden_size)
+        quantised = bits_per_weight(precision, text.hidden_size, inner, on_cpu)
+        if quantised is None:
+            raise AdapMoEError(
+                f"--precision {precision} does not work with experts of {text.hidden_size} by {inner} weights, which "
+                f"are not multiples of {GROUPS[-1]}; use 8"
+            )
+        bits = quantised
     other = sum(parameter.numel() for parameter in model.parameters()) - sum(weights for *_, weights in layers)
     embedding = model.get_input_embeddings().weight
     output = model.get_output_embeddings()

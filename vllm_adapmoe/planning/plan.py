@@ -22,6 +22,7 @@ from vllm_adapmoe.planning.memory_plan import (
     has_statistics,
     slots_for,
 )
+from vllm_adapmoe.precision.formats import PRECISIONS
 from vllm_adapmoe.profile.model_profile import ModelProfile
 from vllm_adapmoe.units import parse_bytes
 
@@ -50,6 +51,13 @@ class Question:
     store_dir: Path | None = None
     max_model_len: int | None = None
     """Maximum tokens per request; None: the model's maximum."""
+    precisions: Sequence[float] = ()
+    """Values of the key `precision`, 16, 8 or 4, one variant each; in place of `expert_bits`."""
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether quantised experts are planned in the format of vLLM's x86 kernels: a link is given for a GPU."""
+        return self.link == "auto" and not torch.cuda.is_available()
 
 
 def run_plan(question: Question, checkpoint_hash: Callable[[Path], str]) -> dict[str, Any]:
@@ -65,6 +73,10 @@ def run_plan(question: Question, checkpoint_hash: Callable[[Path], str]) -> dict
     dtype = _dtype(question.dtype)
     if any(bits <= 0 for bits in question.expert_bits):
         raise AdapMoEError(f"--expert-bits {question.expert_bits[0]:g} is not usable; more than 0, e.g. 16, 8 or 4.5")
+    if question.precisions and question.expert_bits:
+        raise AdapMoEError("--precision and --expert-bits both set the size of the experts; set only one of them")
+    if unknown := [value for value in question.precisions if value not in PRECISIONS]:
+        raise AdapMoEError(f"--precision {unknown[0]:g} is not known; use 16, 8 or 4")
     profile = None if question.profile is None else ModelProfile.load(question.profile)
     info, _ = measure_checkpoint(question.model, dtype, (question.expert_bits or [16.0])[0])
     if profile is not None:
@@ -83,9 +95,10 @@ def run_plan(question: Question, checkpoint_hash: Callable[[Path], str]) -> dict
             f"a lower bound: reading weights at the speed of {source}",
         )
     variants = []
-    chosen: list[float | None] = [*question.expert_bits] or [None]
-    for bits in chosen:
-        variants.append(_variant(question, dtype, bits, profile, threshold, reserve, weights_gbps))
+    chosen: list[tuple[float | None, int | None]] = [(bits, None) for bits in question.expert_bits]
+    chosen += [(None, int(precision)) for precision in question.precisions]
+    for bits, precision in chosen or [(None, None)]:
+        variants.append(_variant(question, dtype, bits, precision, profile, threshold, reserve, weights_gbps))
     return {
         "plan": "memory",
         "model": str(question.model),
@@ -156,12 +169,13 @@ def _variant(
     question: Question,
     dtype: torch.dtype | None,
     bits: float | None,
+    precision: int | None,
     profile: ModelProfile | None,
     threshold: float | None,
     reserve: Reserve,
     weights_gbps: float | None,
 ) -> dict[str, Any]:
-    _, size = measure_checkpoint(question.model, dtype, bits)
+    _, size = measure_checkpoint(question.model, dtype, bits, precision, question.on_cpu)
     requested = None
     if question.memory is not None:
         requested = slots_for(size, parse_bytes("--memory", question.memory), reserve)
@@ -198,10 +212,11 @@ def _variant(
         )
     return {
         "expert_bits": bits,
+        "precision": precision,
         "size": asdict(size),
         "link": {"gbps": link / 1e9, "source": link_source},
         "points": points,
-        "config": None if requested is None else _config(question, requested),
+        "config": None if requested is None else _config(question, requested, precision),
     }
 
 
@@ -217,9 +232,11 @@ def _link(question: Question, size: ModelSize) -> tuple[float, str]:
     return gbps * 1e9, "as given"
 
 
-def _config(question: Question, slots: int) -> dict[str, Any]:
+def _config(question: Question, slots: int, precision: int | None) -> dict[str, Any]:
     """Returns the `adapmoe_config` for the given memory."""
     config: dict[str, Any] = {"cache_experts": slots, "allocation": question.allocation}
+    if precision is not None:
+        config["precision"] = precision
     if question.store_dir is not None:
         config["store_dir"] = str(question.store_dir)
     if question.profile is not None and (question.max_loss_increase or question.allocation == "profile"):

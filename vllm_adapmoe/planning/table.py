@@ -41,8 +41,9 @@ def print_plan(result: dict[str, Any], console: Console) -> None:
 
 def _print_variant(result: dict[str, Any], variant: dict[str, Any], console: Console) -> None:
     size, link = variant["size"], variant["link"]
-    bits = "" if variant["expert_bits"] is None else f" of {variant['expert_bits']:g} bits"
-    table = Table(title=f"{result['model']}: experts{bits}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(
+        title=f"{result['model']}: experts{_format(variant, ' of {}')}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     gated = result["gating"] is not None
     columns = ["", "memory", "slots", "resident", "hits", "loads", "MiB/token", "tok/s"]
     for column in columns + (["gated loads", "MiB/token", "tok/s"] if gated else []):
@@ -73,6 +74,13 @@ def _cost(estimate: dict[str, Any]) -> list[str]:
     return [f"{estimate['fetched_bytes'] / MiB:.1f}", f"{speed:.{2 if speed < 1000 else 0}f}"]
 
 
+def _format(variant: dict[str, Any], text: str) -> str:
+    """Returns the text with the experts' format; empty if it is the checkpoint's."""
+    if variant["precision"] is not None:
+        return text.format(f"precision {variant['precision']}")
+    return "" if variant["expert_bits"] is None else text.format(f"{variant['expert_bits']:g} bits")
+
+
 def plot_plan(result: dict[str, Any], path: Path) -> None:
     """Plots tokens/s against memory, a line per number of bits, dashed if gated; --memory is a dotted vertical line."""
     from vllm_adapmoe.plot import figure
@@ -81,8 +89,7 @@ def plot_plan(result: dict[str, Any], path: Path) -> None:
     unit, name = (GiB, "GiB") if max_memory >= GiB else (MiB, "MiB")
     with figure(path, f"memory, {name}", "tokens/s") as axes:
         for number, variant in enumerate(result["variants"]):
-            bits = variant["expert_bits"]
-            label = "" if bits is None else f"{bits:g} bits, "
+            label = _format(variant, "{}, ")
             memory = [point["memory"] / unit for point in variant["points"]]
             for key, style in (("ungated", "o-"), ("gated", "s--")):
                 if variant["points"][0][key] is not None:

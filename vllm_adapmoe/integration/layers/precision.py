@@ -19,11 +19,10 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.platforms import current_platform
 
 from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.precision.formats import GROUPS, group_of, int4_bytes, int8_bytes
 from vllm_adapmoe.precision.rounding import pack_int4, round_to_int4, round_to_int8
 from vllm_adapmoe.printable import reason
 
-GROUPS = (64, 32)
-"""Weights that share a scale at 4 bits: the first of these that divides both sizes of an expert."""
 ROUNDING = 1
 """Version of the rounding, part of a pack's identity: increase it with every change of a record's bytes."""
 WEIGHTS = ("w13", "w2")
@@ -105,8 +104,7 @@ class Int8Experts(QuantisingMethod, CompressedTensorsW8A8Int8MoEMethod):
         return {f"{name}_weight": integers, f"{name}_weight_scale": scales}, error
 
     def bytes_of(self, weight: torch.Tensor) -> int:
-        # A float32 scale for each row; on x86 also an int32 sum (`convert_weight_packed`).
-        return weight[0].numel() + (8 if current_platform.is_cpu() else 4) * weight.shape[1]
+        return int8_bytes(weight.shape[1], weight.shape[2], current_platform.is_cpu())
 
     def create_weights(self, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().create_weights(layer, *args, **kwargs)
@@ -135,9 +133,8 @@ class Int4Experts(QuantisingMethod, CompressedTensorsWNA16MoEMethod):
         return {f"{name}_weight_packed": pack_int4(integers), f"{name}_weight_scale": scales}, error
 
     def bytes_of(self, weight: torch.Tensor) -> int:
-        # x86: an int32 sum, a float32 scale and an int8 zero point for each group (`convert_weight_packed_scale_zp`).
-        per_group = 9 if current_platform.is_cpu() else weight.element_size()
-        return weight[0].numel() // 2 + weight[0].numel() // self.group_size * per_group
+        _, rows, columns = weight.shape
+        return int4_bytes(rows, columns, self.group_size, current_platform.is_cpu(), weight.element_size())
 
 
 def quantising_method(moe: FusedMoEConfig, bits: int, weights_on_input: bool) -> FusedMoEMethodBase:
@@ -162,7 +159,7 @@ def quantising_method(moe: FusedMoEConfig, bits: int, weights_on_input: bool) ->
             "the experts' input; remove precision"
         )
     sizes = moe.hidden_dim, moe.intermediate_size_per_partition
-    group = next((group for group in GROUPS if all(size % group == 0 for size in sizes)), None)
+    group = group_of(*sizes)
     if bits == 4 and group is None:
         raise AdapMoEError(
             f"precision=4 does not work with experts of {sizes[0]} by {sizes[1]} weights, which are not multiples of "
