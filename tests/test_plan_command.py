@@ -179,7 +179,10 @@ def test_precision(mixtral, tmp_path):
     assert measure_checkpoint(mixtral, None, None, 4, on_cpu=True)[1].expert_bytes == align(
         weights // 2 + 9 * weights // 64
     )
-    assert plan(mixtral, "--precision", "8", "--memory", "24GiB", "--reserve", "2GiB", *SPEEDS, "-o", output).exit_code == 0
+    assert (
+        plan(mixtral, "--precision", "8", "--memory", "24GiB", "--reserve", "2GiB", *SPEEDS, "-o", output).exit_code
+        == 0
+    )
     assert AdapMoEConfig.parse(json.loads(output.read_text())).precision == 8
     assert "--output takes one configuration; --precision 8,4 has 2" in refusal(
         mixtral, "--precision", "8,4", "-o", output, "--memory", "24GiB"

@@ -190,7 +190,7 @@ def _timed(step: Callable[[int], object], device: Device, first: int, count: int
 
 
 def _stats(cache: ExpertCacheManager) -> dict[str, float]:
-    stats = cache.stats
+    stats = cache.update_stats()
     names = (
         "hits", "misses", "late", "prefetches", "prefetch_hits", "in_place", "caught_up", "fetched_bytes",
         "wasted_bytes", "stall_seconds",

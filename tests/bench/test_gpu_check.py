@@ -425,6 +425,8 @@ def test_what_is_promised_of_engines():
     for one in (graphs, waves, in_place):
         assert judged(one, near, stock, noisy) == MET and judged(one, far, stock, noisy) == MISSED
         assert judged(one, said([5, 6, 7], [float("nan")] * 3), stock, noisy) == MISSED
+    for one in (graphs, waves, in_place):
+        assert judged(one, near | {"forced_again": stock["alone"]}, stock, noisy) == MISSED, "not the same again"
     one, two = tokens.CONTENDERS[7:9]
     (row,) = tokens.agreement_rows([(one, stock), (two, stock)])
     assert one.decode == two.decode == "in_place" and row.verdict == MET

@@ -89,6 +89,8 @@ class Stream:
         self.queue: deque[Operation] = deque()
         self.given = self.done = 0
         """Operations."""
+        self.times: list[float] = []
+        """When each ended."""
 
     def wait_event(self, event: "Event") -> None:
         self.cuda.call("cudaStreamWaitEvent")
@@ -120,6 +122,7 @@ class Event:
         self.cuda.call("cudaEventRecord")
         self.recorded, self.captured = (stream, stream.given), stream is self.cuda.capturing
         self.clock = dict(stream.clock)
+        self.recorded_at = self.cuda.now
 
     def query(self) -> bool:
         self.cuda.call("cudaEventQuery", capturable=False)
@@ -140,14 +143,22 @@ class Event:
         self.cuda.wait(*self.recorded, self.clock)
 
     def elapsed_time(self, end: "Event") -> float:
-        """A millisecond, whatever has run: there is no clock here. `cudaEventElapsedTime` wants both to have ended."""
+        """Operations run in between, as milliseconds. `cudaEventElapsedTime` wants both events to have ended."""
         self.cuda.call("cudaEventElapsedTime", capturable=False)
         for event in (self, end):
             if not event.enable_timing:
                 self.cuda.fault("an event without timing is asked for its time")
             elif event.recorded is None or event.recorded[0].done < event.recorded[1]:
                 self.cuda.fault("an event is asked for its time before it has ended")
-        return 1.0
+                return 0.0
+        return end.time - self.time
+
+    @property
+    def time(self) -> float:
+        """When the device passed it: an idle stream does at once."""
+        assert self.recorded is not None
+        stream, number = self.recorded
+        return max(self.recorded_at, stream.times[number - 1] if number else 0.0)
 
 
 class FakeCuda:
@@ -161,6 +172,8 @@ class FakeCuda:
         self.schedule = Schedule(seed, self.advance, eager=(0.6, 0.3, 0.05)[seed % 3])
         self.faults: list[str] = []
         self.calls = 0
+        self.now = 0.0
+        """Operations that the device has run."""
         self.host: Clock = {}
         """What the host is sure of."""
         self.streams: list[Stream] = []
@@ -267,6 +280,8 @@ class FakeCuda:
         if operation.run is not None:
             operation.run()
         stream.done = operation.number
+        self.now += 1.0
+        stream.times.append(self.now)
         return True
 
     # Memory

@@ -24,6 +24,7 @@ from vllm_adapmoe.device.addresses import AddressTable
 from vllm_adapmoe.device.in_place import DOWN, GATE_UP, InPlaceDecode
 from vllm_adapmoe.experts import CacheShape
 from vllm_adapmoe.policy.cache_setup import CacheSetup
+from vllm_adapmoe.policy.cache_stats import CacheStats
 from vllm_adapmoe.policy.controller import CacheController
 from vllm_adapmoe.policy.prediction import PredictedExperts
 from vllm_adapmoe.store.host import HostStore
@@ -117,7 +118,9 @@ class Worker:
     def step(self) -> None:
         """Any step, launched when the step before the last has ended."""
         ways = [self.fetched, self.fetched, self.fetched, self.whole, self.captured, self.restarted]
-        if self.in_place is not None:
+        if self.in_place is None:
+            ways.append(self.replaced)
+        else:
             self.drain_finished()
             ways += [self.read_in_place] * 5
         way = self.random.choice(ways)
@@ -181,6 +184,13 @@ class Worker:
     def restarted(self) -> None:
         self.prefetch(0)
         self.cache.restart(self.cache.controller.empty_copy(), None)
+
+    def replaced(self) -> None:
+        """Another store, while the last request's copies may be on their way and no kernel waits for them."""
+        experts = [self.random.randrange(EXPERTS)]
+        self.cache.acquire(0, experts)
+        self.cache.release(0, experts)
+        self.cache.replace_store(PlayedStore(self.cuda, {1, 2}))
 
     # In place
 
@@ -277,6 +287,7 @@ def test_every_schedule_is_in_order():
         "whole layers",
         "captured",
         "restarted",
+        "replaced",
         "caught_up",
         "prefetch_hits",
         "late",
@@ -313,9 +324,9 @@ def test_a_kernel_that_reads_a_slot_before_its_copy_has_ended_is_found():
 def test_a_demand_load_that_a_kernel_does_not_wait_for_is_found():
     issue = DemandCopies.issue
 
-    def beside(copies: DemandCopies, *args: Any) -> None:
+    def beside(copies: DemandCopies, *args: Any, **options: Any) -> None:
         with torch.cuda.stream(torch.cuda.Stream(DEVICE)):  # which waits in the place of the kernels' stream
-            issue(copies, *args)
+            issue(copies, *args, **options)
 
     assert_found(
         lambda patch: patch.setattr(DemandCopies, "issue", beside),
@@ -334,6 +345,60 @@ def test_a_demand_load_into_a_slot_that_a_kernel_still_reads_is_found():
         lambda patch: patch.setattr(SlotPool, "copy_whole", copy_whole),
         "copy writes device memory that an unordered kernel reads",
     )
+
+
+def test_a_store_that_is_replaced_while_it_is_copied_from_is_found():
+    assert_found(
+        lambda patch: patch.setattr(DemandCopies, "finish", lambda copies, stats: None),
+        "giving the store's memory back writes pinned memory that an unordered copy reads",
+    )
+
+
+def copies_of(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> tuple[DemandCopies, SlotPool, PlayedStore]:
+    cuda.install(monkeypatch)
+    store = PlayedStore(cuda, set())
+    pool = SlotPool(store.layouts[0], 4, DEVICE)
+    cuda.synchronize()
+    return DemandCopies(DEVICE), pool, store
+
+
+def test_an_idle_device_waits_for_a_whole_demand_load(monkeypatch):
+    """And one with kernels to run waits for the rest; with loads for which the host waits it does not count."""
+    cuda, stats = FakeCuda(0), CacheStats()
+    copies, pool, store = copies_of(cuda, monkeypatch)
+    record = store.page_locked((0, 1))
+    assert record is not None
+    copies.issue(pool, [(0, record)], stalls=True)
+    cuda.synchronize()
+    copies.count(stats)
+    assert stats.stall_seconds >= stats.fetch_seconds > 0
+    stalled, fetched = stats.stall_seconds, stats.fetch_seconds
+    copies.issue(pool, [(1, record)], stalls=False)
+    cuda.synchronize()
+    copies.count(stats)
+    assert stats.stall_seconds == stalled and stats.fetch_seconds > fetched
+    for _ in range(50):
+        cuda.launch([], [])
+    copies.issue(pool, [(2, record)], stalls=True)
+    while cuda.streams[0].done < cuda.streams[0].given - 1:  # its kernels, not the wait
+        cuda.advance()
+    copies.finish(stats)
+    cuda.synchronize()
+    copies.count(stats)
+    assert stats.stall_seconds - stalled < 50 / 1e3 and not cuda.faults
+
+
+def test_prefetches_wait_for_demand_loads(monkeypatch):
+    cuda = FakeCuda(1)
+    copies, pool, store = copies_of(cuda, monkeypatch)
+    record = store.page_locked((0, 1))
+    assert record is not None
+    copies.issue(pool, [(0, record)], stalls=True)
+    ended = copies.ended
+    assert ended is not None
+    for _ in pool.copy(1, record, 4096, lambda: copies.ended):
+        assert ended.query()
+    assert not cuda.faults
 
 
 def test_a_staging_buffer_that_is_used_again_too_early_is_found():

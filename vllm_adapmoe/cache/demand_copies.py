@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -10,24 +10,28 @@ from vllm_adapmoe.cache.slots import SlotPool
 from vllm_adapmoe.policy.cache_stats import CacheStats
 
 
-@dataclass(frozen=True)
-class Copy:
-    """A page-locked record to copy."""
+class Timed(NamedTuple):
+    """Events of a request whose times are not counted yet."""
 
-    pool: SlotPool
-    slot: int
-    record: torch.Tensor
-    """uint8 `[record bytes]`."""
+    begun: torch.cuda.Event
+    """Before its copies."""
+    ended: torch.cuda.Event
+    """After them."""
+    reached: torch.cuda.Event
+    """Where the kernels' stream waits for them."""
+    stalls: bool
+    """Whether that wait counts as a stall."""
 
 
 class DemandCopies:
     """Copies page-locked records to slots on a stream of its own, in the order of the requests.
 
-    The requesting thread only launches them: work that it launches afterwards on its current stream runs once the
-    records are in their slots. A reader thread and a wait on the host for each record would take longer than the copy
-    of a small one: requests of 9 MiB records got 0.41 to 0.55 of a plain copy's bandwidth on an H200.
+    The requesting thread only launches them: work that it launches afterwards **on the stream that is current now**
+    runs once the records are in their slots. A reader thread and a wait on the host for each record would take longer
+    than the copy of a small one: requests of 9 MiB records got 0.41 to 0.55 of a plain copy's bandwidth on an H200, and
+    get 0.93 to 0.97 (examples/benchmarks/gpu/).
 
-    Call every method but `ended` with the lock of the transfers held.
+    Call its methods in the requesting thread, with the lock of the transfers held while other threads run.
 
     Args:
         device: CUDA device of the slots.
@@ -37,40 +41,41 @@ class DemandCopies:
         self._device, self._stream = device, torch.cuda.Stream(device)
         self.ended: torch.cuda.Event | None = None
         """Event at the end of all copies so far; None before the first. Prefetches wait for it."""
-        self._timed: deque[tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event]] = deque()
-        """Of each request not counted yet: begin and end of its copies, and the device's arrival where it waits."""
+        self._timed: deque[Timed] = deque()
 
-    def issue(self, copies: Sequence[Copy], stats: CacheStats) -> None:
+    def issue(self, pool: SlotPool, copies: Sequence[tuple[int, torch.Tensor]], stalls: bool) -> None:
         """Launches copies, and lets the current stream wait for them.
 
         Args:
-            copies: records to copy; no kernel launched from now on uses the experts that the slots held before.
-            stats: counters, to which the times of requests that have ended since are added.
+            pool: pool of the slots.
+            copies: slots, and the records to copy there, uint8 `[record bytes]`. No kernel launched from now on uses
+                the experts that the slots held before.
+            stalls: whether the wait counts as a stall: not if the host waits for other loads of the request.
         """
-        stream = self._stream
-        for pool in {id(copy.pool): copy.pool for copy in copies}.values():
-            pool.hold_until_unused(stream)
+        stream, waiting = self._stream, torch.cuda.current_stream(self._device)
         begun, ended, reached = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        reached.record(waiting)  # before the copies are launched: an idle stream waits from now on
+        pool.hold_until_unused(stream)
         with torch.cuda.stream(stream):
             begun.record()
-            for copy in copies:
-                copy.pool.copy_whole(copy.slot, copy.record)
+            for slot, record in copies:
+                pool.copy_whole(slot, record)
             ended.record()
-        waiting = torch.cuda.current_stream(self._device)
-        reached.record(waiting)
         waiting.wait_event(ended)
         self.ended = ended  # only now: other threads wait for it, and it must have been recorded
-        self.count(stats)
-        self._timed.append((begun, ended, reached))
+        self._timed.append(Timed(begun, ended, reached, stalls))
 
     def count(self, stats: CacheStats) -> None:
-        """Adds the times of requests that have ended to `fetch_seconds`, and the device's waits to `stall_seconds`."""
-        while self._timed and all(event.query() for event in self._timed[0]):
-            begun, ended, reached = self._timed.popleft()
-            stats.fetch_seconds += begun.elapsed_time(ended) / 1e3
-            stats.stall_seconds += max(0.0, reached.elapsed_time(ended)) / 1e3
+        """Adds the times of requests that have ended to `fetch_seconds` and `stall_seconds`; not while capturing."""
+        while self._timed and all(event.query() for event in self._timed[0][:3]):
+            timed = self._timed.popleft()
+            stats.fetch_seconds += timed.begun.elapsed_time(timed.ended) / 1e3
+            if timed.stalls:
+                stats.stall_seconds += max(0.0, timed.reached.elapsed_time(timed.ended)) / 1e3
 
     def finish(self, stats: CacheStats) -> None:
-        """Waits on the host until all copies have ended."""
+        """Waits on the host until all copies have ended, and counts them."""
         self._stream.synchronize()
+        for timed in self._timed:
+            timed.reached.synchronize()
         self.count(stats)

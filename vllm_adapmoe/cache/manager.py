@@ -135,8 +135,15 @@ class ExpertCacheManager:
 
     @property
     def stats(self) -> CacheStats:
-        """Cache counters since the start."""
+        """Cache counters since the start, but for times of copies that the device waits for: `update_stats`."""
         return self.controller.stats
+
+    def update_stats(self) -> CacheStats:
+        """Returns the counters, with the times of all copies that have ended; not within `quiet`."""
+        if self._demand_copies is not None:
+            with self.transfers.lock:
+                self._demand_copies.count(self.stats)
+        return self.stats
 
     def pool(self, layer: int) -> SlotPool:
         """Returns the pool that holds the experts of `layer`."""
@@ -162,6 +169,8 @@ class ExpertCacheManager:
         expected: np.ndarray | None = None,
     ) -> Acquisition:
         """Pins the distinct `experts` of `layer` until `release`, and issues the loads of those that are missing.
+
+        On a device, launch the kernel that reads them on the stream that is current now: it may wait for copies.
 
         Args:
             layer: MoE layer index.
@@ -325,6 +334,8 @@ class ExpertCacheManager:
             self._check_usable()
             try:
                 transfers.drain()
+                if self._demand_copies is not None:
+                    self._demand_copies.finish(self.stats)
             except BaseException:
                 transfers.resume()
                 raise

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_adapmoe.cache.demand_copies import Copy, DemandCopies
+from vllm_adapmoe.cache.demand_copies import DemandCopies
 from vllm_adapmoe.cache.slots import SlotPool
 from vllm_adapmoe.experts import ExpertKey
 from vllm_adapmoe.policy.controller import CacheController
@@ -144,16 +144,20 @@ class TransferEngine:
             if record is None:
                 self._queue_urgent(Job(load.key, urgent=True, slot=load.slot))
             else:
-                copies.append(Copy(self.pools[self.controller.pool_of[load.key[0]]], load.slot, record))
+                copies.append((load.slot, record))
                 copied.append(load.key)
-        if self.demand_copies is not None and copies:
-            try:
-                self.demand_copies.issue(copies, self.controller.stats)
-            except Exception as error:
-                self._fail(error)
-                raise
-            for key, copy in zip(copied, copies, strict=True):
-                self.controller.transfer_ended(key, copy.pool.record_bytes, complete=True)
+        if self.demand_copies is None or not copies:
+            return
+        pool = self.pools[self.controller.pool_of[copied[0][0]]]  # a request is of one layer
+        host_waits = bool(request.awaited) or len(copies) < len(request.loads)
+        try:
+            self.demand_copies.count(self.controller.stats)
+            self.demand_copies.issue(pool, copies, stalls=not host_waits)
+        except Exception as error:
+            self._fail(error)
+            raise
+        for key in copied:
+            self.controller.transfer_ended(key, pool.record_bytes, complete=True)
 
     def _promote(self, key: ExpertKey) -> None:
         job = self.jobs[key]

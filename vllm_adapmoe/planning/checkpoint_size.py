@@ -52,7 +52,8 @@ def measure_checkpoint(
     text = config.get_text_config()
     dtype = dtype or _dtype(config)
     if expert_bits is None and any(getattr(part, "quantization_config", None) is not None for part in (config, text)):
-        raise AdapMoEError(f"{folder} is quantised; set --expert-bits to the bits per expert weight")
+        remedy = "set" if precision is None else "remove --precision and set"
+        raise AdapMoEError(f"{folder} is quantised; {remedy} --expert-bits to the bits per expert weight")
     layers = list(_expert_layers(model))
     top_k = _find(text.to_dict(), TOP_K) or 0
     if not layers or not top_k:
@@ -62,7 +63,11 @@ def measure_checkpoint(
     count, expert_weights, _ = layers[0]
     bits = expert_bits or 8.0 * dtype.itemsize
     if precision in (8, 4):
-        inner = expert_weights // (3 * text.hidden_size)
+        inner, rest = divmod(expert_weights, 3 * text.hidden_size)
+        if rest:
+            raise AdapMoEError(
+                f"--precision {precision} is planned for experts of three matrices without biases; set --expert-bits"
+            )
         quantised = bits_per_weight(precision, text.hidden_size, inner, on_cpu)
         if quantised is None:
             raise AdapMoEError(

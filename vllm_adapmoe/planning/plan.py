@@ -56,7 +56,7 @@ class Question:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether quantised experts are planned in the format of vLLM's x86 kernels: a link is given for a GPU."""
+        """Whether quantised experts are planned in the format of vLLM's x86 kernels: not with a link or a GPU."""
         return self.link == "auto" and not torch.cuda.is_available()
 
 

@@ -32,8 +32,8 @@ class CacheStats:
     stall_seconds: float = 0.0
     """Seconds that layers waited for experts, on the host or on the device."""
     fetch_seconds: float = 0.0
-    """Seconds with at least one transfer in flight: `fetched_bytes / fetch_seconds` is the bandwidth achieved. Copies
-    that the device waits for (`DemandCopies`) are added, though others may be in flight beside them."""
+    """Seconds with at least one transfer in flight: `fetched_bytes / fetch_seconds` is the bandwidth achieved. On a GPU
+    at least that: the seconds of demand loads are added, though prefetches may be in flight meanwhile."""
 
     @property
     def demand_loads(self) -> int:

@@ -91,7 +91,10 @@ METRICS = {
     ),
     "fetched_bytes": Metric("fetched_bytes", "Bytes of experts fetched from the backing store."),
     "wasted_bytes": Metric("wasted_bytes", "Bytes fetched by prefetches that were wasted or cancelled."),
-    "fetch_seconds": Metric("fetch_seconds", "Seconds with at least one fetch in flight."),
+    "fetch_seconds": Metric(
+        "fetch_seconds",
+        "Seconds with fetches in flight; on a GPU, demand loads beside prefetches count twice.",
+    ),
     "stall_seconds": Metric("fetch_stall_seconds", "Seconds that one step waited for expert fetches.", "histogram"),
     "gated_tokens": Metric("gated_tokens", "Tokens processed by adaptive gating, counted once per layer."),
     "kept_experts": Metric("kept_experts", "Experts that gated tokens kept, over all layers."),

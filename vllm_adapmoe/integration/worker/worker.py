@@ -251,7 +251,7 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
             experts.end()
         if self.expert_cache is None or not self._config.scheduler.enabled:
             return ()
-        stats = self.expert_cache.stats
+        stats = self.expert_cache.update_stats()
         (stall_seconds,) = self._since(stats, [stats.stall_seconds]).tolist()
         self._clock.stop((stall_seconds, self.current_step.prompt_rows > 0))
         return [StepTimes(seconds, *inputs) for seconds, inputs in self._clock.finished()]

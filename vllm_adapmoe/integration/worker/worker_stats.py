@@ -24,7 +24,7 @@ def total_stats(
     """
     if cache is None and gating is None:
         return {}
-    stats = CacheStats() if cache is None else cache.stats
+    stats = CacheStats() if cache is None else cache.update_stats()
     gates = [] if gating is None else [gate.stats for gate in gating.layers]
     gated = {name: sum(vars(gate)[name] for gate in gates) for name in vars(GateStats())}
     return vars(stats) | {"demand_loads": stats.demand_loads} | _slots(cache, layers) | gated
@@ -87,7 +87,7 @@ class StepStats:
         return counters
 
     def _of_cache(self, cache: ExpertCacheManager) -> StepCounters:
-        controller, stats = cache.controller, cache.stats
+        controller, stats = cache.controller, cache.update_stats()
         counted: dict[str, Any] = vars(stats) | {"demand_loads": stats.demand_loads}
         now = [*counted.values(), *controller.layer_hits, *controller.layer_misses]
         change = self._fetched(controller, now).tolist()
