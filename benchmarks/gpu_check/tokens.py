@@ -143,14 +143,13 @@ def check_tokens(device: Device, seed: int, ends: float, plan: Plan) -> Iterator
                 noisy = eager and _rounds(plan, contender.kind)
                 noise = ROUNDINGS * torch.finfo(torch.bfloat16).eps / 2 if noisy else None
                 stock[key] = start(contender.kind, adapmoe=None, eager=eager, in_pieces=key[1] == "fetch", noise=noise)
-        known: dict[tuple[str, str, bool], Any] = {}
         running = {}
         for contender in sorted(plan.contenders, key=lambda contender: contender.promise == ROUNDING):
-            key, forced = _reference(contender), None
+            forced = None
             if contender.promise == ROUNDING:  # started last: it waits for stock's tokens
-                known[key] = known[key] if key in known else _outcome(stock[key])
-                if not isinstance(known[key], EngineFailed):
-                    forced = [tokens for tokens, _ in known[key]["alone"]]
+                reference = _outcome(stock[_reference(contender)])
+                if not isinstance(reference, EngineFailed):
+                    forced = [tokens for tokens, _ in reference["alone"]]
             adapmoe = {
                 "cache_fraction": contender.resident, "store": "host", "scheduler": {"enabled": False},
                 "decode": contender.decode,
@@ -158,7 +157,7 @@ def check_tokens(device: Device, seed: int, ends: float, plan: Plan) -> Iterator
             running[contender] = start(
                 contender.kind, adapmoe=adapmoe, eager=contender.eager, in_pieces=False, forced=forced
             )
-        known |= {key: _outcome(result) for key, result in stock.items() if key not in known}
+        known = {key: _outcome(result) for key, result in stock.items()}
         in_place: list[tuple[Contender, Any]] = []
         for contender in plan.contenders:
             outcome = _outcome(running[contender])

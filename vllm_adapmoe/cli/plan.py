@@ -84,10 +84,8 @@ def plan(
     bits = [] if expert_bits is None else numbers("--expert-bits", expert_bits)
     precisions = [] if precision is None else numbers("--precision", precision)
     if output is not None and (len(bits) > 1 or len(precisions) > 1):
-        name, given, values = (
-            ("--precision", precision, precisions) if precisions else ("--expert-bits", expert_bits, bits)
-        )
-        raise AdapMoEError(f"--output takes one configuration; {name} {given} has {len(values)} values")
+        given = f"--precision {precision}" if precisions else f"--expert-bits {expert_bits}"
+        raise AdapMoEError(f"--output takes one configuration; {given} has {len(precisions or bits)} values")
     if output is not None and memory is None:
         raise AdapMoEError("--output needs to know the budget; add --memory, e.g. --memory 24GiB")
     question = Question(
