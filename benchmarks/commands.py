@@ -28,7 +28,9 @@ from vllm_adapmoe.model_folder import check_named_model
 from vllm_adapmoe.units import parse_bytes
 
 TINY_MIXTRAL = Path(__file__).parent.parent / "examples" / "tiny_mixtral" / "model"
-CONTENDERS = "llama.cpp,transformers,vllm,adapmoe-lru,adapmoe"
+CONTENDERS = (
+    "llama.cpp,llama.cpp-q8_0,llama.cpp-q4_k_m,llama.cpp-q4_0,transformers,vllm,adapmoe-lru,adapmoe,adapmoe-8,adapmoe-4"
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -224,42 +226,47 @@ def peers(
     text: Text = None,
     memory: Annotated[
         str | None,
-        typer.Option(help="Memory limit per contender, page cache included, e.g. 2.5GiB. Default: none."),
+        typer.Option(
+            help="Memory limits per contender, page cache included, comma-separated, e.g. 1.5GiB,3GiB. Default: none."
+        ),
     ] = None,
     rounds: Rounds = 3,
     prompt_tokens: PromptTokens = 64,
     output_tokens: OutputTokens = 32,
-    slots: Annotated[
-        int | None, typer.Option(min=2, help="Expert slots of the plugin; default: as many as fit.")
-    ] = None,
+    loss_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens whose loss is measured, for each format of the weights.")
+    ] = 4096,
     files: Annotated[
         Path | None,
-        typer.Option(help="Folder to keep the GGUF file and packed experts in; default: a temporary folder."),
+        typer.Option(help="Folder to keep GGUF files and packed experts in; default: a temporary folder."),
     ] = None,
     timeout: Annotated[float, typer.Option(min=1, help="Time limit per contender and run, s.")] = 900,
     contenders: Annotated[
         str,
         typer.Option(
-            help="Contenders, comma-separated; adapmoe always takes part.", show_default=CONTENDERS.replace(",", ", ")
+            help="Contenders, comma-separated, one of the plugin's among them.",
+            show_default=CONTENDERS.replace(",", ", "),
         ),
     ] = CONTENDERS,
     enforce_eager: Annotated[
         bool, typer.Option("--enforce-eager", help="Run vLLM without CUDA graphs, as in `vllm serve`.")
     ] = False,
     profile: Annotated[Path | None, profile_option("; adds the plugin with it, ungated and gated")] = None,
+    plot: Plot = None,
 ) -> None:
     """Compares the plugin with llama.cpp, transformers (disk offload) and stock vLLM: same memory, model and tokens."""
     quieten_vllm()
     from benchmarks.peers import PeersSpec, run_peers
-    from benchmarks.peers_table import print_peers
+    from benchmarks.peers_table import plot_peers, print_peers
 
     spec = PeersSpec(
         model=checkpoint_folder(model),
         text=text, rounds=rounds, prompt_tokens=prompt_tokens, output_tokens=output_tokens,
-        memory=None if memory is None else parse_bytes("--memory", memory), slots=slots, files=files, timeout=timeout,
+        memory=[None] if memory is None else [parse_bytes("--memory", limit) for limit in memory.split(",")],
+        loss_tokens=loss_tokens, files=files, timeout=timeout,
         contenders=[name.strip() for name in contenders.split(",")], enforce_eager=enforce_eager, profile=profile,
     )  # fmt: skip
-    report(run_peers(spec), print_peers, output)
+    report(run_peers(spec), print_peers, output, plot_peers, plot)
 
 
 @app.command()

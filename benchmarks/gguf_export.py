@@ -1,5 +1,6 @@
-"""Exports a Mixtral checkpoint as a GGUF file for llama.cpp: the same weights, unquantised, without a tokenizer."""
+"""Exports a Mixtral or Qwen3-MoE checkpoint as a GGUF file for llama.cpp, without a tokenizer, and quantises it."""
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -18,10 +19,47 @@ from vllm_adapmoe.model_folder import read_model_config
 
 SOURCE = "adapmoe.source"
 """GGUF key that stores the hash of the exported checkpoint."""
-PROJECTIONS = {"w1": "ffn_gate_exps", "w2": "ffn_down_exps", "w3": "ffn_up_exps"}
 OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 ATTENTION = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How llama.cpp names an architecture and the tensors that differ between architectures."""
+
+    name: str
+    moe: str
+    """Name of the MoE block in a layer of the checkpoint."""
+    projections: dict[str, str]
+    """GGUF name of each projection of an expert."""
+    head_norms: dict[str, str]
+    """GGUF name of each norm over the heads of queries and keys."""
+    permutes_rotary: bool
+    """Whether rotary embedding pairs neighbours in llama.cpp (`permute_rotary`)."""
+    inner_size: str
+    """Key of an expert's intermediate size."""
+
+
+ARCHITECTURES = {
+    "mixtral": Architecture(
+        name="llama",
+        moe="block_sparse_moe",
+        projections={"w1": "ffn_gate_exps", "w2": "ffn_down_exps", "w3": "ffn_up_exps"},
+        head_norms={},
+        permutes_rotary=True,
+        inner_size="intermediate_size",
+    ),
+    "qwen3_moe": Architecture(
+        name="qwen3moe",
+        moe="mlp",
+        projections={"gate_proj": "ffn_gate_exps", "down_proj": "ffn_down_exps", "up_proj": "ffn_up_exps"},
+        head_norms={"q_norm": "attn_q_norm", "k_norm": "attn_k_norm"},
+        permutes_rotary=False,
+        inner_size="moe_intermediate_size",
+    ),
+}
+"""By `model_type`. llama.cpp renormalises the weights of the chosen experts in both (`src/models/*.cpp`)."""
 
 
 def permute_rotary(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -73,21 +111,25 @@ class Checkpoint:
 
 
 def read_config(model: Path) -> dict[str, Any]:
-    """Reads the `config.json` of a Mixtral model.
+    """Reads the `config.json` of a Mixtral or Qwen3-MoE model.
 
     Raises:
-        AdapMoEError: another architecture, or a variant of Mixtral that cannot be exported.
+        AdapMoEError: another architecture, or a variant that cannot be exported.
     """
     config = read_model_config(model)
-    if config.get("model_type") != "mixtral":
+    if config.get("model_type") not in ARCHITECTURES:
         raise AdapMoEError(
-            f"{model} has model_type {config.get('model_type')!r}; llama.cpp is compared on mixtral only"
+            f"{model} has model_type {config.get('model_type')!r}; llama.cpp is compared on "
+            f"{' and '.join(ARCHITECTURES)} only"
         )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     for key, value, fine in (
         ("rope_type", rope.get("rope_type", "default"), "default"),
         ("sliding_window", config.get("sliding_window"), None),
         ("dtype", config.get("dtype") or config.get("torch_dtype"), "bfloat16"),
+        ("norm_topk_prob", config.get("norm_topk_prob", True), True),
+        ("mlp_only_layers", config.get("mlp_only_layers") or [], []),
+        ("decoder_sparse_step", config.get("decoder_sparse_step", 1), 1),
     ):
         if value != fine:
             raise AdapMoEError(f"{model} has {key} {value!r}; for llama.cpp only {fine!r} is exported")
@@ -99,6 +141,7 @@ def tensors_of(checkpoint: Checkpoint, config: dict[str, Any]) -> Iterator[Tenso
 
     Norms and routers are float32, as llama.cpp requires; everything else stays bfloat16.
     """
+    architecture = ARCHITECTURES[config["model_type"]]
 
     def plain(source: str, name: str, dtype: torch.dtype) -> Tensor:
         return Tensor(f"{name}.weight", checkpoint.shape(source), dtype, lambda: checkpoint.read(source))
@@ -123,14 +166,16 @@ def tensors_of(checkpoint: Checkpoint, config: dict[str, Any]) -> Iterator[Tenso
             yield plain(f"{source}.{key}.weight", f"{block}.{name}", torch.float32)
         for key, name in ATTENTION.items():
             weight = f"{source}.self_attn.{key}.weight"
-            if key in heads:
+            if key in heads and architecture.permutes_rotary:
                 yield rotary(weight, f"{block}.{name}", heads[key])
             else:
                 yield plain(weight, f"{block}.{name}", torch.bfloat16)
-        moe = f"{source}.block_sparse_moe"
+        for key, name in architecture.head_norms.items():
+            yield plain(f"{source}.self_attn.{key}.weight", f"{block}.{name}", torch.float32)
+        moe = f"{source}.{architecture.moe}"
         yield plain(f"{moe}.gate.weight", f"{block}.ffn_gate_inp", torch.float32)
-        for key, name in PROJECTIONS.items():
-            experts = range(config["num_local_experts"])
+        for key, name in architecture.projections.items():
+            experts = range(num_experts(config))
             yield merged([f"{moe}.experts.{expert}.{key}.weight" for expert in experts], f"{block}.{name}")
 
 
@@ -138,7 +183,7 @@ def export(model: Path, path: Path, source: str) -> None:
     """Writes the GGUF file of a checkpoint atomically, with at most one tensor in memory.
 
     Args:
-        model: folder of a Mixtral checkpoint in bfloat16.
+        model: folder of a Mixtral or Qwen3-MoE checkpoint in bfloat16.
         path: GGUF file to write.
         source: hash of the checkpoint, which `exported_from` returns.
 
@@ -148,12 +193,13 @@ def export(model: Path, path: Path, source: str) -> None:
     config = read_config(model)
     gguf = need("gguf")
     checkpoint = Checkpoint(model)
-    if missing := [name for name in checkpoint.names() if not _known(name)]:
+    architecture = ARCHITECTURES[config["model_type"]]
+    if missing := [name for name in checkpoint.names() if not _known(name, architecture)]:
         raise AdapMoEError(
             f"{model} has a tensor {missing[0]!r} that the GGUF file has no place for; use another model"
         )
     temporary = path.with_name(path.name + ".tmp")
-    writer = gguf.GGUFWriter(temporary, "llama")
+    writer = gguf.GGUFWriter(temporary, architecture.name)
     _describe(writer, config, source)
     tensors = list(tensors_of(checkpoint, config))
     types = {torch.float32: gguf.GGMLQuantizationType.F32, torch.bfloat16: gguf.GGMLQuantizationType.BF16}
@@ -178,9 +224,38 @@ def exported_from(path: Path) -> str | None:
     return None
 
 
-def _known(name: str) -> bool:
+def quantise(path: Path, to: Path, format: str) -> None:
+    """Quantises a GGUF file by llama.cpp's own function, with its defaults, atomically.
+
+    Args:
+        path: the GGUF file in bfloat16.
+        to: file to write.
+        format: name of a type of file of llama.cpp (`LLAMA_FTYPE_MOSTLY_...`), such as Q8_0.
+
+    Raises:
+        AdapMoEError: llama.cpp refuses, or package llama-cpp-python is missing.
+    """
+    api = need("llama_cpp")
+    parameters = api.llama_model_quantize_default_params()
+    parameters.ftype = getattr(api, f"LLAMA_FTYPE_MOSTLY_{format}")
+    parameters.nthread = len(os.sched_getaffinity(0))
+    temporary = to.with_name(to.name + ".tmp")
+    if api.llama_model_quantize(os.fsencode(path), os.fsencode(temporary), parameters):
+        temporary.unlink(missing_ok=True)
+        raise AdapMoEError(f"llama.cpp cannot quantise {path} to {format}; leave out that contender")
+    temporary.replace(to)
+
+
+def num_experts(config: dict[str, Any]) -> int:
+    """Returns the number of routed experts of a layer."""
+    return config.get("num_local_experts") or config["num_experts"]
+
+
+def _known(name: str, architecture: Architecture) -> bool:
     layer = r"model\.layers\.\d+\."
-    inside = rf"({'|'.join(NORMS)}|self_attn\.({'|'.join(ATTENTION)})|block_sparse_moe\.(gate|experts\.\d+\.w[123]))"
+    attention = "|".join([*ATTENTION, *architecture.head_norms])
+    experts = rf"{architecture.moe}\.(gate|experts\.\d+\.({'|'.join(architecture.projections)}))"
+    inside = rf"({'|'.join(NORMS)}|self_attn\.({attention})|{experts})"
     return re.fullmatch(rf"({'|'.join(OUTSIDE)}|{layer}{inside})\.weight", name) is not None
 
 
@@ -193,7 +268,9 @@ def _describe(writer: Any, config: dict[str, Any], source: str) -> None:
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
+    inner = config[ARCHITECTURES[config["model_type"]].inner_size]
+    writer.add_feed_forward_length(inner)
+    writer.add_expert_feed_forward_length(inner)
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_key_length(head_dim)
@@ -201,5 +278,5 @@ def _describe(writer: Any, config: dict[str, Any], source: str) -> None:
     writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(rope.get("rope_theta") or config.get("rope_theta", 1e6))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_expert_count(config["num_local_experts"])
+    writer.add_expert_count(num_experts(config))
     writer.add_expert_used_count(config["num_experts_per_tok"])

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +19,17 @@ from benchmarks.residency import ON_DEMAND
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.model_folder import read_model_config
 
-GGUF = "model.gguf"
+FORMATS = {"llama.cpp": None, "llama.cpp-q8_0": "Q8_0", "llama.cpp-q4_k_m": "Q4_K_M", "llama.cpp-q4_0": "Q4_0"}
+"""Format that llama.cpp's own quantiser makes for each of its contenders; None: as exported, in bfloat16."""
+PRECISIONS = {
+    "adapmoe-lru": 16,
+    "adapmoe": 16,
+    "adapmoe-profile": 16,
+    "adapmoe-gated": 16,
+    "adapmoe-8": 8,
+    "adapmoe-4": 4,
+}
+"""`precision` of each of the plugin's contenders."""
 PACK, OFFLOADED = "pack", "offloaded"
 GATED = {"gating": {"mode": "batch", "max_loss_increase": 0.005}}
 KV_BLOCK = 128
@@ -48,9 +58,11 @@ class Task:
     trace: str | None = None
     """File for the plugin's routing trace."""
     profile: str | None = None
-    """Profile for `adapmoe-profile` and `adapmoe-gated`."""
+    """Profile of the model, for the plugin."""
     prepare: bool = False
     """Whether to only make the files that the contender needs."""
+    losses: bool = False
+    """Whether to measure the loss of the sequences, each as one prompt, in place of decoding them."""
 
     @property
     def length(self) -> int:
@@ -68,6 +80,10 @@ class Contender(Protocol):
         """
         ...
 
+    def losses(self, sequences: list[list[int]]) -> list[float]:
+        """Returns the loss of every token after the first of each sequence, nats, with each sequence as one prompt."""
+        ...
+
     def stats(self) -> dict[str, float]:
         """Returns counters since the start."""
         ...
@@ -82,8 +98,9 @@ class LlamaCpp:
 
     def __init__(self, task: Task) -> None:
         self._llama = need("llama_cpp").Llama(
-            str(Path(task.files) / GGUF),
+            str(gguf_file(task)),
             n_ctx=task.length,
+            logits_all=task.losses,
             n_batch=task.prompt_tokens,
             n_threads=len(os.sched_getaffinity(0)),
             n_threads_batch=len(os.sched_getaffinity(0)),
@@ -100,6 +117,19 @@ class LlamaCpp:
             self._llama.eval(part)
             logits = np.ctypeslib.as_array(api.llama_get_logits_ith(context, -1), shape=(self._llama.n_vocab(),))
             yield int(logits.argmax())
+
+    def losses(self, sequences: list[list[int]]) -> list[float]:
+        import numpy as np
+
+        nats: list[float] = []
+        for ids in sequences:
+            self._llama.reset()
+            self._llama.eval(ids)
+            logits = np.array(self._llama.scores[: len(ids) - 1], dtype=np.float64)
+            logits -= logits.max(axis=1, keepdims=True)
+            chosen = logits[np.arange(len(ids) - 1), ids[1:]]
+            nats += (np.log(np.exp(logits).sum(axis=1)) - chosen).tolist()
+        return nats
 
     def stats(self) -> dict[str, float]:
         return {}
@@ -134,6 +164,9 @@ class Transformers:
             past = output.past_key_values
             yield int(output.logits[0, -1].argmax())
 
+    def losses(self, sequences: list[list[int]]) -> list[float]:
+        raise AdapMoEError("transformers computes with the checkpoint's own weights; measure vllm")
+
     def stats(self) -> dict[str, float]:
         return {}
 
@@ -149,6 +182,7 @@ def vllm_engine(task: Task) -> Any:
     config: dict[str, Any] | None = None
     if task.contender != "vllm":
         config = {"cache_experts": task.slots, "store": "file", "store_dir": str(Path(task.files) / PACK)}
+        config |= {"precision": PRECISIONS[task.contender]}
         config |= ON_DEMAND if task.contender == "adapmoe-lru" else {}
         config |= {} if task.profile is None else {"profile": task.profile}
         config |= GATED if task.contender == "adapmoe-gated" else {}
@@ -160,7 +194,7 @@ def vllm_engine(task: Task) -> Any:
     return Engine(
         task.model,
         config,
-        max_model_len=task.length,
+        max_model_len=task.length + 1,  # a prompt that is measured is followed by one token
         max_num_seqs=1,
         enforce_eager=task.enforce_eager,
         max_num_batched_tokens=max(task.prompt_tokens, 16),
@@ -178,6 +212,11 @@ class Vllm:
     def best_tokens(self, ids: list[int], prompt_tokens: int) -> Iterator[int]:
         yield from self._engine.best_tokens(ids, prompt_tokens)
 
+    def losses(self, sequences: list[list[int]]) -> list[float]:
+        from vllm_adapmoe.integration.measure.losses import prefill_losses
+
+        return prefill_losses(self._engine, sequences).nats.tolist()
+
     def stats(self) -> dict[str, float]:
         return self._engine.cache_stats()
 
@@ -186,14 +225,16 @@ class Vllm:
 
 
 CONTENDERS: dict[str, Callable[[Task], Contender]] = {
-    "llama.cpp": LlamaCpp,
+    **dict.fromkeys(FORMATS, LlamaCpp),
     "transformers": Transformers,
     "vllm": Vllm,
-    "adapmoe-lru": Vllm,
-    "adapmoe": Vllm,
-    "adapmoe-profile": Vllm,
-    "adapmoe-gated": Vllm,
+    **dict.fromkeys(PRECISIONS, Vllm),
 }
+
+
+def gguf_file(task: Task) -> Path:
+    """Returns the path of llama.cpp's file."""
+    return Path(task.files) / f"{FORMATS[task.contender] or 'BF16'}.gguf"
 
 
 def read_bytes() -> int:
@@ -226,29 +267,42 @@ def answer(contender: Contender, ids: list[int], prompt_tokens: int) -> dict[str
     }
 
 
-def prepare(task: Task) -> None:
-    """Makes the GGUF file or packs the experts, unless they exist already for this checkpoint."""
-    if task.contender == "llama.cpp":
-        from benchmarks.gguf_export import export, exported_from
+def prepare(task: Task) -> dict[str, Any]:
+    """Makes the GGUF file or packs the experts, unless they exist already for this checkpoint; returns their size."""
+    if task.contender in FORMATS:
+        from benchmarks.gguf_export import export, exported_from, quantise
         from vllm_adapmoe.integration.loading.identity import checkpoint_hash
 
-        path, source = Path(task.files) / GGUF, checkpoint_hash(Path(task.model))
-        if exported_from(path) != source:
-            export(Path(task.model), path, source)
-    else:
-        from vllm_adapmoe.integration.loading.packing import pack_experts
+        path, source = gguf_file(task), checkpoint_hash(Path(task.model))
+        exported, format = gguf_file(replace(task, contender="llama.cpp")), FORMATS[task.contender]
+        if exported_from(exported) != source:
+            export(Path(task.model), exported, source)
+        if format is not None and exported_from(path) != source:
+            quantise(exported, path, format)
+        return {"file_bytes": path.stat().st_size}
+    from vllm_adapmoe.integration.loading.packing import pack_experts
 
-        pack_experts(task.model, str(Path(task.files) / PACK))
+    pack_experts(task.model, str(Path(task.files) / PACK), PRECISIONS[task.contender])
+    return {"file_bytes": pack_file(Path(task.files), task.contender).stat().st_size}
+
+
+def pack_file(files: Path, contender: str) -> Path:
+    """Returns the path of the experts packed for a contender."""
+    precision = PRECISIONS[contender]
+    return files / PACK / f"experts-0-of-1{'' if precision == 16 else f'-int{precision}'}.pack"
 
 
 def run(task: Task) -> dict[str, Any]:
     """Loads the contender and runs all sequences."""
     if task.prepare:
-        prepare(task)
-        return {}
+        return prepare(task)
     start = time.perf_counter()
     contender = CONTENDERS[task.contender](task)
     load_seconds = time.perf_counter() - start
+    if task.losses:
+        losses = contender.losses(task.sequences)
+        contender.close()
+        return {"losses": losses}
     answers = [answer(contender, ids, task.prompt_tokens) for ids in task.sequences]
     contender.close()
     return {"load_seconds": load_seconds, "answers": answers}

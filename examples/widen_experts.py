@@ -2,7 +2,8 @@
 
 Every intermediate unit of an expert becomes `factor` equal units, each contributing 1/factor of the output:
 rows of the gate and up projections are repeated, columns of the down projection repeated and divided. With a power of
-two nothing is rounded, so the big model computes what the small one does and only the bytes of its experts grow.
+two nothing is rounded, so the big model computes what the small one does and only the bytes of its experts grow. The
+copies of an expert follow each other as wholes: quantised in groups, the big model loses what the small one does.
 
     python examples/widen_experts.py examples/tiny_mixtral/model /tmp/wide --factor 64
 """
@@ -35,9 +36,9 @@ def widen(name: str, weight: torch.Tensor, factor: int) -> torch.Tensor:
     if match is None:
         return weight
     if match[1] in INTO_INTERMEDIATE:  # [intermediate, hidden]
-        return weight.repeat_interleave(factor, dim=0)
+        return weight.repeat(factor, 1)
     if match[1] in OUT_OF_INTERMEDIATE:  # [hidden, intermediate]
-        return weight.repeat_interleave(factor, dim=1) / factor
+        return weight.repeat(1, factor) / factor
     raise SystemExit(f"{name} is not a projection of an expert that this script knows")
 
 
