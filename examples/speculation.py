@@ -5,6 +5,9 @@ one token and the accepted drafts. Consecutive positions of a routing trace stan
 draft by draft. A rejected draft is another token than the one that follows, with a routing that no trace has: at best
 it uses the experts of that token, which the next step needs; at worst those of an unrelated token of the same request.
 
+A layer that drafts (MTP) has experts, too. What keeping them resident costs is told by giving the last layer of the
+trace that place: the other layers then share the remaining slots.
+
     python -m examples.record_trace examples/tiny_mixtral/model examples/tiny_mixtral/heldout /tmp/trace --batch 8
     python -m examples.speculation /tmp/trace -o examples/benchmarks/speculation_tiny_mixtral.json
 """
@@ -12,7 +15,7 @@ it uses the experts of that token, which the next step needs; at worst those of 
 import argparse
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ from vllm_adapmoe.simulate.trace_file import read_trace
 DRAFTS = (1, 2, 3, 4)
 ACCEPTANCE = (0.5, 0.7, 0.9)
 BATCHES = (1, 8)
+RESIDENT = (0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,35 @@ def compare(info: TraceInfo, requests: Sequence[Routing], resident: float) -> li
     return points
 
 
+def resident_drafter(info: TraceInfo, steps: Steps, batch: int) -> list[dict[str, Any]]:
+    """Compares two caches for a model whose last layer drafts: its experts share the slots, or stay resident.
+
+    Args:
+        info: of a trace whose layers share a pool.
+        steps: the trace.
+        batch: requests in a step of the trace.
+
+    Returns:
+        For each share of resident experts, bytes fetched if they share, relative to staying resident.
+    """
+    first = slice(-1)
+    target = replace(
+        info,
+        num_experts=info.num_experts[first],
+        pool_of=info.pool_of[first],
+        expert_bytes=info.expert_bytes[first],
+    )
+    of_target = [replace(step, ids=step.ids[first], weights=step.weights[first], predicted={}) for step in steps]
+    points = []
+    for resident in RESIDENT:
+        slots = round(resident * sum(info.num_experts))
+        shared = replay(info, steps, CacheSetup([slots], "next_use")).stats["fetched_bytes"]
+        setup = CacheSetup([slots - info.num_experts[-1]], "next_use")
+        alone = replay(target, of_target, setup).stats["fetched_bytes"]
+        points.append({"batch": batch, "resident": resident, "bytes_ratio": shared / alone})
+    return points
+
+
 def print_points(result: dict[str, Any], console: Console) -> None:
     """Prints the result as a table."""
     table = Table(title=f"{result['model']}: {result['resident']:.0%} of {result['experts']} experts resident")
@@ -174,6 +207,11 @@ def print_points(result: dict[str, Any], console: Console) -> None:
         "bytes: fetched per token, relative to no drafts, with rejected drafts at best-at worst; pays below: share of "
         "the time without drafts that fetches may take for drafts to pay, at worst"
     )
+    for point in result["drafter"]:
+        console.print(
+            f"the last layer drafts, batch {point['batch']}, {point['resident']:.0%} resident: if its experts share "
+            f"the slots, {point['bytes_ratio']:.3f} of the bytes that are fetched if they stay resident"
+        )
 
 
 def main() -> None:
@@ -182,7 +220,9 @@ def main() -> None:
     parser.add_argument("--resident", type=float, default=0.5, help="share of the experts that have a slot")
     parser.add_argument("-o", "--output", type=Path, help="write the result as JSON")
     args = parser.parse_args()
-    info, steps = read_trace(args.trace)
+    info, recorded = read_trace(args.trace)
+    steps = list(recorded)
+    batch = max(len(set(step.requests)) for step in steps)
     requests = routing_of_requests(steps)
     result = {
         "simulation": "speculation",
@@ -193,6 +233,7 @@ def main() -> None:
         "requests": len(requests),
         "tokens": sum(map(len, requests)),
         "points": compare(info, requests, args.resident),
+        "drafter": resident_drafter(info, steps, batch),
     }
     print_points(result, Console())
     if args.output is not None:
