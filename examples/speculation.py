@@ -167,7 +167,8 @@ def resident_drafter(info: TraceInfo, steps: Steps, batch: int) -> list[dict[str
         batch: requests in a step of the trace.
 
     Returns:
-        For each share of resident experts, bytes fetched if they share, relative to staying resident.
+        For each share of resident experts that leaves the other layers slots for a token, bytes fetched if they share,
+        relative to staying resident.
     """
     first = slice(-1)
     target = replace(
@@ -180,6 +181,8 @@ def resident_drafter(info: TraceInfo, steps: Steps, batch: int) -> list[dict[str
     points = []
     for resident in RESIDENT:
         slots = round(resident * sum(info.num_experts))
+        if slots < info.num_experts[-1] + info.top_k:
+            continue
         shared = replay(info, steps, CacheSetup([slots], "next_use")).stats["fetched_bytes"]
         setup = CacheSetup([slots - info.num_experts[-1]], "next_use")
         alone = replay(target, of_target, setup).stats["fetched_bytes"]

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from speculation import Routing, measure, routing_of_requests, speculate
+from speculation import Routing, measure, resident_drafter, routing_of_requests, speculate
 
 from vllm_adapmoe.simulate.trace import Step, TraceInfo
 
@@ -58,3 +58,16 @@ def test_reads_requests_of_a_trace(requests):
     a, b = routing_of_requests(steps)
     assert np.array_equal(a.ids, routing.ids[:, [0, 1, 2, 3, 6]])
     assert np.array_equal(b.ids, routing.ids[:, [4, 5]])
+
+
+def test_a_drafter_that_uses_one_expert_need_not_have_all_resident():
+    """Three quarters of 8 experts are 6 slots: 4 for the first layer if the last one shares, else 2, and 4 in turn miss."""
+    info = TraceInfo("m", [4, 4], 1, 0, [100, 100], [0, 0])
+    turns = [[number % 4] for number in range(8)]
+    steps = [
+        Step(0.0, ["a"], np.array([place]), np.array([[turn], [[0]]]), np.ones((2, 1, 1)), {})
+        for place, turn in enumerate(turns)
+    ]
+    (point,) = resident_drafter(info, steps, 1)  # a quarter and a half leave the first layer none
+    assert point["resident"] == 0.75
+    assert 5 / 8 <= point["bytes_ratio"] < 1
