@@ -219,6 +219,18 @@ def ablation(
     report(run_ablation(spec), print_ablation, output)
 
 
+@app.command("server_memory")
+def server_memory(
+    model: Annotated[Path, typer.Argument(help="Folder of a small checkpoint.", exists=True)] = TINY_MIXTRAL,
+    rounds: Rounds = 2,
+    output: Output = None,
+) -> None:
+    """Measures the memory of a server's processes, beside those of stock vLLM and what importing vLLM takes."""
+    from benchmarks.server_memory import print_server_memory, run_server_memory
+
+    report(run_server_memory(model, rounds), print_server_memory, output)
+
+
 @app.command()
 def peers(
     model: Model,

@@ -346,3 +346,18 @@ for scheduler in ("vllm.v1.core.sched.scheduler.Scheduler", Derived):
     assert [line for line in run.stdout.splitlines() if line.startswith("heeds:")] == ["heeds: False", "heeds: True"]
     warnings = [line for line in (run.stdout + run.stderr).splitlines() if "no vllm:adapmoe metrics" in line]
     assert len(warnings) == 1 and "scheduler_cls=vllm.v1.core.sched.scheduler.Scheduler" in warnings[0]
+
+
+def test_front_end_and_scheduler_do_not_load_the_worker():
+    """The API server and the engine core would hold numba, LLVM and vLLM's MoE kernels in memory for nothing."""
+    profile = str(ROOT / "configs" / "tiny_mixtral.json")
+    code = f"""
+import json, sys
+from vllm.engine.arg_utils import EngineArgs
+config = {{"cache_fraction": 0.5, "profile": {profile!r}}}
+EngineArgs(model={str(TINY_MIXTRAL)!r}, moe_method="adapmoe", adapmoe_config=config).create_engine_config()
+import vllm_adapmoe.integration.scheduler.scheduler
+names = ["numba", "vllm_adapmoe.integration.layers.cached_experts", "vllm_adapmoe.integration.worker.worker"]
+print(json.dumps([name for name in names if name in sys.modules]))
+"""
+    assert last_json(python(code)) == []

@@ -61,7 +61,7 @@ def test_reads_requests_of_a_trace(requests):
 
 
 def test_a_drafter_that_uses_one_expert_need_not_have_all_resident():
-    """Three quarters of 8 experts are 6 slots: 4 for the first layer if the last one shares, else 2, and 4 in turn miss."""
+    """Three quarters of 8 are 6 slots: enough for both if they share, else 2 for the first layer, which misses."""
     info = TraceInfo("m", [4, 4], 1, 0, [100, 100], [0, 0])
     turns = [[number % 4] for number in range(8)]
     steps = [

@@ -12,8 +12,6 @@ from vllm.platforms import CpuArchEnum, current_platform
 
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.integration.compat import old_ray_executor_chosen, runs_quantised_experts
-from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
-from vllm_adapmoe.integration.loading import layer_classes
 from vllm_adapmoe.integration.loading.memory import usable_memory
 from vllm_adapmoe.integration.loading.pack_store import check_store
 from vllm_adapmoe.integration.model_info import DRAFTS_WITHOUT_MODEL, drafter_of, max_experts, mentions_experts
@@ -39,7 +37,7 @@ def check_model(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
     for is_set, setting, reason in feature_checks(vllm_config):
         if is_set:
             raise AdapMoEError(f"{setting} does not work with moe_method='adapmoe': {reason}")
-    if config.decode == "in_place" and layer_classes.experts_base() is CachedExperts:
+    if config.decode == "in_place" and current_platform.is_cpu():
         raise AdapMoEError("decode=in_place needs a GPU, whose kernels read host memory; set decode=fetch")
     ranks = vllm_config.parallel_config.tensor_parallel_size
     if config.gating.mode == "batch" and ranks > 1:

@@ -19,7 +19,7 @@ from vllm_adapmoe.integration.worker.gate_trial import LinearGate
 from vllm_adapmoe.integration.worker.routers import Routers
 from vllm_adapmoe.integration.worker.step_recorder import StepRecorder
 from vllm_adapmoe.policy.prediction import PredictedExperts, predict_experts
-from vllm_adapmoe.prefetch.heads import chance_of_any
+from vllm_adapmoe.prefetch.chances import chance_of_any
 from vllm_adapmoe.prefetch.request_experts import RequestExperts
 from vllm_adapmoe.scheduling.report import prompt_rows
 from vllm_adapmoe.simulate.trace import SAMPLE, sample_rows
