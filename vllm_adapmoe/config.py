@@ -98,6 +98,9 @@ class AdapMoEConfig(BaseModel):
     store: Literal["auto", "host", "file"] = "auto"
     """Backing store, which holds a copy of every expert: `host` memory, or a packed `file` read from disk. `auto`:
     `host` on a GPU, `file` on the CPU."""
+    host_gb: float | None = Field(None, gt=0, le=1e6, strict=True)
+    """Host memory per worker for the experts of a packed file that are fetched most often, in GiB, page-locked; for a
+    GPU, and a model larger than the host's memory. Sets `store` to `file`. Default: none."""
     store_dir: PathText | None = None
     """Folder of the packed files; default: `adapmoe` in vLLM's cache folder."""
     precision: Literal[16, 8, 4] = 16
@@ -138,13 +141,17 @@ class AdapMoEConfig(BaseModel):
             raise ValueError(f"gating.mode={self.gating.mode} needs a profile; set profile, see adapmoe calibrate")
         if self.allocation == "profile" and self.profile is None:
             raise ValueError("allocation=profile needs a profile; set profile, see adapmoe calibrate")
+        if self.host_gb is not None and self.store == "host":
+            raise ValueError(
+                f"host_gb={self.host_gb} is for experts of a packed file, and store=host holds all of them; remove one"
+            )
         if self.decode == "in_place":
             if self.gating.mode == "batch":
                 raise ValueError(
                     "gating.mode=batch needs the host, which decode=in_place does not use; set gating.mode=token"
                 )
-            if self.store == "file":
-                raise ValueError("decode=in_place reads experts from host memory; set store=host")
+            if self.store == "file" or self.host_gb is not None:
+                raise ValueError("decode=in_place reads all experts from host memory; set store=host, without host_gb")
             if self.trace_out is not None:
                 raise ValueError("trace_out needs the host, which decode=in_place does not use; remove trace_out")
         if self.eviction == "next_token" and self.profile is None:

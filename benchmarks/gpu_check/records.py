@@ -66,6 +66,12 @@ class PinnedRecords:
         """Returns the record of an expert, uint8 `[record bytes]`."""
         return self.records[(key[0] * self.experts + key[1]) % len(self.records)]
 
+    def hold(self, key: ExpertKey) -> torch.Tensor:
+        return self.page_locked(key)
+
+    def release(self, key: ExpertKey) -> None:
+        pass
+
     @property
     def num_layers(self) -> int:
         return len(self.layouts)

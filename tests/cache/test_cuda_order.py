@@ -20,12 +20,14 @@ from vllm_adapmoe.cache.demand_copies import DemandCopies
 from vllm_adapmoe.cache.host_copy import HostCopy
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.cache.slots import SlotPool
+from vllm_adapmoe.cache.tiered_store import TieredStore
 from vllm_adapmoe.device.addresses import AddressTable
 from vllm_adapmoe.device.in_place import DOWN, GATE_UP, InPlaceDecode
 from vllm_adapmoe.experts import CacheShape
 from vllm_adapmoe.policy.cache_setup import CacheSetup
 from vllm_adapmoe.policy.cache_stats import CacheStats
 from vllm_adapmoe.policy.controller import CacheController
+from vllm_adapmoe.policy.host_tier import HostTier
 from vllm_adapmoe.policy.prediction import PredictedExperts
 from vllm_adapmoe.store.host import HostStore
 from vllm_adapmoe.store.record import aligned_empty, as_bytes
@@ -33,6 +35,8 @@ from vllm_adapmoe.store.record import aligned_empty, as_bytes
 LAYERS, EXPERTS, TOP_K, HIDDEN, INNER = 3, 4, 2, 64, 64
 POOL_OF = [0, 0, 1]
 DEVICE = torch.device("cuda", 0)
+CELLS = 4
+"""Records that fit into a host tier, of twelve."""
 SCHEDULES, STEPS = 200, 5
 """Random schedules of so many random steps each; together some ten seconds."""
 PLANTED = 60
@@ -94,13 +98,45 @@ class PlayedStore(HostStore):
         super().close()
 
 
+class Churning(HostTier):
+    """Takes in every record, over the one that came first, so that few steps see many evictions."""
+
+    def admit(self, key: tuple[int, int]) -> int | None:
+        self.counts[key] = self.counts.max() + 1
+        return super().admit(key)
+
+
+class PlayedTier(TieredStore):
+    """A host tier of few page-locked records, before a file with all of them.
+
+    Args:
+        cuda: where its memory is page-locked.
+    """
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda = cuda
+        file = PlayedStore(cuda, set(range(LAYERS)))
+        super().__init__(file, CELLS * file.layouts[0].nbytes, torch.device("cpu"))
+        for cells in self._cells.values():
+            cells.tier = Churning(CELLS, LAYERS, EXPERTS)
+            cells.page_locked = True
+            cuda.page_locked(cells.records)
+
+    def close(self) -> None:
+        for cells in self._cells.values():
+            cells.page_locked = False
+            self.cuda.touch(cells.records, write=True, what="giving the store's memory back")
+        super().close()
+
+
 class Worker:
     """A worker's steps: fetched layer by layer, read in place, or of layers that are resident as a whole."""
 
     def __init__(self, cuda: FakeCuda, seed: int) -> None:
         self.cuda, self.random = cuda, random.Random(seed)
         in_place = seed % 2 == 0
-        store = PlayedStore(cuda, set() if in_place else {1, 2})
+        tiered = seed % 4 == 1
+        store = PlayedTier(cuda) if tiered else PlayedStore(cuda, set() if in_place else {1, 2})
         shape = CacheShape([EXPERTS] * LAYERS, TOP_K, POOL_OF, [layout.nbytes for layout in store.layouts])
         slots = [self.random.choice([4, 7]), self.random.choice([5, 6])]
         setup = Setup(slots, "next_use", lookahead=2, max_experts=3)
@@ -190,7 +226,8 @@ class Worker:
         experts = [self.random.randrange(EXPERTS)]
         self.cache.acquire(0, experts)
         self.cache.release(0, experts)
-        self.cache.replace_store(PlayedStore(self.cuda, {1, 2}))
+        tiered = isinstance(self.cache.store, PlayedTier)
+        self.cache.replace_store(PlayedStore(self.cuda, set(range(LAYERS)) if tiered else {1, 2}))
 
     # In place
 
@@ -257,7 +294,7 @@ def faults(
             for _ in range(STEPS):
                 worker.step()
             if seen is not None:
-                seen.update(vars(worker.cache.stats) | worker.seen)
+                seen.update(vars(worker.cache.update_stats()) | worker.seen)
             worker.cache.close()
             cuda.synchronize()
         except Stopped:
@@ -291,6 +328,8 @@ def test_every_schedule_is_in_order():
         "caught_up",
         "prefetch_hits",
         "late",
+        "host_hits",
+        "host_misses",
     ):
         assert seen[what] >= 20, f"{what}: {seen[what]}"
 
@@ -354,6 +393,30 @@ def test_a_store_that_is_replaced_while_it_is_copied_from_is_found():
     )
 
 
+def test_a_record_of_the_host_tier_that_is_overwritten_while_it_is_copied_from_is_found():
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(HostTier, "hold", lambda tier, key: tier._cell_of.get(key))
+        patch.setattr(HostTier, "release", lambda tier, key: None)
+
+    assert_found(
+        plant,
+        "the host writes pinned memory that an unordered copy reads",
+    )
+
+
+def test_a_record_of_the_host_tier_that_is_released_before_its_copy_has_ended_is_found():
+    issue = DemandCopies.issue
+
+    def early(copies: DemandCopies, pool: SlotPool, records: Any, stalls: bool, release: Callable[[], None]) -> None:
+        issue(copies, pool, records, stalls, lambda: None)
+        release()
+
+    assert_found(
+        lambda patch: patch.setattr(DemandCopies, "issue", early),
+        "the host writes pinned memory that an unordered copy reads",
+    )
+
+
 def copies_of(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> tuple[DemandCopies, SlotPool, PlayedStore]:
     cuda.install(monkeypatch)
     store = PlayedStore(cuda, set())
@@ -368,18 +431,21 @@ def test_an_idle_device_waits_for_a_whole_demand_load(monkeypatch):
     copies, pool, store = copies_of(cuda, monkeypatch)
     record = store.page_locked((0, 1))
     assert record is not None
-    copies.issue(pool, [(0, record)], stalls=True)
+    released: list[str] = []
+    copies.issue(pool, [(0, record)], stalls=True, release=lambda: released.append("first"))
+    assert released == []
     cuda.synchronize()
     copies.count(stats)
+    assert released == ["first"]
     assert stats.stall_seconds >= stats.fetch_seconds > 0
     stalled, fetched = stats.stall_seconds, stats.fetch_seconds
-    copies.issue(pool, [(1, record)], stalls=False)
+    copies.issue(pool, [(1, record)], stalls=False, release=lambda: None)
     cuda.synchronize()
     copies.count(stats)
     assert stats.stall_seconds == stalled and stats.fetch_seconds > fetched
     for _ in range(50):
         cuda.launch([], [])
-    copies.issue(pool, [(2, record)], stalls=True)
+    copies.issue(pool, [(2, record)], stalls=True, release=lambda: None)
     while cuda.streams[0].done < cuda.streams[0].given - 1:  # its kernels, not the wait
         cuda.advance()
     copies.finish(stats)
@@ -393,7 +459,7 @@ def test_prefetches_wait_for_demand_loads(monkeypatch):
     copies, pool, store = copies_of(cuda, monkeypatch)
     record = store.page_locked((0, 1))
     assert record is not None
-    copies.issue(pool, [(0, record)], stalls=True)
+    copies.issue(pool, [(0, record)], stalls=True, release=lambda: None)
     ended = copies.ended
     assert ended is not None
     for _ in pool.copy(1, record, 4096, lambda: copies.ended):

@@ -25,12 +25,14 @@ from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy, prompts
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.device import experts_by_address
+from vllm_adapmoe.integration.entry import model_check
 from vllm_adapmoe.integration.layers import mapped_experts
 from vllm_adapmoe.integration.layers.cached_experts import padding_rows
 from vllm_adapmoe.integration.layers.graph_break import break_graph_at, graphs_in_pieces, graphs_without_host
-from vllm_adapmoe.integration.loading import layer_classes
+from vllm_adapmoe.integration.loading import host_room, layer_classes
 from vllm_adapmoe.integration.measure.engine import Engine
 from vllm_adapmoe.integration.worker import device_only_steps
+from vllm_adapmoe.store.host_memory import HostMemory
 from vllm_adapmoe.store.record import RecordLayout
 
 pytestmark = pytest.mark.engine
@@ -68,6 +70,7 @@ def as_on_gpu(monkeypatch):
     monkeypatch.setattr(mapped_experts, "takes_slots", lambda kernel: kernel.apply.__func__ is run_with_map)
     monkeypatch.setattr(mapped_experts, "run_on_slots", lambda kernel, experts: None)
     monkeypatch.setattr(layer_classes, "experts_base", lambda: mapped_experts.MappedExperts)
+    monkeypatch.setattr(model_check, "check_needs_no_gpu", lambda config: None)
 
 
 HALF = VLLM_STEPS | {"cache_fraction": 0.5, "store": "host"}
@@ -167,9 +170,36 @@ def test_gating_waits_for_nothing_where_every_expert_is_resident(as_on_gpu):
         assert stats[name] == by_fetch[name] > 0
 
 
-def test_in_place_needs_a_gpu():
-    with pytest.raises(AdapMoEError, match="decode=in_place needs a GPU"):
-        Engine(TINY_MIXTRAL, HALF | {"decode": "in_place"}, **ENGINE_ARGS)
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"decode": "in_place", "store": "host"}, "decode=in_place needs a GPU"),
+        ({"host_gb": 4.0}, r"host_gb=4.0 does not work on the CPU, .* raise cache_gb"),
+    ],
+)
+def test_what_needs_a_gpu(config, reason):
+    with pytest.raises(AdapMoEError, match=reason):
+        Engine(TINY_MIXTRAL, {"cache_fraction": 0.5} | config, **ENGINE_ARGS)
+
+
+def test_host_tier(as_on_gpu, stock, tmp_path):
+    """A third of the experts in slots, a third in host memory, all in a file: every bit as without the plugin."""
+    config = VLLM_STEPS | {"cache_experts": 32, "host_gb": 0.006, "store_dir": str(tmp_path), "decode": "fetch"}
+    with Engine(TINY_MIXTRAL, config, **ARGS) as engine:
+        assert [ask(engine), ask(engine)] == stock
+        stats = engine.cache_stats()
+        cells = engine.llm.collective_rpc(lambda worker: worker.expert_cache.store.num_cells)[0]
+    assert cells == 32, "of 192 KiB"
+    assert stats["host_hits"] > 0 and stats["host_misses"] >= 96
+    fetches = stats["demand_loads"] + stats["prefetches"]
+    assert fetches - stats["prefetches_cancelled"] <= stats["host_hits"] + stats["host_misses"] <= fetches
+
+
+def test_a_host_tier_that_does_not_fit_is_refused(as_on_gpu, monkeypatch, tmp_path):
+    few = HostMemory(1 << 20, "this machine")
+    monkeypatch.setattr(host_room, "host_memory", lambda: few)
+    with pytest.raises(AdapMoEError, match=r"host_gb=0.01 needs 0.01 GiB .* limited by this machine; set at most"):
+        Engine(TINY_MIXTRAL, {"cache_experts": 32, "host_gb": 0.01, "store_dir": str(tmp_path)}, **ARGS)
 
 
 def test_graphs_are_split_at_moe_blocks(monkeypatch, tiny_model):

@@ -1,7 +1,7 @@
 """DemandCopies: copies of missing experts to a device, for which the device waits and not the host."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,8 @@ class Timed(NamedTuple):
     """Where the kernels' stream waits for them."""
     stalls: bool
     """Whether that wait counts as a stall."""
+    release: Callable[[], None]
+    """Called once the copies have ended."""
 
 
 class DemandCopies:
@@ -43,7 +45,13 @@ class DemandCopies:
         """Event at the end of all copies so far; None before the first. Prefetches wait for it."""
         self._timed: deque[Timed] = deque()
 
-    def issue(self, pool: SlotPool, copies: Sequence[tuple[int, torch.Tensor]], stalls: bool) -> None:
+    def issue(
+        self,
+        pool: SlotPool,
+        copies: Sequence[tuple[int, torch.Tensor]],
+        stalls: bool,
+        release: Callable[[], None],
+    ) -> None:
         """Launches copies, and lets the current stream wait for them.
 
         Args:
@@ -51,6 +59,7 @@ class DemandCopies:
             copies: slots, and the records to copy there, uint8 `[record bytes]`. No kernel launched from now on uses
                 the experts that the slots held before.
             stalls: whether the wait counts as a stall: not if the host waits for other loads of the request.
+            release: called by `count` or `finish` when the copies have ended: nothing reads the records any more.
         """
         stream, waiting = self._stream, torch.cuda.current_stream(self._device)
         begun, ended, reached = (torch.cuda.Event(enable_timing=True) for _ in range(3))
@@ -63,12 +72,13 @@ class DemandCopies:
             ended.record()
         waiting.wait_event(ended)
         self.ended = ended  # only now: other threads wait for it, and it must have been recorded
-        self._timed.append(Timed(begun, ended, reached, stalls))
+        self._timed.append(Timed(begun, ended, reached, stalls, release))
 
     def count(self, stats: CacheStats) -> None:
         """Adds the times of requests that have ended to `fetch_seconds` and `stall_seconds`; not while capturing."""
         while self._timed and all(event.query() for event in self._timed[0][:3]):
             timed = self._timed.popleft()
+            timed.release()
             stats.fetch_seconds += timed.begun.elapsed_time(timed.ended) / 1e3
             if timed.stalls:
                 stats.stall_seconds += max(0.0, timed.reached.elapsed_time(timed.ended)) / 1e3

@@ -12,6 +12,7 @@ import torch
 from vllm_adapmoe.cache.demand_copies import DemandCopies
 from vllm_adapmoe.cache.slot_maps import SlotMaps
 from vllm_adapmoe.cache.slots import SlotPool
+from vllm_adapmoe.cache.tiered_store import TieredStore
 from vllm_adapmoe.cache.transfer import READERS, CacheClosed, TransferEngine
 from vllm_adapmoe.experts import ExpertKey
 from vllm_adapmoe.policy.cache_stats import CacheStats
@@ -112,10 +113,12 @@ class ExpertCacheManager:
     def replace_store(self, store: ExpertStore) -> None:
         """Switches to a store of the same layouts, between two steps; empties the slots and keeps the counters.
 
-        Closes the previous store unless it is the same object.
+        Closes the previous store unless it is the same object. A host tier stays, emptied, before the new store.
         """
         self._end_transfers()
-        if store is not self.store:
+        if isinstance(self.store, TieredStore):
+            self.store.renew(store)
+        elif store is not self.store:
             self.store.close()
             self.store = store
         before, controller = self.controller, self.controller.empty_copy()
@@ -143,6 +146,10 @@ class ExpertCacheManager:
         if self._demand_copies is not None:
             with self.transfers.lock:
                 self._demand_copies.count(self.stats)
+        if isinstance(self.store, TieredStore):
+            hits, misses = self.store.take_counts()
+            self.stats.host_hits += hits
+            self.stats.host_misses += misses
         return self.stats
 
     def pool(self, layer: int) -> SlotPool:

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -140,7 +141,7 @@ class TransferEngine:
             self._promote(load.key)
         copies, copied = [], []
         for load in request.loads:
-            record = None if self.demand_copies is None else self.store.page_locked(load.key)
+            record = None if self.demand_copies is None else self.store.hold(load.key)
             if record is None:
                 self._queue_urgent(Job(load.key, urgent=True, slot=load.slot))
             else:
@@ -152,12 +153,16 @@ class TransferEngine:
         host_waits = bool(request.awaited) or len(copies) < len(request.loads)
         try:
             self.demand_copies.count(self.controller.stats)
-            self.demand_copies.issue(pool, copies, stalls=not host_waits)
+            self.demand_copies.issue(pool, copies, not host_waits, partial(self._release, copied))
         except Exception as error:
             self._fail(error)
             raise
         for key in copied:
             self.controller.transfer_ended(key, pool.record_bytes, complete=True)
+
+    def _release(self, keys: Sequence[ExpertKey]) -> None:
+        for key in keys:
+            self.store.release(key)
 
     def _promote(self, key: ExpertKey) -> None:
         job = self.jobs[key]
@@ -259,10 +264,14 @@ class TransferEngine:
         pool = self.pools[self.controller.pool_of[job.key[0]]]
         limit = None if self.link is None else self.link.bytes_per_second
         tile = tile_bytes(pool.layout.nbytes, job.urgent, limit)
-        record = self.store.page_locked(job.key) if pool.device.type == "cuda" else None
-        if record is not None:
-            return pool.copy(job.slot, record, tile, self._demand_ended)
-        return pool.fill(job.slot, lambda buffers: self.store.read_tiles(job.key, buffers, tile))
+        record = self.store.hold(job.key) if pool.device.type == "cuda" else None
+        if record is None:
+            yield from pool.fill(job.slot, lambda buffers: self.store.read_tiles(job.key, buffers, tile))
+            return
+        try:
+            yield from pool.copy(job.slot, record, tile, self._demand_ended)
+        finally:
+            self.store.release(job.key)
 
     def _demand_ended(self) -> torch.cuda.Event | None:
         return None if self.demand_copies is None else self.demand_copies.ended

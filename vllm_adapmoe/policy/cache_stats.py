@@ -27,6 +27,10 @@ class CacheStats:
     """Prefetches cancelled in flight because the router did not select the expert."""
     fetched_bytes: int = 0
     """Bytes transferred, on demand or speculatively."""
+    host_hits: int = 0
+    """Fetches of records that the host memory of `host_gb` held."""
+    host_misses: int = 0
+    """Fetches of records that it did not hold, which were read from the packed file."""
     wasted_bytes: int = 0
     """Bytes of loads cancelled or failed, and of prefetches evicted before a layer requested the expert."""
     stall_seconds: float = 0.0

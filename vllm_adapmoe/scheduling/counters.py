@@ -34,6 +34,8 @@ class StepCounters:
     prefetches_wasted: float | None = None
     prefetches_cancelled: float | None = None
     fetched_bytes: float | None = None
+    host_hits: float | None = None
+    host_misses: float | None = None
     wasted_bytes: float | None = None
     fetch_seconds: float | None = None
     stall_seconds: float | None = None
@@ -90,6 +92,8 @@ METRICS = {
         "prefetches_cancelled", "Prefetches cancelled: the router did not select the expert."
     ),
     "fetched_bytes": Metric("fetched_bytes", "Bytes of experts fetched from the backing store."),
+    "host_hits": Metric("host_hits", "Fetches of experts that were in host memory (host_gb)."),
+    "host_misses": Metric("host_misses", "Fetches of experts that were read from the packed file (host_gb)."),
     "wasted_bytes": Metric("wasted_bytes", "Bytes fetched by prefetches that were wasted or cancelled."),
     "fetch_seconds": Metric(
         "fetch_seconds",

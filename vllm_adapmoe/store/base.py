@@ -57,7 +57,18 @@ class ExpertStore(Protocol):
         ...
 
     def page_locked(self, key: ExpertKey) -> torch.Tensor | None:
-        """Returns the record in memory that the slots' device can read, uint8 `[record bytes]`; None: it is not."""
+        """Returns the record if it always is in memory that the slots' device can read, uint8 `[record bytes]`."""
+        ...
+
+    def hold(self, key: ExpertKey) -> torch.Tensor | None:
+        """Like `page_locked`, but for a record that is there now, and stays until `release`; None: nothing to release.
+
+        Called once for each fetch; thread-safe.
+        """
+        ...
+
+    def release(self, key: ExpertKey) -> None:
+        """Ends a `hold`: no copy reads the record any more; thread-safe."""
         ...
 
     def close(self) -> None:

@@ -199,6 +199,12 @@ class FileStore:
     def page_locked(self, key: ExpertKey) -> torch.Tensor | None:
         return None
 
+    def hold(self, key: ExpertKey) -> torch.Tensor | None:
+        return None
+
+    def release(self, key: ExpertKey) -> None:
+        pass
+
     def close(self) -> None:
         self._file.close()
 

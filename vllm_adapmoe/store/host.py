@@ -74,6 +74,12 @@ class HostStore:
             return None
         return self._layers[key[0]][1][key[1]]
 
+    def hold(self, key: ExpertKey) -> torch.Tensor | None:
+        return self.page_locked(key)
+
+    def release(self, key: ExpertKey) -> None:
+        pass
+
     def read(self, key: ExpertKey, into: Sequence[torch.Tensor]) -> None:
         for _ in self.read_tiles(key, into, self.layouts[key[0]].nbytes):
             pass

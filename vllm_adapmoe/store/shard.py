@@ -41,6 +41,12 @@ class StoreShard:
     def page_locked(self, key: ExpertKey) -> torch.Tensor | None:
         return self.store.page_locked(self._record(key))
 
+    def hold(self, key: ExpertKey) -> torch.Tensor | None:
+        return self.store.hold(self._record(key))
+
+    def release(self, key: ExpertKey) -> None:
+        self.store.release(self._record(key))
+
     def close(self) -> None:
         self.store.close()
 

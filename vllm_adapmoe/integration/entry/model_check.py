@@ -37,8 +37,8 @@ def check_model(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
     for is_set, setting, reason in feature_checks(vllm_config):
         if is_set:
             raise AdapMoEError(f"{setting} does not work with moe_method='adapmoe': {reason}")
-    if config.decode == "in_place" and current_platform.is_cpu():
-        raise AdapMoEError("decode=in_place needs a GPU, whose kernels read host memory; set decode=fetch")
+    if current_platform.is_cpu():
+        check_needs_no_gpu(config)
     ranks = vllm_config.parallel_config.tensor_parallel_size
     if config.gating.mode == "batch" and ranks > 1:
         # What a rank drops would depend on its resident experts, so ranks would sum shards of different experts.
@@ -66,6 +66,21 @@ def check_model(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
     needs_store = (config.cache_fraction or 1) < 1
     needs_store |= (config.cache_experts or sys.maxsize) < (model.get_num_experts() or 0)
     check_store(config, vllm_config, needs_store)
+
+
+def check_needs_no_gpu(config: AdapMoEConfig) -> None:
+    """Refuses settings that have no meaning without a GPU.
+
+    Raises:
+        AdapMoEError: there is one.
+    """
+    if config.decode == "in_place":
+        raise AdapMoEError("decode=in_place needs a GPU, whose kernels read host memory; set decode=fetch")
+    if config.host_gb is not None:
+        raise AdapMoEError(
+            f"host_gb={config.host_gb} does not work on the CPU, whose slots are in host memory already; raise "
+            "cache_gb in its place"
+        )
 
 
 def _check_precision(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:

@@ -15,6 +15,7 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.model_loader.utils import get_model_architecture
 
 from vllm_adapmoe.cache.manager import ExpertCacheManager
+from vllm_adapmoe.cache.tiered_store import TieredStore
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.experts import CacheShape
 from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
@@ -45,6 +46,7 @@ from vllm_adapmoe.store.pack_writer import PackWriter
 from vllm_adapmoe.store.record import RecordLayout
 from vllm_adapmoe.store.shard import StoreShard
 from vllm_adapmoe.store.source_files import SourceFiles
+from vllm_adapmoe.units import GiB
 
 logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
 
@@ -147,6 +149,7 @@ class ExpertLoading:
             self._writer = HostStore(self.device)
             action = "Loading experts"
         else:
+            self.pools.check_tier_room()
             self._sources = source_files(self.vllm_config.model_config, self.vllm_config.load_config)
             path = self.pack_path()
             pack = open_or_pack(self.config, path, self._identity(), self._sources, experts, expert_bytes)
@@ -283,6 +286,12 @@ class ExpertLoading:
             rank_experts = [
                 [expert for expert, record in enumerate(layer_records) if record >= 0] for layer_records in records
             ]
+        if (tier_bytes := self.pools.check_tier_room()) > 0:
+            store = TieredStore(store, tier_bytes, self.device)
+            logger.info(
+                "Expert cache: %.2f GiB of host memory for %d of %d experts", tier_bytes / GiB, store.num_cells,
+                self.pools.num_experts,
+            )  # fmt: skip
         shape = CacheShape(
             num_experts=[store.num_experts(layer) for layer in range(store.num_layers)],
             top_k=max(layer.top_k for layer in self.layers),

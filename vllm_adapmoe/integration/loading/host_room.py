@@ -40,6 +40,28 @@ def check_host_room(
         raise AdapMoEError(refusal(parts, ranks, needed, memory))
 
 
+def check_tier_room(host_gb: float, expert_bytes: int, ranks: int) -> int:
+    """Checks that a host tier fits into the available host memory; returns its bytes, at most those of all experts.
+
+    Args:
+        host_gb: GiB that the user gives each rank.
+        expert_bytes: bytes of this rank's experts.
+        ranks: number of ranks on this machine, each needing the same.
+
+    Raises:
+        AdapMoEError: it does not fit.
+    """
+    nbytes, memory = min(int(host_gb * GiB), expert_bytes), host_memory()
+    if nbytes * ranks > memory.available:
+        times = f" on each of {ranks} ranks" if ranks > 1 else ""
+        raise AdapMoEError(
+            f"host_gb={host_gb} needs {nbytes / GiB:.2f} GiB of host memory{times}; {memory.available / GiB:.2f} GiB "
+            f"are available, limited by {memory.limited_by}; set at most "
+            f"host_gb={memory.available // ranks * 100 // GiB / 100:.2f}"
+        )
+    return nbytes
+
+
 def refusal(parts: dict[str, int], ranks: int, needed: int, memory: HostMemory) -> str:
     """Returns the error line for the user."""
     listed = " + ".join(f"{nbytes / GiB:.2f} for {part}" for part, nbytes in parts.items() if nbytes)

@@ -27,7 +27,7 @@ def store_kind(config: AdapMoEConfig) -> str:
     """Returns the kind of store, `host` or `file`, resolving `auto` by the platform."""
     if config.store != "auto":
         return config.store
-    return "file" if current_platform.is_cpu() else "host"
+    return "file" if current_platform.is_cpu() or config.host_gb is not None else "host"
 
 
 def pack_folder(config: AdapMoEConfig, sources: SourceFiles) -> Path:
@@ -131,7 +131,7 @@ def check_store(config: AdapMoEConfig, vllm_config: VllmConfig, needed: bool) ->
     if config.store_dir is not None:
         if config.store == "host":
             raise AdapMoEError(f"store_dir={config.store_dir!r} has no meaning with store='host'; remove one")
-        if config.store == "auto" and not current_platform.is_cpu():
+        if store_kind(config) == "host":
             raise AdapMoEError(f"store_dir={config.store_dir!r} needs a packed file; set store='file'")
     elif store_kind(config) == "host" or not needed:
         return

@@ -14,7 +14,7 @@ from vllm_adapmoe.integration.layers.mapped_experts import kernel_of
 from vllm_adapmoe.integration.layers.precision import quantised_bytes
 from vllm_adapmoe.integration.loading.drafter import estimate_drafter
 from vllm_adapmoe.integration.loading.graph_memory import bookkeeping_of_worker, graphs_of_worker
-from vllm_adapmoe.integration.loading.host_room import check_host_room
+from vllm_adapmoe.integration.loading.host_room import check_host_room, check_tier_room
 from vllm_adapmoe.integration.loading.memory import ModelWatch, min_kv_cache, step_bytes, usable_memory
 from vllm_adapmoe.integration.settings import EngineSettings
 from vllm_adapmoe.planning.slot_budget import (
@@ -169,6 +169,18 @@ class SlotPools:
         memory = self.memory if current_platform.is_cpu() else None
         ranks = self.vllm_config.parallel_config.local_world_size
         check_host_room(self.shapes, layer_bytes, self.slots, memory, ranks)
+
+    def check_tier_room(self) -> int:
+        """Returns the bytes of the host tier, 0 without `host_gb` (`host_room.check_tier_room`).
+
+        Raises:
+            AdapMoEError: it does not fit.
+        """
+        if self.config.host_gb is None:
+            return 0
+        return check_tier_room(
+            self.config.host_gb, self.expert_bytes, self.vllm_config.parallel_config.local_world_size
+        )
 
     def plan_for(self, store: ExpertStore) -> None:
         """Decides the number of slots again, by the records of `store`, and divides pools that are too long.

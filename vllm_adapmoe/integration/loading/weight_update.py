@@ -11,6 +11,7 @@ from vllm.model_executor.model_loader.reload.layerwise import _place_kernel_tens
 from vllm.model_executor.model_loader.reload.meta import SKIP_LOAD_TENSORS, SKIP_TENSORS
 
 from vllm_adapmoe.cache.manager import ExpertCacheManager
+from vllm_adapmoe.cache.tiered_store import TieredStore
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
 from vllm_adapmoe.store.base import ExpertStore
@@ -34,9 +35,11 @@ class RecordUpdate:
 
     @property
     def records(self) -> ExpertStore:
-        """The store with this rank's numbering of records."""
+        """The store with this rank's numbering of records, behind the host tier."""
         store = self.cache.store
-        return store.store if isinstance(store, StoreShard) else store
+        while isinstance(store, StoreShard | TieredStore):
+            store = store.store
+        return store
 
     def prepare(self) -> None:
         """Reserves room for the new experts.
