@@ -138,3 +138,20 @@ def test_speculation_keeps_demand_waiting_no_longer_than_a_quarter_of_a_millisec
     assert tile_bytes(record, urgent=False, bandwidth=1.0) == MIN_TILE_BYTES
     assert tile_bytes(record, urgent=False, bandwidth=None) == record // 16, "or that much of what demand takes itself"
     assert tile_bytes(1 << 20, urgent=False, bandwidth=None) == TILE_BYTES
+
+
+def test_what_is_not_in_host_memory_takes_the_disks_time():
+    """Three experts take turns in one slot pair: all fetches of the first turn read the disk, later ones do not."""
+    trace = info(1, 3, nbytes=4 * TILE)
+    steps = steps_of([[[expert % 3, (expert + 1) % 3]] for expert in range(6)])
+    setup = CacheSetup([2], "lru")
+    link = Machine(bandwidth=4 * TILE)
+    everything = replay(trace, steps, setup, link)
+    in_host = Machine(bandwidth=4 * TILE, host_records=3, disk_bandwidth=2 * TILE)
+    tiered = replay(trace, steps, setup, in_host)
+    assert everything.stats["host_hits"] == everything.stats["host_misses"] == 0
+    assert tiered.demand_loads == everything.demand_loads == 7
+    assert (tiered.stats["host_hits"], tiered.stats["host_misses"]) == (4, 3)
+    assert everything.seconds == pytest.approx(7) and tiered.seconds == pytest.approx(4 + 2 * 3)
+    none = Machine(bandwidth=4 * TILE, host_records=0, disk_bandwidth=2 * TILE)
+    assert replay(trace, steps, setup, none).seconds == pytest.approx(2 * 7)

@@ -149,6 +149,16 @@ def simulate(
     bandwidth: Annotated[
         float | None, typer.Option(help="Link bandwidth, 1e9 bytes/s; without it, loads are counted but not timed.")
     ] = None,
+    host: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Experts that host memory holds (host_gb), the others are on disk; up to 1: a fraction. Default: all.",
+        ),
+    ] = None,
+    disk: Annotated[
+        float | None, typer.Option(min=1e-6, help="Disk bandwidth, 1e9 bytes/s; default: the link's.")
+    ] = None,
     compute: Annotated[float, typer.Option(help="Time per layer and step without fetches, ms.")] = 0.5,
     step: Annotated[float, typer.Option(help="Time per step outside the MoE layers, ms.")] = 1.0,
     lookahead: Annotated[int, typer.Option(min=1, max=8, help="Maximum number of layers ahead to prefetch for.")] = 3,
@@ -163,9 +173,10 @@ def simulate(
 
     machine = Machine()
     if bandwidth is not None:
-        machine = Machine(bandwidth * 1e9, compute / 1e3, step / 1e3)
+        disk_bandwidth = None if disk is None else disk * 1e9
+        machine = Machine(bandwidth * 1e9, compute / 1e3, step / 1e3, disk_bandwidth=disk_bandwidth)
     names = [name.strip() for name in policies.split(",")]
-    result = run_simulate(trace, numbers("--slots", slots), names, machine, lookahead, max_experts, profile)
+    result = run_simulate(trace, numbers("--slots", slots), names, machine, lookahead, max_experts, profile, host)
     report(result, print_simulate, output, plot_simulate, plot)
 
 

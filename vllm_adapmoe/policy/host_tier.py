@@ -4,11 +4,6 @@ import numpy as np
 
 from vllm_adapmoe.experts import ExpertKey
 
-HALVING = 32
-"""Fetches per cell after which all counts are halved, so that a tier follows its traffic. In replays of both bundled
-models (`examples/benchmarks/host_tier_*.json`) 8 forgets too fast for steps that use most experts: 0.05 of the fetches
-hit where 0.27 do without halving, and 0.17 with 32."""
-
 
 class HostTier:
     """Keeps the records that are fetched most often: a record replaces one that was fetched less often, or none.
@@ -25,6 +20,10 @@ class HostTier:
         experts: experts of the largest layer.
     """
 
+    HALVING: float = 32
+    """Fetches per cell after which all counts are halved, so that a tier follows its traffic. In replays
+    (`examples/host_tier.py`) 8 forgets too fast for steps that use most experts."""
+
     def __init__(self, num_cells: int, layers: int, experts: int) -> None:
         self.counts = np.zeros((layers, experts))
         """Fetches of each expert, halved now and then, float64 `[layers, experts]`."""
@@ -35,7 +34,7 @@ class HostTier:
         self._values = np.zeros(num_cells)
         """Count of the expert in each cell, as `counts` has it."""
         self._free = list(range(num_cells))
-        self._until_halving = HALVING * num_cells
+        self._until_halving = self.HALVING * num_cells
 
     def __len__(self) -> int:
         """Returns the number of records in cells."""
@@ -95,4 +94,4 @@ class HostTier:
         if self._until_halving <= 0:
             self.counts /= 2
             self._values /= 2
-            self._until_halving = HALVING * len(self._key_of)
+            self._until_halving = self.HALVING * len(self._key_of)

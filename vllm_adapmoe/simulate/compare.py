@@ -1,7 +1,7 @@
 """Compares cache policies on a trace: loads, prefetches, stalls and tokens/s, relative to the optimal cache."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,7 @@ def run_simulate(
     lookahead: int,
     max_experts: int,
     profile: Path | None,
+    host: float | None = None,
 ) -> dict[str, Any]:
     """Replays a trace for every number of slots and policy.
 
@@ -76,6 +77,7 @@ def run_simulate(
         lookahead: layers ahead to prefetch for, in policies with prefetch.
         max_experts: maximum prefetches in flight, in policies with prefetch.
         profile: profile for `profile` allocation.
+        host: experts whose records host memory holds; up to 1, a fraction of all experts; None: all.
 
     Raises:
         AdapMoEError: not a trace, an unknown policy, a trace without the predictions it needs, or too few slots.
@@ -83,6 +85,8 @@ def run_simulate(
     names = [PolicyName.parse(text) for text in policies]
     info, steps = read_trace(trace)
     total = sum(info.num_experts)
+    if host is not None:
+        machine = replace(machine, host_records=round(host * total) if host <= 1 else int(host))
     if any(name.eviction == "next_token" for name in names) and not any(step.expected for step in steps):
         raise AdapMoEError(
             f"--policies next_token: the trace {str(trace)!r} has no predictions by next-token heads; record "
@@ -152,6 +156,9 @@ def _point(info: TraceInfo, steps: Steps, setup: CacheSetup, machine: Machine) -
         "prefetch_precision": useful / stats["prefetches"] if stats["prefetches"] else None,
         "prefetch_recall": useful / missing if missing else 1.0,
         "fetched_bytes": stats["fetched_bytes"],
+        "host_hit_rate": stats["host_hits"] / fetches
+        if (fetches := stats["host_hits"] + stats["host_misses"])
+        else None,
         "wasted_bytes": stats["wasted_bytes"],
         "stall_seconds": stats["stall_seconds"],
         "tokens_per_second": result.tokens / result.seconds if result.seconds else None,
@@ -166,8 +173,9 @@ def print_simulate(result: dict[str, Any], console: Console) -> None:
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
+    tiered = result["machine"].get("host_records") is not None
     columns = ["slots", "policy", "demand", "of oracle", "bytes", "wasted", "precision", "recall"]
-    for column in columns + (["stall", "tok/s"] if timed else []):
+    for column in columns + (["in host"] if tiered else []) + (["stall", "tok/s"] if timed else []):
         table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
     for point in result["points"]:
         oracle, moved = max(1, point["oracle_loads"]), max(1, point["fetched_bytes"])
@@ -181,6 +189,8 @@ def print_simulate(result: dict[str, Any], console: Console) -> None:
             "-" if point["prefetch_precision"] is None else f"{point['prefetch_precision']:.0%}",
             f"{point['prefetch_recall']:.0%}",
         ]
+        if tiered:
+            row.append("-" if point["host_hit_rate"] is None else f"{point['host_hit_rate']:.0%}")
         if timed:
             row += [f"{point['stall_seconds']:.1f}", f"{point['tokens_per_second']:.1f}"]
         table.add_row(*row)
@@ -188,6 +198,7 @@ def print_simulate(result: dict[str, Any], console: Console) -> None:
     console.print(
         "of oracle, bytes: demand loads and bytes moved, relative to Belady's with the same slots and no prefetch; "
         "precision: share of prefetches that were used; recall: share of misses for which a prefetch had begun"
+        + ("; in host: share of fetches whose record was in host memory" if tiered else "")
     )
 
 

@@ -13,6 +13,7 @@ from vllm_adapmoe.policy.cache_setup import CacheSetup
 from vllm_adapmoe.policy.controller import CacheController
 from vllm_adapmoe.policy.events import Request, waves
 from vllm_adapmoe.policy.eviction import EvictionPolicy
+from vllm_adapmoe.policy.host_tier import HostTier
 from vllm_adapmoe.policy.prefetch_planner import PredictExperts
 from vllm_adapmoe.policy.tiles import tile_bytes
 from vllm_adapmoe.simulate.trace import Step, Steps, TraceInfo
@@ -30,12 +31,16 @@ class Machine:
     """Time per step outside its MoE layers."""
     latency: float = 0.0
     """Latency of a load before its first byte."""
+    host_records: int | None = None
+    """Records that host memory holds (`host_gb`); the others are read from disk. None: it holds all."""
+    disk_bandwidth: float | None = None
+    """Bandwidth of reading from disk, bytes per second; None: that of the link."""
 
 
 class VirtualLink:
     """Simulated link with one transfer at a time; demand loads preempt prefetches at tile boundaries."""
 
-    def __init__(self, controller: CacheController, machine: Machine) -> None:
+    def __init__(self, controller: CacheController, machine: Machine, tier: type[HostTier] = HostTier) -> None:
         self.controller = controller
         self.machine = machine
         self.now = 0.0
@@ -45,6 +50,12 @@ class VirtualLink:
         """Bytes not moved yet of each transfer that has begun."""
         self.in_flight: tuple[ExpertKey, int, float] | None = None
         """Tile in flight: its expert, its bytes, and its time of arrival."""
+        self.tier: HostTier | None = None
+        if machine.host_records is not None:
+            shape = controller.shape
+            self.tier = tier(machine.host_records, len(shape.num_experts), max(shape.num_experts))
+        self.from_disk: set[ExpertKey] = set()
+        """Transfers that read from disk."""
 
     def submit(self, request: Request) -> None:
         """Queues an event's demand loads, and gives the loads in flight that it awaits demand priority."""
@@ -52,7 +63,7 @@ class VirtualLink:
             self.speculative.remove(load.key)
             self.urgent.append(load.key)
         for load in request.loads:
-            self.bytes_left[load.key] = self.controller.expert_bytes[load.key[0]]
+            self._begin(load.key)
             self.urgent.append(load.key)
             if self.machine.bandwidth is None:
                 self._end(self.urgent, load.key)
@@ -70,12 +81,26 @@ class VirtualLink:
         if self.controller.start_speculation(key) is None:
             self.speculative.remove(key)
             return False
-        self.bytes_left[key] = self.controller.expert_bytes[key[0]]
+        self._begin(key)
         return True
+
+    def _begin(self, key: ExpertKey) -> None:
+        self.bytes_left[key] = self.controller.expert_bytes[key[0]]
+        if self.tier is None:
+            return
+        if self.tier.hold(key) is not None:
+            self.tier.release(key)
+            self.controller.stats.host_hits += 1
+            return
+        self.controller.stats.host_misses += 1
+        self.from_disk.add(key)
+        if (cell := self.tier.admit(key)) is not None:
+            self.tier.commit(key, cell)
 
     def _end(self, queue: deque[ExpertKey], key: ExpertKey) -> None:
         queue.remove(key)
         self.bytes_left.pop(key)
+        self.from_disk.discard(key)
         self.controller.transfer_ended(key, self.controller.expert_bytes[key[0]], complete=True)
 
     def _next_tile(self) -> bool:
@@ -87,11 +112,15 @@ class VirtualLink:
             total = self.controller.expert_bytes[key[0]]
             if self.controller.residency(key[0]).is_cancelled(key):
                 queue.popleft()
+                self.from_disk.discard(key)
                 self.controller.transfer_ended(key, total - self.bytes_left.pop(key), complete=False)
                 continue
-            assert self.machine.bandwidth is not None
-            tile = min(tile_bytes(total, queue is self.urgent, self.machine.bandwidth), self.bytes_left[key])
-            seconds = tile / self.machine.bandwidth + (self.machine.latency if self.bytes_left[key] == total else 0)
+            bandwidth = self.machine.bandwidth
+            assert bandwidth is not None
+            if key in self.from_disk:
+                bandwidth = min(bandwidth, self.machine.disk_bandwidth or bandwidth)
+            tile = min(tile_bytes(total, queue is self.urgent, bandwidth), self.bytes_left[key])
+            seconds = tile / bandwidth + (self.machine.latency if self.bytes_left[key] == total else 0)
             self.in_flight = key, tile, self.now + seconds
             self.controller.stats.fetch_seconds += seconds
             return True
@@ -139,6 +168,7 @@ def replay(
     setup: CacheSetup,
     machine: Machine | None = None,
     eviction: Callable[[int, int], EvictionPolicy] | None = None,
+    tier: type[HostTier] = HostTier,
 ) -> Replay:
     """Replays every step, layer by layer; all experts that a layer keeps in a step are requested at once.
 
@@ -146,7 +176,7 @@ def replay(
     """
     machine = machine or Machine()
     controller = CacheController(info.shape, setup, eviction)
-    link = VirtualLink(controller, machine)
+    link = VirtualLink(controller, machine, tier)
     time = 0.0
     predicted = tokens = 0
     ends = [0.0]
