@@ -1,6 +1,7 @@
 """`adapmoe top`: what two readings of `/metrics` come to, and that it fits a terminal."""
 
 import http.server
+import io
 import json
 import threading
 
@@ -153,3 +154,16 @@ def test_json_for_programs(server):
     assert run.exit_code == 0, run.output
     view = json.loads(run.output)
     assert view["interval"]["prefetches"] == 200 and view["layers"][1]["hit_rate"] == 0.5
+
+
+def test_a_host_tier_has_a_line_of_its_own():
+    def rendered(text: str) -> str:
+        console = Console(width=100, file=io.StringIO())
+        console.print(render(make_view(parse_sample(page(100), 0.0), parse_sample(text, 5.0)), 100, None))
+        return console.file.getvalue()
+
+    labels = '{engine="0",model_name="m"}'
+    tiered = f"vllm:adapmoe_host_hits_total{labels} 30\nvllm:adapmoe_host_misses_total{labels} 90\n"
+    assert "from host memory" not in rendered(page(200))
+    (line,) = (line for line in rendered(page(200) + tiered).splitlines() if "from host memory" in line)
+    assert line.split()[-2:] == ["25.0%", "25.0%"]

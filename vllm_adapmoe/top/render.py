@@ -48,6 +48,8 @@ def _totals(view: View) -> Table:
 
     row("hit rate", lambda span: _number(span.hit_rate, ".1%"))
     row("fetched", lambda span: _fetched(span.fetched_bytes, span.seconds))
+    if view.start.in_host_memory is not None:
+        row("  from host memory", lambda span: _number(span.in_host_memory, ".1%"))
     row("link, while fetching", lambda span: _number(span.bytes_per_second, ".2f", " GB/s", 1e-9))
     row("waiting for experts", lambda span: _stalled(span.stall_seconds, span.seconds))
     row("prefetches", lambda span: f"{span.prefetches:.0f}, used {span.prefetches_used:.0f}")

@@ -18,6 +18,8 @@ class Span:
     """Mean time between tokens of a request."""
     hit_rate: float | None
     fetched_bytes: float
+    in_host_memory: float | None
+    """Share of fetches whose expert was in host memory, with `host_gb`."""
     bytes_per_second: float | None
     """Mean bandwidth while fetching."""
     stall_seconds: float
@@ -93,6 +95,7 @@ def _span(before: Sample, now: Sample, seconds: float | None, layers: int) -> Sp
 
     hits, misses = grown(CACHE + "expert_hits_total"), grown(CACHE + "expert_misses_total")
     fetched, gated = grown(CACHE + "fetched_bytes_total"), grown(CACHE + "gated_tokens_total")
+    in_host, on_disk = grown(CACHE + "host_hits_total"), grown(CACHE + "host_misses_total")
     loss = _ratio(grown(CACHE + "gating_loss_nats_total"), gated)
     return Span(
         seconds=seconds,
@@ -101,6 +104,7 @@ def _span(before: Sample, now: Sample, seconds: float | None, layers: int) -> Sp
         token_seconds=mean("inter_token_latency_seconds"),
         hit_rate=_ratio(hits, hits + misses),
         fetched_bytes=fetched,
+        in_host_memory=_ratio(in_host, in_host + on_disk),
         bytes_per_second=_ratio(fetched, grown(CACHE + "fetch_seconds_total")),
         stall_seconds=grown(CACHE + "fetch_stall_seconds_sum"),
         prefetches=grown(CACHE + "prefetches_total"),
