@@ -70,6 +70,8 @@ class ExpertLoading:
         self._store: ExpertStore | None = None
         self._writer: StoreWriter | None = None
         self._sources: SourceFiles | None = None
+        self._tier_bytes = 0
+        """Bytes of host memory for records of the packed file."""
         self._put: set[int] = set()
         self._progress: tqdm | None = None
         self.building = ExitStack()
@@ -149,7 +151,7 @@ class ExpertLoading:
             self._writer = HostStore(self.device)
             action = "Loading experts"
         else:
-            self.pools.check_tier_room()
+            self._tier_bytes = self.pools.check_tier_room()
             self._sources = source_files(self.vllm_config.model_config, self.vllm_config.load_config)
             path = self.pack_path()
             pack = open_or_pack(self.config, path, self._identity(), self._sources, experts, expert_bytes)
@@ -286,10 +288,10 @@ class ExpertLoading:
             rank_experts = [
                 [expert for expert, record in enumerate(layer_records) if record >= 0] for layer_records in records
             ]
-        if (tier_bytes := self.pools.check_tier_room()) > 0:
-            store = TieredStore(store, tier_bytes, self.device)
+        if self._tier_bytes:
+            store = TieredStore(store, self._tier_bytes, self.device)
             logger.info(
-                "Expert cache: %.2f GiB of host memory for %d of %d experts", tier_bytes / GiB, store.num_cells,
+                "Expert cache: %.2f GiB of host memory for %d of %d experts", self._tier_bytes / GiB, store.num_cells,
                 self.pools.num_experts,
             )  # fmt: skip
         shape = CacheShape(
