@@ -34,6 +34,7 @@ from benchmarks.gpu_check.device import Device
 from benchmarks.gpu_check.engine_process import TOKENS, EngineFailed, EngineProcess
 from benchmarks.gpu_check.report import CORRECTNESS, NOT_RUN, Row, verdict
 from benchmarks.gpu_check.shapes import Shape
+from vllm_adapmoe.units import GiB
 
 SAME_BITS, ROUNDING = "tokens and log probabilities of stock", "stock but for rounding"
 ROUNDINGS = 4
@@ -62,10 +63,21 @@ class Contender:
     promise: str
     decode: str = "fetch"
     eager: bool = True
+    in_host: float = 1.0
+    """Share of the experts that host memory holds; below 1, all are in a packed file, and host memory is a tier."""
 
     def name(self) -> str:
         how = "eager" if self.eager else "CUDA graphs"
-        return f"{self.kind}, {self.resident:.1%} resident, {self.decode}, {how}"
+        tier = "" if self.in_host == 1 else f", {self.in_host:.0%} in host memory"
+        return f"{self.kind}, {self.resident:.1%} resident{tier}, {self.decode}, {how}"
+
+    def adapmoe(self, shape: Shape, folder: Path) -> dict[str, Any]:
+        """Returns the engine's `adapmoe_config`; `folder` is for packed files."""
+        config = {"cache_fraction": self.resident, "scheduler": {"enabled": False}, "decode": self.decode}
+        if self.in_host == 1:
+            return config | {"store": "host"}
+        expert_bytes = shape.layers * shape.experts * shape.layout(torch.bfloat16).nbytes
+        return config | {"host_gb": self.in_host * expert_bytes / GiB, "store_dir": str(folder)}
 
 
 CONTENDERS = (
@@ -75,6 +87,7 @@ CONTENDERS = (
     *(Contender("bf16", share, ROUNDING, "in_place", eager=False) for share in (0.25, 0.5)),
     *(Contender(kind, share, SAME_BITS) for kind in ("fp8", "gptq") for share in (0.25, 0.5, 0.75)),
     *(Contender(kind, 0.5, ROUNDING, eager=False) for kind in ("fp8", "gptq")),
+    Contender("bf16", 0.25, SAME_BITS, in_host=0.5),
 )
 
 
@@ -150,10 +163,7 @@ def check_tokens(device: Device, seed: int, ends: float, plan: Plan) -> Iterator
                 reference = _outcome(stock[_reference(contender)])
                 if not isinstance(reference, EngineFailed):
                     forced = [tokens for tokens, _ in reference["alone"]]
-            adapmoe = {
-                "cache_fraction": contender.resident, "store": "host", "scheduler": {"enabled": False},
-                "decode": contender.decode,
-            }  # fmt: skip
+            adapmoe = contender.adapmoe(plan.shape, Path(folder) / "packs")
             running[contender] = start(
                 contender.kind, adapmoe=adapmoe, eager=contender.eager, in_pieces=False, forced=forced
             )

@@ -8,8 +8,8 @@ from vllm_adapmoe.experts import ExpertKey
 class HostTier:
     """Keeps the records that are fetched most often: a record replaces one that was fetched less often, or none.
 
-    It sees fetches alone. An expert that stays in a slot is not fetched, so its record makes way for others: slots and
-    tier hold mostly different experts. Recency would be no guide: a prompt fetches all experts of a layer in order,
+    It sees fetches alone. An expert that stays in a slot is not fetched, so its record makes way for others; what has
+    just been fetched may be in both. Recency would be no guide: a prompt fetches all experts of a layer in order,
     after which an LRU tier smaller than the model holds none of those that the next prompt fetches.
 
     A cell in use is not evicted: one that is being written, or that a copy reads.
