@@ -20,6 +20,7 @@ from benchmarks.workload import prompts_of
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.model_folder import read_model_config
 from vllm_adapmoe.results import package_version, rotated
+from vllm_adapmoe.units import GiB
 
 PROFILED = ("adapmoe-profile", "adapmoe-gated")
 """Contenders that need a profile."""
@@ -121,6 +122,11 @@ class PeerRuns:
     def precisions(self) -> list[int]:
         return list(dict.fromkeys(PRECISIONS[name] for name in self.ours))
 
+    def one_of_each_format(self) -> list[str]:
+        """Returns a contender for each file of weights, without those that are left out."""
+        names = [*FORMATS, *map(self.first_of, self.precisions)]
+        return [name for name in names if name in self.names and not self.failed(name)]
+
     def task(self, name: str, sequences: list[list[int]], **fields: Any) -> Task:
         """Returns the task of running these sequences on a contender."""
         folders = str(self.spec.model), str(self.files)
@@ -153,9 +159,7 @@ class PeerRuns:
         for name in self.names:
             if (reason := missing(*NEEDS.get(name, ()))) is not None:
                 self.fail(name, {"failure": reason})
-        for name in [*FORMATS, *map(self.first_of, self.precisions)]:
-            if name not in self.names or self.failed(name):
-                continue
+        for name in self.one_of_each_format():
             result = self.run(self.task(name, self.sequences[:1], prepare=True), None, "Preparing")
             if "failure" not in result:
                 self.file_bytes[name] = result["file_bytes"]
@@ -170,9 +174,7 @@ class PeerRuns:
             return {}
         texts = prompts_of(self.spec.model, self.spec.text, -(-self.spec.loss_tokens // LOSS_LENGTH), LOSS_LENGTH)
         losses = {}
-        for name in [*FORMATS, *map(self.first_of, self.precisions)]:
-            if name not in self.names or self.failed(name):
-                continue
+        for name in self.one_of_each_format():
             slots = {"slots": pack_shape(pack_file(self.files, name))[0] - 1} if name in PRECISIONS else {}
             task = self.task(name, texts, losses=True, **slots)
             result = self.run(replace(task, prompt_tokens=LOSS_LENGTH), None, "Measuring the loss of")
@@ -256,7 +258,7 @@ class PeerRuns:
                     self._measure(limit, name, number)
 
     def _measure(self, limit: Limit, name: str, number: int) -> None:
-        what = f"Round {number + 1}," + ("" if limit.memory is None else f" {limit.memory / 2**30:.2f} GiB,")
+        what = f"Round {number + 1}," + ("" if limit.memory is None else f" {limit.memory / GiB:.2f} GiB,")
         settings = limit.settings.setdefault(name, {})
         for attempt in range(ATTEMPTS):
             if attempt and settings and not limit.rounds.get(name):

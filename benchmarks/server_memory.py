@@ -1,5 +1,6 @@
 """Measures the memory of a server's processes, stock vLLM's and the plugin's, beside what importing vLLM takes."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from vllm_adapmoe.units import MiB
 
 CONFIGURATIONS: dict[str, dict[str, Any] | None] = {"stock": None, "adapmoe": {"cache_fraction": 0.5}}
 KV_CACHE_BYTES = 64 * MiB
-IMPORTS = "import vllm.entrypoints.llm, vllm.v1.engine.core, os; print(os.getpid(), flush=True); input()"
+IMPORTS = "import vllm.entrypoints.llm, vllm.v1.engine.core; print(flush=True); input()"
 """What a process of an engine imports before it does anything."""
 KINDS = {"Pss": "pss_bytes", "Pss_Anon": "anonymous_bytes", "Pss_File": "file_bytes"}
 PROCESSES = {"VLLM::EngineCore": "engine core", "VLLM::Worker": "worker"}
@@ -45,7 +46,7 @@ def run_server_memory(model: Path, rounds: int) -> dict[str, Any]:
         process.kill()
     return {
         "benchmark": "server_memory",
-        "model": str(model),
+        "model": os.path.relpath(model),
         "kv_cache_bytes": KV_CACHE_BYTES,
         "imports": imports,
         "servers": {name: _figures(measured) for name, measured in runs.items()},

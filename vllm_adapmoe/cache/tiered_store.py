@@ -52,7 +52,6 @@ class TieredStore:
 
     def __init__(self, store: ExpertStore, nbytes: int, device: torch.device) -> None:
         self.store = store
-        self.device = device
         self._lock = threading.Lock()
         self._hits = self._misses = 0
         sizes: dict[int, int] = {}
