@@ -169,9 +169,15 @@ def test_large_models_take_no_time(convex):
     if convex:
         falls = -np.sort(-falls, axis=1)
     curves = [np.append(0, -np.cumsum(row)) + row.sum() for row in falls]
-    start = time.process_time()  # its own: others may use the machine
+    # The yardstick: one pass of numpy over a row of totals for every expert, on the same machine in the same minute.
+    totals = np.zeros(layers * experts // 2)
+    start = time.process_time()
+    for _ in range(layers * experts):
+        np.add(totals, 1, out=totals)
+    yardstick = time.process_time() - start
+    start = time.process_time()
     shares = allocate(curves, layers * experts // 2)
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < 10 * yardstick
     assert sum(shares) == layers * experts // 2
 
 

@@ -1,8 +1,10 @@
 """Counters of steps: every counter has a metric, and ranks add up."""
 
+import re
 from dataclasses import fields
 
 import numpy as np
+from conftest import ROOT
 
 from vllm_adapmoe.policy.cache_stats import CacheStats
 from vllm_adapmoe.scheduling.counters import METRICS, StepCounters, over_ranks
@@ -26,3 +28,14 @@ def test_numbers_of_ranks_are_added_but_the_longest_wait_counts():
     assert total.with_vector(np.arange(5.0)).counted() == {
         "hits": 0, "stall_seconds": 1, "slots": 2, "layer_hits": [3, 4]
     }  # fmt: skip
+
+
+def test_the_dashboard_shows_every_metric():
+    dashboard = (ROOT / "examples" / "grafana" / "adapmoe.json").read_text()
+    endings = {"counter": r"_total\b", "gauge": r"\b", "histogram": r"_(sum|bucket)\b"}
+    missing = [
+        metric.name
+        for metric in METRICS.values()
+        if not re.search(f"vllm:adapmoe_{metric.name}{endings[metric.kind]}", dashboard)
+    ]
+    assert missing == []
