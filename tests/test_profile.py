@@ -12,7 +12,7 @@ from vllm_adapmoe.calibrate.run import loss_scale, ratio
 from vllm_adapmoe.config import AdapMoEError, GatingConfig
 from vllm_adapmoe.gating.rules import gate_tokens
 from vllm_adapmoe.profile import statistics
-from vllm_adapmoe.profile.model_profile import Confirmation, LayerProfile, ModelInfo, ModelProfile
+from vllm_adapmoe.profile.model_profile import Confirmation, LayerProfile, ModelInfo, ModelProfile, RoundingCost
 from vllm_adapmoe.profile.thresholds import describe, plan_gating
 
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "adapmoe_published.json").read_text())
@@ -178,6 +178,23 @@ def test_plans_and_their_log_line():
     assert "outputs depend on the batch" in describe(
         plan_gating(GatingConfig(mode="batch", threshold=0.1), profile), profile
     )
+
+
+def test_rounding_is_paid_for_before_gating():
+    """From the same limit: 0.02 nats of a loss of 2.0."""
+    cost = RoundingCost(precision=4, measured_loss_increase=0.008, measured_stderr=0.001)
+    noise = RoundingCost(precision=8, measured_loss_increase=-0.0001, measured_stderr=0.001)
+    profile = profile_of(4, rounding=[noise, cost], loss_scale=2.0)
+    token, batch = (GatingConfig(mode=mode, max_loss_increase=0.01) for mode in ("token", "batch"))
+    assert plan_gating(token, profile, 8) == plan_gating(token, profile)
+    plan = plan_gating(token, profile, 4)
+    assert plan.threshold == profile.threshold_for_loss(0.006) < plan_gating(token, profile).threshold
+    assert plan_gating(batch, profile, 4).nats_per_token == pytest.approx(0.012 / 2.0)
+    assert describe(plan, profile, 4).endswith("loss +0.60%; precision=4: +0.40%")
+    assert "precision=4: not measured" in describe(plan, profile_of(4), 4)
+    assert plan_gating(token, profile_of(4), 4) == plan_gating(token, profile_of(4))
+    with pytest.raises(AdapMoEError, match=r"precision=4 alone increases the loss by 0.40%; allow more, or use more"):
+        plan_gating(GatingConfig(mode="token", max_loss_increase=0.004), profile, 4)
 
 
 # The published constants

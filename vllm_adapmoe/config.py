@@ -103,10 +103,12 @@ class AdapMoEConfig(BaseModel):
     GPU, and a model larger than the host's memory. Sets `store` to `file`. Default: none."""
     store_dir: PathText | None = None
     """Folder of the packed files; default: `adapmoe` in vLLM's cache folder."""
-    precision: Literal[16, 8, 4] = 16
+    precision: Literal[16, 8, 4, "auto"] = 16
     """Bits per weight of the routed experts. 16: as in the checkpoint. 8, 4: experts of a bf16 checkpoint are
     quantised while they load or are packed, into vLLM's int8 by channel or int4 in groups: half or a third of the
-    bytes, at a small increase of the loss, which `adapmoe evaluate --precision` measures."""
+    bytes, at a small increase of the loss, which `adapmoe evaluate --precision` measures. `auto`: the most bits with
+    which all experts fit `cache_gb`, else those with which the fewest bytes are fetched, within
+    `gating.max_loss_increase` where that is set."""
     eviction: Literal["auto", "lru", "next_use", "next_token"] = "auto"
     """Eviction policy: which resident expert to evict when a slot is needed. `auto`: `next_token` where the profile has
     next-token heads, else `next_use`."""
@@ -145,6 +147,12 @@ class AdapMoEConfig(BaseModel):
             raise ValueError(
                 f"host_gb={self.host_gb} is for experts of a packed file, and store=host holds all of them; remove one"
             )
+        budget = next((key for key in given if key != "cache_gb"), None)
+        if self.precision == "auto" and budget is not None:
+            raise ValueError(
+                f"precision=auto chooses by memory, which {budget}={getattr(self, budget)} does not set; set cache_gb "
+                "in its place, or precision"
+            )
         if self.decode == "in_place":
             if self.gating.mode == "batch":
                 raise ValueError(
@@ -179,6 +187,12 @@ class AdapMoEConfig(BaseModel):
     def automatic(self) -> bool:
         """Whether no budget is set."""
         return not self._budgets()
+
+    @property
+    def bits(self) -> int:
+        """`precision` as a number; `auto` has been resolved in the front end before anything needs it."""
+        assert self.precision != "auto"
+        return self.precision
 
     def _budgets(self) -> list[str]:
         return [key for key in BUDGETS if getattr(self, key) not in (None, "auto")]

@@ -320,6 +320,7 @@ def test_calibration_goes_on_where_it_was_killed(tmp_path, method):
         binary = str(Path(sys.executable).parent / "adapmoe")
         data = str(EXAMPLES / "tiny_mixtral" / "calibration")
         arguments = ["--data", data, "--method", method, "--tokens", "4096", "--sequence-length", "64"]
+        arguments += ["--precision", "4"] if method == "fisher" else []
         return [binary, "calibrate", str(TINY_MIXTRAL), *arguments, "--adapmoe-config", cache, "-o", str(output)]
 
     whole, killed = tmp_path / "whole.json", tmp_path / "killed.json"
@@ -347,3 +348,7 @@ def test_calibration_goes_on_where_it_was_killed(tmp_path, method):
     assert sensitivities[0] == max(sensitivities)
     assert sensitivities[0] > 5 * max(sensitivities[1:])
     assert json.loads(whole.read_text())["layers"][0]["predictions"][0]["lookahead"] == 1
+    costs = {cost.precision: cost for cost in profile.rounding}
+    assert list(costs) == ([4] if method == "fisher" else [])
+    assert all(abs(cost.measured_loss_increase) < 0.02 * profile.base_loss for cost in costs.values())
+    assert all(0 < cost.measured_stderr < 0.02 for cost in costs.values())

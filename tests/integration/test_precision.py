@@ -168,6 +168,35 @@ def test_refusals(tiny_model, tmp_path, monkeypatch):
         configure(tiny_model("mixtral"))
 
 
+def resolved(folder: Path, config: dict[str, Any], **args: Any) -> int:
+    """Returns the precision that every process of an engine is told."""
+    args = {"model": str(folder), "moe_method": "adapmoe", "max_model_len": 64} | args
+    vllm_config = EngineArgs(adapmoe_config={"precision": "auto"} | config, **args).create_engine_config()
+    return vllm_config.additional_config["adapmoe"].get("precision", 16)
+
+
+def test_auto_follows_the_memory(tiny_model, tmp_path, monkeypatch):
+    """24 experts of 98,304 bytes in bf16, 53,248 in int8 and 32,768 in int4, in records of whole pages."""
+    mixtral = tiny_model("mixtral")
+    for precision, nbytes in ((16, 98_304), (8, 53_248), (4, 32_768)):
+        assert resolved(mixtral, {"cache_gb": 24 * nbytes / 2**30}) == precision
+        assert resolved(mixtral, {"cache_gb": (24 * nbytes - 1) / 2**30}) == {16: 8, 8: 4, 4: 4}[precision]
+    assert resolved(mixtral, {}) == 16, "all of this machine's memory"
+    assert resolved(mixtral, {}, gpu_memory_utilization=1e-4) == 4, "a share with no room for any"
+    assert resolved(mixtral, {"cache_gb": 0.001}, dtype="float32") == 16, "vLLM's kernels do not take it"
+    assert resolved(save_quantised_model("gptq", tmp_path), {"cache_gb": 0.001}) == 16
+    monkeypatch.setattr(model_check, "runs_quantised_experts", lambda: False)
+    assert resolved(mixtral, {"cache_gb": 0.001}) == 16
+
+
+def test_auto_within_the_limit_of_the_loss(tmp_path):
+    """The bundled profile says that 8 bits are within 0.05 % and 4 bits are not; below every limit is 16."""
+    gating = {"profile": "tiny_mixtral", "gating": {"mode": "token", "max_loss_increase": 0.0005}, "cache_gb": 0.001}
+    assert resolved(TINY_MIXTRAL, gating) == 8
+    gating["gating"] = {"mode": "token", "max_loss_increase": 0.005}
+    assert resolved(TINY_MIXTRAL, gating) == 4
+
+
 def test_what_kernels_cannot_compute_is_refused():
     """Biases would be left out of the sums; weights on the input end in an error after the model has been packed."""
     moe: Any = SimpleNamespace(has_bias=True, hidden_dim=128, intermediate_size_per_partition=128)

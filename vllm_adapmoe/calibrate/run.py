@@ -1,7 +1,7 @@
 """Implements `adapmoe calibrate`: measures a model on text and writes its ModelProfile."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from vllm_adapmoe.profile.model_profile import (
     LayerProfile,
     ModelInfo,
     ModelProfile,
+    RoundingCost,
 )
 from vllm_adapmoe.profile.next_token import layers_at_a_time
 from vllm_adapmoe.profile.statistics import Sums, digits
@@ -55,6 +56,8 @@ class CalibrationSpec:
     """Random seed for the choice of sequences."""
     cache: dict[str, Any] = field(default_factory=dict)
     """`adapmoe_config` of the engine; empty: as many slots as memory allows."""
+    precisions: Sequence[Literal[8, 4]] = ()
+    """Values of the key `precision` whose cost to measure, each with an engine of its own."""
 
 
 def calibrate(spec: CalibrationSpec) -> ModelProfile:
@@ -97,6 +100,8 @@ def calibrate(spec: CalibrationSpec) -> ModelProfile:
     if method == "fisher":
         _differentiate(spec.model, groups, progress)
     layers, info = _serve(spec, groups, progress, info)
+    for precision in spec.precisions:
+        _round(spec, precision, groups, progress)
     profile = _confirmed(
         ModelProfile(
             method=method,
@@ -105,6 +110,7 @@ def calibrate(spec: CalibrationSpec) -> ModelProfile:
             data=described,
             versions=versions,
             base_loss=_base_loss(groups, progress),
+            rounding=[_rounding_cost(precision, groups, progress) for precision in spec.precisions],
             layers=layers,
         ),
         groups,
@@ -141,17 +147,9 @@ def _serve(
     spec: CalibrationSpec, groups: list, progress: Progress, info: ModelInfo
 ) -> tuple[list[LayerProfile], ModelInfo]:
     """Runs all measurements in vLLM; returns the profile's layers, and `info` completed by what the engine reports."""
-    from vllm_adapmoe.integration.measure.engine import Engine
     from vllm_adapmoe.integration.measure.losses import prefill_losses
 
-    engine = Engine(
-        spec.model,
-        spec.cache,
-        enforce_eager=True,
-        max_model_len=spec.sequence_length + 1,
-        max_num_batched_tokens=max(GROUP_TOKENS, spec.sequence_length + 1),
-    )
-    with engine:
+    with _engine(spec) as engine:
         built = engine.call("experts_built")
         info = info.model_copy(update={key: count for key, count in built.items() if not getattr(info, key)})
         engine.call("start_probe")
@@ -196,6 +194,41 @@ def _serve(
             for piece, group in _pieces(f"confirm{place}", groups, progress, f"Confirming {place + 1}"):
                 progress.add(piece, {"loss": np.array(prefill_losses(engine, group).nats.sum())})
     return layers, info
+
+
+def _engine(spec: CalibrationSpec, **cache: Any) -> Any:
+    from vllm_adapmoe.integration.measure.engine import Engine
+
+    return Engine(
+        spec.model,
+        spec.cache | cache,
+        enforce_eager=True,
+        max_model_len=spec.sequence_length + 1,
+        max_num_batched_tokens=max(GROUP_TOKENS, spec.sequence_length + 1),
+    )
+
+
+def _round(spec: CalibrationSpec, precision: int, groups: list, progress: Progress) -> None:
+    """Measures the loss with experts of `precision` bits."""
+    from vllm_adapmoe.integration.measure.losses import prefill_losses
+
+    name = f"precision{precision}"
+    if all(f"{name}/{number}" in progress.done for number in range(len(groups))):
+        return
+    with _engine(spec, precision=precision) as engine:
+        for piece, group in _pieces(name, groups, progress, f"Experts of {precision} bits"):
+            progress.add(piece, {"loss": np.array(prefill_losses(engine, group).nats.sum())})
+
+
+def _rounding_cost(precision: Literal[8, 4], groups: list, progress: Progress) -> RoundingCost:
+    rise = _column(groups, progress, f"precision{precision}", "loss") - _column(groups, progress, "routing", "loss")
+    measured, error = ratio(rise, _tokens(groups))
+    return RoundingCost(precision=precision, measured_loss_increase=digits(measured), measured_stderr=digits(error))
+
+
+def _tokens(groups: list) -> np.ndarray:
+    """Returns the tokens with a loss in each group, `[groups]`, float64."""
+    return np.array([sum(len(ids) - 1 for ids in group) for group in groups], dtype=float)
 
 
 def _heads(progress: Progress, count: int) -> NextTokenHeads:
@@ -267,14 +300,13 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, float]
 
 
 def _base_loss(groups: list, progress: Progress) -> float:
-    tokens = sum(len(ids) - 1 for group in groups for ids in group)
-    return digits(_column(groups, progress, "routing", "loss").sum() / tokens)
+    return digits(_column(groups, progress, "routing", "loss").sum() / _tokens(groups).sum())
 
 
 def _confirmed(profile: ModelProfile, groups: list, progress: Progress) -> ModelProfile:
     """Returns the profile with its predictions compared to measured losses, and scaled to fit them."""
     base = _column(groups, progress, "routing", "loss")
-    tokens = np.array([sum(len(ids) - 1 for ids in group) for group in groups], dtype=float)
+    tokens = _tokens(groups)
     confirmed = []
     for place, threshold in enumerate(_thresholds(profile)):
         measured, error = ratio(_column(groups, progress, f"confirm{place}", "loss") - base, tokens)
@@ -333,11 +365,16 @@ def print_profile(profile: ModelProfile, show: Callable[..., None]) -> None:
     table = Table(title=f"Increase of the loss, {profile.base_loss:.4f} nats")
     for column in ("threshold", "experts", "predicted", "measured", "±"):
         table.add_column(column, justify="right")
+    base = profile.base_loss or 1
     for point in profile.confirmed:
-        base = profile.base_loss or 1
         table.add_row(
             f"{point.threshold:.3g}", f"{point.mean_experts:.2f}",
             f"{profile.loss_scale * point.predicted_loss_increase / base:+.3%}",
             f"{point.measured_loss_increase / base:+.3%}", f"{point.measured_stderr / base:.3%}",
+        )  # fmt: skip
+    for cost in profile.rounding:
+        table.add_row(
+            "", f"{cost.precision} bit", "", f"{cost.measured_loss_increase / base:+.3%}",
+            f"{cost.measured_stderr / base:.3%}",
         )  # fmt: skip
     show(table)

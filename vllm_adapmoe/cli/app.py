@@ -74,6 +74,10 @@ def calibrate(
     tokens: Annotated[int, typer.Option(min=512, help="Maximum number of tokens to use of --data.")] = 65_536,
     sequence_length: Annotated[int, typer.Option(min=16, help="Tokens per sequence.")] = 256,
     seed: Annotated[int, typer.Option(help="Random seed for the choice of sequences.")] = 0,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="Also measures what these values of the key precision cost, comma-separated: 8,4."),
+    ] = None,
     revision: Revision = None,
     adapmoe_config: CacheSettings = None,
 ) -> None:
@@ -83,10 +87,16 @@ def calibrate(
 
     if method not in ("fisher", "forward", "auto"):
         raise AdapMoEError(f"--method {method} is not known; use fisher, forward or auto")
-    cache = AdapMoEConfig.parse(adapmoe_config).transport()
+    cache = AdapMoEConfig.parse(adapmoe_config)
+    if cache.precision != 16:
+        raise AdapMoEError(
+            f"adapmoe_config precision={cache.precision} does not work here: a profile is of the checkpoint's own "
+            "weights; use --precision for what fewer bits cost"
+        )
     spec = CalibrationSpec(
         model=checkpoint_folder(model, revision), data=data, output=output, method=cast(Method, method), tokens=tokens,
-        sequence_length=sequence_length, seed=seed, cache=cache,
+        sequence_length=sequence_length, seed=seed, cache=cache.transport(),
+        precisions=precisions("--precision", precision),
     )  # fmt: skip
     print_profile(calibrate(spec), Console().print)
 

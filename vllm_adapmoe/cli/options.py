@@ -3,7 +3,7 @@
 import math
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -90,7 +90,7 @@ def numbers(option: str, text: str) -> list[float]:
         raise AdapMoEError(f"{option} {text!r} is not a list of numbers; separate them with commas") from None
 
 
-def precisions(option: str, text: str | None) -> list[int]:
+def precisions(option: str, text: str | None) -> list[Literal[8, 4]]:
     """Parses a comma-separated list of bits per expert weight; returns those below 16, in order, each once.
 
     Raises:
@@ -100,4 +100,4 @@ def precisions(option: str, text: str | None) -> list[int]:
     for value in values:
         if value not in (16, 8, 4):
             raise AdapMoEError(f"{option} {value:g} is not usable; use 16, 8 or 4, separated by commas")
-    return [int(value) for value in dict.fromkeys(values) if value != 16]
+    return [8 if value == 8 else 4 for value in dict.fromkeys(values) if value != 16]

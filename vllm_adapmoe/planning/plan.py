@@ -86,7 +86,7 @@ def run_plan(question: Question, checkpoint_hash: Callable[[Path], str]) -> dict
     reserve = _reserve(question, dtype)
     if question.allocation == "profile" and not has_statistics(profile):
         raise AdapMoEError("--allocation=profile needs a --profile with routing statistics; see adapmoe calibrate")
-    threshold = _threshold(question, profile)
+    _check_loss_limit(question, profile)
     weights_gbps, compute_source = None, "as given"
     if question.compute is None:
         weights, source = measure_weights()
@@ -98,7 +98,7 @@ def run_plan(question: Question, checkpoint_hash: Callable[[Path], str]) -> dict
     chosen: list[tuple[float | None, int | None]] = [(bits, None) for bits in question.expert_bits]
     chosen += [(None, int(precision)) for precision in question.precisions]
     for bits, precision in chosen or [(None, None)]:
-        variants.append(_variant(question, dtype, bits, precision, profile, threshold, reserve, weights_gbps))
+        variants.append(_variant(question, dtype, bits, precision, profile, reserve, weights_gbps))
     return {
         "plan": "memory",
         "model": str(question.model),
@@ -108,7 +108,7 @@ def run_plan(question: Question, checkpoint_hash: Callable[[Path], str]) -> dict
         "basis": _basis(question, profile),
         "allocation": question.allocation,
         "compute": {"ms_per_layer": question.compute, "weights_gbps": weights_gbps, "source": compute_source},
-        "gating": None if threshold is None else _gating(question, profile, threshold),
+        "max_loss_increase": question.max_loss_increase,
         "variants": variants,
     }
 
@@ -133,9 +133,9 @@ def _reserve(question: Question, dtype: torch.dtype | None) -> Reserve:
     return Reserve(parse_bytes("--reserve", question.reserve))
 
 
-def _threshold(question: Question, profile: ModelProfile | None) -> float | None:
+def _check_loss_limit(question: Question, profile: ModelProfile | None) -> None:
     if question.max_loss_increase is None:
-        return None
+        return
     if profile is None or not has_statistics(profile) or profile.base_loss is None:
         have = "no profile is given" if profile is None else f"profile={str(question.profile)!r} has constants only"
         raise AdapMoEError(
@@ -144,15 +144,19 @@ def _threshold(question: Question, profile: ModelProfile | None) -> float | None
         )
     if question.max_loss_increase <= 0:
         raise AdapMoEError(f"--max-loss-increase={question.max_loss_increase} is not usable; more than 0, e.g. 0.005")
-    return profile.threshold_for_loss(question.max_loss_increase)
 
 
-def _gating(question: Question, profile: ModelProfile | None, threshold: float) -> dict[str, float | None]:
-    assert profile is not None
+def _gating(question: Question, profile: ModelProfile | None, precision: int) -> dict[str, float | None] | None:
+    """Returns what gating may drop at this precision, whose own cost counts, too; None without a limit of the loss."""
+    if question.max_loss_increase is None:
+        return None
+    assert profile is not None and profile.base_loss is not None
+    threshold = profile.threshold_for_loss(question.max_loss_increase, precision)
+    rounding = profile.rounding_loss(precision)
     return {
-        "max_loss_increase": question.max_loss_increase,
         "threshold": threshold,
         "mean_experts": profile.mean_experts(threshold),
+        "rounding_loss_increase": None if rounding is None else rounding / profile.base_loss,
     }
 
 
@@ -171,11 +175,12 @@ def _variant(
     bits: float | None,
     precision: int | None,
     profile: ModelProfile | None,
-    threshold: float | None,
     reserve: Reserve,
     weights_gbps: float | None,
 ) -> dict[str, Any]:
     _, size = measure_checkpoint(question.model, dtype, bits, precision, question.on_cpu)
+    gating = _gating(question, profile, precision or 16)
+    threshold = None if gating is None else gating["threshold"]
     requested = None
     if question.memory is not None:
         requested = slots_for(size, parse_bytes("--memory", question.memory), reserve)
@@ -214,6 +219,7 @@ def _variant(
         "expert_bits": bits,
         "precision": precision,
         "size": asdict(size),
+        "gating": gating,
         "link": {"gbps": link / 1e9, "source": link_source},
         "points": points,
         "config": None if requested is None else _config(question, requested, precision),

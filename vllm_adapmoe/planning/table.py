@@ -18,13 +18,8 @@ def print_plan(result: dict[str, Any], console: Console) -> None:
     """Prints one table per variant, and the assumptions behind the figures."""
     for variant in result["variants"]:
         _print_variant(result, variant, console)
-    gating, compute = result["gating"], result["compute"]
+    compute = result["compute"]
     console.print("hits, loads: experts per token, all layers together, that are resident, and that a layer waits for")
-    if gating is not None:
-        console.print(
-            f"gated: {gating['mean_experts']:.2f} experts per token and layer, predicted loss "
-            f"+{gating['max_loss_increase']:.2%}"
-        )
     reserve = result["reserve"]
     share = f"{reserve['share']:.0%} of the memory and " if reserve["share"] else ""
     parts = ", ".join(f"{_size(nbytes)} {name}" for name, nbytes in reserve["parts"].items())
@@ -44,7 +39,8 @@ def _print_variant(result: dict[str, Any], variant: dict[str, Any], console: Con
     table = Table(
         title=f"{result['model']}: experts{_format(variant, ' of {}')}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
-    gated = result["gating"] is not None
+    gating = variant["gating"]
+    gated = gating is not None
     columns = ["", "memory", "slots", "resident", "hits", "loads", "MiB/token", "tok/s"]
     for column in columns + (["gated loads", "MiB/token", "tok/s"] if gated else []):
         table.add_column(column, justify="right", no_wrap=True)
@@ -63,10 +59,25 @@ def _print_variant(result: dict[str, Any], variant: dict[str, Any], console: Con
         f"{experts} experts of {_size(size['expert_bytes'])}, {_size(experts * size['expert_bytes'])} in all, and "
         f"{_size(size['other_bytes'])} of other weights; link: {link['gbps']:.2f} GB/s, {link['source']}"
     )
+    if gated:
+        console.print(
+            f"gated: {gating['mean_experts']:.2f} experts per token and layer, predicted loss "
+            f"+{result['max_loss_increase']:.2%}" + _rounding(variant)
+        )
     for point in variant["points"]:
         shares = point["ungated"]["shares"]
         if point["asked"] and shares is not None and result["allocation"] in ("profile", "uniform"):
             console.print(f"slots of each layer: {', '.join(map(str, shares))}")
+
+
+def _rounding(variant: dict[str, Any]) -> str:
+    """Returns what of the predicted loss is that of fewer bits; empty at those of the checkpoint."""
+    if variant["precision"] in (None, 16):
+        return ""
+    share = variant["gating"]["rounding_loss_increase"]
+    if share is None:
+        return f", without that of precision {variant['precision']} (adapmoe calibrate --precision)"
+    return f", {share:.2%} of it by precision {variant['precision']}"
 
 
 def _cost(estimate: dict[str, Any]) -> list[str]:

@@ -160,6 +160,16 @@ class Confirmation(Strict):
     measured_stderr: NotNegative
 
 
+class RoundingCost(Strict):
+    """Measured cost of one value of the key `precision`, on the calibration data, without gating."""
+
+    precision: Literal[8, 4]
+    """Bits per expert weight."""
+    measured_loss_increase: float
+    """Nats per token; may be negative, within the standard error."""
+    measured_stderr: NotNegative
+
+
 class ModelProfile(Strict):
     """Calibration results of one model. Losses are in nats per token."""
 
@@ -175,6 +185,8 @@ class ModelProfile(Strict):
     loss_scale: Positive = 1.0
     """Factor that predictions are multiplied by: measured over predicted loss increase of `confirmed`."""
     confirmed: Annotated[list[Confirmation], First] = []
+    rounding: Annotated[list[RoundingCost], Field(max_length=2)] = []
+    """Costs of the values of `precision` that were measured (`adapmoe calibrate --precision`)."""
     heads: Text | None = None
     """Hash of the next-token heads beside the profile (`heads.NextTokenHeads`); None: there are none."""
     layers: Annotated[list[LayerProfile], First]
@@ -276,13 +288,45 @@ class ModelProfile(Strict):
             )
         return self._bisect(lambda threshold: self.mean_experts(threshold) > target)[1]
 
-    def threshold_for_loss(self, share: float) -> float:
-        """Returns the highest threshold with a predicted loss increase of at most `share` of the base loss."""
+    def rounding_loss(self, precision: int) -> float | None:
+        """Returns the loss increase of quantising the experts to `precision` bits, nats; None: it was not measured."""
+        if precision == 16:
+            return 0.0
+        costs = {cost.precision: max(0.0, cost.measured_loss_increase) for cost in self.rounding}
+        return costs.get(precision)  # type: ignore[call-overload]
+
+    def gating_budget(self, share: float, precision: int = 16) -> float:
+        """Returns what `precision` leaves to gating of a loss increase of `share` of the base loss, nats.
+
+        A `precision` whose cost was not measured takes nothing of it.
+
+        Raises:
+            AdapMoEError: the profile has no base loss, or nothing is left.
+        """
         if self.base_loss is None:
             raise AdapMoEError(
                 f"gating max_loss_increase={share} needs a calibrated profile, this one is {self.method}; set threshold"
             )
-        budget = share * self.base_loss
+        spent = self.rounding_loss(precision) or 0.0
+        left = share * self.base_loss - spent
+        if left <= 0:
+            raise AdapMoEError(
+                f"gating max_loss_increase={share} leaves nothing to drop experts for: precision={precision} alone "
+                f"increases the loss by {spent / self.base_loss:.2%}; allow more, or use more bits"
+            )
+        return left
+
+    def threshold_for_loss(self, share: float, precision: int = 16) -> float:
+        """Returns the highest threshold with a predicted loss increase of at most `share` of the base loss.
+
+        Args:
+            share: relative increase that gating and the rounding of `precision` may cause together.
+            precision: bits per expert weight.
+
+        Raises:
+            AdapMoEError: as `gating_budget`.
+        """
+        budget = self.gating_budget(share, precision)
         return self._bisect(lambda threshold: self.loss_increase(threshold) <= budget)[0]
 
     def _bisect(self, low_enough: Callable[[float], bool]) -> tuple[float, float]:

@@ -5,8 +5,10 @@ from vllm_adapmoe.gating.plan import GatingPlan
 from vllm_adapmoe.profile.model_profile import ModelProfile
 
 
-def plan_gating(gating: GatingConfig, profile: ModelProfile) -> GatingPlan | None:
+def plan_gating(gating: GatingConfig, profile: ModelProfile, precision: int = 16) -> GatingPlan | None:
     """Returns the gating plan with its threshold; None if gating is off.
+
+    `max_loss_increase` pays for the rounding of `precision` first, as far as the profile knows what it costs.
 
     Raises:
         AdapMoEError: the profile lacks what is needed, or no threshold meets the limit.
@@ -20,10 +22,9 @@ def plan_gating(gating: GatingConfig, profile: ModelProfile) -> GatingPlan | Non
         threshold = profile.threshold_for_experts(gating.target_experts)
     else:
         assert gating.max_loss_increase is not None
-        threshold = profile.threshold_for_loss(gating.max_loss_increase)
+        threshold = profile.threshold_for_loss(gating.max_loss_increase, precision)
         if gating.mode == "batch":
-            assert profile.base_loss is not None
-            nats_per_token = gating.max_loss_increase * profile.base_loss / profile.loss_scale
+            nats_per_token = profile.gating_budget(gating.max_loss_increase, precision) / profile.loss_scale
     return GatingPlan(
         rule=gating.mode,
         threshold=threshold,
@@ -33,7 +34,7 @@ def plan_gating(gating: GatingConfig, profile: ModelProfile) -> GatingPlan | Non
     )
 
 
-def describe(plan: GatingPlan, profile: ModelProfile) -> str:
+def describe(plan: GatingPlan, profile: ModelProfile, precision: int = 16) -> str:
     """Returns one line for the log: the threshold, and the experts and loss that the profile predicts for it."""
     text = f"Adaptive gating ({plan.rule}): threshold {plan.threshold:.4g} nats"
     if plan.rule == "batch":
@@ -50,4 +51,10 @@ def describe(plan: GatingPlan, profile: ModelProfile) -> str:
     text += f": {sum(experts) / len(experts):.2f} of {profile.model.top_k} experts per token (by layer {figures})"
     if profile.base_loss:
         text += f", loss {profile.loss_increase(plan.threshold) / profile.base_loss:+.2%}"
+        if precision != 16:
+            rounding = profile.rounding_loss(precision)
+            known = "not measured (adapmoe calibrate --precision)"
+            if rounding is not None:
+                known = f"{rounding / profile.base_loss:+.2%}"
+            text += f"; precision={precision}: {known}"
     return text

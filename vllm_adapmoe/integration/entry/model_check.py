@@ -59,7 +59,8 @@ def check_model(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
         ):  # fmt: skip
             if is_set:
                 raise AdapMoEError(f"{setting} does not work with enable_expert_parallel=True: {reason}")
-    _check_precision(config, vllm_config)
+    if config.precision not in (16, "auto"):
+        check_precision(config.bits, vllm_config)
     check_budget(config, expert_bound, model.get_num_experts_per_tok() or 1, _device_memory(config, vllm_config))
     # The number of experts is known only from the built model, but with fewer slots than one layer has experts a store
     # is certainly needed.
@@ -83,24 +84,30 @@ def check_needs_no_gpu(config: AdapMoEConfig) -> None:
         )
 
 
-def _check_precision(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
-    """Refuses to quantise experts that are quantised already, or that vLLM cannot compute here."""
-    if config.precision == 16:
-        return
+def check_precision(precision: int, vllm_config: VllmConfig) -> None:
+    """Refuses to quantise experts that are quantised already, or that vLLM cannot compute here.
+
+    Args:
+        precision: 8 or 4.
+        vllm_config: resolved by vLLM.
+
+    Raises:
+        AdapMoEError: they are.
+    """
     model = vllm_config.model_config
     if model.quantization is not None:
         raise AdapMoEError(
-            f"precision={config.precision} does not work with quantization={model.quantization!r}: the experts are "
+            f"precision={precision} does not work with quantization={model.quantization!r}: the experts are "
             "quantised already; remove precision, or use the unquantised checkpoint"
         )
     # vLLM's x86 kernel for int8 has no float16 version for few rows (`tinygemm_kernel_vnni` of moe_int8.cpp, 0.32).
     dtypes = (torch.bfloat16,) if current_platform.is_cpu() else (torch.bfloat16, torch.float16)
     if model.dtype not in dtypes:
         raise AdapMoEError(
-            f"precision={config.precision} does not work with dtype={str(model.dtype).removeprefix('torch.')}: vLLM's "
+            f"precision={precision} does not work with dtype={str(model.dtype).removeprefix('torch.')}: vLLM's "
             "kernels do not take it; set dtype=bfloat16"
         )
-    if config.precision == 4 and not current_platform.is_cpu():
+    if precision == 4 and not current_platform.is_cpu():
         drafter = drafter_of(vllm_config)
         if drafter is not None and mentions_experts(drafter):
             raise AdapMoEError(
@@ -115,7 +122,7 @@ def _check_precision(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
     x86 = current_platform.is_cpu() and current_platform.get_cpu_architecture() == CpuArchEnum.X86
     if x86 and not runs_quantised_experts():
         raise AdapMoEError(
-            f"precision={config.precision}: vLLM's x86 kernels for quantised experts need AMX, or AVX-512 with VNNI "
+            f"precision={precision}: vLLM's x86 kernels for quantised experts need AMX, or AVX-512 with VNNI "
             "and bf16, which this CPU lacks; remove precision"
         )
 

@@ -24,10 +24,10 @@ def set_moe_backend(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
     """
     kernel, quantisation = vllm_config.kernel_config, vllm_config.quant_config
     sizes = expert_sizes(vllm_config.model_config)
-    if config.precision == 16:
+    if config.bits == 16:
         formats = expert_formats(quantisation, sizes, vllm_config.parallel_config.tensor_parallel_size)
     else:
-        formats = {INT8 if config.precision == 8 else INT_WEIGHTS}
+        formats = {INT8 if config.bits == 8 else INT_WEIGHTS}
     if formats is None:
         assert quantisation is not None
         logger.warning(

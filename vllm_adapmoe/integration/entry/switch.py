@@ -10,6 +10,7 @@ from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.integration.compat import METHOD
 from vllm_adapmoe.integration.entry.model_check import check_model
 from vllm_adapmoe.integration.entry.moe_backend import set_moe_backend
+from vllm_adapmoe.integration.entry.precision_choice import resolve_precision
 from vllm_adapmoe.integration.loading.identity import model_hash
 from vllm_adapmoe.integration.model_info import model_info
 from vllm_adapmoe.integration.scheduler.scheduler import is_cache_aware
@@ -49,9 +50,10 @@ def switch_on(engine_args: Any, vllm_config: VllmConfig) -> None:
     if device not in WORKERS:
         raise AdapMoEError(f"moe_method={METHOD!r} does not run on {device}; it runs on {', '.join(WORKERS)}")
     check_model(config, vllm_config)
+    profile = _profile(config, vllm_config)
+    config = resolve_precision(config, vllm_config, profile)
     if device == "cuda":
         set_moe_backend(config, vllm_config)
-    profile = _profile(config, vllm_config)
     settings = EngineSettings(config=config) if profile is None else _follow_profile(config, profile)
     settings.write(vllm_config)
     vllm_config.parallel_config.worker_cls = WORKERS[device]
@@ -95,10 +97,10 @@ def _profile(config: AdapMoEConfig, vllm_config: VllmConfig) -> ModelProfile | N
 def _follow_profile(config: AdapMoEConfig, profile: ModelProfile) -> EngineSettings:
     """Returns the settings and what the profile adds: gating plan, expected loads by slots, and next-token heads."""
     assert config.profile is not None
-    plan = plan_gating(config.gating, profile)
+    plan = plan_gating(config.gating, profile, config.bits)
     loads = heads = None
     if plan is not None:
-        logger.info("%s", describe(plan, profile))
+        logger.info("%s", describe(plan, profile, config.bits))
     if config.allocation == "profile":
         threshold = plan.threshold if plan is not None and plan.rule == "token" else 0.0
         ahead = config.prefetch.max_experts if config.prefetch.lookahead else 0

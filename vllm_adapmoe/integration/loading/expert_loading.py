@@ -85,7 +85,7 @@ class ExpertLoading:
     @property
     def precision(self) -> int:
         """Bits per expert weight; 16: as in the checkpoint."""
-        return self.config.precision
+        return self.config.bits
 
     def add(self, layer: CachedExperts) -> int:
         """Registers a layer under construction; returns its index among the model's MoE layers.

@@ -51,7 +51,7 @@ def pack_names(config: AdapMoEConfig, vllm_config: VllmConfig) -> list[str]:
 
 def pack_name(config: AdapMoEConfig, shard: str, ranks: int) -> str:
     """Returns the name of the packed file of one rank's shard of the experts; each precision has a file of its own."""
-    precision = "" if config.precision == 16 else f"-int{config.precision}"
+    precision = "" if config.bits == 16 else f"-int{config.bits}"
     return f"experts-{shard}-of-{ranks}{precision}.pack"
 
 

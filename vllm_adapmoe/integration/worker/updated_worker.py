@@ -152,7 +152,7 @@ class UpdatedWorker(Worker):
             AdapMoEError: the weights are being replaced, or were replaced only in part; or they are quantised by
                 `precision`, of which a sharded state says nothing.
         """
-        if self._config.precision != 16:
+        if self._config.bits != 16:
             raise AdapMoEError(
                 f"save_sharded_state does not work with precision={self._config.precision}: vLLM would load the state "
                 "as unquantised weights; save it without precision"
