@@ -20,10 +20,12 @@ from vllm_adapmoe.cli.options import (
     checkpoint_folder,
     model_argument,
     numbers,
+    precisions,
     profile_option,
     quieten_vllm,
 )
 from vllm_adapmoe.cli.report import report
+from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.model_folder import check_named_model
 from vllm_adapmoe.units import parse_bytes
 
@@ -142,9 +144,15 @@ def residency(
     batch: Batch = 1,
     prompt_tokens: PromptTokens = 64,
     output_tokens: OutputTokens = 64,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="Bits per expert weight to compare with 16, comma-separated: 8,4."),
+    ] = None,
+    stores: Annotated[str, typer.Option(help="Backing stores, comma-separated: file, host.")] = "file,host",
+    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="Runs without torch.compile.")] = False,
 ) -> None:
-    """Measures throughput with 25, 50, 75 and 100 % of the experts resident, for the file store and the host store."""
-    from benchmarks.residency import print_residency, run_residency
+    """Measures throughput with 25, 50, 75 and 100 % of the experts' bytes resident, for each store and precision."""
+    from benchmarks.residency import STORES, print_residency, run_residency
     from benchmarks.workload import Workload
 
     workload = Workload(
@@ -155,7 +163,11 @@ def residency(
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
     )
-    report(run_residency(workload), print_residency, output)
+    chosen = [name.strip() for name in stores.split(",")]
+    if unknown := [name for name in chosen if name not in STORES]:
+        raise AdapMoEError(f"--stores {unknown[0]} is not known; use {', '.join(STORES)}")
+    bits = precisions("--precision", precision)
+    report(run_residency(workload, chosen, bits, enforce_eager), print_residency, output)
 
 
 @app.command()
@@ -287,14 +299,18 @@ def frontier(
     profile: Profile,
     data: HeldOut,
     sequence_length: Annotated[int, typer.Option(min=16, help="Tokens per sequence.")] = 128,
+    precision: Annotated[
+        str | None, typer.Option(help="Bits per expert weight to compare with 16, comma-separated: 8,4.")
+    ] = None,
     output: Output = None,
     plot: Plot = None,
 ) -> None:
-    """Measures loss against bytes fetched: gating off, by token, by batch, by weight alone, and a smaller top-k."""
+    """Measures loss against bytes fetched: by each gating rule, and with fewer bits."""
     quieten_vllm()
     from benchmarks.frontier import plot_frontier, print_frontier, run_frontier
 
-    result = run_frontier(checkpoint_folder(model), profile, data, sequence_length)
+    bits = precisions("--precision", precision)
+    result = run_frontier(checkpoint_folder(model), profile, data, sequence_length, bits)
     report(result, print_frontier, output, plot_frontier, plot)
 
 

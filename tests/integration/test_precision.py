@@ -135,6 +135,23 @@ def test_groups_of_32(tmp_path):
 
 
 @pytest.mark.engine
+def test_a_router_of_sigmoids(tiny_model):
+    """DeepSeek V3: bias, groups and a scaling factor. VLLM lists no such router for its kernels (`entry/edits.py`)."""
+    deepseek = tiny_model("deepseek_v3")
+    with Engine(deepseek, None, **EAGER) as engine:
+        exact = hidden_states(engine, PROMPT)[0].float()
+    seen = {}
+    for bits, fraction in ((8, 0.5), (4, 0.5), (4, 1.0)):
+        cache = VLLM_STEPS | {"cache_fraction": fraction, "store": "host", "precision": bits}
+        with Engine(deepseek, cache, **EAGER) as engine:
+            block = hidden_states(engine, PROMPT)[0].float()
+            seen[bits, fraction] = answers(engine, ASKED, greedy(logprobs=1))
+        error = (block - exact).norm() / exact.norm()
+        assert 0 < error < {8: 0.02, 4: 0.2}[bits]
+    assert seen[4, 0.5] == seen[4, 1.0] != seen[8, 0.5]
+
+
+@pytest.mark.engine
 def test_evaluate_compares_widths(tmp_path):
     command = [
         Path(sys.executable).with_name("adapmoe"), "evaluate", TINY_MIXTRAL, "--profile", "tiny_mixtral", "--data",

@@ -10,7 +10,9 @@ from typing import NamedTuple
 import pytest
 import torch
 from vllm._custom_ops import CPUQuantMethod, fused_experts_cpu
+from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
 from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExpertsModular
 
 from vllm_adapmoe.integration.compat import QUANTISED_ON_CPU, runs_quantised_experts
 from vllm_adapmoe.precision.rounding import pack_int4, round_to_int4, round_to_int8
@@ -131,6 +133,14 @@ def test_offered_without_amx(monkeypatch):
     assert all(kernel._supports_current_device() for kernel in kernels)
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     assert not any(kernel._supports_current_device() for kernel in kernels)
+
+
+def test_offered_with_every_router():
+    """The router has chosen experts and weights before; what it lists itself, vLLM's unquantised kernel takes, too."""
+    for name in QUANTISED_ON_CPU:
+        kernel = getattr(cpu_moe, name)
+        assert issubclass(kernel, FusedMoEExpertsModular), "a monolithic kernel would route by itself"
+        assert all(kernel._supports_routing_method(method, None, None) for method in RoutingMethodType)
 
 
 @pytest.mark.parametrize("model", SIZES)

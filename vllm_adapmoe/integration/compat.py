@@ -64,7 +64,8 @@ FUSED_MOE = "vllm.model_executor.layers.fused_moe"
 CPU_MOE = f"{FUSED_MOE}.experts.cpu_moe"
 QUANTISED_ON_CPU = ("CPUExpertsInt8", "CPUExpertsInt4", "CPUExpertsFp8", "CPUExpertsMxfp4")
 """Kernels of `CPU_MOE` for quantised experts on x86. vLLM offers them only where there is AMX, but they compute with
-AVX-512 as well (`csrc/cpu/sgl-kernels/moe_int8.cpp`, `moe_int4.cpp`, `moe_fp8.cpp` of 0.32)."""
+AVX-512 as well (`csrc/cpu/sgl-kernels/moe_int8.cpp`, `moe_int4.cpp`, `moe_fp8.cpp` of 0.32). Each lists some routing
+methods, but is given what vLLM's router has chosen, by whatever method, like the kernel for unquantised experts."""
 EDITED = {
     "vllm.engine.arg_utils": (
         "EngineArgs.__dataclass_fields__",
@@ -73,7 +74,11 @@ EDITED = {
         "AsyncEngineArgs.__dataclass_fields__",
     ),
     "vllm.v1.metrics.stats": ("SchedulerStats.__dataclass_fields__",),
-    CPU_MOE: tuple(f"{kernel}._supports_current_device" for kernel in QUANTISED_ON_CPU),
+    CPU_MOE: tuple(
+        f"{kernel}.{check}"
+        for kernel in QUANTISED_ON_CPU
+        for check in ("_supports_current_device", "_supports_routing_method")
+    ),
 }
 """Names that each module edited by `entry/edits.py` must have; without them it is left unedited."""
 REBOUND = {

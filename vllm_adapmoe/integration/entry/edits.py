@@ -109,11 +109,13 @@ def edit_scheduler_stats(module: ModuleType) -> None:
 
 
 def edit_cpu_moe(module: ModuleType) -> None:
-    """Applies M3 to vLLM's CPU kernels: offers those for quantised experts without AMX, too."""
-    if hasattr(module, "_runs_x86_quantized_experts"):  # as patched
-        return
+    """Applies M3 and M4 to vLLM's CPU kernels: offers those for quantised experts without AMX, and with any router."""
+    patched = hasattr(module, "_runs_x86_quantized_experts")
     for name in QUANTISED_ON_CPU:
-        getattr(module, name)._supports_current_device = staticmethod(runs_quantised_experts)
+        kernel = getattr(module, name)
+        if not patched:
+            kernel._supports_current_device = staticmethod(runs_quantised_experts)
+        kernel._supports_routing_method = staticmethod(lambda *_: True)
 
 
 EDITS: dict[str, Callable[[ModuleType], None]] = {

@@ -169,7 +169,7 @@ def quantising_method(moe: FusedMoEConfig, bits: int, weights_on_input: bool) ->
         return Int8Experts(moe) if bits == 8 else Int4Experts(moe, group or 0)
     except (NotImplementedError, ValueError) as error:
         raise AdapMoEError(
-            f"precision={bits}: vLLM has no kernel for {bits}-bit experts with this model's router and activation on "
+            f"precision={bits}: vLLM has no kernel for {bits}-bit experts with this model's activation on "
             f"this device ({reason(error)}); remove precision"
         ) from None
 
