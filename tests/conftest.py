@@ -44,6 +44,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Lets vLLM inspect model classes in this process, where they are loaded anyway.
+
+    It starts a process for each architecture, which imports all of vLLM, so that CUDA is not initialised too early.
+    """
+    if item.get_closest_marker("engine"):
+        from vllm.model_executor.models import registry
+
+        registry._run_in_subprocess = lambda inspect: inspect()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def vllm_folders(tmp_path_factory: pytest.TempPathFactory):
     """VLLM's caches, and so the default place of packed files, are the test run's own."""
