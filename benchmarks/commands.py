@@ -34,6 +34,8 @@ CONTENDERS = (
     "llama.cpp,llama.cpp-q8_0,llama.cpp-q4_k_m,llama.cpp-q4_0,transformers,vllm,adapmoe-lru,adapmoe,adapmoe-8,adapmoe-4"
 )
 
+EnforceEager = Annotated[bool, typer.Option("--enforce-eager", help="As of `vllm serve`: without torch.compile.")]
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -52,6 +54,7 @@ def overhead(
     batch: Batch = 1,
     prompt_tokens: PromptTokens = 512,
     output_tokens: OutputTokens = 64,
+    enforce_eager: EnforceEager = False,
 ) -> None:
     """Compares the plugin with stock vLLM when no expert has to be fetched."""
     from benchmarks.overhead import print_overhead, run_overhead
@@ -65,7 +68,7 @@ def overhead(
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
     )
-    report(run_overhead(workload), print_overhead, output)
+    report(run_overhead(workload, enforce_eager), print_overhead, output)
 
 
 def _models(models: list[str] | None) -> list[str]:
@@ -149,7 +152,7 @@ def residency(
         typer.Option(help="Bits per expert weight to compare with 16, comma-separated: 8,4."),
     ] = None,
     stores: Annotated[str, typer.Option(help="Backing stores, comma-separated: file, host.")] = "file,host",
-    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="Runs without torch.compile.")] = False,
+    enforce_eager: EnforceEager = False,
 ) -> None:
     """Measures throughput with 25, 50, 75 and 100 % of the experts' bytes resident, for each store and precision."""
     from benchmarks.residency import STORES, print_residency, run_residency
@@ -272,9 +275,7 @@ def peers(
             show_default=CONTENDERS.replace(",", ", "),
         ),
     ] = CONTENDERS,
-    enforce_eager: Annotated[
-        bool, typer.Option("--enforce-eager", help="Run vLLM without CUDA graphs, as in `vllm serve`.")
-    ] = False,
+    enforce_eager: EnforceEager = False,
     profile: Annotated[Path | None, profile_option("; adds the plugin with it, ungated and gated")] = None,
     plot: Plot = None,
 ) -> None:

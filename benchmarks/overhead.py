@@ -11,7 +11,7 @@ from vllm_adapmoe.results import rotated
 FIGURES = ("prefill_tokens_per_second", "decode_tokens_per_second")
 
 
-def run_overhead(workload: Workload) -> dict[str, Any]:
+def run_overhead(workload: Workload, enforce_eager: bool = False) -> dict[str, Any]:
     """Starts the engines side by side and measures them in turn.
 
     `all_resident` has a slot for every expert. `one_short` has one slot less, so every step uses the slot map and the
@@ -28,7 +28,8 @@ def run_overhead(workload: Workload) -> dict[str, Any]:
     prompts = workload.prompts()
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in configurations}
     engines = {
-        name: Engine(workload.model, config, max_model_len=workload.length) for name, config in configurations.items()
+        name: Engine(workload.model, config, max_model_len=workload.length, enforce_eager=enforce_eager)
+        for name, config in configurations.items()
     }
     try:
         for engine in engines.values():
@@ -43,6 +44,7 @@ def run_overhead(workload: Workload) -> dict[str, Any]:
     return {
         "benchmark": "overhead",
         **workload.described(),
+        "enforce_eager": enforce_eager,
         "experts": experts,
         "same_tokens": all(tokens[name] == tokens["stock"] for name in tokens),
         "ratio_to_stock": {

@@ -43,7 +43,7 @@ def test_bench_overhead_writes_what_made_it(tmp_path):
     result = tmp_path / "overhead.json"
     run = ran(
         sys.executable, "-m", "benchmarks", "overhead", TINY_MIXTRAL, "--rounds", 1, "--prompt-tokens", 16,
-        "--output-tokens", 8, "-o", result,
+        "--output-tokens", 8, "--enforce-eager", "-o", result,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
     assert "all resident" in run.stdout and "one short" in run.stdout
