@@ -25,19 +25,19 @@ TOKEN_DROPS = (0.1, 0.25, 0.4, 0.6)
 BATCH_FACTORS = (0.5, 1, 2, 4, 8, 16)
 """Thresholds of rule `batch`, relative to the `token` threshold at the second share in `TOKEN_DROPS`."""
 FEWER_PLANS = (0, 1, 4, 6, 7, 8)
-"""Plans that are run below 16 bits: of `token` the first two, of `batch` the thresholds 0.5, 2, 4 and 8."""
+"""Plans that are run for several precisions: of `token` the first two, of `batch` the thresholds 0.5, 2, 4 and 8."""
 LOSS_LIMIT = 0.005
 """Relative loss increase at which bytes are compared."""
 
 
-def plans(profile: ModelProfile, precision: int = 16) -> list[dict[str, Any] | None]:
-    """Returns the gating plans to compare; None: no gating. Below 16 bits without the controls."""
+def plans(profile: ModelProfile, all_rules: bool = True) -> list[dict[str, Any] | None]:
+    """Returns the gating plans to compare; None: no gating. With `all_rules` unset, those of `FEWER_PLANS`."""
     top_k = profile.model.top_k
     sensitivity = [layer.sensitivity for layer in profile.layers]
     thresholds = [profile.threshold_for_experts(top_k - share * (top_k - 1)) for share in TOKEN_DROPS]
     rules: list[dict[str, Any]] = [{"rule": "token", "threshold": threshold} for threshold in thresholds]
     rules += [{"rule": "batch", "threshold": thresholds[1] * factor} for factor in BATCH_FACTORS]
-    if precision == 16:
+    if all_rules:
         rules += [{"rule": "weight", "threshold": (top_k - 1) / top_k * step / 7} for step in (3, 4, 5)]
         rules += [{"rule": "count", "experts": top_k - share * (top_k - 1)} for share in (0.25, 0.5, 1)]
     else:
@@ -58,7 +58,7 @@ def run_frontier(
         profile_path: its profile.
         data: held-out text.
         sequence_length: tokens per sequence.
-        precisions: values of the key `precision` to compare with 16, at slots of as many bytes.
+        precisions: values of the key `precision` to compare with 16, at slots of as many bytes, with fewer plans.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm_adapmoe.integration.measure.engine import Engine, count_experts, load_profile
@@ -66,14 +66,14 @@ def run_frontier(
 
     profile = load_profile(profile_path, model)
     sequences = read_sequences(model, data, sequence_length, max(BATCHES.values()), seed=0)
-    compared = {precision: plans(profile, precision) for precision in (16, *precisions)}
+    compared = plans(profile, all_rules=not precisions)
     points = []
-    total = len(FRACTIONS) * len(BATCHES) * sum(map(len, compared.values()))
+    total = len(FRACTIONS) * len(BATCHES) * len(compared) * (1 + len(precisions))
     bases: dict[int, np.ndarray] = {}
     with tqdm(desc="Decoding", total=total, unit="point") as bar:
         for fraction in FRACTIONS:
             budget: dict[str, Any] = {"cache_fraction": fraction}
-            for precision, rules in compared.items():
+            for precision in (16, *precisions):
                 with Engine(
                     model,
                     ON_DEMAND | budget | {"store": "host", "precision": precision},
@@ -85,6 +85,10 @@ def run_frontier(
                     if precision == 16:
                         nbytes = engine.call("largest_expert_bytes") * round(fraction * count_experts(model))
                         budget = {"cache_gb": nbytes / GiB}
+                    # Where every expert is resident, gating saves no bytes.
+                    rules = compared if engine.cache_stats() else compared[:1]
+                    bar.update(len(BATCHES) * (len(compared) - len(rules)))
+                    decode_losses(engine, sequences[: max(BATCHES)], PROMPT_TOKENS)  # fills the slots
                     for batch, count in BATCHES.items():
                         chosen = sequences[: min(count, len(sequences))]
                         for plan in rules:

@@ -54,7 +54,7 @@ results["evaluate"] = evaluate.run_evaluate(
     )
 )  # fmt: skip
 frontier.BATCHES, frontier.FRACTIONS = {2: 2}, (0.5,)
-frontier.plans = lambda *asked, plans=frontier.plans: plans(*asked)[:2]
+frontier.plans = lambda *asked, plans=frontier.plans, **kwargs: plans(*asked, **kwargs)[:2]
 results["frontier"] = frontier.run_frontier(model, profile, text, LENGTH)
 ablation.GRID = [[], ["gating"]]
 results["ablation"] = ablation.run_ablation(
