@@ -1,6 +1,7 @@
 """What a budget buys: hand-computed cases, brute force over shares, and what must be monotone."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -106,6 +107,17 @@ def test_a_token_by_hand():
     # Computing takes as long as reading 400 bytes and the six experts.
     estimated = closed_form(MODEL, UNIFORM, 12, Speed(1000.0, None, 2000.0))
     assert estimated.tokens_per_second == pytest.approx(2000 / (400 + 600))
+
+
+@pytest.mark.parametrize(("host", "seconds"), [(12, 0.3), (4, 0.3), (2, 0.15 + 0.15 * 4), (0, 1.2), (None, 0.3)])
+def test_host_memory_between_slots_and_disk(host, seconds):
+    """Eight of twelve experts are in slots: host memory for four holds all others, for two every second one."""
+    tiered = Speed(1000.0, 0.1, host_experts=host, disk=250.0)
+    estimate = closed_form(MODEL, UNIFORM, 8, tiered)
+    assert estimate.tokens_per_second == pytest.approx(1 / (5 * 0.1 + seconds))
+    assert estimate.fetched_bytes == pytest.approx(300)
+    fast_disk = closed_form(MODEL, UNIFORM, 8, replace(tiered, disk=9e9))
+    assert fast_disk.tokens_per_second == pytest.approx(1 / (5 * 0.1 + 0.3)), "the link is on the way as well"
 
 
 @given(st.lists(st.floats(1, 2), min_size=3, max_size=3), st.integers(2, 11))

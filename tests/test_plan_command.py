@@ -218,6 +218,37 @@ def test_a_trace_is_replayed(tmp_path):
     assert "was recorded with another model (m)" in refusal(TINY_MIXTRAL, "--trace", trace, *SPEEDS)
 
 
+def test_host_memory_between_a_gpu_and_the_disk(mixtral, tmp_path):
+    """Mixtral in 24 GiB of a GPU and 16 GiB of host memory; a GiB holds three of its experts."""
+    result, config = tmp_path / "result.json", tmp_path / "config.json"
+    options = [mixtral, "--memory", "24GiB", "--reserve", "2GiB", "--link", "25", "--compute", "0.6"]
+    speeds = []
+    for tier in ([], ["--host", "16GiB", "--disk", "5"], ["--host", "84GiB", "--disk", "5"]):
+        run = plan(*options, *tier, "--result", result, "-o", config)
+        assert run.exit_code == 0, run.output
+        (variant,) = json.loads(result.read_text())["variants"]
+        (asked,) = [point for point in variant["points"] if point["asked"]]
+        speeds.append(asked["ungated"]["tokens_per_second"])
+        parsed = AdapMoEConfig.parse(config)
+        assert parsed.host_gb == (float(tier[1].removesuffix("GiB")) if tier else None)
+        assert "experts in" not in run.output if not tier else "of host memory; disk: 5.00 GB/s" in run.output
+    assert speeds[2] == speeds[0] > 2 * speeds[1]
+    assert "set --link to plan for one" in refusal(mixtral, "--memory", "24GiB", "--host", "16GiB")
+    assert "--disk=slow is not usable" in refusal(*options, "--host", "16GiB", "--disk", "slow")
+
+
+def test_host_memory_in_a_replay(tmp_path):
+    trace = tmp_path / "trace"
+    write_trace(trace, 1)
+    speeds = []
+    for tier in ([], ["--host", "1MiB", "--disk", "0.1"]):
+        run = plan(TINY_MIXTRAL, "--trace", trace, *SPEEDS, *tier, "--result", tmp_path / "result.json")
+        assert run.exit_code == 0, run.output
+        points = json.loads((tmp_path / "result.json").read_text())["variants"][0]["points"]
+        speeds.append(points[0]["ungated"]["tokens_per_second"])
+    assert speeds[1] < 0.5 * speeds[0]
+
+
 def test_gating_a_step():
     weights = np.array([[[0.9, 0.1]], [[0.6, 0.4]]], dtype=np.float16)
     step = Step(0.0, ["r"], np.zeros(1, dtype=np.int32), np.zeros((2, 1, 2), dtype=np.int64), weights, {})

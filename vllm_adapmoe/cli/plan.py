@@ -38,6 +38,13 @@ def plan(
     link: Annotated[
         str, typer.Option(help="Bandwidth of expert fetches, 1e9 bytes/s; auto: measured on this machine.")
     ] = "auto",
+    host: Annotated[
+        str | None,
+        typer.Option(help="Host memory for experts beside a GPU, e.g. 64GiB (host_gb); the others are on disk."),
+    ] = None,
+    disk: Annotated[
+        str, typer.Option(help="With --host: bandwidth of the disk, 1e9 bytes/s; auto: measured on this machine.")
+    ] = "auto",
     compute: Annotated[
         float | None,
         typer.Option(
@@ -90,7 +97,7 @@ def plan(
         raise AdapMoEError("--output needs to know the budget; add --memory, e.g. --memory 24GiB")
     question = Question(
         _config_folder(model, revision), profile, trace, memory, reserve, dtype, bits, link, compute, max_loss_increase,
-        allocation, store_dir, max_model_len, precisions,
+        allocation, store_dir, max_model_len, precisions, host, disk,
     )  # fmt: skip
     answer = run_plan(question, _checkpoint_hash) | {"model": model}
     if output is not None:

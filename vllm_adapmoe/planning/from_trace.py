@@ -79,7 +79,12 @@ class TraceReplay:
             tokens += len(step.positions)
             heads = heads or bool(step.expected)
         compute = self.speed.compute_seconds(self.model, expert_uses / len(steps))
-        machine = Machine(self.speed.link, compute / self.model.num_layers)
+        machine = Machine(
+            self.speed.link,
+            compute / self.model.num_layers,
+            host_records=self.speed.host_experts,
+            disk_bandwidth=self.speed.disk,
+        )
         config = {"allocation": self.allocation}
         if self.allocation == "profile":
             config["profile"] = "given"

@@ -36,6 +36,15 @@ def measure_link(record_bytes: int, store_dir: Path | None = None) -> tuple[floa
     """
     if torch.cuda.is_available():
         return measure_copies(record_bytes), f"copies to {torch.cuda.get_device_name()} from page-locked memory"
+    return measure_disk(record_bytes, store_dir)
+
+
+def measure_disk(record_bytes: int, store_dir: Path | None = None) -> tuple[float, str]:
+    """Returns bytes per second of direct reads of records of a size one after another, and a description.
+
+    Raises:
+        AdapMoEError: the disk has no room for the temporary file, or is not writable.
+    """
     folder = packs_root(store_dir)
     existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
     return measure_reads(record_bytes, existing), "direct reads from the disk of the packed files"
@@ -66,7 +75,8 @@ def measure_reads(record_bytes: int, folder: Path) -> float:
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise AdapMoEError(
-            f"--link=auto writes {nbytes} bytes to {folder}, {free} are free; set --link 25 (GB/s), or --store-dir"
+            f"measuring the disk writes {nbytes} bytes to {folder}, {free} are free; set --link or --disk (GB/s), or "
+            "--store-dir"
         )
     buffer = aligned_empty(record_bytes).random_()
     try:
@@ -87,7 +97,7 @@ def measure_reads(record_bytes: int, folder: Path) -> float:
                 os.close(fd)
     except OSError as error:
         raise AdapMoEError(
-            f"--link=auto cannot measure in {folder} ({error.strerror}); set --link 25 (GB/s), or --store-dir"
+            f"the disk cannot be measured in {folder} ({error.strerror}); set --link or --disk (GB/s), or --store-dir"
         ) from None
 
 

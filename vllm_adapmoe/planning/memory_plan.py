@@ -140,6 +140,18 @@ class Speed:
     """Compute time of one layer for one token; None: the time to read the weights it needs."""
     weights: float = 0.0
     """Bandwidth of reading weights, bytes per second; used if `layer_seconds` is None."""
+    host_experts: int | None = None
+    """Experts that host memory holds (`host_gb`), the others are on disk; None: it holds all."""
+    disk: float | None = None
+    """Bandwidth of reading from disk, bytes per second; None: that of the link."""
+
+    def fetch_seconds(self, nbytes: float, absent: int) -> float:
+        """Returns the time to fetch `nbytes` of experts, any of the `absent` ones as likely as another.
+
+        Host memory keeps those that are fetched most often, so none of its experts is in a slot for long.
+        """
+        found = 1.0 if self.host_experts is None else min(1.0, self.host_experts / max(absent, 1))
+        return nbytes * (found / self.link + (1 - found) / min(self.link, self.disk or self.link))
 
     def compute_seconds(self, model: ModelSize, kept: float) -> float:
         """Returns the compute time of one token that uses `kept` experts over all layers, without fetches."""
@@ -187,7 +199,7 @@ def closed_form(
         )
     loads = float(sum(curve[share] for curve, share in zip(curves, shares, strict=True)))
     moved = loads * model.expert_bytes
-    seconds = speed.compute_seconds(model, kept) + moved / speed.link
+    seconds = speed.compute_seconds(model, kept) + speed.fetch_seconds(moved, model.experts - slots)
     return Estimate(kept - loads, loads, moved, 1 / seconds, shares)
 
 

@@ -1,7 +1,7 @@
 """Implements `adapmoe plan`: tokens per second by memory for one model, for each number of bits per expert weight."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.planning.checkpoint_size import has_weights, measure_checkpoint, measure_step
 from vllm_adapmoe.planning.from_trace import TraceReplay
-from vllm_adapmoe.planning.link import measure_link, measure_weights
+from vllm_adapmoe.planning.link import measure_disk, measure_link, measure_weights
 from vllm_adapmoe.planning.memory_plan import (
     Estimate,
     ModelSize,
@@ -24,7 +24,7 @@ from vllm_adapmoe.planning.memory_plan import (
 )
 from vllm_adapmoe.precision.formats import PRECISIONS
 from vllm_adapmoe.profile.model_profile import ModelProfile
-from vllm_adapmoe.units import parse_bytes
+from vllm_adapmoe.units import GiB, parse_bytes
 
 ALLOCATIONS = ("pool", "uniform", "profile", "trace")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -53,6 +53,10 @@ class Question:
     """Maximum tokens per request; None: the model's maximum."""
     precisions: Sequence[float] = ()
     """Values of the key `precision`, 16, 8 or 4, one variant each; in place of `expert_bits`."""
+    host: str | None = None
+    """Host memory for experts beside a GPU (`host_gb`); None: all of them are in host memory, or slots are."""
+    disk: str = "auto"
+    """Bandwidth of reading the packed file, with `host`, 1e9 bytes per second; `auto`: measured."""
 
     @property
     def on_cpu(self) -> bool:
@@ -77,6 +81,11 @@ def run_plan(question: Question, checkpoint_hash: Callable[[Path], str]) -> dict
         raise AdapMoEError("--precision and --expert-bits both set the size of the experts; set only one of them")
     if unknown := [value for value in question.precisions if value not in PRECISIONS]:
         raise AdapMoEError(f"--precision {unknown[0]:g} is not known; use 16, 8 or 4")
+    if question.host is not None and question.on_cpu:
+        raise AdapMoEError(
+            f"--host={question.host} is for experts between a GPU and the disk; set --link to plan for one, e.g. "
+            "--link 25, or raise --memory"
+        )
     profile = None if question.profile is None else ModelProfile.load(question.profile)
     info, _ = measure_checkpoint(question.model, dtype, (question.expert_bits or [16.0])[0])
     if profile is not None:
@@ -186,7 +195,10 @@ def _variant(
         requested = slots_for(size, parse_bytes("--memory", question.memory), reserve)
     link, link_source = _link(question, size)
     layer_seconds = None if question.compute is None else question.compute / 1e3
+    tier = _tier(question, size)
     speed = Speed(link, layer_seconds, (weights_gbps or 0) * 1e9)
+    if tier is not None:
+        speed = replace(speed, host_experts=tier["experts"], disk=tier["disk_gbps"] * 1e9)
     replayed = None
     if question.trace is not None:
         loads = None
@@ -221,6 +233,7 @@ def _variant(
         "size": asdict(size),
         "gating": gating,
         "link": {"gbps": link / 1e9, "source": link_source},
+        "host": tier,
         "points": points,
         "config": None if requested is None else _config(question, requested, precision),
     }
@@ -229,13 +242,31 @@ def _variant(
 def _link(question: Question, size: ModelSize) -> tuple[float, str]:
     if question.link == "auto":
         return measure_link(size.expert_bytes, question.store_dir)
+    return _bandwidth("--link", question.link, "25"), "as given"
+
+
+def _tier(question: Question, size: ModelSize) -> dict[str, Any] | None:
+    """Returns how many experts host memory holds, and the disk's bandwidth; None without `--host`."""
+    if question.host is None:
+        return None
+    nbytes = parse_bytes("--host", question.host)
+    if question.disk == "auto":
+        disk, source = measure_disk(size.expert_bytes, question.store_dir)
+    else:
+        disk, source = _bandwidth("--disk", question.disk, "3"), "as given"
+    experts = min(size.experts, nbytes // size.expert_bytes)
+    return {"bytes": nbytes, "experts": experts, "disk_gbps": disk / 1e9, "source": source}
+
+
+def _bandwidth(option: str, text: str, example: str) -> float:
+    """Parses a bandwidth in 1e9 bytes per second; returns bytes per second."""
     try:
-        gbps = float(question.link)
+        gbps = float(text)
     except ValueError:
         gbps = 0.0
     if not 0 < gbps < 1e6:
-        raise AdapMoEError(f"--link={question.link} is not usable; auto, or 1e9 bytes per second, e.g. 25")
-    return gbps * 1e9, "as given"
+        raise AdapMoEError(f"{option}={text} is not usable; auto, or 1e9 bytes per second, e.g. {example}")
+    return gbps * 1e9
 
 
 def _config(question: Question, slots: int, precision: int | None) -> dict[str, Any]:
@@ -243,6 +274,8 @@ def _config(question: Question, slots: int, precision: int | None) -> dict[str, 
     config: dict[str, Any] = {"cache_experts": slots, "allocation": question.allocation}
     if precision is not None:
         config["precision"] = precision
+    if question.host is not None:
+        config["host_gb"] = parse_bytes("--host", question.host) / GiB
     if question.store_dir is not None:
         config["store_dir"] = str(question.store_dir)
     if question.profile is not None and (question.max_loss_increase or question.allocation == "profile"):

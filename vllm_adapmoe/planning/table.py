@@ -59,6 +59,11 @@ def _print_variant(result: dict[str, Any], variant: dict[str, Any], console: Con
         f"{experts} experts of {_size(size['expert_bytes'])}, {_size(experts * size['expert_bytes'])} in all, and "
         f"{_size(size['other_bytes'])} of other weights; link: {link['gbps']:.2f} GB/s, {link['source']}"
     )
+    if (host := variant["host"]) is not None:
+        console.print(
+            f"{host['experts']} experts in {_size(host['bytes'])} of host memory; disk: {host['disk_gbps']:.2f} GB/s, "
+            f"{host['source']}"
+        )
     if gated:
         console.print(
             f"gated: {gating['mean_experts']:.2f} experts per token and layer, predicted loss "
