@@ -199,6 +199,7 @@ def test_auto_follows_the_memory(tiny_model, tmp_path, monkeypatch):
         assert resolved(mixtral, {"cache_gb": 24 * nbytes / 2**30}) == precision
         assert resolved(mixtral, {"cache_gb": (24 * nbytes - 1) / 2**30}) == {16: 8, 8: 4, 4: 4}[precision]
     assert resolved(mixtral, {}) == 16, "all of this machine's memory"
+    assert resolved(mixtral, {"cache_gb": 0.001, "store_dir": str(tmp_path)}) == 4, "whose pack has it in its name"
     assert resolved(mixtral, {}, gpu_memory_utilization=1e-4) == 4, "a share with no room for any"
     assert resolved(mixtral, {"cache_gb": 0.001}, dtype="float32") == 16, "vLLM's kernels do not take it"
     assert resolved(save_quantised_model("gptq", tmp_path), {"cache_gb": 0.001}) == 16

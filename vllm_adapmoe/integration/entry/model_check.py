@@ -26,7 +26,7 @@ ngram_gpu and suffix run no model of their own)."""
 
 
 def check_model(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
-    """Checks the model, the vLLM features enabled with it, the slot budget and the store.
+    """Checks the model, the vLLM features enabled with it, and the slot budget.
 
     Raises:
         AdapMoEError: names the first setting found that cannot work.
@@ -62,11 +62,19 @@ def check_model(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
     if config.precision not in (16, "auto"):
         check_precision(config.bits, vllm_config)
     check_budget(config, expert_bound, model.get_num_experts_per_tok() or 1, _device_memory(config, vllm_config))
+
+
+def check_packs(config: AdapMoEConfig, vllm_config: VllmConfig) -> None:
+    """Checks the store, whose packed files have the precision in their names (`pack_store.check_store`).
+
+    Raises:
+        AdapMoEError: as `check_store`.
+    """
     # The number of experts is known only from the built model, but with fewer slots than one layer has experts a store
     # is certainly needed.
-    needs_store = (config.cache_fraction or 1) < 1
-    needs_store |= (config.cache_experts or sys.maxsize) < (model.get_num_experts() or 0)
-    check_store(config, vllm_config, needs_store)
+    experts = vllm_config.model_config.get_num_experts() or 0
+    needed = (config.cache_fraction or 1) < 1 or (config.cache_experts or sys.maxsize) < experts
+    check_store(config, vllm_config, needed)
 
 
 def check_needs_no_gpu(config: AdapMoEConfig) -> None:

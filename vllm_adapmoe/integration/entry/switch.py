@@ -8,7 +8,7 @@ from vllm.platforms import current_platform
 
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.integration.compat import METHOD
-from vllm_adapmoe.integration.entry.model_check import check_model
+from vllm_adapmoe.integration.entry.model_check import check_model, check_packs
 from vllm_adapmoe.integration.entry.moe_backend import set_moe_backend
 from vllm_adapmoe.integration.entry.precision_choice import resolve_precision
 from vllm_adapmoe.integration.loading.identity import model_hash
@@ -52,6 +52,7 @@ def switch_on(engine_args: Any, vllm_config: VllmConfig) -> None:
     check_model(config, vllm_config)
     profile = _profile(config, vllm_config)
     config = resolve_precision(config, vllm_config, profile)
+    check_packs(config, vllm_config)
     if device == "cuda":
         set_moe_backend(config, vllm_config)
     settings = EngineSettings(config=config) if profile is None else _follow_profile(config, profile)
