@@ -124,7 +124,7 @@ def run_frontier(
         "sequence_length": sequence_length,
         "points": points,
         "least_bytes": [
-            {"resident": fraction, "batch": batch} | least_bytes(points_of(points, fraction, batch))
+            {"resident": fraction, "batch": batch, "shares": least_bytes(points_of(points, fraction, batch))}
             for fraction in FRACTIONS
             for batch in BATCHES
         ],
@@ -158,9 +158,8 @@ def least_bytes(points: list[dict[str, Any]]) -> dict[str, float | None]:
     """
     ungated = {point["precision"]: point for point in points if point["rule"] == "off"}
     whole = ungated[16]["bytes_per_token"]
-    shares: dict[str, float | None] = {}
     every = [_crossing([point]) for point in ungated.values()]
-    shares["precision"] = _least(every, whole)
+    shares = {"precision": _least(every, whole)}
     for rule in LABELS:
         for precision, start in ungated.items():
             line = [point for point in points if (point["rule"], point["precision"]) == (rule, precision)]
@@ -221,15 +220,15 @@ def print_frontier(result: dict[str, Any], console: Console) -> None:
             "" if predicted is None else f"{predicted:+.2%}",
         )
     console.print(table)
-    names = [name for name in result["least_bytes"][0] if name not in ("resident", "batch")]
+    names = list(result["least_bytes"][0]["shares"])
     table = Table(
-        title=f"Bytes fetched at a loss increase of {LOSS_LIMIT:.1%}, of those at 16 bits without gating",
+        title=f"Least bytes fetched at {LOSS_LIMIT:.1%} more loss, of those at 16 bits without gating",
         box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
     )  # fmt: skip
-    for column in ("resident", "batch", *(LABELS.get(name, name) for name in names)):
+    for column in ("resident", "requests", *(LABELS.get(name, name) for name in names)):
         table.add_column(column, justify="right", no_wrap=True)
     for row in result["least_bytes"]:
-        shares = ["" if row[name] is None else f"{row[name]:.2f}" for name in names]
+        shares = ["" if share is None else f"{share:.2f}" for share in row["shares"].values()]
         table.add_row(f"{row['resident']:.0%}", str(row["batch"]), *shares)
     console.print(table)
 

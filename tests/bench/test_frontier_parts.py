@@ -2,8 +2,9 @@
 
 import pytest
 from conftest import ROOT
+from rich.console import Console
 
-from benchmarks.frontier import least_bytes, plans
+from benchmarks.frontier import BATCHES, FRACTIONS, least_bytes, plans, points_of, print_frontier
 from vllm_adapmoe.profile.model_profile import ModelProfile
 
 
@@ -39,3 +40,24 @@ def test_least_bytes_at_half_a_percent():
         }
     )
     assert least_bytes(points[:-2])["together"] == pytest.approx(0.3)
+
+
+def test_the_tables_name_size_and_rule_apart(capsys):
+    """`batch` is a number of requests, and the name of a rule."""
+    points = [
+        point(rule, 16, nbytes, loss)
+        | {"resident": fraction, "batch": batch, "threshold": None, "mean_experts": 2.0, "loss_increase_stderr": 0.0}
+        | {"predicted_loss_increase": None}
+        for fraction in FRACTIONS
+        for batch in BATCHES
+        for rule, nbytes, loss in (("off", 1000.0, 0.0), ("batch", 250.0, 0.004))
+    ]
+    rows = [
+        {"resident": fraction, "batch": batch, "shares": least_bytes(points_of(points, fraction, batch))}
+        for fraction in FRACTIONS
+        for batch in BATCHES
+    ]
+    print_frontier({"model": "m", "points": points, "least_bytes": rows}, Console(width=100))
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split() == ["resident", "requests", "precision", "batch", "together"] for line in lines)
+    assert sum(line.split()[2:] == ["1.00", "0.25", "0.25"] for line in lines if line.strip()) == len(rows)
