@@ -150,7 +150,7 @@ def points_of(points: list[dict[str, Any]], fraction: float, batch: int) -> list
 def least_bytes(points: list[dict[str, Any]]) -> dict[str, float | None]:
     """Returns the least bytes fetched at a loss increase of `LOSS_LIMIT`, as a share of those at 16 bits, ungated.
 
-    On the line through the points of a rule at a precision, sorted by loss, from its ungated point.
+    On the line through the points of a rule at a precision, from its ungated point.
 
     Returns:
         `gating`: each rule at 16 bits, by name; `precision`: ungated, any precision; `together`: any rule, any
@@ -174,12 +174,17 @@ def least_bytes(points: list[dict[str, Any]]) -> dict[str, float | None]:
 
 
 def _crossing(line: list[dict[str, Any]]) -> float | None:
-    """Returns the bytes of a line of points at `LOSS_LIMIT`; of its last point if the whole line is below."""
-    ordered = sorted(line, key=lambda point: point["loss_increase"])
-    if ordered[0]["loss_increase"] > LOSS_LIMIT:
+    """Returns the least bytes on a line of points, in order of their bytes, whose loss is within `LOSS_LIMIT`.
+
+    That is of the last point within, or between it and the next one, which is beyond. None: no point is within.
+    """
+    ordered = sorted(line, key=lambda point: -point["bytes_per_token"])
+    places = [place for place, point in enumerate(ordered) if point["loss_increase"] <= LOSS_LIMIT]
+    if not places:
         return None
-    losses = [point["loss_increase"] for point in ordered]
-    return float(np.interp(LOSS_LIMIT, losses, [point["bytes_per_token"] for point in ordered]))
+    ends = ordered[places[-1] : places[-1] + 2]
+    losses = [point["loss_increase"] for point in ends]
+    return float(np.interp(LOSS_LIMIT, losses, [point["bytes_per_token"] for point in ends]))
 
 
 def _least(values: list[float | None], whole: float) -> float | None:
@@ -263,5 +268,5 @@ def plot_frontier(result: dict[str, Any], path: Path) -> None:
                         )  # fmt: skip
                 panel.axhline(100 * LOSS_LIMIT, color="grey", linewidth=0.5)
                 panel.set_title(f"{fraction:.0%} of the bytes resident, batch {batch}", fontsize=9)
-                panel.set_ylim(-0.5, 4)
+                panel.set_ylim(-1, 4)
         axes[0][0].legend(frameon=False, fontsize=7)
