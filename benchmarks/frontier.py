@@ -154,7 +154,7 @@ def least_bytes(points: list[dict[str, Any]]) -> dict[str, float | None]:
 
     Returns:
         `gating`: each rule at 16 bits, by name; `precision`: ungated, any precision; `together`: any rule, any
-        precision. None: no point is within the limit.
+        precision. None: no point is within the limit, or nothing is fetched at 16 bits either.
     """
     ungated = {point["precision"]: point for point in points if point["rule"] == "off"}
     whole = ungated[16]["bytes_per_token"]
@@ -188,6 +188,8 @@ def _crossing(line: list[dict[str, Any]]) -> float | None:
 
 
 def _least(values: list[float | None], whole: float) -> float | None:
+    if not whole:
+        return None
     return min((value / whole for value in values if value is not None), default=None)
 
 

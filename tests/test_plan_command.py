@@ -235,6 +235,19 @@ def test_host_memory_between_a_gpu_and_the_disk(mixtral, tmp_path):
     assert speeds[2] == speeds[0] > 2 * speeds[1]
     assert "set --link to plan for one" in refusal(mixtral, "--memory", "24GiB", "--host", "16GiB")
     assert "--disk=slow is not usable" in refusal(*options, "--host", "16GiB", "--disk", "slow")
+    assert "--host=1MiB holds no expert of 0.3281 GiB" in refusal(*options, "--host", "1MiB", "--disk", "5")
+    assert "--disk=5 has no effect without --host" in refusal(*options, "--disk", "5")
+
+
+def test_a_precision_beyond_the_limit_of_the_loss(tmp_path):
+    """The bundled profile: 8 bits cost 0.01 %, 4 bits 0.12 %."""
+    options = [TINY_MIXTRAL, "--profile", PROFILE, "--max-loss-increase", "0.0005", *SPEEDS]
+    run = plan(*options, "--precision", "16,8,4", "--result", tmp_path / "result.json")
+    assert run.exit_code == 0, run.output
+    assert "not gated: precision 4 alone exceeds +0.05%" in run.output and "0.01% of it by precision 8" in run.output
+    gating = [variant["gating"] for variant in json.loads((tmp_path / "result.json").read_text())["variants"]]
+    assert gating[2] is None and gating[0]["threshold"] > gating[1]["threshold"] > 0
+    assert "--precision 4 alone increases the loss by 0.12%" in refusal(*options, "--precision", "4")
 
 
 def test_host_memory_in_a_replay(tmp_path):

@@ -66,6 +66,12 @@ def test_a_cost_that_was_not_measured_is_needed_only_where_it_matters():
         choose_precision(SIZES, 38399, profile, 0.005)
 
 
+def test_a_profile_without_a_loss_limits_nothing():
+    profile = profile_of(4).model_copy(update={"base_loss": None, "method": "published"})
+    with pytest.raises(AdapMoEError, match=r"needs a calibrated profile, this one is published"):
+        choose_precision({16: WIDE}, 10**6, profile, 0.005)
+
+
 @pytest.mark.parametrize("budget", [{"cache_fraction": 1.0}, {"cache_experts": 8}])
 def test_needs_a_budget_in_bytes(budget):
     with pytest.raises(AdapMoEError, match=r"precision=auto chooses by memory.*set cache_gb"):

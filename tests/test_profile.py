@@ -197,6 +197,12 @@ def test_rounding_is_paid_for_before_gating():
         plan_gating(GatingConfig(mode="token", max_loss_increase=0.004), profile, 4)
 
 
+def test_one_cost_for_a_precision():
+    cost = RoundingCost(precision=8, measured_loss_increase=0.1, measured_stderr=0.0)
+    with pytest.raises(ValueError, match="a precision has two costs"):
+        profile_of(4, rounding=[cost, cost])
+
+
 # The published constants
 
 

@@ -40,6 +40,7 @@ def test_least_bytes_at_half_a_percent():
         }
     )
     assert least_bytes(points[:-2])["together"] == pytest.approx(0.3)
+    assert least_bytes([point("off", 16, 0.0, 0.0)]) == {"precision": None, "together": None}, "nothing to save"
     noise = [point("off", 16, 1000.0, 0.0), point("token", 16, 800.0, -0.002), point("token", 16, 700.0, -0.001)]
     assert least_bytes(noise)["token"] == pytest.approx(0.7), "a gated model may happen to be better"
 

@@ -1,6 +1,7 @@
 """Experts of a bf16 checkpoint, quantised while they load: as stock vLLM on a checkpoint of the same integers."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from vllm_adapmoe.integration.compat import runs_quantised_experts
 from vllm_adapmoe.integration.entry import model_check
 from vllm_adapmoe.integration.layers.precision import quantising_method
 from vllm_adapmoe.integration.measure.engine import Engine
+from vllm_adapmoe.planning.checkpoint_size import measure_checkpoint
 
 EAGER = ENGINE_ARGS | {"enforce_eager": True}
 HALF = VLLM_STEPS | {"cache_fraction": 0.5}
@@ -91,12 +93,12 @@ def test_several_waves_are_equal_within_rounding(bits, tiny_model, stock):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_budget_in_bytes_counts_the_quantised_expert(bits, tiny_model, tmp_path):
     """What holds every expert in so many bits, and not half of them in bf16, needs no store: known before loading."""
-    expert = 3 * 128 * 128 * {8: 8.6, 4: 5.2}[bits] / 8
+    expert = measure_checkpoint(tiny_model("mixtral"), None, None, bits, True)[1].expert_bytes  # as `precision: auto`
     budget = {"cache_gb": 24 * expert / 2**30, "store": "file", "store_dir": str(tmp_path), "precision": bits}
     with Engine(tiny_model("mixtral"), VLLM_STEPS | budget, **EAGER) as engine:
         answers(engine, ASKED[:1], greedy(logprobs=1))
     assert list(tmp_path.iterdir()) == []
-    with Engine(tiny_model("mixtral"), VLLM_STEPS | budget | {"cache_gb": 23.5 * expert / 2**30}, **EAGER) as engine:
+    with Engine(tiny_model("mixtral"), VLLM_STEPS | budget | {"cache_gb": 23 * expert / 2**30}, **EAGER) as engine:
         assert engine.cache_stats()["slots"] == 23
     assert len(list(tmp_path.glob("*.pack"))) == 1
 
@@ -203,6 +205,12 @@ def test_auto_follows_the_memory(tiny_model, tmp_path, monkeypatch):
     assert resolved(mixtral, {}, gpu_memory_utilization=1e-4) == 4, "a share with no room for any"
     assert resolved(mixtral, {"cache_gb": 0.001}, dtype="float32") == 16, "vLLM's kernels do not take it"
     assert resolved(save_quantised_model("gptq", tmp_path), {"cache_gb": 0.001}) == 16
+    # Half of 96 columns are no groups of 32: int8 is the least that a rank of two has a kernel for.
+    narrow = Path(shutil.copytree(mixtral, tmp_path / "narrow"))
+    settings = json.loads((narrow / "config.json").read_text()) | {"intermediate_size": 96}
+    (narrow / "config.json").write_text(json.dumps(settings))
+    assert resolved(narrow, {"cache_gb": 0.0001}) == 4
+    assert resolved(narrow, {"cache_gb": 0.0001}, tensor_parallel_size=2) == 8
     monkeypatch.setattr(model_check, "runs_quantised_experts", lambda: False)
     assert resolved(mixtral, {"cache_gb": 0.001}) == 16
 

@@ -3,6 +3,7 @@
 Where a CPU has no AMX they compute with AVX-512, which vLLM does not offer by itself (`entry/edits.py`).
 """
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -135,12 +136,14 @@ def test_offered_without_amx(monkeypatch):
     assert not any(kernel._supports_current_device() for kernel in kernels)
 
 
-def test_offered_with_every_router():
-    """The router has chosen experts and weights before; what it lists itself, vLLM's unquantised kernel takes, too."""
+def test_offered_with_every_router_that_weighs_outputs():
+    """The router has chosen experts and weights before. Llama 4 weighs inputs, which `apply` of each kernel refuses."""
     for name in QUANTISED_ON_CPU:
         kernel = getattr(cpu_moe, name)
         assert issubclass(kernel, FusedMoEExpertsModular), "a monolithic kernel would route by itself"
-        assert all(kernel._supports_routing_method(method, None, None) for method in RoutingMethodType)
+        taken = {method for method in RoutingMethodType if kernel._supports_routing_method(method, None, None)}
+        assert taken == set(RoutingMethodType) - {RoutingMethodType.Llama4}
+        assert "apply_router_weight_on_input" in inspect.getsource(kernel.apply)
 
 
 @pytest.mark.parametrize("model", SIZES)

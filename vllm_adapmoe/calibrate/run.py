@@ -70,9 +70,11 @@ def calibrate(spec: CalibrationSpec) -> ModelProfile:
     """
     # In one process the engine sees all requests of a group at once and runs the same steps every time.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from vllm_adapmoe.integration.measure.engine import describe_model
+    from vllm_adapmoe.integration.measure.engine import check_settings, describe_model
 
     info = describe_model(spec.model)
+    for precision in spec.precisions:
+        check_settings(spec.model, spec.cache | {"precision": precision})
     if info.top_k == 1:
         raise AdapMoEError(f"model={str(spec.model)!r} uses one expert per token, so gating has no expert to drop")
     method = spec.method

@@ -65,7 +65,7 @@ CPU_MOE = f"{FUSED_MOE}.experts.cpu_moe"
 QUANTISED_ON_CPU = ("CPUExpertsInt8", "CPUExpertsInt4", "CPUExpertsFp8", "CPUExpertsMxfp4")
 """Kernels of `CPU_MOE` for quantised experts on x86. vLLM offers them only where there is AMX, but they compute with
 AVX-512 as well (`csrc/cpu/sgl-kernels/moe_int8.cpp`, `moe_int4.cpp`, `moe_fp8.cpp` of 0.32). Each lists some routing
-methods, but is given what vLLM's router has chosen, by whatever method, like the kernel for unquantised experts."""
+methods, but is given what vLLM's router has chosen, like the kernel for unquantised experts."""
 EDITED = {
     "vllm.engine.arg_utils": (
         "EngineArgs.__dataclass_fields__",
@@ -100,6 +100,14 @@ def runs_quantised_experts() -> bool:
         return False
     avx512 = torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_vnni_supported()
     return torch.cpu._is_amx_tile_supported() or avx512
+
+
+def routes_for_quantised_experts(routing_method: Any, *_: Any) -> bool:
+    """Returns whether the kernels of `QUANTISED_ON_CPU` compute what a router of this kind chooses.
+
+    They do not take router weights on the experts' input, which is where Llama 4 has them.
+    """
+    return routing_method.name != "Llama4"
 
 
 def is_switched_on(vllm_config: Any) -> bool:

@@ -31,6 +31,7 @@ def measure_checkpoint(
     expert_bits: float | None,
     precision: int | None = None,
     on_cpu: bool = False,
+    ranks: int = 1,
 ) -> tuple[ModelInfo, ModelSize]:
     """Measures a model; for a multimodal one, experts of the text part, and all other weights together.
 
@@ -40,9 +41,10 @@ def measure_checkpoint(
         expert_bits: bits per weight of a routed expert, scales included; None: those of `precision`.
         precision: 8 or 4 if experts are quantised while they load; None or 16: they keep `dtype`.
         on_cpu: whether quantised experts have the format of vLLM's x86 kernels.
+        ranks: tensor-parallel ranks, each of which has a part of every expert.
 
     Returns:
-        The model as a profile describes it, without a hash, and its sizes.
+        The model as a profile describes it, without a hash, and its sizes, of experts for one rank.
 
     Raises:
         AdapMoEError: no configuration; transformers cannot build it; it is quantised and `expert_bits` is None; it
@@ -68,6 +70,7 @@ def measure_checkpoint(
             raise AdapMoEError(
                 f"--precision {precision} is planned for experts of three matrices without biases; set --expert-bits"
             )
+        inner //= ranks
         quantised = bits_per_weight(precision, text.hidden_size, inner, on_cpu)
         if quantised is None:
             raise AdapMoEError(
@@ -91,7 +94,7 @@ def measure_checkpoint(
         num_layers=len(layers),
         num_experts=count,
         top_k=top_k,
-        expert_bytes=align(round(expert_weights * bits / 8)),
+        expert_bytes=align(round(expert_weights // ranks * bits / 8)),
         other_bytes=other * dtype.itemsize,
         read_bytes=read * dtype.itemsize,
         all_layers=text.num_hidden_layers,

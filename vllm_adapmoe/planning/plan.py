@@ -81,6 +81,8 @@ def run_plan(question: Question, checkpoint_hash: Callable[[Path], str]) -> dict
         raise AdapMoEError("--precision and --expert-bits both set the size of the experts; set only one of them")
     if unknown := [value for value in question.precisions if value not in PRECISIONS]:
         raise AdapMoEError(f"--precision {unknown[0]:g} is not known; use 16, 8 or 4")
+    if question.disk != "auto" and question.host is None:
+        raise AdapMoEError(f"--disk={question.disk} has no effect without --host; add it, or remove --disk")
     if question.host is not None and question.on_cpu:
         raise AdapMoEError(
             f"--host={question.host} is for experts between a GPU and the disk; set --link to plan for one, e.g. "
@@ -156,16 +158,27 @@ def _check_loss_limit(question: Question, profile: ModelProfile | None) -> None:
 
 
 def _gating(question: Question, profile: ModelProfile | None, precision: int) -> dict[str, float | None] | None:
-    """Returns what gating may drop at this precision, whose own cost counts, too; None without a limit of the loss."""
+    """Returns what gating may drop at this precision, whose own cost counts, too.
+
+    None without a limit of the loss, and beside other precisions for one that exceeds it alone.
+    """
     if question.max_loss_increase is None:
         return None
     assert profile is not None and profile.base_loss is not None
-    threshold = profile.threshold_for_loss(question.max_loss_increase, precision)
     rounding = profile.rounding_loss(precision)
+    increase = None if rounding is None else rounding / profile.base_loss
+    if increase is not None and increase >= question.max_loss_increase:
+        if len(question.precisions) == 1:
+            raise AdapMoEError(
+                f"--max-loss-increase={question.max_loss_increase} leaves nothing for gating: --precision {precision} "
+                f"alone increases the loss by {increase:.2%}; allow more, or use more bits"
+            )
+        return None
+    threshold = profile.threshold_for_loss(question.max_loss_increase, precision)
     return {
         "threshold": threshold,
         "mean_experts": profile.mean_experts(threshold),
-        "rounding_loss_increase": None if rounding is None else rounding / profile.base_loss,
+        "rounding_loss_increase": increase,
     }
 
 
@@ -254,6 +267,10 @@ def _tier(question: Question, size: ModelSize) -> dict[str, Any] | None:
         disk, source = measure_disk(size.expert_bytes, question.store_dir)
     else:
         disk, source = _bandwidth("--disk", question.disk, "3"), "as given"
+    if nbytes < size.expert_bytes:
+        raise AdapMoEError(
+            f"--host={question.host} holds no expert of {size.expert_bytes / GiB:.4f} GiB; raise it, or remove it"
+        )
     experts = min(size.experts, nbytes // size.expert_bytes)
     return {"bytes": nbytes, "experts": experts, "disk_gbps": disk / 1e9, "source": source}
 

@@ -29,8 +29,12 @@ def choose_precision(
         The precision, and the reason in words, for the log.
 
     Raises:
-        AdapMoEError: the loss is limited, and the profile does not say what a precision costs that is to be considered.
+        AdapMoEError: the loss is limited, and the profile has no loss, or does not say what a precision costs that is
+            to be considered.
     """
+    if max_loss_increase is not None:
+        assert profile is not None
+        profile.gating_budget(max_loss_increase)  # or there is no loss to compare with
     fetched: dict[int, float] = {}
     for precision in sorted(sizes, reverse=True):
         size = sizes[precision]

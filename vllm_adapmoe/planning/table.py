@@ -64,6 +64,8 @@ def _print_variant(result: dict[str, Any], variant: dict[str, Any], console: Con
             f"{host['experts']} experts in {_size(host['bytes'])} of host memory; disk: {host['disk_gbps']:.2f} GB/s, "
             f"{host['source']}"
         )
+    if result["max_loss_increase"] is not None and not gated:
+        console.print(f"not gated: precision {variant['precision']} alone exceeds +{result['max_loss_increase']:.2%}")
     if gated:
         console.print(
             f"gated: {gating['mean_experts']:.2f} experts per token and layer, predicted loss "

@@ -200,6 +200,8 @@ class ModelProfile(Strict):
             raise ValueError(f"{len(self.layers)} layers, but model.num_layers={model.num_layers}")
         if not self.layers:
             raise ValueError("no layers")
+        if len({cost.precision for cost in self.rounding}) < len(self.rounding):
+            raise ValueError("a precision has two costs in rounding")
         for index, layer in enumerate(self.layers):
             # Layers may differ in top-k; the model's is the largest.
             if layer.dropped is not None and len(layer.dropped) > model.top_k - 1:

@@ -20,6 +20,7 @@ from vllm_adapmoe.integration.compat import (
     EDITED,
     QUANTISED_ON_CPU,
     is_switched_on,
+    routes_for_quantised_experts,
     runs_quantised_experts,
 )
 
@@ -109,13 +110,13 @@ def edit_scheduler_stats(module: ModuleType) -> None:
 
 
 def edit_cpu_moe(module: ModuleType) -> None:
-    """Applies M3 and M4 to vLLM's CPU kernels: offers those for quantised experts without AMX, and with any router."""
+    """Applies M3 and M4 to vLLM's CPU kernels: those for quantised experts without AMX, and with more routers."""
     patched = hasattr(module, "_runs_x86_quantized_experts")
     for name in QUANTISED_ON_CPU:
         kernel = getattr(module, name)
         if not patched:
             kernel._supports_current_device = staticmethod(runs_quantised_experts)
-        kernel._supports_routing_method = staticmethod(lambda *_: True)
+        kernel._supports_routing_method = staticmethod(routes_for_quantised_experts)
 
 
 EDITS: dict[str, Callable[[ModuleType], None]] = {

@@ -4,13 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import psutil
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.integration.entry.model_check import check_precision
+from vllm_adapmoe.integration.loading.drafter import estimate_drafter
 from vllm_adapmoe.integration.loading.graph_memory import captured_graphs
 from vllm_adapmoe.integration.loading.memory import step_bytes, usable_memory
 from vllm_adapmoe.integration.loading.model_files import config_folder
@@ -24,6 +24,9 @@ from vllm_adapmoe.profile.model_profile import ModelProfile
 from vllm_adapmoe.units import GiB
 
 logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
+
+PROCESS_BYTES = 768 << 20
+"""Memory of a CPU worker before it builds a model: imported modules, 0.71 GiB with vLLM 0.32."""
 
 
 def resolve_precision(config: AdapMoEConfig, vllm_config: VllmConfig, profile: ModelProfile | None) -> AdapMoEConfig:
@@ -52,6 +55,11 @@ def resolve_precision(config: AdapMoEConfig, vllm_config: VllmConfig, profile: M
         logger.info("precision=auto: 16 bits, for %s", problem)
         return config.model_copy(update={"precision": 16})
     folder = config_folder(model.model, model.revision)
+    try:
+        measure_checkpoint(folder, cast(Any, model.dtype), None)
+    except AdapMoEError as error:
+        reason = str(error).partition(";")[0]
+        raise AdapMoEError(f"precision=auto does not work here: {reason}; set precision to 16, 8 or 4") from None
     sizes = {precision: size for precision in usable if (size := _size(folder, vllm_config, precision)) is not None}
     room = _room(config, vllm_config, folder, sizes[16])
     chosen, reason = choose_precision(sizes, room, profile, config.gating.max_loss_increase)
@@ -62,20 +70,20 @@ def resolve_precision(config: AdapMoEConfig, vllm_config: VllmConfig, profile: M
 def _size(folder: Path, vllm_config: VllmConfig, precision: int) -> ModelSize | None:
     """Returns one rank's part of the model; None if no kernel takes experts of this size at this precision."""
     dtype, ranks = cast(Any, vllm_config.model_config.dtype), vllm_config.parallel_config.tensor_parallel_size
+    whole = vllm_config.parallel_config.enable_expert_parallel  # a rank has a part of the experts, not of each
     try:
-        _, size = measure_checkpoint(folder, dtype, None, precision, current_platform.is_cpu())
+        parts = 1 if whole else ranks
+        _, size = measure_checkpoint(folder, dtype, None, precision, current_platform.is_cpu(), parts)
     except AdapMoEError:
-        if precision == 16:
-            raise
         return None
-    return replace(size, expert_bytes=-(-size.expert_bytes // ranks), other_bytes=-(-size.other_bytes // ranks))
+    experts = -(-size.num_experts // ranks) if whole else size.num_experts
+    return replace(size, num_experts=experts, other_bytes=-(-size.other_bytes // ranks))
 
 
 def _room(config: AdapMoEConfig, vllm_config: VllmConfig, folder: Path, size: ModelSize) -> int:
     """Returns the bytes for slots of one worker; with `cache_gb: auto` estimated as if every expert were resident.
 
-    The worker counts them when the model is built. Here its memory before that is estimated: on the CPU by this
-    process, which has loaded the same modules.
+    The worker counts them when the model is built.
     """
     if config.cache_gb != "auto":
         return int(config.cache_gb * GiB)
@@ -85,13 +93,15 @@ def _room(config: AdapMoEConfig, vllm_config: VllmConfig, folder: Path, size: Mo
     row, pair = step.hidden * dtype.itemsize, token_bytes(step.hidden, inner, size.top_k, dtype.itemsize)
     settings = EngineSettings(config=config.model_copy(update={"precision": 16}))
     graphs = captured_graphs(settings, vllm_config, size.num_layers, size.all_layers, resident=True)
+    layer_bytes = size.num_experts * size.expert_bytes + size.other_bytes // size.all_layers
     kv_cache = vllm_config.cache_config.kv_cache_memory_bytes
     memory = replace(
         usable_memory(config, vllm_config),
-        in_use=psutil.Process().memory_info().rss if current_platform.is_cpu() else CONTEXT_BYTES,
+        in_use=PROCESS_BYTES if current_platform.is_cpu() else CONTEXT_BYTES,
         other_weights=size.other_bytes,
+        draft_model=estimate_drafter(vllm_config, layer_bytes),
         activations=step_bytes(vllm_config, inner, size.top_k),
-        kv_cache=step.kv_bytes * step.length // ranks if kv_cache is None else kv_cache,
+        kv_cache=step.kv_bytes * step.length if kv_cache is None else kv_cache,  # some models' is whole on each rank
         graphs=max((graph_bytes(each, row_bytes=row, pair_bytes=pair) for each in graphs), default=0),
     )
     return max(0, memory.left)

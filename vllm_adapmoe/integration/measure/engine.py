@@ -145,6 +145,16 @@ def load_profile(path: Path, model: Path) -> ModelProfile:
     return profile
 
 
+def check_settings(model: Path, adapmoe: dict[str, Any]) -> None:
+    """Checks that an engine of the model would start with these settings, as far as is known without building it.
+
+    Raises:
+        AdapMoEError: it would not.
+    """
+    method: dict[str, Any] = {"moe_method": "adapmoe", "adapmoe_config": adapmoe}
+    EngineArgs(model=str(model), skip_tokenizer_init=True, **method).create_engine_config()
+
+
 def describe_model(model: Path) -> ModelInfo:
     """Returns the `ModelInfo` of the checkpoint in a folder, as in a profile, with the hash of all its bytes.
 
