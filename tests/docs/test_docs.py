@@ -60,6 +60,12 @@ def test_links_lead_to_files_and_headings(page):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
+def test_headings_of_a_page_differ(page):
+    """A link to the first would otherwise lead to whichever comes first."""
+    assert not [anchor for anchor in anchors(page) if re.fullmatch(r".+-\d", anchor) and anchor[:-2] in anchors(page)]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
 def test_commands_exist(page):
     text = page.read_text()
     for pattern, app in (
