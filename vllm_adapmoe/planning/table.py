@@ -20,6 +20,12 @@ def print_plan(result: dict[str, Any], console: Console) -> None:
         _print_variant(result, variant, console)
     compute = result["compute"]
     console.print("hits, loads: experts per token, all layers together, that are resident, and that a layer waits for")
+    legend = ["MiB: fetched per token"]
+    if any(variant["gating"] is not None for variant in result["variants"]):
+        legend.append("gated: loads with gating")
+    if result["memory"] is not None:
+        legend.append(">: --memory")
+    console.print("; ".join(legend))
     reserve = result["reserve"]
     share = f"{reserve['share']:.0%} of the memory and " if reserve["share"] else ""
     parts = ", ".join(f"{_size(nbytes)} {name}" for name, nbytes in reserve["parts"].items())
@@ -41,13 +47,13 @@ def _print_variant(result: dict[str, Any], variant: dict[str, Any], console: Con
     )
     gating = variant["gating"]
     gated = gating is not None
-    columns = ["", "memory", "slots", "resident", "hits", "loads", "MiB/token", "tok/s"]
-    for column in columns + (["gated loads", "MiB/token", "tok/s"] if gated else []):
+    columns = ["", "memory", "slots", "resident", "hits", "loads", "MiB", "tok/s"]
+    for column in columns + (["gated", "MiB", "tok/s"] if gated else []):
         table.add_column(column, justify="right", no_wrap=True)
     for point in variant["points"]:
         requested = point["asked"]
         memory = result["memory"] if requested else point["memory"]
-        row = ["--memory" if requested else "", _size(memory), str(point["slots"]), f"{point['resident']:.0%}"]
+        row = [">" if requested else "", _size(memory), str(point["slots"]), f"{point['resident']:.0%}"]
         estimate = point["ungated"]
         row += [f"{estimate['hits']:.1f}", f"{estimate['loads']:.2f}", *_cost(estimate)]
         if gated:
