@@ -30,13 +30,11 @@ PROCESS_BYTES = 768 << 20
 
 
 def resolve_precision(config: AdapMoEConfig, vllm_config: VllmConfig, profile: ModelProfile | None) -> AdapMoEConfig:
-    """Returns the configuration with a number for `precision`: `auto` chooses it by memory and profile.
+    """Returns the configuration with a number in place of `precision: auto`, chosen by memory and profile.
 
     Raises:
         AdapMoEError: the model cannot be sized, its memory is not known here, or the profile lacks a cost.
     """
-    if config.precision != "auto":
-        return config
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     if parallel.use_ray and config.automatic:
         raise AdapMoEError(

@@ -10,7 +10,6 @@ from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.integration.compat import METHOD
 from vllm_adapmoe.integration.entry.model_check import check_model, check_packs
 from vllm_adapmoe.integration.entry.moe_backend import set_moe_backend
-from vllm_adapmoe.integration.entry.precision_choice import resolve_precision
 from vllm_adapmoe.integration.loading.identity import model_hash
 from vllm_adapmoe.integration.model_info import model_info
 from vllm_adapmoe.integration.scheduler.scheduler import is_cache_aware
@@ -51,7 +50,11 @@ def switch_on(engine_args: Any, vllm_config: VllmConfig) -> None:
         raise AdapMoEError(f"moe_method={METHOD!r} does not run on {device}; it runs on {', '.join(WORKERS)}")
     check_model(config, vllm_config)
     profile = _profile(config, vllm_config)
-    config = resolve_precision(config, vllm_config, profile)
+    if config.precision == "auto":
+        # Imports the worker's modules, which the front end does not need otherwise.
+        from vllm_adapmoe.integration.entry.precision_choice import resolve_precision
+
+        config = resolve_precision(config, vllm_config, profile)
     check_packs(config, vllm_config)
     if device == "cuda":
         set_moe_backend(config, vllm_config)
