@@ -11,11 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from benchmarks.residency import FRACTIONS, ON_DEMAND
+from benchmarks.residency import FRACTIONS, ON_DEMAND, budget_of
 from vllm_adapmoe.calibrate.evaluate import relative_increase
 from vllm_adapmoe.calibrate.text import data_hash, read_sequences
 from vllm_adapmoe.profile.model_profile import ModelProfile
-from vllm_adapmoe.units import GiB
 
 BATCHES = {1: 8, 8: 32, 32: 64}
 """Batch sizes, and the number of requests decoded with each."""
@@ -83,8 +82,7 @@ def run_frontier(
                     forced=True,
                 ) as engine:
                     if precision == 16:
-                        nbytes = engine.call("largest_expert_bytes") * round(fraction * count_experts(model))
-                        budget = {"cache_gb": nbytes / GiB}
+                        budget = budget_of(fraction, count_experts(model), engine.call("largest_expert_bytes"))
                     # Where every expert is resident, gating saves no bytes.
                     rules = compared if engine.cache_stats() else compared[:1]
                     bar.update(len(BATCHES) * (len(compared) - len(rules)))

@@ -18,6 +18,11 @@ ON_DEMAND = {"eviction": "lru", "prefetch": {"lookahead": 0}, "decode": "fetch"}
 """Settings of the baseline: demand loads only, no prefetch, and LRU eviction."""
 
 
+def budget_of(fraction: float, experts: int, expert_bytes: int) -> dict[str, Any]:
+    """Returns the budget, in bytes, of the slots that `cache_fraction` gives experts of this size."""
+    return {"cache_gb": int(fraction * experts + 1e-9) * expert_bytes / GiB}
+
+
 def run_residency(
     workload: Workload, stores: Sequence[str] = STORES, precisions: Sequence[int] = (), enforce_eager: bool = False
 ) -> dict[str, Any]:
@@ -60,7 +65,7 @@ def run_residency(
                 for fraction in FRACTIONS:
                     budget: dict[str, Any] = {"cache_fraction": fraction}
                     if precision != 16:
-                        budget = {"cache_gb": int(fraction * experts + 1e-9) * expert_bytes / GiB}
+                        budget = budget_of(fraction, experts, expert_bytes)
                     measured, base, nbytes = compared(budget | {"store": store, "precision": precision})
                     expert_bytes = expert_bytes or nbytes
                     points.append(_point(precision, store, fraction, measured, base, tokens))

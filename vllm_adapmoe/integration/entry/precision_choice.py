@@ -1,5 +1,6 @@
 """Resolves `precision: auto` in the front end, so that every process and every file's name has the number."""
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -41,39 +42,42 @@ def resolve_precision(config: AdapMoEConfig, vllm_config: VllmConfig, profile: M
             "precision=auto with cache_gb=auto does not work with distributed_executor_backend='ray': the memory of "
             "its workers is not known here; set cache_gb or precision"
         )
-    usable, problem = [16], None
+    fewer, problem = [], ""
     for precision in (8, 4):
         try:
             check_precision(precision, vllm_config)
         except AdapMoEError as error:
             problem = str(error).partition(";")[0]
         else:
-            usable.append(precision)
-    if problem is not None and len(usable) == 1:
+            fewer.append(precision)
+    if not fewer:
         logger.info("precision=auto: 16 bits, for %s", problem)
         return config.model_copy(update={"precision": 16})
     folder = config_folder(model.model, model.revision)
     try:
-        measure_checkpoint(folder, cast(Any, model.dtype), None)
+        sizes = {16: _size(folder, vllm_config, 16)}
     except AdapMoEError as error:
         reason = str(error).partition(";")[0]
         raise AdapMoEError(f"precision=auto does not work here: {reason}; set precision to 16, 8 or 4") from None
-    sizes = {precision: size for precision in usable if (size := _size(folder, vllm_config, precision)) is not None}
+    for precision in fewer:
+        with suppress(AdapMoEError):  # no kernel takes experts of this size
+            sizes[precision] = _size(folder, vllm_config, precision)
     room = _room(config, vllm_config, folder, sizes[16])
     chosen, reason = choose_precision(sizes, room, profile, config.gating.max_loss_increase)
     logger.info("precision=auto: %d bits: %s", chosen, reason)
     return config.model_copy(update={"precision": chosen})
 
 
-def _size(folder: Path, vllm_config: VllmConfig, precision: int) -> ModelSize | None:
-    """Returns one rank's part of the model; None if no kernel takes experts of this size at this precision."""
+def _size(folder: Path, vllm_config: VllmConfig, precision: int) -> ModelSize:
+    """Returns the sizes of one rank's part of the model.
+
+    Raises:
+        AdapMoEError: the model cannot be sized, or no kernel takes experts of this size at this precision.
+    """
     dtype, ranks = cast(Any, vllm_config.model_config.dtype), vllm_config.parallel_config.tensor_parallel_size
     whole = vllm_config.parallel_config.enable_expert_parallel  # a rank has a part of the experts, not of each
-    try:
-        parts = 1 if whole else ranks
-        _, size = measure_checkpoint(folder, dtype, None, precision, current_platform.is_cpu(), parts)
-    except AdapMoEError:
-        return None
+    parts = 1 if whole else ranks
+    _, size = measure_checkpoint(folder, dtype, None, precision, current_platform.is_cpu(), parts)
     experts = -(-size.num_experts // ranks) if whole else size.num_experts
     return replace(size, num_experts=experts, other_bytes=-(-size.other_bytes // ranks))
 
@@ -89,8 +93,9 @@ def _room(config: AdapMoEConfig, vllm_config: VllmConfig, folder: Path, size: Mo
     step = measure_step(folder, dtype, vllm_config.model_config.max_model_len)
     inner = step.inner // ranks
     row, pair = step.hidden * dtype.itemsize, token_bytes(step.hidden, inner, size.top_k, dtype.itemsize)
-    settings = EngineSettings(config=config.model_copy(update={"precision": 16}))
-    graphs = captured_graphs(settings, vllm_config, size.num_layers, size.all_layers, resident=True)
+    graphs = captured_graphs(
+        EngineSettings(config=config), vllm_config, size.num_layers, size.all_layers, resident=True
+    )
     layer_bytes = size.num_experts * size.expert_bytes + size.other_bytes // size.all_layers
     kv_cache = vllm_config.cache_config.kv_cache_memory_bytes
     memory = replace(
