@@ -1,7 +1,9 @@
 """Eviction policies: which resident expert to evict when a slot is needed.
 
 A policy estimates how long each expert will not be used; the evictable expert with the longest wait is evicted. It sees
-requests and predictions, never a tensor, clock or thread, so that the simulator and the worker run the same object.
+requests and predictions, never a tensor, clock or thread, so that the simulator and the worker run the same object. The
+worker's own policies count in whole numbers, so that a GPU that decides by itself evicts the same experts
+(`expected_wait`).
 """
 
 from abc import ABC, abstractmethod
@@ -10,7 +12,9 @@ from collections.abc import Callable
 import numpy as np
 
 from vllm_adapmoe.experts import ExpertKey
+from vllm_adapmoe.policy import expected_wait
 from vllm_adapmoe.policy.compiled import compiled
+from vllm_adapmoe.policy.expected_wait import EVENT, UNIT, fixed
 
 NO_CHANCES = np.empty(0, dtype=np.float32)
 
@@ -29,11 +33,11 @@ class EvictionPolicy(ABC):
     ages = False
     """Whether every event changes the waits of all layers."""
 
-    def __init__(self, layers: int, experts: int) -> None:
-        self.wait = np.zeros((layers, experts))
-        """Float64 `[layers, experts]`."""
-        self.distance = np.zeros(layers)
-        """Float64 `[layers]`."""
+    def __init__(self, layers: int, experts: int, dtype: type = np.int64) -> None:
+        self.wait = np.zeros((layers, experts), dtype)
+        """`[layers, experts]`."""
+        self.distance = np.zeros(layers, dtype)
+        """`[layers]`."""
 
     @abstractmethod
     def record(self, layer: int, experts: np.ndarray, expected: np.ndarray | None = None) -> None:
@@ -56,8 +60,9 @@ class LRU(EvictionPolicy):
 
     def __init__(self, layers: int, experts: int) -> None:
         super().__init__(layers, experts)
-        self.wait.fill(1.0)
+        self.wait.fill(1)
         self.events = 0
+        """Events so far."""
 
     def record(self, layer: int, experts: np.ndarray, expected: np.ndarray | None = None) -> None:
         self.wait[layer, experts] = -self.events
@@ -81,21 +86,34 @@ class NextUse(EvictionPolicy):
 
     def __init__(self, layers: int, experts: int) -> None:
         super().__init__(layers, experts)
-        self.quick = np.zeros((layers, experts))
-        self.slow = np.zeros((layers, experts))
-        self.wait.fill(layers * (1 / self.FLOOR - 1))
-        self._distances = (np.arange(layers) - np.arange(layers)[:, None] - 1) % layers + 1.0
+        self.quick = np.zeros((layers, experts), np.int64)
+        """Fast mean of uses, int64 `[layers, experts]`, in units of 1 / `UNIT`."""
+        self.slow = np.zeros((layers, experts), np.int64)
+        """Slow mean of uses, likewise."""
+        self.rates = tuple(fixed(value) for value in (self.QUICK, self.SLOW, self.WEIGHT, self.FLOOR))
+        """The constants, in units of 1 / `UNIT`."""
+        self.wait.fill(expected_wait.expected_wait(self.rates[-1], layers, EVENT, UNIT))
+        self._distances = ((np.arange(layers) - np.arange(layers)[:, None] - 1) % layers + 1) * EVENT
         """Distance of each layer's next event after an event of another: `[layer of the event, layer]`."""
         self.distance = self._distances[0]
 
-    def record(self, layer: int, experts: np.ndarray, expected: np.ndarray | None = None) -> None:
-        self._record(layer, experts, NO_CHANCES, 0.0)
+    @property
+    def share(self) -> int:
+        """Weight of a prediction in p, in units of 1 / `UNIT`."""
+        return 0
 
-    def _record(self, layer: int, experts: np.ndarray, expected: np.ndarray, share: float) -> None:
+    def begin_after(self, layer: int) -> None:
+        """Sets the layer of the last event, if this object did not record it."""
+        self.distance = self._distances[layer]
+
+    def record(self, layer: int, experts: np.ndarray, expected: np.ndarray | None = None) -> None:
+        self._record(layer, experts, NO_CHANCES)
+
+    def _record(self, layer: int, experts: np.ndarray, expected: np.ndarray) -> None:
         self.distance = self._distances[layer]
         _record_uses(
-            self.wait[layer], self.quick[layer], self.slow[layer], experts, len(self.wait),
-            self.QUICK, self.SLOW, self.WEIGHT, self.FLOOR, expected, share,
+            self.wait[layer], self.quick[layer], self.slow[layer], experts, len(self.wait), *self.rates, expected,
+            self.share, EVENT, UNIT,
         )  # fmt: skip
 
 
@@ -109,9 +127,16 @@ class NextToken(NextUse):
 
     SHARE = 0.5
 
+    @property
+    def share(self) -> int:
+        return fixed(self.SHARE)
+
     def record(self, layer: int, experts: np.ndarray, expected: np.ndarray | None = None) -> None:
-        chances = NO_CHANCES if expected is None else expected.astype(np.float32, copy=False)
-        self._record(layer, experts, chances, self.SHARE)
+        self._record(layer, experts, NO_CHANCES if expected is None else expected.astype(np.float32, copy=False))
+
+
+_next_rate, _use_chance = compiled(expected_wait.next_rate), compiled(expected_wait.use_chance)
+_mixed_chance, _expected_wait = compiled(expected_wait.mixed_chance), compiled(expected_wait.expected_wait)
 
 
 @compiled
@@ -121,24 +146,26 @@ def _record_uses(
     slow: np.ndarray,
     experts: np.ndarray,
     layers: int,
-    quick_rate: float,
-    slow_rate: float,
-    weight: float,
-    floor: float,
+    quick_rate: int,
+    slow_rate: int,
+    weight: int,
+    floor: int,
     expected: np.ndarray,
-    share: float,
+    share: int,
+    event: int,
+    unit: int,
 ) -> None:
     """Updates one layer's means of uses and its waits, all `[experts]`, by an event; see `NextUse` and `NextToken`."""
-    quick *= 1 - quick_rate
-    slow *= 1 - slow_rate
+    used = np.zeros(len(wait), np.int64)
     for expert in experts:
-        quick[expert] += quick_rate
-        slow[expert] += slow_rate
+        used[expert] = 1
     for expert in range(len(wait)):
-        chance = floor + (1 - floor) * (weight * quick[expert] + (1 - weight) * slow[expert])
+        quick[expert] = _next_rate(quick[expert], used[expert], quick_rate, unit)
+        slow[expert] = _next_rate(slow[expert], used[expert], slow_rate, unit)
+        chance = _use_chance(quick[expert], slow[expert], weight, floor, unit)
         if expert < len(expected):
-            chance += share * (expected[expert] - chance)
-        wait[expert] = layers * (1 / max(chance, floor) - 1)
+            chance = max(_mixed_chance(chance, int(expected[expert] * unit), share, unit), floor)
+        wait[expert] = _expected_wait(chance, layers, event, unit)
 
 
 POLICIES: dict[str, Callable[[int, int], EvictionPolicy]] = {

@@ -17,7 +17,7 @@ class LFRU(EvictionPolicy):
     ages = True
 
     def __init__(self, layers: int, experts: int) -> None:
-        super().__init__(layers, experts)
+        super().__init__(layers, experts, np.float64)
         self.uses = np.zeros((layers, experts))
         self.last = np.full((layers, experts), -1.0)
         self.events = 0
@@ -33,6 +33,9 @@ class MRS(EvictionPolicy):
     """Evicts by recent share of requests, an exponential mean per layer (HybriMoE's score, on requested experts)."""
 
     DECAY = 0.9
+
+    def __init__(self, layers: int, experts: int) -> None:
+        super().__init__(layers, experts, np.float64)
 
     def record(self, layer: int, experts: np.ndarray, expected: np.ndarray | None = None) -> None:
         self.wait[layer] *= self.DECAY
