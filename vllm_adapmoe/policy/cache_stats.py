@@ -10,13 +10,9 @@ class CacheStats:
     hits: int = 0
     """Experts that were resident or staged when their layer requested them."""
     misses: int = 0
-    """Experts that were neither resident nor staged: loaded on demand, late, or read in place."""
+    """Experts that were neither resident nor staged: loaded on demand, or late."""
     late: int = 0
-    """Misses whose prefetch or background load was in flight when the layer requested them."""
-    in_place: int = 0
-    """Misses that the kernel read from host memory, without a wait."""
-    caught_up: int = 0
-    """In-place misses loaded in the background afterwards, evicting an expert with a lower score."""
+    """Misses whose prefetch was in flight when the layer requested them."""
     prefetches: int = 0
     """Prefetches started."""
     prefetch_hits: int = 0
@@ -42,4 +38,4 @@ class CacheStats:
     @property
     def demand_loads(self) -> int:
         """Experts loaded because a layer requested them."""
-        return self.misses - self.late - self.in_place
+        return self.misses - self.late

@@ -3,8 +3,7 @@
 An event is one MoE layer's request for the distinct experts of one step.
 """
 
-import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -19,9 +18,6 @@ from vllm_adapmoe.policy.residency import Residency
 
 TRAFFIC_MEMORY = 1024.0
 """Events of a layer after which the weight of its older stack distances has faded to 1/e."""
-BACKFILL_SHARE = 0.25
-"""Maximum share of the experts read in place by a step that are loaded after it. Not tuned: it was never measured on a
-GPU."""
 REVISION_STEPS = 256
 """Steps between two revisions of the floors with `allocation=trace`."""
 
@@ -163,42 +159,43 @@ class CacheController:
             self._count_wasted(load.evicted)
         return request
 
-    def record_in_place(self, layer: int, experts: Sequence[int], resident: Collection[int]) -> None:
-        """Records one event that has run without waiting (`DeferredRouting`).
+    def decide_on_device(
+        self, layer: int, experts: Sequence[int] | np.ndarray, expected: np.ndarray | None, votes: np.ndarray | None
+    ) -> tuple[list[Load], list[Load]]:
+        """Handles one event as a GPU does that decides by itself (`device.claim`), for a replay of what it does.
+
+        The experts are resident when the layer's kernel runs, and the prefetches when the next layer's does.
 
         Args:
             layer: MoE layer index.
             experts: distinct ids.
-            resident: those whose weights were in slots; the kernel read the others from host memory.
-        """
-        if self.allocation == "trace":
-            self._record_traffic(layer, experts)
-        promoted = self.residency(layer).record_in_place(layer, experts)
-        stats, hits = self.stats, len(resident)
-        misses = len(experts) - hits
-        stats.hits += hits
-        stats.misses += misses
-        stats.in_place += misses
-        self.layer_hits[layer] += hits
-        self.layer_misses[layer] += misses
-        if self.planner is not None:
-            self.planner.record_missing(layer, misses + len(promoted))
-        for load in promoted:
-            self._count_wasted(load.evicted)
-            stats.prefetch_hits += load.key[1] in resident
-            del self.staged[load.key]
+            expected: as in `begin`.
+            votes: tokens that are predicted to use each expert of the next layer, integer `[experts]`; None: no
+                prefetch.
 
-    def backfill(self, missed: Sequence[ExpertKey]) -> list[ExpertKey]:
-        """Queues background loads of experts that a step read in place, those used again soonest; returns them.
-
-        Only a share of them (`BACKFILL_SHARE`), as these loads compete for the link with in-place reads of later steps.
+        Returns:
+            Demand loads, and prefetches.
         """
-        queued: list[ExpertKey] = []
-        max_loads = math.ceil(len(missed) * BACKFILL_SHARE)
-        for key in sorted(missed, key=lambda key: (self.residency(key[0]).wait_of(key), key)):
-            if len(queued) < max_loads and self.residency(key[0]).request_backfill(key):
-                queued.append(key)
-        return queued
+        request = self.begin(layer, experts, expected=expected)
+        for load in request.loads:
+            self.transfer_ended(load.key, self.expert_bytes[layer], complete=True)
+        hits = [key for expert in experts if (key := (layer, int(expert))) in self.staged]
+        for key in hits:
+            del self.staged[key]
+        self.stats.prefetch_hits += len(hits)
+        ahead: list[Load] = []
+        following = self.pool_of[layer + 1 : layer + 2]
+        if votes is not None and following == [self.pool_of[layer]]:  # a GPU decides pool by pool
+            residency = self.residency(layer)
+            ahead = residency.request_ahead(layer + 1, votes, self.setup.max_experts)
+            nbytes = self.expert_bytes[layer + 1]
+            for load in ahead:
+                self._count_wasted(load.evicted)
+                self.staged[load.key] = nbytes
+            self.stats.prefetches += len(ahead)
+            self.stats.fetched_bytes += nbytes * len(ahead)
+        self.release(layer, experts)
+        return request.loads, ahead
 
     def release(self, layer: int, experts: Sequence[int] | np.ndarray) -> None:
         """Unpins these experts: the kernel that reads them has been launched, and they may be evicted."""
@@ -265,9 +262,7 @@ class CacheController:
         residency = self.residency(key[0])
         load = residency.start_load(key)
         if load is not None:
-            speculative = residency.entries[key].speculative
-            self.stats.prefetches += speculative
-            self.stats.caught_up += not speculative
+            self.stats.prefetches += 1
             self._count_wasted(load.evicted)
         return load
 

@@ -15,7 +15,7 @@ class State(Enum):
 
     ABSENT = "absent"
     QUEUED = "queued"
-    """Requested by a prefetch or background load, without a slot yet."""
+    """Requested by a prefetch, without a slot yet."""
     LOADING = "loading"
     STAGED = "staged"
     """Prefetched, not requested by its layer yet."""
@@ -31,8 +31,6 @@ class Entry:
     speculative: bool = False
     near_certain: bool = False
     """Prefetch of near-certain use, which may evict resident experts."""
-    backfill: bool = False
-    """Background load of an expert that was read in place: not a prediction, and no layer waits for it."""
     cancelled: bool = False
     """Load in flight that is not needed any more; it stops at the next tile."""
 

@@ -8,6 +8,7 @@ worker's own policies count in whole numbers, so that a GPU that decides by itse
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 
@@ -17,6 +18,30 @@ from vllm_adapmoe.policy.compiled import compiled
 from vllm_adapmoe.policy.expected_wait import EVENT, UNIT, fixed
 
 NO_CHANCES = np.empty(0, dtype=np.float32)
+AHEAD_CHANCE = 0.5
+"""Chance of use that a GPU assumes of an expert that it prefetches for the next layer; `MIN_CHANCE` of the planner."""
+
+
+class PolicyState(Protocol):
+    """What a GPU has of a policy; all arrays int64 or int32 `[layers, experts]`."""
+
+    @property
+    def wait(self) -> np.ndarray: ...
+
+    @property
+    def quick(self) -> np.ndarray:
+        """As in `NextUse`, like `slow`; without meaning for other policies."""
+
+    @property
+    def slow(self) -> np.ndarray: ...
+
+    @property
+    def events(self) -> int:
+        """Number of events so far, with `LRU`."""
+
+    @property
+    def last_layer(self) -> int:
+        """Layer of the last event."""
 
 
 class EvictionPolicy(ABC):
@@ -50,6 +75,15 @@ class EvictionPolicy(ABC):
                 need no predictions.
         """
 
+    def adopt(self, state: PolicyState) -> None:
+        """Takes over from a GPU that has recorded events meanwhile."""
+        self.wait[:] = state.wait
+
+    @property
+    def ahead_limit(self) -> float:
+        """Minimum wait of an expert that is evicted for a prefetch of the next layer: that of the prefetched one."""
+        raise NotImplementedError(f"{type(self).__name__} is not run on a GPU")
+
     def wait_of(self, key: ExpertKey) -> float:
         """Returns the wait of one expert."""
         return float(self.wait[key] + self.distance[key[0]])
@@ -67,6 +101,14 @@ class LRU(EvictionPolicy):
     def record(self, layer: int, experts: np.ndarray, expected: np.ndarray | None = None) -> None:
         self.wait[layer, experts] = -self.events
         self.events += 1
+
+    def adopt(self, state: PolicyState) -> None:
+        super().adopt(state)
+        self.events = state.events
+
+    @property
+    def ahead_limit(self) -> int:
+        return len(self.wait) - self.events  # not used for a whole step
 
 
 class NextUse(EvictionPolicy):
@@ -102,9 +144,14 @@ class NextUse(EvictionPolicy):
         """Weight of a prediction in p, in units of 1 / `UNIT`."""
         return 0
 
-    def begin_after(self, layer: int) -> None:
-        """Sets the layer of the last event, if this object did not record it."""
-        self.distance = self._distances[layer]
+    @property
+    def ahead_limit(self) -> int:
+        return EVENT + expected_wait.expected_wait(fixed(AHEAD_CHANCE), len(self.wait), EVENT, UNIT)
+
+    def adopt(self, state: PolicyState) -> None:
+        super().adopt(state)
+        self.quick[:], self.slow[:] = state.quick, state.slow
+        self.distance = self._distances[state.last_layer]
 
     def record(self, layer: int, experts: np.ndarray, expected: np.ndarray | None = None) -> None:
         self._record(layer, experts, NO_CHANCES)

@@ -43,14 +43,14 @@ class Residency:
         """Experts queued, loading or staged."""
         self.free = list(range(num_slots - 1, -1, -1))
         self.max_speculating = num_slots - experts
-        """Maximum slots of near-certain prefetches and background loads, so that a whole layer always fits."""
+        """Maximum slots of near-certain prefetches, so that a whole layer always fits."""
         self.evictable = np.zeros((layers, experts), dtype=bool)
         """Bool `[layers, experts]`: resident and not pinned."""
         self._victims = Victims(policy, self.evictable)
         self._others = ~np.eye(layers, dtype=bool)
         """Bool `[layers, layers]`: for each layer, all layers but it."""
         self.count = [0] * layers
-        """Resident experts of each layer, demand and background loads in flight included."""
+        """Resident experts of each layer, demand loads in flight included."""
         self.residents = 0
         self.speculative: dict[ExpertKey, Entry] = {}
         """Entries queued, loading or staged that no layer has requested yet."""
@@ -58,10 +58,6 @@ class Residency:
         """Those of them that are staged and were mispredicted."""
         self.speculating = 0
         """Slots held by those entries."""
-        self.backfilling = 0
-        """Background loads in flight of experts that were read in place."""
-        self.max_backfilling = self.capacity - experts
-        """Maximum of those in flight together, so that a whole layer always fits."""
         self.set_floors(floors)
 
     def set_floors(self, floors: Sequence[int] | None) -> None:
@@ -140,40 +136,9 @@ class Residency:
             self.count[layer] += 1
         return request
 
-    def record_in_place(self, layer: int, experts: Sequence[int]) -> list[Load]:
-        """Records one event that has run without waiting, with missing experts read in place. Pins nothing.
-
-        Returns:
-            Experts that were staged and are resident now.
-        """
-        self._victims.record(layer, np.asarray(experts, dtype=np.int64), None)
-        promoted = []
-        for expert in experts:
-            key = layer, expert
-            entry = self.entries.get(key)
-            if entry is None or entry.state is not State.STAGED:
-                continue
-            evicted = self._make_room(layer, slot=False)
-            self._claim(key, entry)
-            self._settle(key, entry)
-            self.residents += 1
-            self.count[layer] += 1
-            promoted.append(Load(key, entry.slot, evicted))
-        return promoted
-
     def is_whole(self, layer: int, experts: int) -> bool:
         """Returns whether all `experts` of `layer` are resident and none is pinned."""
         return bool(self.evictable[layer, :experts].all())
-
-    def request_backfill(self, key: ExpertKey) -> bool:
-        """Queues a background load of an expert that was read in place; returns False if it already has an entry.
-
-        Whether a slot can be freed for it is decided when its load starts.
-        """
-        if key in self.entries or self.holds(key):
-            return False
-        self.entries[key] = self.speculative[key] = Entry(State.QUEUED, speculative=True, backfill=True)
-        return True
 
     def release(self, layer: int, experts: Sequence[int] | np.ndarray) -> None:
         """Unpins these experts, as the kernel that reads them has been launched."""
@@ -203,14 +168,11 @@ class Residency:
         entry = self.entries.get(key)
         if entry is None or entry.state is not State.QUEUED:
             return None
-        if entry.backfill:
-            return self._start_backfill(key, entry)
         evicted = None
         if self.speculating >= self.staging:
             evicted = self._stale_prefetch()
             if evicted is None:
-                in_use = self.speculating + self.backfilling
-                may_displace = entry.near_certain and in_use < self.max_speculating
+                may_displace = entry.near_certain and self.speculating < self.max_speculating
                 if may_displace and not self.free:
                     evicted = self._victim(key[0], spared=True)
                 if not may_displace or (evicted is None and not self.free):
@@ -222,26 +184,6 @@ class Residency:
         entry.state, entry.slot = State.LOADING, self.free.pop()
         return Load(key, entry.slot, evicted)
 
-    def _start_backfill(self, key: ExpertKey, entry: Entry) -> Load | None:
-        evicted = None
-        in_use = self.speculating + self.backfilling
-        if self.backfilling >= self.max_backfilling or in_use >= self.max_speculating:
-            self.unqueue(key)
-            return None
-        if self.residents >= self.capacity or not self.free:
-            evicted = self._victim(key[0])
-            if evicted is None or self.wait_of(evicted) <= self.wait_of(key):
-                self.unqueue(key)
-                return None
-            self._drop(evicted)
-        del self.speculative[key]
-        entry.speculative = False
-        self.backfilling += 1
-        self.residents += 1
-        self.count[key[0]] += 1
-        entry.state, entry.slot = State.LOADING, self.free.pop()
-        return Load(key, entry.slot, evicted)
-
     def complete_load(self, key: ExpertKey) -> State:
         """Records that a load has completed; returns the expert's new state."""
         entry = self.entries[key]
@@ -249,8 +191,6 @@ class Residency:
         if entry.cancelled:
             self._drop(key)
             return State.ABSENT
-        self.backfilling -= entry.backfill
-        entry.backfill = False
         if entry.speculative:
             entry.state = State.STAGED
         else:
@@ -264,6 +204,90 @@ class Residency:
         self.slots[key] = entry.slot
         self.evictable[key] = self.pins[key] == 0
         self._victims.changed[key[0]] = True
+
+    def request_ahead(self, layer: int, votes: np.ndarray, max_loads: int) -> list[Load]:
+        """Makes experts of the layer after the last event's resident as a GPU prefetches them, over less valuable ones.
+
+        Those with most votes first, of equal ones the first. An expert with votes is not evicted.
+
+        Args:
+            layer: MoE layer index.
+            votes: tokens that are predicted to use each expert, integer `[experts]`.
+            max_loads: maximum number of loads.
+        """
+        limit = self.caught_up().ahead_limit
+        kept = np.flatnonzero((votes > 0) & self.evictable[layer, : len(votes)])
+        self.evictable[layer, kept] = False
+        self._victims.changed[layer] = True
+        wanted = np.where(self.slots[layer, : len(votes)] < 0, votes, 0)
+        loads: list[Load] = []
+        while len(loads) < max_loads and wanted.any():
+            key = layer, int(wanted.argmax())
+            evicted = None
+            if not self.free:
+                evicted = self._victim(layer)
+                if evicted is None or self.wait_of(evicted) <= limit:
+                    break
+                self._drop(evicted)
+            self.slots[key] = self.free.pop()
+            self.residents += 1
+            self.count[layer] += 1
+            wanted[key[1]] = 0
+            loads.append(Load(key, int(self.slots[key]), evicted))
+        self.evictable[layer, kept] = True
+        self.evictable[layer, [load.key[1] for load in loads]] = True
+        self._victims.changed[layer] = True
+        return loads
+
+    def settle(self) -> list[ExpertKey]:
+        """Ends speculation, between two steps: staged experts become resident, in all slots of the pool; returns them.
+
+        No load may be in flight.
+        """
+        staged = []
+        for key, entry in list(self.speculative.items()):
+            if entry.state is not State.STAGED:
+                self.unqueue(key)
+                continue
+            self._claim(key, entry)
+            self._settle(key, entry)
+            self.residents += 1
+            self.count[key[0]] += 1
+            staged.append(key)
+        return staged
+
+    def caught_up(self) -> EvictionPolicy:
+        """Returns the eviction policy, after all events so far."""
+        return self._victims.caught_up()
+
+    def best_victims(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns each layer's best victim, int32 `[layers]`, -1: none, and its wait without the layer's distance."""
+        wait = np.where(self.evictable, self.caught_up().wait, np.iinfo(np.int64).min)
+        best = wait.argmax(1)
+        found = self.evictable.any(1)
+        return np.where(found, best, -1).astype(np.int32), np.where(found, wait.max(1), 0)
+
+    def adopt(self, slots: np.ndarray, free: Sequence[int]) -> list[ExpertKey]:
+        """Takes over what a GPU has decided since `settle`, after the policy; returns experts beyond `capacity`, evicted.
+
+        Args:
+            slots: slot of each expert, int32 `[layers, experts]`, -1: not resident.
+            free: free slots, of which the last is taken first.
+        """
+        assert not self.entries and not self.pins.any()
+        self.slots[:] = slots
+        self.evictable[:] = self.slots >= 0
+        self._victims.changed.fill(True)
+        self.count = self.evictable.sum(1).tolist()
+        self.residents = sum(self.count)
+        self.free = list(free)
+        evicted = []
+        while self.residents > self.capacity:
+            key = self._victims.find()
+            assert key is not None
+            self._drop(key)
+            evicted.append(key)
+        return evicted
 
     def is_cancelled(self, key: ExpertKey) -> bool:
         """Returns whether a load in flight is not needed any more."""
@@ -343,7 +367,6 @@ class Residency:
             self.slots[key] = -1
         else:
             self.free.append(entry.slot)
-            self.backfilling -= entry.backfill
         self.pins[key] = 0
         self.evictable[key] = False
         self._victims.changed[layer] = True

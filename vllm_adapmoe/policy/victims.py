@@ -42,20 +42,21 @@ class Victims:
         """
         self._events.append((layer, experts, expected))
         if len(self._events) >= MAX_EVENTS:
-            self._catch_up()
+            self.caught_up()
 
-    def _catch_up(self) -> None:
+    def caught_up(self) -> EvictionPolicy:
+        """Returns the policy, after it has recorded all events so far."""
         for layer, experts, expected in self._events:
             self.policy.record(layer, experts, expected)
             self.changed[layer] = True
         if self.policy.ages and self._events:
             self.changed.fill(True)
         self._events.clear()
+        return self.policy
 
     def wait_of(self, key: ExpertKey) -> float:
         """Returns the policy's wait of one expert, after all events so far."""
-        self._catch_up()
-        return self.policy.wait_of(key)
+        return self.caught_up().wait_of(key)
 
     def find(self, preferred: Sequence[np.ndarray] = ()) -> ExpertKey | None:
         """Returns the victim, of experts that wait equally long the first; None: no expert is evictable.
@@ -64,7 +65,7 @@ class Victims:
             preferred: masks of layers, bool `[layers]`, the most preferred first; the victim is of a layer of the first
                 mask with an evictable expert, of any layer if none has one.
         """
-        self._catch_up()
+        self.caught_up()
         for allowed in (*preferred, self._all):
             layer = _longest_wait(
                 self.policy.wait, self.policy.distance, self.evictable, self.changed, self._best, allowed
