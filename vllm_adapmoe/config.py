@@ -115,10 +115,10 @@ class AdapMoEConfig(BaseModel):
     allocation: Literal["pool", "uniform", "profile", "trace"] = "pool"
     """Minimum slots per layer protected from eviction. `pool`: none. `uniform`: equal for all layers. `profile`: from
     the profile's routing statistics. `trace`: from the live traffic, revised as it runs."""
-    decode: Literal["auto", "fetch", "in_place"] = "auto"
-    """Handling of missing experts in decode steps on a GPU. `fetch`: waits until they are in slots. `in_place`: reads
-    them from host memory over the link without waiting; the cache loads some of them afterwards. `auto`: the faster
-    one, measured at startup; on the CPU, `fetch`."""
+    decode: Literal["auto", "device", "host"] = "auto"
+    """Where decode steps decide which experts to load and whom to evict. `device`: on the GPU, so that one CUDA graph
+    holds a whole step. `host`: in the worker, which reads every layer's routing. `auto`: `device` where all experts are
+    in page-locked host memory; on the CPU, `host`."""
     prefetch: PrefetchConfig = Field(default_factory=lambda: PrefetchConfig(**{}))
     link_gbps: float | None = Field(None, ge=1e-6, strict=True)
     """Simulated bandwidth of the link that experts are fetched over, in 1e9 bytes per second: fetches are slowed down
@@ -153,15 +153,15 @@ class AdapMoEConfig(BaseModel):
                 f"precision=auto chooses by memory, which {budget}={getattr(self, budget)} does not set; set cache_gb "
                 "in its place, or precision"
             )
-        if self.decode == "in_place":
+        if self.decode == "device":
             if self.gating.mode == "batch":
                 raise ValueError(
-                    "gating.mode=batch needs the host, which decode=in_place does not use; set gating.mode=token"
+                    "gating.mode=batch needs the host, which decode=device does not use; set gating.mode=token"
                 )
             if self.store == "file" or self.host_gb is not None:
-                raise ValueError("decode=in_place reads all experts from host memory; set store=host, without host_gb")
+                raise ValueError("decode=device copies all experts from host memory; set store=host, without host_gb")
             if self.trace_out is not None:
-                raise ValueError("trace_out needs the host, which decode=in_place does not use; remove trace_out")
+                raise ValueError("trace_out needs the host, which decode=device does not use; remove trace_out")
         if self.eviction == "next_token" and self.profile is None:
             raise ValueError("eviction=next_token needs a profile; set profile, see adapmoe calibrate")
         return self

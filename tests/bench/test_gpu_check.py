@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from vllm_adapmoe.device.addresses import AddressTable
 
 from benchmarks.gpu_check import (
     check,
@@ -33,7 +34,6 @@ from benchmarks.gpu_check.report import MET, MISSED, NOT_RUN, SKIPPED, Result, R
 from benchmarks.gpu_check.routing import curves, draw_tokens
 from benchmarks.gpu_check.shapes import MIXTRAL, QWEN3, Shape
 from vllm_adapmoe.cache.manager import ExpertCacheManager
-from vllm_adapmoe.device.addresses import AddressTable
 from vllm_adapmoe.integration.compat import runs_quantised_experts
 from vllm_adapmoe.policy.cache_setup import CacheSetup
 

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from vllm_adapmoe.device.addresses import AddressTable
+from vllm_adapmoe.device.in_place import DOWN, GATE_UP, InPlaceDecode
 
 from tests.cache.fake_cuda import Event, FakeCuda
 from tests.cache.schedule import Stopped
@@ -21,8 +23,6 @@ from vllm_adapmoe.cache.host_copy import HostCopy
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.cache.slots import SlotPool
 from vllm_adapmoe.cache.tiered_store import TieredStore
-from vllm_adapmoe.device.addresses import AddressTable
-from vllm_adapmoe.device.in_place import DOWN, GATE_UP, InPlaceDecode
 from vllm_adapmoe.experts import CacheShape
 from vllm_adapmoe.policy.cache_setup import CacheSetup
 from vllm_adapmoe.policy.cache_stats import CacheStats

@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from tests.kernels.test_experts_by_address import reference
-from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.device.addresses import AddressTable
 from vllm_adapmoe.device.decode_timing import DecodeTimes, time_decode
-from vllm_adapmoe.device.deferred import DeferredRouting
 from vllm_adapmoe.device.in_place import DOWN, GATE_UP, InPlaceDecode
+
+from vllm_adapmoe.cache.manager import ExpertCacheManager
+from vllm_adapmoe.device.deferred import DeferredRouting
 from vllm_adapmoe.experts import CacheShape
 from vllm_adapmoe.policy.cache_setup import CacheSetup
 from vllm_adapmoe.policy.controller import CacheController

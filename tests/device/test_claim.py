@@ -132,4 +132,4 @@ def test_one_text_for_numbers_and_arrays():
     by_number = [wait(*(int(value) for value in values)) for values in zip(*arrays, strict=True)]
     assert wait(*arrays).tolist() == by_number
     assert wait(*(torch.from_numpy(array) for array in arrays)).tolist() == by_number
-    assert 0 <= min(by_number) and max(by_number) < 1 << 40
+    assert min(by_number) >= 0 and max(by_number) < 1 << 40

@@ -49,7 +49,7 @@ def test_bytes_of_any_record(sizes, copies, seed):
     loads.counts[1] = copies
     copy = Fetch(pool)
     copy(loads, 0)
-    for name, tensor in pool.tensors.items():
+    for tensor in pool.tensors.values():
         assert (tensor == 77).all(), "nothing to copy"
     copy(loads, 1)
     for name, tensor in pool.tensors.items():

@@ -71,8 +71,9 @@ class Recorder(TorchDispatchMode):
     def replay(self) -> None:
         for func, args, kwargs, tensors in self.calls:
             output = func(*args, **kwargs)
-            for kept, new in zip(tensors, tree_iter(output), strict=True):
-                if isinstance(new, torch.Tensor) and new.data_ptr() != kept.data_ptr():
+            computed = [one for one in tree_iter(output) if isinstance(one, torch.Tensor)]
+            for kept, new in zip(tensors, computed, strict=True):
+                if new.data_ptr() != kept.data_ptr():
                     kept.copy_(new)
 
 

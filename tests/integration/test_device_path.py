@@ -1,7 +1,7 @@
 """What only a GPU runs, on the CPU: maps instead of pairs, steps that do not wait for the host, model runner V2.
 
 Two things stand in for a GPU's. Experts keep the layout of the checkpoint, as for vLLM's Triton kernel, and that kernel
-is a few lines of PyTorch that know its map; Triton's interpreter runs the kernel that reads experts in place.
+is a few lines of PyTorch that know its map; Triton's interpreter runs the kernels that decide and fetch on the GPU.
 """
 
 import json
@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,21 +20,21 @@ from conftest import ROOT, TINY_MIXTRAL
 from vllm import SamplingParams
 from vllm.config import CompilationConfig, CUDAGraphMode
 from vllm.model_executor.layers.fused_moe import MoERunner
-from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
+from tests.integration import graph_recorder
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy, prompts
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.device import experts_by_address
+from vllm_adapmoe.device import claim as claiming
+from vllm_adapmoe.device import fetch as fetching
 from vllm_adapmoe.integration.entry import model_check
 from vllm_adapmoe.integration.layers import mapped_experts
 from vllm_adapmoe.integration.layers.cached_experts import padding_rows
 from vllm_adapmoe.integration.layers.graph_break import break_graph_at, graphs_in_pieces, graphs_without_host
 from vllm_adapmoe.integration.loading import host_room, layer_classes
 from vllm_adapmoe.integration.measure.engine import Engine
-from vllm_adapmoe.integration.worker import device_only_steps
+from vllm_adapmoe.integration.worker import gpu_steps
 from vllm_adapmoe.store.host_memory import HostMemory
-from vllm_adapmoe.store.record import RecordLayout
 
 pytestmark = pytest.mark.engine
 
@@ -44,9 +45,25 @@ ARGS = ENGINE_ARGS | {"enforce_eager": True, "dtype": "float16"}
 
 def run_with_map(self: Any, output: torch.Tensor, hidden_states: torch.Tensor, **given: Any) -> None:
     """Expert by expert; the kernel's map says which row of the weights it has, -1: none."""
-    w1, w2, ids, expert_map = given["w1"], given["w2"], given["topk_ids"], given["expert_map"]
+    tensors = [given[name] for name in ("w1", "w2", "topk_ids", "topk_weights", "expert_map")]
+    launch(run_experts, output, hidden_states, given["global_num_experts"], *tensors)
+
+
+def launch(kernel: Any, *args: Any) -> None:
+    """Launches a kernel that is no operation of PyTorch; a graph that is being captured holds it as one call."""
+    mode = torch.utils._python_dispatch._get_current_dispatch_mode()
+    if isinstance(mode, graph_recorder.Recorder):
+        mode.launch(kernel, *args)
+    else:
+        kernel(*args)
+
+
+def run_experts(
+    output: torch.Tensor, hidden_states: torch.Tensor, num_experts: int, w1: torch.Tensor, w2: torch.Tensor,
+    ids: torch.Tensor, weights: torch.Tensor, expert_map: torch.Tensor | None,
+) -> None:  # fmt: skip
     rows = list(range(len(w1))) if expert_map is None else expert_map.tolist()
-    assert len(rows) == given["global_num_experts"] + (expert_map is not None)
+    assert len(rows) == num_experts + (expert_map is not None)
     total = torch.zeros(hidden_states.shape, dtype=torch.float32)
     for expert in ids.unique().tolist():
         if rows[expert] < 0:
@@ -54,7 +71,7 @@ def run_with_map(self: Any, output: torch.Tensor, hidden_states: torch.Tensor, *
         token, choice = (ids == expert).nonzero(as_tuple=True)
         gate, up = (hidden_states[token].float() @ w1[rows[expert]].float().T).chunk(2, 1)
         outputs = (torch.nn.functional.silu(gate) * up) @ w2[rows[expert]].float().T
-        total.index_add_(0, token, outputs * given["topk_weights"][token, choice].unsqueeze(1))
+        total.index_add_(0, token, outputs * weights[token, choice].unsqueeze(1))
     output.copy_(total)
 
 
@@ -90,14 +107,14 @@ def ask(engine: Engine) -> list[Any]:
 )
 def test_maps_to_the_last_bit(as_on_gpu, stock, slots):
     """One wave: what the same kernel gives without the plugin. Layers that are resident as a whole do not wait."""
-    config = VLLM_STEPS | {"cache_experts": slots, "store": "host", "decode": "fetch"}
+    config = VLLM_STEPS | {"cache_experts": slots, "store": "host", "decode": "host"}
     with Engine(TINY_MIXTRAL, config, **ARGS) as engine:
         assert [ask(engine), ask(engine)] == stock
         stats = engine.cache_stats()
         deferred = engine.llm.collective_rpc(
-            lambda worker: int((worker.device_only.routing.ids[:, 0] >= 0).any(-1).sum())
+            lambda worker: int((worker.gpu_steps.routing.ids[:, 0] >= 0).any(-1).sum())
         )[0]
-    assert stats["demand_loads"] > 0 and stats["in_place"] == 0
+    assert stats["demand_loads"] > 0
     assert slots == 48 or deferred >= 8, "layers that have left their routing on the device"
 
 
@@ -111,7 +128,7 @@ def stock():
 
 def test_maps_in_waves(as_on_gpu, stock):
     """With fewer slots than a layer has experts: equal within the rounding of several sums to float16."""
-    config = VLLM_STEPS | {"cache_experts": 5, "store": "host", "decode": "fetch"}
+    config = VLLM_STEPS | {"cache_experts": 5, "store": "host", "decode": "host"}
     with Engine(TINY_MIXTRAL, config, **ARGS) as engine:
         ours = ask(engine)
     for (tokens, logprobs), (expected, theirs) in zip(ours, stock[0], strict=True):
@@ -128,43 +145,55 @@ def tokens_of(outputs: list[Any]) -> list[list[int]]:
     return [tokens for tokens, _ in outputs]
 
 
+class Interpreted:
+    """A Triton kernel in the interpreter, which a graph that is being captured holds as one call."""
+
+    # A thread of its own: at the depth of the engine's calls, Python 3.11 may map and unmap memory with every call.
+    thread = ThreadPoolExecutor(1)
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Any:
+        def run(*args: Any, **sizes: Any) -> None:
+            self.thread.submit(self.kernel[grid], *args, **sizes).result()
+
+        return lambda *args, **sizes: launch(partial(run, **sizes), *args)
+
+
 @pytest.fixture
 def interpreted(monkeypatch):
-    # A thread of its own: at the depth of the engine's calls, Python 3.11 may map and unmap memory with every call.
-    kernel, thread = experts_by_address.experts_by_address, ThreadPoolExecutor(1)
-    monkeypatch.setattr(experts_by_address, "experts_by_address", lambda *a: thread.submit(kernel, *a).result())
-    monkeypatch.setattr(experts_by_address, "BLOCK_N", 64)
+    for module, name in ((claiming, "_claim"), (fetching, "_fetch")):
+        monkeypatch.setattr(module, name, Interpreted(getattr(module, name)))
+    monkeypatch.setattr(fetching, "PROGRAMS", 2)
+    monkeypatch.setattr(fetching, "CHUNK", 1 << 18)
 
 
 @pytest.mark.parametrize("gating", [{}, GATED], ids=["all-kept", "gated"])
-def test_in_place(as_on_gpu, interpreted, gating):
-    """Every step reads experts where they are. The second time others are resident, and every bit is the same."""
-    with Engine(TINY_MIXTRAL, HALF | gating | {"decode": "fetch"}, **ARGS) as engine:
-        fetched, by_fetch = short(engine), engine.cache_stats()
-    with Engine(TINY_MIXTRAL, HALF | gating | {"decode": "in_place"}, **ARGS) as engine:
-        first, stats = short(engine), engine.cache_stats()
-        assert short(engine) == first
-        resident = engine.cache_stats()["resident"]
-    assert tokens_of(first) == tokens_of(fetched)
-    assert stats["hits"] + stats["misses"] == by_fetch["hits"] + by_fetch["misses"]
-    assert stats["in_place"] == stats["misses"] > 0 and 0 < stats["caught_up"] <= stats["misses"]
-    assert stats["demand_loads"] == stats["stall_seconds"] == 0 and resident > 24
+def test_decided_on_the_gpu(as_on_gpu, interpreted, gating):
+    """Prompts by the host, decode steps by the GPU: every bit as with the host alone."""
+    with Engine(TINY_MIXTRAL, HALF | gating | {"decode": "host"}, **ARGS) as engine:
+        expected, by_host = short(engine), engine.cache_stats()
+    with Engine(TINY_MIXTRAL, HALF | gating | {"decode": "device"}, **ARGS) as engine:
+        assert short(engine) == expected
+        stats = engine.cache_stats()
+        assert short(engine) == expected, "the second time others are resident"
+    assert stats["hits"] + stats["misses"] == by_host["hits"] + by_host["misses"]
+    assert stats["prefetches"] > 0 and 0 < stats["resident"] <= 48
     for name in ("gated_tokens", "kept_experts"):
-        assert stats[name] == by_fetch[name], "counted when the step has run"
-    assert stats["loss_spent"] == pytest.approx(by_fetch["loss_spent"], rel=1e-2)
+        assert stats[name] == by_host[name], "counted when the step has run"
+    assert stats["loss_spent"] == pytest.approx(by_host["loss_spent"], rel=1e-2)
     assert (stats["gated_tokens"] > 0) == bool(gating)
 
 
 def test_gating_waits_for_nothing_where_every_expert_is_resident(as_on_gpu):
     """The same bits, and the same counts, as with half of them, where the host sees every choice."""
-    with Engine(TINY_MIXTRAL, HALF | GATED | {"decode": "fetch"}, **ARGS) as engine:
+    with Engine(TINY_MIXTRAL, HALF | GATED | {"decode": "host"}, **ARGS) as engine:
         expected, by_fetch = short(engine), engine.cache_stats()
     with Engine(TINY_MIXTRAL, VLLM_STEPS | GATED | {"cache_experts": 96}, **ARGS) as engine:
         assert short(engine) == expected
         stats = engine.cache_stats()
-        steps = engine.llm.collective_rpc(lambda worker: worker.device_only.routing.ids[:, 0].max(-1).values.tolist())[
-            0
-        ]
+        steps = engine.llm.collective_rpc(lambda worker: worker.gpu_steps.routing.ids[:, 0].max(-1).values.tolist())[0]
     assert min(steps) >= 0, "every layer has left its routing on the device"
     for name in ("gated_tokens", "kept_experts"):
         assert stats[name] == by_fetch[name] > 0
@@ -173,7 +202,7 @@ def test_gating_waits_for_nothing_where_every_expert_is_resident(as_on_gpu):
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"decode": "in_place", "store": "host"}, "decode=in_place needs a GPU"),
+        ({"decode": "device", "store": "host"}, "decode=device needs a GPU"),
         ({"host_gb": 4.0}, r"host_gb=4.0 does not work on the CPU, .* raise cache_gb"),
     ],
 )
@@ -184,7 +213,7 @@ def test_what_needs_a_gpu(config, reason):
 
 def test_host_tier(as_on_gpu, stock, tmp_path):
     """A third of the experts in slots, a third in host memory, all in a file: every bit as without the plugin."""
-    config = VLLM_STEPS | {"cache_experts": 32, "host_gb": 0.006, "store_dir": str(tmp_path), "decode": "fetch"}
+    config = VLLM_STEPS | {"cache_experts": 32, "host_gb": 0.006, "store_dir": str(tmp_path), "decode": "host"}
     with Engine(TINY_MIXTRAL, config, **ARGS) as engine:
         assert [ask(engine), ask(engine)] == stock
         stats = engine.cache_stats()
@@ -213,7 +242,7 @@ def test_graphs_are_split_at_moe_blocks(monkeypatch, tiny_model):
     asked, params = prompts(6, 512, seed=2), greedy(logprobs=2)
     with Engine(model, None, **ENGINE_ARGS) as engine:
         expected = answers(engine, asked, params)
-    monkeypatch.setattr(device_only_steps.DeviceOnlySteps, "of", split)
+    monkeypatch.setattr(gpu_steps.GpuSteps, "of", split)
     with Engine(model, VLLM_STEPS | {"cache_fraction": 0.5}, **ENGINE_ARGS) as engine:
         assert answers(engine, asked, params) == expected
 
@@ -257,19 +286,6 @@ def test_padding_is_not_asked_where_vllm_does_not_fill_it_in(monkeypatch):
     assert padding_rows(context, 3).tolist() == [True] * 3
     monkeypatch.setenv("VLLM_MOE_SKIP_PADDING", "0")
     assert padding_rows(context, 3) is None
-
-
-def test_what_the_kernel_in_place_does_not_compute_is_refused():
-    half = torch.float16
-    layout = RecordLayout.of(
-        {"w13_weight": torch.empty(1, 8, 4, dtype=half), "w2_weight": torch.empty(1, 4, 4, dtype=half)}
-    )
-    store = SimpleNamespace(layouts=[layout], page_locked=lambda key: torch.empty(0))
-    plain = dict(cache_layer=0, activation=MoEActivation.SILU, apply_router_weight_on_input=False, swiglu_limit=None)
-    cache = SimpleNamespace(store=store)
-    assert mapped_experts.in_place_obstacle(SimpleNamespace(**plain), cache) is None
-    clamped = SimpleNamespace(**plain | {"swiglu_limit": 7.0})
-    assert mapped_experts.in_place_obstacle(clamped, cache) == "its activation is clamped at 7.0"
 
 
 def interpret(script: str, *arguments: str) -> str:

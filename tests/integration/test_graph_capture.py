@@ -21,7 +21,7 @@ from vllm_adapmoe.integration.measure.engine import Engine
 pytestmark = pytest.mark.engine
 
 ARGS = ENGINE_ARGS | {"enforce_eager": True, "dtype": "float16"}
-CONFIG = VLLM_STEPS | {"cache_fraction": 0.5, "store": "host", "decode": "in_place"}
+CONFIG = VLLM_STEPS | {"cache_fraction": 0.5, "store": "host", "decode": "device"}
 GATED = {"profile": str(ROOT / "configs" / "tiny_mixtral.json"), "gating": {"mode": "token", "target_experts": 1.5}}
 TOKENS, PADDED = 3, 4
 
@@ -72,12 +72,12 @@ class Steps:
 
     def served(self, launch: Any) -> torch.Tensor:
         """A step that the worker serves: outputs `[layers, tokens, hidden]`, and its routing taken in afterwards."""
-        device_only = self.worker.device_only
-        with device_only.step(TOKENS, SimpleNamespace(requests=lambda: [("a", 5, 1)] * TOKENS)):
+        gpu_steps = self.worker.gpu_steps
+        with gpu_steps.step(TOKENS, SimpleNamespace(requests=lambda: [("a", 5, 1)] * TOKENS)):
             launch()
         outputs = self.outputs[:, :TOKENS].clone()
-        device_only.routing._in_flight[-1][1][:] = range(len(self.layers))  # the others of this model are not run here
-        device_only.drain_finished(None)
+        gpu_steps.routing._in_flight[-1][1][:] = range(len(self.layers))  # the others of this model are not run here
+        gpu_steps.drain_finished(None)
         return outputs
 
 
@@ -91,22 +91,6 @@ def as_if_capturing(monkeypatch):
         monkeypatch.setattr(cudagraph_utils, name, lambda *args, **kwargs: nullcontext())
     monkeypatch.setattr(cudagraph_utils, "current_stream", lambda: None)
     monkeypatch.setattr(cudagraph_utils.current_platform, "get_global_graph_pool", lambda: None, raising=False)
-
-
-def recorded_kernel(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:
-    """The Triton kernel is launched into the graph as one call."""
-
-    def wrap(worker: Any) -> None:
-        in_place = worker.device_only.in_place
-        kernel = in_place.kernel
-
-        def launch(*args: Any) -> Any:
-            mode = torch.utils._python_dispatch._get_current_dispatch_mode()
-            return mode.launch(kernel, *args) if isinstance(mode, graph_recorder.Recorder) else kernel(*args)
-
-        in_place.kernel = launch
-
-    engine.llm.collective_rpc(wrap)
 
 
 @torch.inference_mode()  # as vLLM runs and captures a model
@@ -126,7 +110,6 @@ def replay_and_eager(worker: Any) -> list[tuple[bool, float]]:
 @pytest.mark.parametrize("gating", [{}, GATED], ids=["all-kept", "gated"])
 def test_replayed_steps_are_those_that_ran(as_on_gpu, interpreted, as_if_capturing, monkeypatch, gating):  # noqa: F811
     with Engine(TINY_MIXTRAL, CONFIG | gating, **ARGS) as engine:
-        recorded_kernel(monkeypatch, engine)
         (compared,) = engine.llm.collective_rpc(replay_and_eager)
     assert all(equal and largest > 0 for equal, largest in compared), compared
 
@@ -136,10 +119,10 @@ def test_a_graph_of_the_dummy_path_ends_the_engine(as_on_gpu, interpreted, as_if
     monkeypatch.setattr(
         mapped_experts, "is_capturing", lambda: get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.FULL
     )
-    with Engine(TINY_MIXTRAL, CONFIG, **ARGS) as engine:
-        recorded_kernel(monkeypatch, engine)
-        with pytest.raises(RoutingNotRecorded, match=r"MoE layers \[0, 1, 2, 3\] recorded no routing"):
-            engine.llm.collective_rpc(replay_and_eager)
+    recorded_no = pytest.raises(RoutingNotRecorded, match=r"MoE layers \[0, 1, 2, 3\] recorded no routing")
+    with Engine(TINY_MIXTRAL, CONFIG, **ARGS) as engine, recorded_no:
+        engine.llm.collective_rpc(lambda worker: worker.gpu_steps.give_back())  # or dummy steps would be the GPU's, too
+        engine.llm.collective_rpc(replay_and_eager)
 
 
 def test_steps_that_ask_the_host_are_not_captured(as_on_gpu, as_if_capturing):  # noqa: F811
@@ -151,6 +134,6 @@ def test_steps_that_ask_the_host_are_not_captured(as_on_gpu, as_if_capturing):  
             return str(error)
         return "captured"
 
-    with Engine(TINY_MIXTRAL, CONFIG | {"decode": "fetch"}, **ARGS) as engine:
+    with Engine(TINY_MIXTRAL, CONFIG | {"decode": "host"}, **ARGS) as engine:
         (said,) = engine.llm.collective_rpc(capture)
     assert "cudagraph_mode=PIECEWISE" in said

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm_adapmoe.device.addresses import AddressTable
 
 from tests.store.test_stores import layer
 from vllm_adapmoe.cache.slots import SlotPool
-from vllm_adapmoe.device.addresses import AddressTable
 from vllm_adapmoe.store import host, page_lock
 from vllm_adapmoe.store.host import HostStore
 from vllm_adapmoe.store.record import as_bytes

@@ -18,6 +18,11 @@ class HostCopy:
         else:
             self.tensors = [tensor.clone() for tensor in tensors]
 
+    def wait(self) -> None:
+        """Blocks until `tensors` can be read."""
+        if self._ended is not None:
+            self._ended.synchronize()
+
     @property
     def arrived(self) -> bool:
         """Whether `tensors` can be read; always true on the CPU."""

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ from vllm_adapmoe.cache.transfer import READERS, CacheClosed, TransferEngine
 from vllm_adapmoe.experts import ExpertKey
 from vllm_adapmoe.policy.cache_stats import CacheStats
 from vllm_adapmoe.policy.controller import CacheController
-from vllm_adapmoe.policy.events import Request, State
+from vllm_adapmoe.policy.events import Request
+from vllm_adapmoe.policy.eviction import PolicyState
 from vllm_adapmoe.policy.prefetch_planner import PredictExperts
 from vllm_adapmoe.store.base import ExpertStore, ExpertsUnavailable
 
@@ -30,6 +31,18 @@ class Acquisition(NamedTuple):
     layer: int
     experts: np.ndarray
     request: Request
+
+
+class GpuState(PolicyState, Protocol):
+    """State of a pool that a GPU has decided on."""
+
+    @property
+    def slots(self) -> np.ndarray:
+        """Slot of each expert, int32 `[layers, experts]`; -1: not resident."""
+
+    @property
+    def free(self) -> list[int]:
+        """Free slots, of which the last is taken first."""
 
 
 class ExpertCacheManager:
@@ -133,7 +146,8 @@ class ExpertCacheManager:
         self.transfers.check()
         if self.transfers.quiet:
             raise RuntimeError(
-                "experts were requested while a CUDA graph is captured; run no step of a request within `quiet`"
+                "experts were requested while a CUDA graph is captured, or the GPU decides; run no step of a request "
+                "within `quiet`, and none that the host decides between `lend` and `take_back`"
             )
 
     @property
@@ -166,7 +180,7 @@ class ExpertCacheManager:
 
     @property
     def num_resident(self) -> int:
-        return sum(pool.num_slots - len(pool.free) for pool in self.controller.pools)
+        return sum(pool.residents + pool.speculating for pool in self.controller.pools)
 
     def begin(
         self,
@@ -281,26 +295,6 @@ class ExpertCacheManager:
             self.controller.release(layer, experts)
 
     @contextmanager
-    def frozen(self) -> Iterator[np.ndarray]:
-        """Prevents evictions within the context; slots that its kernels read are not overwritten before they have run.
-
-        Yields:
-            int32 `[layers, experts]`: slot of every resident or staged expert; -1 otherwise.
-        """
-        with self.transfers.lock:
-            self._check_usable()
-            self.transfers.frozen += 1
-            slots = self.slot_maps.copy()
-            for pool in self.controller.pools:
-                for key, entry in pool.speculative.items():
-                    if entry.state is State.STAGED:
-                        slots[key] = entry.slot
-        try:
-            yield slots
-        finally:
-            self._thaw(self.pools)
-
-    @contextmanager
     def whole_layer(self, layer: int) -> Iterator[bool]:
         """Prevents evictions within the context if all of `layer` is resident and unpinned; yields whether it is.
 
@@ -334,7 +328,7 @@ class ExpertCacheManager:
 
         Raises:
             RuntimeError: when entered within itself; within it, also raised by methods that request experts (`begin`,
-                `acquire`, `frozen`, `whole_layer`, `restart`), which would wait for transfers or record events.
+                `acquire`, `whole_layer`, `restart`, `lend`), which would wait for transfers or record events.
         """
         transfers = self.transfers
         with transfers.lock:
@@ -352,19 +346,42 @@ class ExpertCacheManager:
             with transfers.lock:
                 transfers.resume()
 
-    def record_in_place(self, events: Sequence[tuple[int, Sequence[int], Collection[int]]]) -> None:
-        """Records events that have run in place, in order: layer, distinct experts, and those that were in slots.
-
-        Queues background loads of some of the others.
-        """
-        missed = []
+    def record_whole(self, events: Sequence[tuple[int, np.ndarray]]) -> None:
+        """Records events of layers that were resident as a whole (`whole_layer`), in order: layer, distinct experts."""
         with self.transfers.lock:
             self.transfers.check()
-            for layer, experts, resident in events:
-                self.controller.record_in_place(layer, experts, resident)
-                missed += [(layer, expert) for expert in experts if expert not in resident]
-            self.transfers.speculate(self.controller.backfill(missed))
-        self._speculate_inline()
+            for layer, experts in events:
+                self.controller.record_whole(layer, experts)
+
+    # Steps that a GPU decides
+
+    def lend(self) -> list[ExpertKey]:
+        """Ends all transfers and settles staged experts, before a GPU decides; returns the staged ones.
+
+        Until `take_back`, methods that request experts raise, as within `quiet`.
+        """
+        transfers = self.transfers
+        with transfers.lock:
+            self._check_usable()
+            transfers.drain()
+            if self._demand_copies is not None:
+                self._demand_copies.finish(self.stats)
+            return self.controller.settle()
+
+    def take_back(self, states: Sequence[GpuState]) -> None:
+        """Takes over what a GPU has decided since `lend`, one state for each pool."""
+        for pool in self.pools:
+            pool.mark_used()
+        with self.transfers.lock:
+            for residency, state in zip(self.controller.pools, states, strict=True):
+                residency.policy.adopt(state)
+                residency.adopt(state.slots, state.free)
+            self.transfers.resume()
+
+    def count_on_device(self, pool: int, counted: np.ndarray, residents: np.ndarray) -> None:
+        """Adds what a GPU has counted in a pool, and sets the residents of its layers (`CacheController`)."""
+        with self.transfers.lock:
+            self.controller.count_on_device(pool, counted, residents, self.pools[pool].record_bytes)
 
     def prefetch(
         self, layer: int, routing: tuple[np.ndarray, np.ndarray] | None, predict_experts: PredictExperts

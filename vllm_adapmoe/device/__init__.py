@@ -1,6 +1,8 @@
-"""Decoding with experts read in place: Triton kernels, address tables and deferred routing."""
+"""Decode steps that the GPU decides: Triton kernels, residency on the device, routing that the host reads later."""
 
 MAX_TOKENS = 64
-"""Maximum tokens of one call of `experts_by_address`: all tokens of an expert are rows of one tile."""
-ALIGNMENT = 16
-"""Alignment in bytes of the addresses passed to it: the width of one vector load."""
+"""Maximum tokens of a step that the GPU decides: those beyond are few, and are prompts rather than decode steps."""
+MAX_TOP_K = 16
+"""Maximum experts per token: the pairs of a step are a block of at most 1024 in `claim`."""
+MAX_EXPERTS = 512
+"""Maximum experts of a layer: each is one number of a block in `claim`."""

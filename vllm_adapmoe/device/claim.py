@@ -27,9 +27,8 @@ OF_LAYERS = tl.constexpr(len(COUNTERS))
 """Place of the first layer's hits."""
 
 
-
-def _jit(function: FunctionType) -> Any:
-    """Compiles plain arithmetic. Triton's interpreter looks for `tl` in its globals, the compiler for its annotations."""
+def _jit(function: Any) -> Any:
+    """Compiles plain arithmetic. Triton's interpreter looks for `tl` among its globals, its compiler for `Any`."""
     names = {**function.__globals__, "tl": tl, "Any": tl.constexpr(None)}
     return triton.jit(FunctionType(function.__code__, names, function.__name__))
 

@@ -23,22 +23,19 @@ class FinishedStep:
     """Routing of a step that has run."""
 
     layers: list[int]
-    """Layers that ran in place, without waiting."""
+    """Layers that ran without waiting."""
     ids: np.ndarray
     """Selected experts, int32 `[all layers, tokens, top_k]`; -1: dropped, or padding."""
     costs: np.ndarray
     """Cost of what gating dropped, as in `Gated.cost`, float64 `[all layers, tokens]`."""
-    slots: np.ndarray
-    """Slot of each expert during the step, int32 `[all layers, experts]`; -1: not in a slot."""
     payload: Any
     """The caller's object passed to `close_step`."""
 
-    def events(self) -> Iterator[tuple[int, list[int], set[int]]]:
-        """Yields each layer that ran in place: its index, its distinct experts, and those that were in slots."""
+    def events(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields each layer that ran without waiting: its index, and its distinct experts."""
         for layer in self.layers:
             ids = self.ids[layer]
-            experts = np.unique(ids[ids >= 0])
-            yield layer, experts.tolist(), set(experts[self.slots[layer, experts] >= 0].tolist())
+            yield layer, np.unique(ids[ids >= 0]).astype(np.int64)
 
 
 class DeferredRouting:
@@ -59,7 +56,7 @@ class DeferredRouting:
         self.costs = torch.zeros((layers, tokens), dtype=torch.float64, device=device)
         self.layers: set[int] = set()
         """Layers that have recorded routing in the current step."""
-        self._in_flight: deque[tuple[HostCopy, list[int], np.ndarray, Any]] = deque()
+        self._in_flight: deque[tuple[HostCopy, list[int], Any]] = deque()
         """Copies in flight of ids and costs, with the arguments of `close_step`."""
 
     def begin_step(self) -> None:
@@ -79,12 +76,11 @@ class DeferredRouting:
         if costs is not None:
             self.costs[layer, : len(costs)].copy_(costs)
 
-    def close_step(self, tokens: int, slots: np.ndarray, payload: Any, layers: list[int] | None = None) -> None:
+    def close_step(self, tokens: int, payload: Any, layers: list[int] | None = None) -> None:
         """Starts copying the routing of a step that has been launched to the host.
 
         Args:
             tokens: tokens of the step.
-            slots: slot of each expert during the step, int32 `[layers, experts]`.
             payload: returned with the step.
             layers: layers whose routing is recorded; None: those that called `record`, which a replayed graph does not.
         """
@@ -93,7 +89,7 @@ class DeferredRouting:
         if not layers:
             return
         copy = HostCopy(self.ids[:, :tokens], self.costs[:, :tokens])
-        self._in_flight.append((copy, layers, slots, payload))
+        self._in_flight.append((copy, layers, payload))
 
     def finished(self) -> Iterator[FinishedStep]:
         """Yields steps that have run since the last call, oldest first, without waiting for any.
@@ -102,12 +98,12 @@ class DeferredRouting:
             RoutingNotRecorded: a layer of `layers` has not recorded its routing, so its output was wrong.
         """
         while self._in_flight and self._in_flight[0][0].arrived:
-            copy, layers, slots, payload = self._in_flight.popleft()
+            copy, layers, payload = self._in_flight.popleft()
             ids, costs = copy.tensors
             missing_layers = [layer for layer in layers if (ids[layer, :, 0] == NOT_RECORDED).any()]
             if missing_layers:
                 raise RoutingNotRecorded(
                     f"MoE layers {missing_layers} recorded no routing in a decode step: the CUDA graph lacks their "
-                    "experts, so its tokens are wrong; set decode=fetch"
+                    "experts, so its tokens are wrong; set decode=host"
                 )
-            yield FinishedStep(layers, ids.numpy(), costs.numpy(), slots, payload)
+            yield FinishedStep(layers, ids.numpy(), costs.numpy(), payload)

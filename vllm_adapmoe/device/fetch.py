@@ -1,7 +1,7 @@
 """Copies experts' records from page-locked host memory into slots, on the GPU and as the GPU has decided (`claim`).
 
-A record is bytes: whatever the quantisation, its pieces lie one after the other in host memory, and each goes to its own
-tensor of slots. The kernel does not know how many copies there are until it runs, so a CUDA graph can hold it.
+A record is bytes: whatever the quantisation, its pieces lie one after the other in host memory, and each goes to a
+tensor of slots of its own. How many copies there are is known when the kernel runs, so a CUDA graph can hold it.
 """
 
 import torch
@@ -47,7 +47,9 @@ def _fetch(entries, count, pieces, PIECES: tl.constexpr, PROGRAMS: tl.constexpr,
                 byte = tl.arange(0, CHUNK)
                 in_piece = start + byte < size
                 narrow = source.to(tl.pointer_type(tl.uint8))
-                tl.store(target.to(tl.pointer_type(tl.uint8)) + byte, tl.load(narrow + byte, mask=in_piece), mask=in_piece)
+                tl.store(
+                    target.to(tl.pointer_type(tl.uint8)) + byte, tl.load(narrow + byte, mask=in_piece), mask=in_piece
+                )
 
 
 class Fetch:

@@ -159,6 +159,49 @@ class CacheController:
             self._count_wasted(load.evicted)
         return request
 
+    def record_whole(self, layer: int, experts: np.ndarray) -> None:
+        """Records one event of a layer all of whose experts were resident; `experts`: distinct ids, int64."""
+        if self.allocation == "trace":
+            self._record_traffic(layer, experts.tolist())
+        self.residency(layer).record_use(layer, experts)
+        self.stats.hits += len(experts)
+        self.layer_hits[layer] += len(experts)
+        if self.planner is not None:
+            self.planner.record_missing(layer, 0)
+
+    def settle(self) -> list[ExpertKey]:
+        """Makes staged experts resident, before a GPU decides (`Residency.settle`); returns them."""
+        for pool in self.pools:
+            pool.settle()
+        staged = list(self.staged)
+        self.staged.clear()
+        return staged
+
+    def count_on_device(self, pool: int, counted: np.ndarray, residents: np.ndarray, nbytes: int) -> None:
+        """Adds what a GPU has counted since the last call, and sets the number of residents.
+
+        Args:
+            pool: index of the pool.
+            counted: prefetches, prefetch hits and wasted prefetches of the pool, then hits and misses of each layer.
+            residents: resident experts of each layer.
+            nbytes: bytes that a fetch moves.
+        """
+        layers = [layer for layer, pool_of_layer in enumerate(self.pool_of) if pool_of_layer == pool]
+        prefetches, prefetch_hits, wasted = counted[:3].tolist()
+        hits, misses = counted[3::2], counted[4::2]
+        stats = self.stats
+        stats.hits += int(hits.sum())
+        stats.misses += int(misses.sum())
+        stats.prefetches += prefetches
+        stats.prefetch_hits += prefetch_hits
+        stats.prefetches_wasted += wasted
+        stats.wasted_bytes += wasted * nbytes
+        stats.fetched_bytes += (int(misses.sum()) + prefetches) * nbytes
+        for layer in layers:
+            self.layer_hits[layer] += int(hits[layer])
+            self.layer_misses[layer] += int(misses[layer])
+        self.pools[pool].show_residents(residents)
+
     def decide_on_device(
         self, layer: int, experts: Sequence[int] | np.ndarray, expected: np.ndarray | None, votes: np.ndarray | None
     ) -> tuple[list[Load], list[Load]]:

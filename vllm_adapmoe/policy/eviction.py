@@ -59,9 +59,9 @@ class EvictionPolicy(ABC):
     """Whether every event changes the waits of all layers."""
 
     def __init__(self, layers: int, experts: int, dtype: type = np.int64) -> None:
-        self.wait = np.zeros((layers, experts), dtype)
+        self.wait: np.ndarray = np.zeros((layers, experts), dtype)
         """`[layers, experts]`."""
-        self.distance = np.zeros(layers, dtype)
+        self.distance: np.ndarray = np.zeros(layers, dtype)
         """`[layers]`."""
 
     @abstractmethod
@@ -132,7 +132,7 @@ class NextUse(EvictionPolicy):
         """Fast mean of uses, int64 `[layers, experts]`, in units of 1 / `UNIT`."""
         self.slow = np.zeros((layers, experts), np.int64)
         """Slow mean of uses, likewise."""
-        self.rates = tuple(fixed(value) for value in (self.QUICK, self.SLOW, self.WEIGHT, self.FLOOR))
+        self.rates = fixed(self.QUICK), fixed(self.SLOW), fixed(self.WEIGHT), fixed(self.FLOOR)
         """The constants, in units of 1 / `UNIT`."""
         self.wait.fill(expected_wait.expected_wait(self.rates[-1], layers, EVENT, UNIT))
         self._distances = ((np.arange(layers) - np.arange(layers)[:, None] - 1) % layers + 1) * EVENT
@@ -159,7 +159,7 @@ class NextUse(EvictionPolicy):
     def _record(self, layer: int, experts: np.ndarray, expected: np.ndarray) -> None:
         self.distance = self._distances[layer]
         _record_uses(
-            self.wait[layer], self.quick[layer], self.slow[layer], experts, len(self.wait), *self.rates, expected,
+            self.wait[layer], self.quick[layer], self.slow[layer], experts, expected, len(self.wait), *self.rates,
             self.share, EVENT, UNIT,
         )  # fmt: skip
 
@@ -192,12 +192,12 @@ def _record_uses(
     quick: np.ndarray,
     slow: np.ndarray,
     experts: np.ndarray,
+    expected: np.ndarray,
     layers: int,
     quick_rate: int,
     slow_rate: int,
     weight: int,
     floor: int,
-    expected: np.ndarray,
     share: int,
     event: int,
     unit: int,

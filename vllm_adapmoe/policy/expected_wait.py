@@ -1,7 +1,7 @@
 """Arithmetic of eviction values, on whole numbers: the one text of the CPU worker, the replay and the GPU kernel.
 
-Numba compiles these functions for numbers (`eviction`), Triton for the rows of a layer (`device/claim.py`), and they run
-as they are on arrays of numpy or torch. Whole numbers, because all of them have to choose the same victim: floating
+Numba compiles these functions for numbers (`eviction`), Triton for the rows of a layer (`device/claim.py`), and they
+run as they are on arrays of numpy or torch. Whole numbers, because all of them have to choose the same victim: floating
 point rounds differently where a compiler fuses a product and a sum, or divides approximately. So they hold nothing but
 operators, and get their constants as arguments. Probabilities are in units of 1 / `unit`, and no product of two exceeds
 64 bits.
@@ -46,7 +46,7 @@ def mixed_chance(chance: Any, expected: Any, share: Any, unit: Any) -> Any:
 def expected_wait(chance: Any, layers: Any, event: Any, unit: Any) -> Any:
     """Returns the events until an expert's next use beyond its layer's next event, in units of 1 / `event`.
 
-    An expert that an event uses with chance p waits for 1 / p - 1 events of its layer in the mean, and as many events of
-    each other layer (`NextUse`).
+    An expert that an event uses with chance p waits for 1 / p - 1 events of its layer in the mean, and as many of each
+    other layer (`NextUse`).
     """
     return layers * (unit * event // chance - event)

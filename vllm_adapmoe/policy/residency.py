@@ -239,6 +239,15 @@ class Residency:
         self._victims.changed[layer] = True
         return loads
 
+    def record_use(self, layer: int, experts: np.ndarray) -> None:
+        """Records one event whose distinct `experts`, int64, were resident without being requested. Pins nothing."""
+        self._victims.record(layer, experts, None)
+
+    def show_residents(self, count: np.ndarray) -> None:
+        """Sets the numbers that are reported while a GPU decides: resident experts of each layer."""
+        self.count = count.tolist()
+        self.residents = sum(self.count)
+
     def settle(self) -> list[ExpertKey]:
         """Ends speculation, between two steps: staged experts become resident, in all slots of the pool; returns them.
 
@@ -268,11 +277,14 @@ class Residency:
         return np.where(found, best, -1).astype(np.int32), np.where(found, wait.max(1), 0)
 
     def adopt(self, slots: np.ndarray, free: Sequence[int]) -> list[ExpertKey]:
-        """Takes over what a GPU has decided since `settle`, after the policy; returns experts beyond `capacity`, evicted.
+        """Takes over what a GPU has decided since `settle`, after the policy has; evicts experts beyond `capacity`.
 
         Args:
             slots: slot of each expert, int32 `[layers, experts]`, -1: not resident.
             free: free slots, of which the last is taken first.
+
+        Returns:
+            The evicted experts.
         """
         assert not self.entries and not self.pins.any()
         self.slots[:] = slots

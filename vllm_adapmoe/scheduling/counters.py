@@ -26,8 +26,6 @@ class StepCounters:
     hits: float | None = None
     misses: float | None = None
     demand_loads: float | None = None
-    in_place: float | None = None
-    caught_up: float | None = None
     prefetches: float | None = None
     prefetch_hits: float | None = None
     late: float | None = None
@@ -82,8 +80,6 @@ METRICS = {
     "hits": Metric("expert_hits", "Requested experts that were resident, counted once per layer and step."),
     "misses": Metric("expert_misses", "Requested experts that were not resident, counted once per layer and step."),
     "demand_loads": Metric("demand_loads", "Misses whose fetch began only when the expert was requested."),
-    "in_place": Metric("reads_in_place", "Misses that the GPU read from host memory without waiting for a fetch."),
-    "caught_up": Metric("reads_caught_up", "Misses read in place whose expert was fetched into a slot afterwards."),
     "prefetches": Metric("prefetches", "Fetches started before the expert was requested."),
     "prefetch_hits": Metric("prefetch_hits", "Hits on experts that a prefetch had made resident."),
     "late": Metric("prefetches_late", "Misses on experts whose prefetch was still in flight."),

@@ -80,7 +80,7 @@ def page_unlock(memory: torch.Tensor) -> None:
     torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
 
-def readable_in_place() -> bool:
+def kernels_read_page_locked() -> bool:
     """Returns whether kernels of the current CUDA device can use the host addresses of page-locked memory."""
     value = ctypes.c_int(0)
     try:

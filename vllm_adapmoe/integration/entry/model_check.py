@@ -83,8 +83,8 @@ def check_needs_no_gpu(config: AdapMoEConfig) -> None:
     Raises:
         AdapMoEError: there is one.
     """
-    if config.decode == "in_place":
-        raise AdapMoEError("decode=in_place needs a GPU, whose kernels read host memory; set decode=fetch")
+    if config.decode == "device":
+        raise AdapMoEError("decode=device needs a GPU, which decides by itself; set decode=host")
     if config.host_gb is not None:
         raise AdapMoEError(
             f"host_gb={config.host_gb} does not work on the CPU, whose slots are in host memory already; raise "

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 
+from vllm_adapmoe.device.decode import DeviceDecode
 from vllm_adapmoe.device.deferred import DeferredRouting
-from vllm_adapmoe.device.in_place import InPlaceDecode
 from vllm_adapmoe.integration.layers.gates import LayerGate
 from vllm_adapmoe.store.base import ExpertsUnavailable
 
@@ -78,6 +78,11 @@ class Predictor(Protocol):
     def product(self, index: int, x: torch.Tensor) -> torch.Tensor | None:
         """Computes on the device what `predict` needs of the input; None if it needs nothing."""
 
+    def predict_on_device(
+        self, index: int, x: torch.Tensor, padding: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Predicts without the host: chances of the layer's next event, and the experts of the next layer."""
+
     def skip_first_layer(self) -> None:
         """Begins a step whose first layer ran without the host."""
 
@@ -120,5 +125,5 @@ class Collaborators:
     probe: Probe | None = None
     deferred: DeferredRouting | None = None
     """Takes the routing of layers that run without the host; None on the CPU."""
-    in_place: InPlaceDecode | None = None
-    """Runs whole steps without the host; None: the host drives every step with a miss."""
+    decode: DeviceDecode | None = None
+    """Decides on the GPU in decode steps; None: the host decides in every step with a miss."""

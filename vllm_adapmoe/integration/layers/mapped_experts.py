@@ -6,13 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.forward_context import ForwardContext, get_forward_context
-from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.device import ALIGNMENT
+from vllm_adapmoe.device.decode import DeviceDecode
 from vllm_adapmoe.device.deferred import DeferredRouting
-from vllm_adapmoe.device.in_place import DOWN, GATE_UP, InPlaceDecode
 from vllm_adapmoe.gating.rules import Gated
 from vllm_adapmoe.integration.layers.cached_experts import NO_EXPERTS, CachedExperts, distinct, padding_rows
 from vllm_adapmoe.integration.layers.collaborators import Collaborators, LayerPrediction
@@ -33,7 +31,7 @@ class MappedExperts(CachedExperts):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.deferred: DeferredRouting | None = None
-        self.in_place: InPlaceDecode | None = None
+        self.decode: DeviceDecode | None = None
         self._on_slots = False
         """Whether `use_slot_kernel` was called."""
         self._row_of: torch.Tensor | None = None
@@ -44,7 +42,7 @@ class MappedExperts(CachedExperts):
 
     def bind(self, collaborators: Collaborators) -> None:
         super().bind(collaborators)
-        self.deferred, self.in_place = collaborators.deferred, collaborators.in_place
+        self.deferred, self.decode = collaborators.deferred, collaborators.decode
 
     def use_cache(self, cache: ExpertCacheManager) -> None:
         native = self.global_num_experts
@@ -81,13 +79,12 @@ class MappedExperts(CachedExperts):
         context = get_forward_context()
         # Not by the mode in the context: model runner V2 captures whole steps with CUDAGraphMode.NONE.
         capturing = is_capturing()
-        if self.in_place is not None and (self.in_place.running or capturing):
-            if len(x) > self.in_place.routing.tokens:
-                raise RuntimeError(
-                    f"a CUDA graph of {len(x)} tokens; experts are read in place for {self.in_place.routing.tokens}"
-                )
-            weights, ids, costs = self._gate_on_device(topk_weights, topk_ids, gated, context)
-            return self.in_place.experts(self.cache_layer, x, weights, ids, costs)
+        decode = self.decode
+        if decode is not None and (decode.running or capturing or (self._is_dummy_run(context) and decode.owns)):
+            if len(x) <= decode.max_tokens:
+                return self._run_on_device(decode, x, topk_weights, topk_ids, gated, context)
+            if decode.running:
+                raise RuntimeError(f"a step of {len(x)} tokens; the GPU decides in steps of {decode.max_tokens}")
         if capturing:
             raise RuntimeError(
                 f"a CUDA graph is captured around {self.layer_name}, whose experts the host fetches during the step; "
@@ -128,6 +125,25 @@ class MappedExperts(CachedExperts):
             ids = ids.masked_fill(padding.unsqueeze(1), -1)
         return weights, ids, costs
 
+    def _run_on_device(
+        self,
+        decode: DeviceDecode,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        gated: Gated | None,
+        context: ForwardContext,
+    ) -> torch.Tensor:
+        """Runs the layer with experts that the GPU itself loads; a CUDA graph can hold all of it."""
+        weights, ids, costs = self._gate_on_device(topk_weights, topk_ids, gated, context)
+        decode.routing.record(self.cache_layer, ids, costs)
+        expected = ahead = None
+        if self.predictor is not None:
+            expected, ahead = self.predictor.predict_on_device(self.cache_layer, x, padding_rows(context, len(x)))
+        row_of = decode.experts(self.cache_layer, ids.contiguous(), expected, ahead)
+        ids = torch.where(ids < 0, self.local_num_experts, ids)
+        return self._run_mapped(x, weights, ids.to(topk_ids.dtype), row_of)
+
     def _run_whole_layer(
         self,
         x: torch.Tensor,
@@ -151,9 +167,6 @@ class MappedExperts(CachedExperts):
 
     def _run_dummy(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         """Runs the kernels of a step of this size on arbitrary slots, to warm up and to allocate the same memory."""
-        if self.in_place is not None and len(x) <= self.in_place.routing.tokens:
-            weights, ids, costs = self._gate_on_device(topk_weights, topk_ids, None, get_forward_context())
-            return self.in_place.warm_up(self.cache_layer, x, weights, ids, costs)
         num_slots = self.local_num_experts if self.cache is None else self.cache.pool(self.cache_layer).num_slots
         rows = torch.arange(self.local_num_experts, dtype=torch.int32).clamp(max=num_slots - 1)
         output = self._run_mapped(x, topk_weights, topk_ids, self._rows(rows, x.device))
@@ -220,23 +233,3 @@ def kernel_of(layer: Any) -> Any:
     """Returns the kernel that vLLM chose for a `RoutedExperts` layer, or its quantisation method if that runs them."""
     kernel = getattr(layer.quant_method, "moe_kernel", None)
     return layer.quant_method if kernel is None else kernel.fused_experts
-
-
-def in_place_obstacle(layer: CachedExperts, cache: ExpertCacheManager) -> str | None:
-    """Returns why a layer's experts cannot be read in place; None if they can."""
-    layout = {piece.name: piece for piece in cache.store.layouts[layer.cache_layer].pieces}
-    if set(layout) != {GATE_UP, DOWN} or layout[DOWN].dtype not in (torch.bfloat16, torch.float16):
-        return "its experts are quantised, or have biases"
-    if layer.activation != MoEActivation.SILU:
-        return f"its activation is {layer.activation}"
-    if layer.swiglu_limit is not None:
-        return f"its activation is clamped at {layer.swiglu_limit}"
-    if layer.apply_router_weight_on_input:
-        return "it multiplies the input by the router's weights"
-    if layout[GATE_UP].shape != (2 * layout[DOWN].shape[1], layout[DOWN].shape[0]):
-        return f"its kernel's weights are {layout[GATE_UP].shape} and {layout[DOWN].shape}"
-    if layout[DOWN].nbytes % ALIGNMENT:
-        return f"the size of its experts is not a multiple of {ALIGNMENT} bytes"
-    if cache.store.page_locked((layer.cache_layer, 0)) is None:
-        return "its backing copies are not in page-locked memory"
-    return None

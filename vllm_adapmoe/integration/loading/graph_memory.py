@@ -42,7 +42,7 @@ def graphs_of_worker(
 def captured_graphs(
     settings: EngineSettings, vllm_config: VllmConfig, moe_layers: int, attention_layers: int, resident: bool
 ) -> list[CapturedGraphs]:
-    """Returns the sets of graphs that may be captured; `DeviceOnlySteps.of` decides after the model is loaded.
+    """Returns the sets of graphs that may be captured; `GpuSteps.of` decides after the model is loaded.
 
     Sizes of full decode graphs are those of at most `max_num_seqs` requests, as in vLLM's `_init_candidates`
     (`v1/worker/gpu/cudagraph_utils.py`) and `initialize_cudagraph_keys` (`v1/cudagraph_dispatcher.py`).
@@ -67,7 +67,7 @@ def captured_graphs(
     splits = attention_layers + moe_layers
     pieces = mode == CUDAGraphMode.FULL or mode.has_piecewise_cudagraphs()
     choices = [of(CUDAGraphMode.PIECEWISE, sizes, splits)] if pieces else []
-    if not resident and settings.config.decode != "fetch":
+    if not resident and settings.config.decode != "host":
         small = [size for size in sizes if size <= MAX_TOKENS] if mode.has_full_cudagraphs() else sizes
         whole_steps = CUDAGraphMode.FULL_AND_PIECEWISE if mode == CUDAGraphMode.FULL else mode
         choices.append(of(whole_steps, small, splits))
@@ -83,13 +83,13 @@ def bookkeeping_of_worker(
     prefetching = not resident and prefetch.lookahead > 0 and prefetch.max_experts > 0
     follows = tracing or prefetching or has_heads or (not resident and config.scheduler.enabled)
     ahead = layers_ahead(prefetch, tracing) if follows else 0
-    device_only = not current_platform.is_cpu() and not (resident and settings.gating is None)
+    on_gpu = not current_platform.is_cpu() and not (resident and settings.gating is None)
     return bookkeeping_bytes(
         layers=len(layers),
         experts=max(layer.local_num_experts for layer in layers),
         top_k=max(layer.top_k for layer in layers),
         hidden=vllm_config.model_config.get_hidden_size(),
-        tokens=MAX_TOKENS if device_only else 0,
+        tokens=MAX_TOKENS if on_gpu else 0,
         gates_ahead=ahead,
         heads=has_heads and follows,
         first_head=has_heads and (tracing or (prefetching and prefetch.first_layer)),

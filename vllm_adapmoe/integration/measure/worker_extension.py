@@ -16,8 +16,8 @@ from vllm_adapmoe.integration.layers.gates import Gating
 from vllm_adapmoe.integration.loading.built_model import experts_built
 from vllm_adapmoe.integration.measure.host_path import HostPath
 from vllm_adapmoe.integration.measure.probe import RoutingProbe, plain
-from vllm_adapmoe.integration.worker.device_only_steps import DeviceOnlySteps
 from vllm_adapmoe.integration.worker.expert_predictor import ExpertPredictor
+from vllm_adapmoe.integration.worker.gpu_steps import GpuSteps
 from vllm_adapmoe.policy.cache_setup import CacheSetup
 from vllm_adapmoe.policy.controller import CacheController
 from vllm_adapmoe.prefetch.heads import NextTokenHeads
@@ -38,7 +38,7 @@ class MeasuredWorker:
     heads: NextTokenHeads | None
     predictor: ExpertPredictor | None
     probes: Sequence[Probe]
-    device_only: DeviceOnlySteps | None
+    gpu_steps: GpuSteps | None
     runs_stock_layers: bool
     bind_layers: Callable[[], None]
     use_gating: Callable[[GatingPlan | None], None]
@@ -57,9 +57,7 @@ class MeasuredWorker:
                 "gating is not in the compiled model, because the engine started without it and with all experts "
                 "resident; start it with gating, or with enforce_eager=True"
             )
-        in_place = self.device_only is not None and self.device_only.in_place is not None
-        if in_place and self.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
-            raise AdapMoEError("gating is part of the CUDA graphs that decode=in_place has captured; set decode=fetch")
+        self._check_not_captured("gating")
         self.use_gating(None if plan is None else GatingPlan(**plan))
 
     def set_cache(self, settings: dict[str, Any], curves: list[list[float]] | None = None) -> None:
@@ -71,10 +69,25 @@ class MeasuredWorker:
         """
         cache, config = self.expert_cache, AdapMoEConfig.parse(settings)
         assert cache is not None
+        self._check_not_captured("the eviction policy")
+        if self.gpu_steps is not None:
+            self.gpu_steps.give_back()
         slots = [pool.num_slots for pool in cache.pools]
         setup = CacheSetup.from_config(config, slots, curves, self.heads is not None)
         cache.restart(CacheController(cache.controller.shape, setup), config.link_gbps)
+        if self.gpu_steps is not None and self.gpu_steps.decode is not None:
+            self.gpu_steps.decode.rebuild()
         self.restart_predictor(config)
+
+    def _check_not_captured(self, what: str) -> None:
+        """Refuses to change what CUDA graphs of whole steps contain.
+
+        Raises:
+            AdapMoEError: there are such graphs.
+        """
+        decides = self.gpu_steps is not None and self.gpu_steps.decode is not None
+        if decides and self.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
+            raise AdapMoEError(f"{what} is part of the CUDA graphs that decode=device has captured; set decode=host")
 
     def largest_expert_bytes(self) -> int:
         """Returns the bytes of the largest expert."""

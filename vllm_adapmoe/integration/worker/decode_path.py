@@ -1,7 +1,6 @@
-"""Chooses whether decode steps fetch absent experts or read them in place, as configured or measured."""
+"""Chooses whether the GPU or the host decides in decode steps which experts to load and whom to evict."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,10 +10,10 @@ from vllm.logger import init_logger
 
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
-from vllm_adapmoe.device.decode_timing import time_decode
-from vllm_adapmoe.device.in_place import InPlaceDecode
-from vllm_adapmoe.integration.layers.mapped_experts import MappedExperts, in_place_obstacle
-from vllm_adapmoe.store.page_lock import readable_in_place
+from vllm_adapmoe.device import MAX_EXPERTS, MAX_TOP_K
+from vllm_adapmoe.device.decode import DeviceDecode, max_tokens
+from vllm_adapmoe.integration.layers.mapped_experts import MappedExperts
+from vllm_adapmoe.store.page_lock import kernels_read_page_locked
 
 logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
 
@@ -25,38 +24,27 @@ def choose_decode(
     layers: Sequence[MappedExperts],
     cache: ExpertCacheManager,
     device: torch.device,
-) -> InPlaceDecode | None:
-    """Returns `InPlaceDecode` if decode steps are to read absent experts in host memory; None if they fetch them.
+) -> DeviceDecode | None:
+    """Returns what decides on the GPU in decode steps; None if the host decides.
 
     Raises:
-        AdapMoEError: `decode=in_place` is set, but the model, the store or the machine does not support it.
+        AdapMoEError: `decode=device` is set, but the model, the store or the machine does not support it.
     """
-    if config.decode == "fetch":
+    if config.decode == "host":
         return None
     # An obstacle on one rank applies to all, because their graphs contain the same collectives.
     obstacle = _of_any_rank(_obstacle(config, vllm_config, layers, cache, device))
     if obstacle is not None:
-        if config.decode == "in_place":
-            raise AdapMoEError(f"decode=in_place does not work here: {obstacle}; set decode=fetch")
-        logger.info("Expert cache: decode steps fetch absent experts: %s", obstacle)
+        if config.decode == "device":
+            raise AdapMoEError(f"decode=device does not work here: {obstacle}; set decode=host")
+        logger.info("Expert cache: the host decides in decode steps: %s", obstacle)
         return None
-    top_k = max(layer.top_k for layer in layers)
-    in_place = InPlaceDecode(cache, top_k, device)
-    if config.decode == "in_place":
-        return in_place
-    experts = sum(cache.store.num_experts(layer) for layer in range(cache.store.num_layers))
-    misses = top_k * (1 - cache.num_slots / experts)
-    dtype: Any = vllm_config.model_config.dtype
-    times = time_decode(cache, in_place, top_k, dtype)
-    cache.restart(cache.controller.empty_copy(), config.link_gbps)
-    fetch, read = times.at(misses)
-    faster = get_tp_group().broadcast_object(read < fetch)
-    logger.info(
-        "Expert cache: decode steps %s absent experts: with %.1f of %d absent, a layer took %.3f ms in place, "
-        "%.3f ms when they were fetched first",
-        "read" if faster else "fetch", misses, top_k, 1e3 * read, 1e3 * fetch,
-    )  # fmt: skip
-    return in_place if faster else None
+    prefetch = config.prefetch
+    decode = DeviceDecode(
+        cache, max(layer.top_k for layer in layers), prefetch.max_experts if prefetch.lookahead else 0, device
+    )
+    logger.info("Expert cache: the GPU decides in steps of up to %d tokens", decode.max_tokens)
+    return decode
 
 
 def _of_any_rank(obstacle: str | None) -> str | None:
@@ -80,13 +68,19 @@ def _obstacle(
         return "gating.mode=batch needs to know on the host which experts are resident"
     if config.trace_out is not None:
         return "trace_out records routing on the host"
+    if config.allocation == "trace":
+        return "allocation=trace revises the minimum slots of the layers on the host"
     if config.link_gbps is not None:
-        return "link_gbps limits fetches, not reads in place"
+        return "link_gbps limits fetches of the host, not those of the GPU"
     if vllm_config.parallel_config.enable_expert_parallel:
         return "with expert parallelism a rank has only a part of the experts"
-    if device.type == "cuda" and not readable_in_place():
+    top_k, experts = (max(getattr(layer, name) for layer in layers) for name in ("top_k", "local_num_experts"))
+    if top_k > MAX_TOP_K or experts > MAX_EXPERTS:
+        return f"the model has {experts} experts and uses {top_k}, of at most {MAX_EXPERTS} and {MAX_TOP_K}"
+    if any(cache.store.page_locked((layer.cache_layer, 0)) is None for layer in layers):
+        return "the experts are not all in page-locked host memory"
+    if device.type == "cuda" and not kernels_read_page_locked():
         return "this GPU cannot read host memory by the host's addresses"
-    for layer in layers:
-        if (reason := in_place_obstacle(layer, cache)) is not None:
-            return f"{layer.layer_name}: {reason}"
+    if not max_tokens(cache, top_k):
+        return f"{cache.num_slots} slots are too few for the {top_k} experts of one token"
     return None

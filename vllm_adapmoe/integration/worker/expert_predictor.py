@@ -18,8 +18,9 @@ from vllm_adapmoe.integration.worker.gate_stack import GateStack
 from vllm_adapmoe.integration.worker.gate_trial import LinearGate
 from vllm_adapmoe.integration.worker.routers import Routers
 from vllm_adapmoe.integration.worker.step_recorder import StepRecorder
+from vllm_adapmoe.policy.expected_wait import UNIT
 from vllm_adapmoe.policy.prediction import PredictedExperts, predict_experts
-from vllm_adapmoe.prefetch.chances import chance_of_any
+from vllm_adapmoe.prefetch.chances import MAX_PROB, MIN_PROB, chance_of_any
 from vllm_adapmoe.prefetch.request_experts import RequestExperts
 from vllm_adapmoe.scheduling.report import prompt_rows
 from vllm_adapmoe.simulate.trace import SAMPLE, sample_rows
@@ -113,6 +114,7 @@ class ExpertPredictor:
         token is the only one that certainly has not run yet."""
         self.expected_at_start: np.ndarray | None = None
         """Experts that the step is expected to use, predicted before it begins."""
+        self._corrections: dict[int, torch.Tensor] = {}
         self._first_layer: HostCopy | None = None
         """First-layer prediction from the last step's hidden states, in flight to the host."""
 
@@ -141,6 +143,7 @@ class ExpertPredictor:
             self.stacks.append(GateStack([gates[target] for target in later], head, layer.hidden_size, device))
             gates.pop(index + 1, None)
         self.routers.report()
+        self._corrections.clear()
         self.first = None if self._first_head is None else torch.from_numpy(self._first_head).to(device)
 
     def follow_weights(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -229,6 +232,48 @@ class ExpertPredictor:
         planner = None if self.cache is None else self.cache.controller.planner
         return (planner is not None and bool(planner.pending[index])) or self._looks_ahead(index)
 
+    def predict_on_device(
+        self, index: int, x: torch.Tensor, padding: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Predicts from the input of layer `index` without the host, as operations that a CUDA graph can hold.
+
+        Args:
+            index: index of the layer.
+            x: experts' input `[tokens, hidden]`.
+            padding: bool `[tokens]`, True for rows without a token; None: no such rows.
+
+        Returns:
+            Chance that the layer's next event uses each expert, int32 `[experts]`, in units of 1 / `UNIT`; and the
+            experts that the next layer is predicted to use, int32 `[tokens, top_k]`, -1 for padding. Each None if
+            nothing predicts it.
+        """
+        stack = self.stacks[index]
+        columns = stack.slices[0] if stack.slices and self.cache is not None else None
+        if self.failed or (columns is None and self.heads is None):
+            return None, None
+        outputs = stack.product(x)
+        expected = ahead = None
+        if self.heads is not None:
+            unused = 1.0 - outputs[:, stack.width :].double().clamp(MIN_PROB, MAX_PROB)
+            if padding is not None:
+                unused = unused.masked_fill(padding.unsqueeze(1), 1.0)
+            expected = ((1.0 - unused.prod(0)) * UNIT).int()
+        if columns is not None:
+            rank = outputs[:, columns]
+            correction = self.routers.corrections[index + 1]
+            if correction is not None:
+                rank = rank.sigmoid() + self._on_device(index + 1, correction, x.device)
+            ahead = rank.topk(min(self.layers[index + 1].top_k, rank.shape[1]), dim=1).indices.int()
+            if padding is not None:
+                ahead = ahead.masked_fill(padding.unsqueeze(1), -1)
+        return expected, ahead
+
+    def _on_device(self, index: int, correction: np.ndarray, device: torch.device) -> torch.Tensor:
+        """Returns a router's correction on the device; copied at the first call, before a graph is captured."""
+        if index not in self._corrections:
+            self._corrections[index] = torch.from_numpy(np.asarray(correction)).to(device)
+        return self._corrections[index]
+
     @_disabled_by_errors
     def skip_first_layer(self) -> None:
         """Begins a step whose first layer ran without the host, so that nothing is predicted from it."""
@@ -315,7 +360,7 @@ class ExpertPredictor:
             self.recorder.end()
 
     @_disabled_by_errors
-    def record_in_place(self, requests: Requests, ids: np.ndarray) -> None:
+    def record_finished(self, requests: Requests, ids: np.ndarray) -> None:
         """Records the experts that requests used in a step that ran without the host.
 
         Args:

@@ -17,8 +17,8 @@ from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
 from vllm_adapmoe.integration.loading.sharded_state import save_sharded_state
 from vllm_adapmoe.integration.loading.slot_pools import slots_device
 from vllm_adapmoe.integration.loading.weight_update import RecordUpdate, Weights, WeightUpdate
-from vllm_adapmoe.integration.worker.device_only_steps import DeviceOnlySteps
 from vllm_adapmoe.integration.worker.expert_predictor import ExpertPredictor
+from vllm_adapmoe.integration.worker.gpu_steps import GpuSteps
 from vllm_adapmoe.store.base import StoreError
 
 logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its level and format
@@ -43,7 +43,7 @@ class UpdatedWorker(Worker):
     moe_layers: list[CachedExperts]
     expert_cache: ExpertCacheManager | None
     predictor: ExpertPredictor | None
-    device_only: DeviceOnlySteps | None
+    gpu_steps: GpuSteps | None
     _update: WeightUpdate | None = None
     """Weight update in progress; None if there is none."""
     _records: RecordUpdate | None = None
@@ -211,9 +211,10 @@ class UpdatedWorker(Worker):
         if self._update is not None:
             raise AdapMoEError(f"{call}: another weight update is in progress; call finish_weight_update first")
         cache = self.expert_cache
-        if self.device_only is not None:
+        if self.gpu_steps is not None:
             torch.accelerator.synchronize()
-            self.device_only.drain_finished(self.predictor)
+            self.gpu_steps.drain_finished(self.predictor)
+            self.gpu_steps.give_back()
         if cache is not None and self._records is None:
             self._records = RecordUpdate(cache)
         model: nn.Module = self.model_runner.get_model()

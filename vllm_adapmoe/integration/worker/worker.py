@@ -1,7 +1,7 @@
 """vLLM's GPU and CPU workers, extended by an expert cache."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +28,8 @@ from vllm_adapmoe.integration.settings import EngineSettings
 from vllm_adapmoe.integration.worker.build_predictor import build_predictor
 from vllm_adapmoe.integration.worker.compile_key import record_traced_layers
 from vllm_adapmoe.integration.worker.current_step import CurrentStep
-from vllm_adapmoe.integration.worker.device_only_steps import DeviceOnlySteps
 from vllm_adapmoe.integration.worker.expert_predictor import ExpertPredictor
+from vllm_adapmoe.integration.worker.gpu_steps import GpuSteps
 from vllm_adapmoe.integration.worker.step_clock import StepClock
 from vllm_adapmoe.integration.worker.updated_worker import UpdatedWorker
 from vllm_adapmoe.integration.worker.warm_up import warm_up_decisions
@@ -61,7 +61,7 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
     predictor: ExpertPredictor | None = None
     probes: Sequence[Probe] = ()
     """Probe of each layer while the model is measured (`measure.worker_extension`); otherwise empty."""
-    device_only: DeviceOnlySteps | None = None
+    gpu_steps: GpuSteps | None = None
     """Steps and layers that run without the host; None on the CPU and with stock layers."""
     _step_times: Sequence[StepTimes] = ()
     """Times of finished steps, until they are sent with a step's output."""
@@ -85,7 +85,7 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
                 super().load_model(**kwargs)
             self.expert_cache = loading.finish(self.model_runner.get_model())
         self.moe_layers, self._loading = loading.layers, loading
-        self.device_only = DeviceOnlySteps.of(settings, self.vllm_config, self.moe_layers, self.expert_cache)
+        self.gpu_steps = GpuSteps.of(settings, self.vllm_config, self.moe_layers, self.expert_cache)
         self.heads = None
         if settings.heads is not None:
             self.heads = NextTokenHeads.load(Path(settings.heads.path), settings.heads.hash, *settings.heads.shape)
@@ -93,7 +93,7 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         self.use_gating(settings.gating)
         self.restart_predictor(config)
         model = self.model_runner.get_model()
-        record_traced_layers(self.vllm_config, model, self.moe_layers, self.device_only is not None)
+        record_traced_layers(self.vllm_config, model, self.moe_layers, self.gpu_steps is not None)
         self.runs_stock_layers = all(layer.is_stock for layer in self.moe_layers)
         """Whether vLLM's own layers were compiled, which cannot gate or fetch."""
         self._hook_compute_logits()
@@ -112,7 +112,7 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
 
     def bind_layers(self) -> None:
         """Sets the collaborators of every layer from the next step on."""
-        device_only = self.device_only
+        gpu_steps = self.gpu_steps
         for index, layer in enumerate(self.moe_layers):
             layer.bind(
                 Collaborators(
@@ -120,8 +120,8 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
                     gating=None if self.gating is None else self.gating.layers[index],
                     predictor=self.predictor,
                     probe=self.probes[index] if self.probes else None,
-                    deferred=None if device_only is None else device_only.routing,
-                    in_place=None if device_only is None else device_only.in_place,
+                    deferred=None if gpu_steps is None else gpu_steps.routing,
+                    decode=None if gpu_steps is None else gpu_steps.decode,
                 )
             )
 
@@ -178,9 +178,10 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
 
     def _bytes_for_kv_cache(self, available: int) -> int:
         """Returns the bytes for the KV cache: `available`, plus those of slots released for it."""
+        self._give_back()
         room = room_for_kv_cache(self._config, self.vllm_config, self._loading, self.expert_cache, available)
-        if room != available and self.device_only is not None and self.device_only.in_place is not None:
-            self.device_only.in_place.rebuild_addresses()
+        if room != available and self.gpu_steps is not None and self.gpu_steps.decode is not None:
+            self.gpu_steps.decode.rebuild()
         return room
 
     def compile_or_warm_up_model(self) -> Any:
@@ -197,8 +198,30 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         finally:
             self._warming_up = False
 
-    def _quiet(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.expert_cache is None else self.expert_cache.quiet()
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """Lets vLLM warm up and capture graphs: on the GPU's own cache if it decides, else without any transfer."""
+        decode = None if self.gpu_steps is None else self.gpu_steps.decode
+        if decode is not None:
+            decode.take()
+            yield
+            decode.restart_counters()
+        elif self.expert_cache is not None:
+            with self.expert_cache.quiet():
+                yield
+        else:
+            yield
+
+    def _give_back(self) -> None:
+        """Hands the cache to the host, if the GPU has it."""
+        if self.gpu_steps is not None:
+            self.gpu_steps.give_back()
+
+    def execute_dummy_batch(self) -> None:
+        """Runs a step without requests, whose graphs load experts if the GPU decides."""
+        if self.gpu_steps is not None and self.gpu_steps.decode is not None:
+            self.gpu_steps.decode.take()
+        super().execute_dummy_batch()
 
     def execute_model(self, scheduler_output: Any) -> Any:
         if self._warming_up:
@@ -206,8 +229,8 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         step, predictor = self.current_step, self.predictor
         step.begin(scheduler_output)
         self._check_weights()
-        if self.device_only is not None:
-            self.device_only.drain_finished(predictor)
+        if self.gpu_steps is not None:
+            self.gpu_steps.drain_finished(predictor)
         if step.rows and predictor is not None:
             predictor.begin_step(step.rows)
         self._awaits_logits = bool(step.rows)
@@ -239,9 +262,9 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         self.current_step.fail_all(self.broken)
 
     def _device_step(self, tokens: int) -> AbstractContextManager[None]:
-        if self.device_only is None or not tokens:
+        if self.gpu_steps is None or not tokens:
             return nullcontext()
-        return self.device_only.step(tokens, self.current_step)
+        return self.gpu_steps.step(tokens, self.current_step)
 
     def _report_step(self, scheduler_output: Any) -> Sequence[StepTimes]:
         """Returns the times of finished steps, for the scheduler; none if it does not need them."""
@@ -270,8 +293,8 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
 
     def expert_cache_stats(self) -> dict[str, float]:
         """Returns the `total_stats` of this rank."""
-        if self.device_only is not None:
-            self.device_only.drain_finished(self.predictor)
+        if self.gpu_steps is not None:
+            self.gpu_steps.drain_finished(self.predictor)
         return total_stats(self.expert_cache, self.moe_layers, self.gating)
 
     def shutdown(self) -> None:

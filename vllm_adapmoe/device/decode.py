@@ -1,0 +1,200 @@
+"""DeviceDecode: decode steps whose experts the GPU manages itself, without the host in between."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_adapmoe.cache.host_copy import HostCopy
+from vllm_adapmoe.cache.manager import ExpertCacheManager
+from vllm_adapmoe.device import MAX_TOKENS
+from vllm_adapmoe.device.deferred import DeferredRouting
+from vllm_adapmoe.device.residency import DeviceResidency, Loads
+from vllm_adapmoe.store.base import ExpertStore
+
+DEMAND, AHEAD = 0, 1
+
+
+class DeviceDecode:
+    """Runs steps of few tokens without the host: the GPU decides what to load and whom to evict, and copies it.
+
+    Either the host has the cache or the GPU has: `take` hands it to the GPU, `give_back` to the host. Steps of the GPU
+    launch the same kernels whatever is resident, so one CUDA graph holds a whole step.
+
+    Args:
+        cache: cache whose store is page-locked.
+        top_k: experts per token, the maximum where layers differ.
+        max_ahead: maximum prefetches for the next layer in each layer.
+        device: device of the slots.
+
+    Raises:
+        ValueError: the device cannot read the store.
+    """
+
+    def __init__(self, cache: ExpertCacheManager, top_k: int, max_ahead: int, device: torch.device) -> None:
+        from vllm_adapmoe.device.claim import claim  # needs Triton
+        from vllm_adapmoe.device.fetch import Fetch
+
+        self._claim, self._fetch_class = claim, Fetch
+        self.cache, self.device, self.max_ahead = cache, device, max_ahead
+        self.max_tokens = max_tokens(cache, top_k)
+        """Maximum tokens of a step: as many as their experts have slots for."""
+        self.routing = DeferredRouting(cache.store.num_layers, self.max_tokens, top_k, device)
+        self.owns = False
+        """Whether the GPU has the cache."""
+        self.running = False
+        """Whether a step of the GPU is being launched."""
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._prefetching = False
+        """Whether copies may be in flight on the second stream."""
+        self._counters: deque[HostCopy] = deque()
+        """Counters and residents of each pool after each step, in flight to the host."""
+        self.rebuild()
+
+    def rebuild(self) -> None:
+        """Allocates the state on the device: at the start, and after the pools' slots were replaced."""
+        cache, store = self.cache, self.cache.store
+        assert not self.owns
+        addresses = record_addresses(store)
+        pool_of = np.array(cache.pool_of_layer)
+        self.pools = [
+            DeviceResidency(
+                residency, torch.from_numpy(np.where((pool_of == index)[:, None], addresses, 0)).to(self.device),
+                self.device,
+            )
+            for index, residency in enumerate(cache.controller.pools)
+        ]  # fmt: skip
+        self._fetches = [self._fetch_class(pool) for pool in cache.pools]
+        self._loads = Loads(max(addresses.shape[1], self.max_ahead), self.device)
+        self._seen = [np.zeros(len(pool.counters), np.int64) for pool in self.pools]
+
+    def take(self) -> None:
+        """Hands the cache to the GPU, unless it has it already; ends transfers in flight."""
+        if self.owns:
+            return
+        staged = self.cache.lend()
+        for index, pool in enumerate(self.pools):
+            of_pool = [key for key in staged if self.cache.pool_of_layer[key[0]] == index]
+            pool.upload(self.cache.controller.pools[index], of_pool)
+            self._seen[index].fill(0)
+        self.owns = True
+
+    def give_back(self) -> None:
+        """Hands the cache back to the host, unless it has it already; waits for the GPU."""
+        if not self.owns:
+            return
+        states = [pool.download() for pool in self.pools]
+        self._copy_counters()
+        while self._counters:
+            self._count(self._counters.popleft(), wait=True)
+        self.owns = False
+        self.cache.take_back(states)
+
+    def restart_counters(self) -> None:
+        """Forgets what has been counted since `take`: vLLM's warm-up is no traffic."""
+        for pool in self.pools:
+            pool.counters.zero_()
+            pool.prefetched.zero_()
+        for seen in self._seen:
+            seen.fill(0)
+        self._counters.clear()
+
+    @contextmanager
+    def step(self, tokens: int, payload: Any) -> Iterator[None]:
+        """Opens a context to launch a step of at most `max_tokens` tokens; its routing is returned with `payload`."""
+        self.take()
+        self.routing.begin_step()
+        self.running = True
+        try:
+            yield
+        finally:
+            self.running = False
+        self.routing.close_step(tokens, payload, list(range(self.cache.store.num_layers)))
+        self._copy_counters()
+
+    def experts(
+        self, layer: int, ids: torch.Tensor, expected: torch.Tensor | None, ahead_ids: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Makes the experts of one layer resident, and begins to prefetch for the next; launches and waits for nothing.
+
+        Args:
+            layer: MoE layer index; layers are called in their order.
+            ids: kept experts, int32 `[tokens, top_k]`, contiguous; -1: dropped, or padding.
+            expected: as in `claim`.
+            ahead_ids: experts that the next layer is predicted to use, int32, contiguous; -1: none. None: no prefetch.
+
+        Returns:
+            int32 `[experts + 1]`: the slot of each expert, -1 if it has none, for kernels launched from here on.
+        """
+        index = self.cache.pool_of_layer[layer]
+        pool, fetch = self.pools[index], self._fetches[index]
+        self._join()
+        self._claim(pool, self._loads, layer, ids, expected, ahead_ids, self.max_ahead)
+        fetch(self._loads, DEMAND)
+        if ahead_ids is not None and self.max_ahead and layer + 1 < len(pool.records):
+            self._prefetch(fetch)
+        experts = self.cache.store.num_experts(layer)
+        row = pool.slot_of[layer]
+        return row if experts == len(row) - 1 else torch.cat((row[:experts], row[-1:]))
+
+    def _prefetch(self, fetch: Any) -> None:
+        """Copies prefetches on the second stream, after the demand loads: they would share the link."""
+        if self._side is None:
+            fetch(self._loads, AHEAD)
+            return
+        self._side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._side):
+            fetch(self._loads, AHEAD)
+        self._prefetching = True
+
+    def _join(self) -> None:
+        """Waits, on the device, for the prefetches: the next event may use or evict them, and reuses their list."""
+        if self._prefetching and self._side is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._side)
+        self._prefetching = False
+
+    def _copy_counters(self) -> None:
+        self._counters.append(HostCopy(*(each for pool in self.pools for each in (pool.counters, pool.count))))
+
+    def count(self) -> None:
+        """Adds what finished steps have counted to the cache's statistics, without waiting for other steps."""
+        while self._counters and self._counters[0].arrived:
+            self._count(self._counters.popleft())
+
+    def _count(self, copy: HostCopy, wait: bool = False) -> None:
+        if wait:
+            copy.wait()
+        for index, seen in enumerate(self._seen):
+            counters, residents = (tensor.numpy() for tensor in copy.tensors[2 * index : 2 * index + 2])
+            self.cache.count_on_device(index, counters - seen, residents)
+            seen[:] = counters
+
+
+def max_tokens(cache: ExpertCacheManager, top_k: int) -> int:
+    """Returns the maximum tokens of a step whose experts are certain to fit the slots; 0: not even one token's do."""
+    tokens = MAX_TOKENS
+    for layer in range(cache.store.num_layers):
+        slots = cache.pool(layer).num_slots
+        if cache.store.num_experts(layer) > slots:
+            tokens = min(tokens, slots // top_k)
+    return tokens
+
+
+def record_addresses(store: ExpertStore) -> np.ndarray:
+    """Returns the address of each expert's record, int64 `[layers, experts]`; 0 beyond the experts of a smaller layer.
+
+    Raises:
+        ValueError: a record is not in page-locked memory.
+    """
+    counts: Sequence[int] = [store.num_experts(layer) for layer in range(store.num_layers)]
+    addresses = np.zeros((len(counts), max(counts)), dtype=np.int64)
+    for layer, experts in enumerate(counts):
+        for expert in range(experts):
+            record = store.page_locked((layer, expert))
+            if record is None:
+                raise ValueError(f"expert {expert} of MoE layer {layer} is not in page-locked memory")
+            addresses[layer, expert] = record.data_ptr()
+    return addresses
