@@ -81,7 +81,7 @@ class TraceReplay:
         compute = self.speed.compute_seconds(self.model, expert_uses / len(steps))
         machine = Machine(
             self.speed.link,
-            compute / self.model.num_layers,
+            compute / self.model.num_layers + self.speed.decide_seconds,
             host_records=self.speed.host_experts,
             disk_bandwidth=self.speed.disk,
         )

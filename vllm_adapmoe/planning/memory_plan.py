@@ -1,7 +1,7 @@
 """Computes what a memory budget buys: slots, expected loads per token, tokens per second. Pure arithmetic."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import numpy as np
@@ -10,6 +10,15 @@ from vllm_adapmoe.config import AdapMoEError, PrefetchConfig
 from vllm_adapmoe.device import MAX_TOKENS
 from vllm_adapmoe.planning.graph_memory import CapturedGraphs, bookkeeping_bytes, graph_bytes
 from vllm_adapmoe.planning.slot_budget import activation_bytes, token_bytes
+from vllm_adapmoe.planning.token_time import (
+    DECIDING_KERNELS,
+    HOST_LAYER_SECONDS,
+    KERNEL_SECONDS,
+    LAYER_KERNELS,
+    compute_seconds,
+    kernel_bandwidth,
+    token_seconds,
+)
 from vllm_adapmoe.policy.allocation import allocate_floors, expected_loads
 from vllm_adapmoe.profile.expected_loads import curves_of_profile
 from vllm_adapmoe.profile.model_profile import ModelProfile
@@ -144,6 +153,23 @@ class Speed:
     """Experts that host memory holds (`host_gb`), the others are on disk; None: it holds all."""
     disk: float | None = None
     """Bandwidth of reading from disk, bytes per second; None: that of the link."""
+    decide_seconds: float = 0.0
+    """Time that each MoE layer waits for decisions and launches, unless every expert is resident."""
+    kernel_seconds: float = 0.0
+    """Time of a kernel beside its bytes; used if `layer_seconds` is None."""
+
+    def decided_on_device(self) -> Self:
+        """Returns the speed of a GPU that decides its decode steps and fetches by a kernel, all in one graph."""
+        return replace(
+            self,
+            link=kernel_bandwidth(self.link),
+            decide_seconds=DECIDING_KERNELS * KERNEL_SECONDS,
+            kernel_seconds=KERNEL_SECONDS,
+        )
+
+    def decided_on_host(self) -> Self:
+        """Returns the speed of a GPU whose host decides every MoE layer and launches the copies."""
+        return replace(self, decide_seconds=HOST_LAYER_SECONDS, kernel_seconds=KERNEL_SECONDS)
 
     def fetch_seconds(self, nbytes: float, absent: int) -> float:
         """Returns the time to fetch `nbytes` of experts, any of the `absent` ones as likely as another.
@@ -157,7 +183,12 @@ class Speed:
         """Returns the compute time of one token that uses `kept` experts over all layers, without fetches."""
         if self.layer_seconds is not None:
             return model.all_layers * self.layer_seconds
-        return (model.read_bytes + kept * model.expert_bytes) / self.weights
+        return compute_seconds(
+            model.read_bytes + kept * model.expert_bytes,
+            self.weights,
+            model.all_layers * LAYER_KERNELS,
+            self.kernel_seconds,
+        )
 
 
 @dataclass(frozen=True)
@@ -199,7 +230,11 @@ def closed_form(
         )
     loads = float(sum(curve[share] for curve, share in zip(curves, shares, strict=True)))
     moved = loads * model.expert_bytes
-    seconds = speed.compute_seconds(model, kept) + speed.fetch_seconds(moved, model.experts - slots)
+    seconds = token_seconds(
+        speed.compute_seconds(model, kept),
+        speed.fetch_seconds(moved, model.experts - slots),
+        model.num_layers * speed.decide_seconds if slots < model.experts else 0.0,
+    )
     return Estimate(kept - loads, loads, moved, 1 / seconds, shares)
 
 

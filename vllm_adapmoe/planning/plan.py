@@ -212,6 +212,10 @@ def _variant(
     speed = Speed(link, layer_seconds, (weights_gbps or 0) * 1e9)
     if tier is not None:
         speed = replace(speed, host_experts=tier["experts"], disk=tier["disk_gbps"] * 1e9)
+    decided_by = None
+    if not question.on_cpu:
+        decided_by = "device" if tier is None or tier["experts"] == size.experts else "host"
+        speed = speed.decided_on_device() if decided_by == "device" else speed.decided_on_host()
     replayed = None
     if question.trace is not None:
         loads = None
@@ -246,6 +250,7 @@ def _variant(
         "size": asdict(size),
         "gating": gating,
         "link": {"gbps": link / 1e9, "source": link_source},
+        "decode": {"decided_by": decided_by, "fetch_gbps": speed.link / 1e9, "layer_us": speed.decide_seconds * 1e6},
         "host": tier,
         "points": points,
         "config": None if requested is None else _config(question, requested, precision),

@@ -70,6 +70,11 @@ def _print_variant(result: dict[str, Any], variant: dict[str, Any], console: Con
             f"{host['experts']} experts in {_size(host['bytes'])} of host memory; disk: {host['disk_gbps']:.2f} GB/s, "
             f"{host['source']}"
         )
+    if (decode := variant["decode"])["decided_by"] is not None:
+        console.print(
+            f"decode: decided by the {decode['decided_by']}, {decode['layer_us']:g} us a MoE layer; fetched at "
+            f"{decode['fetch_gbps']:.2f} GB/s"
+        )
     if result["max_loss_increase"] is not None and not gated:
         console.print(f"not gated: precision {variant['precision']} alone exceeds +{result['max_loss_increase']:.2%}")
     if gated:
