@@ -122,6 +122,22 @@ def big_shapes(
     report(run_big_shapes(SHAPES, batch or [1, 16, 64], steps, resident), print_big_shapes, output)
 
 
+@app.command("decode_cost")
+def decode_cost(
+    output: Output = None,
+    host_gbps: Annotated[
+        str, typer.Option(help="Bandwidths of host memory for llama.cpp, 1e9 bytes/s, comma-separated.")
+    ] = "60,200",
+) -> None:
+    """Computes ms per token by hit rate for four models on two GPUs, beside UVA and llama.cpp; measures nothing."""
+    from benchmarks.decode_cost import DecodeCostSpec, print_decode_cost, run_decode_cost
+
+    bandwidths = numbers("--host-gbps", host_gbps)
+    if min(bandwidths) <= 0:
+        raise AdapMoEError(f"--host-gbps {host_gbps} is not usable; more than 0, e.g. 60,200")
+    report(run_decode_cost(DecodeCostSpec(bandwidths)), print_decode_cost, output)
+
+
 @app.command()
 def schedule(
     model: Model,

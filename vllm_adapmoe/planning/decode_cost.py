@@ -109,16 +109,24 @@ def layer_costs(model: DecodeModel, hit_rate: float, resident: float) -> dict[st
     """
     experts, router = model.layer_expert_bytes, model.router_bytes
     missing, absent = (1 - hit_rate) * experts, (1 - resident) * experts
-    kernels, moved = model.layer_kernels, {"device_written": missing, "link": missing}
+    kernels = model.layer_kernels
     loads = math.ceil(round((1 - hit_rate) * model.size.top_k, 9))
     activations = SYNC_COPIES * 2 * model.hidden
     return {
         "stock": LayerCost(kernels, device_read=router + experts),
-        "device": LayerCost(kernels + DECIDING_KERNELS, device_read=router + experts, **moved),
-        "device_prefetch": LayerCost(
-            kernels + DECIDING_KERNELS, PREFETCH_KERNELS, device_read=2 * router + experts, **moved
+        "device": LayerCost(
+            kernels + DECIDING_KERNELS, device_read=router + experts, device_written=missing, link=missing
         ),
-        "host": LayerCost(kernels, copies=1 + loads, syncs=1, device_read=router + experts, **moved),
+        "device_prefetch": LayerCost(
+            kernels + DECIDING_KERNELS,
+            PREFETCH_KERNELS,
+            device_read=2 * router + experts,
+            device_written=missing,
+            link=missing,
+        ),
+        "host": LayerCost(
+            kernels, copies=1 + loads, syncs=1, device_read=router + experts, device_written=missing, link=missing
+        ),
         "uva": LayerCost(kernels, device_read=router + experts - absent, link=absent),
         "llama_cpp": LayerCost(
             kernels,
@@ -253,6 +261,22 @@ def overtaking_hit_rate(model: DecodeModel, gpu: GpuSpeed, seconds: float) -> fl
     if spare < 0:
         return None
     return max(0.0, 1 - spare * gpu.fetch_bandwidth / model.expert_bytes)
+
+
+def device_faster_from(model: DecodeModel, gpu: GpuSpeed, host_layer_seconds: float = HOST_LAYER_SECONDS) -> float:
+    """Returns the hit rate from which on deciding on the device is faster than on the host.
+
+    The device saves the host's time in every layer, but its kernel may get less of the link than a plain copy. 0: at
+    any.
+
+    Args:
+        model: the model.
+        gpu: its device.
+        host_layer_seconds: the host's time in a MoE layer, s.
+    """
+    saved = model.size.num_layers * (host_layer_seconds - DECIDING_KERNELS * gpu.kernel_seconds)
+    lost = model.expert_bytes * (1 / gpu.fetch_bandwidth - 1 / gpu.link)
+    return 0.0 if saved >= lost else 1 - saved / lost
 
 
 def _compute(model: DecodeModel, gpu: GpuSpeed, expert_bytes: float) -> float:

@@ -22,6 +22,7 @@ from vllm_adapmoe.planning.memory_plan import (
     has_statistics,
     slots_for,
 )
+from vllm_adapmoe.planning.token_time import LAYER_KERNELS
 from vllm_adapmoe.precision.formats import PRECISIONS
 from vllm_adapmoe.profile.model_profile import ModelProfile
 from vllm_adapmoe.units import GiB, parse_bytes
@@ -103,7 +104,8 @@ def run_plan(question: Question, checkpoint_hash: Callable[[Path], str]) -> dict
         weights, source = measure_weights()
         weights_gbps, compute_source = (
             weights / 1e9,
-            f"a lower bound: reading weights at the speed of {source}",
+            f"a lower bound: {'' if question.on_cpu else f'{LAYER_KERNELS} kernels a layer, '}reading weights at the "
+            f"speed of {source}",
         )
     variants = []
     chosen: list[tuple[float | None, int | None]] = [(bits, None) for bits in question.expert_bits]
