@@ -231,12 +231,31 @@ def test_host_memory_between_a_gpu_and_the_disk(mixtral, tmp_path):
         speeds.append(asked["ungated"]["tokens_per_second"])
         parsed = AdapMoEConfig.parse(config)
         assert parsed.host_gb == (float(tier[1].removesuffix("GiB")) if tier else None)
+        assert variant["decode"]["decided_by"] == ("host" if tier[1:2] == ["16GiB"] else "device")
+        assert f"decided by the {variant['decode']['decided_by']}," in run.output
         assert "experts in" not in run.output if not tier else "of host memory; disk: 5.00 GB/s" in run.output
     assert speeds[2] == speeds[0] > 2 * speeds[1]
     assert "set --link to plan for one" in refusal(mixtral, "--memory", "24GiB", "--host", "16GiB")
     assert "--disk=slow is not usable" in refusal(*options, "--host", "16GiB", "--disk", "slow")
     assert "--host=1MiB holds no expert of 0.3281 GiB" in refusal(*options, "--host", "1MiB", "--disk", "5")
     assert "--disk=5 has no effect without --host" in refusal(*options, "--disk", "5")
+
+
+def test_a_cpu_decides_nothing_on_a_device(tmp_path, monkeypatch):
+    """Where slots are in host memory, a token takes computing and reads from the disk, and nothing else."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("vllm_adapmoe.planning.plan.measure_link", lambda nbytes, folder: (1e9, "a test"))
+    monkeypatch.setattr("vllm_adapmoe.planning.plan.measure_weights", lambda: (1e10, "a test"))
+    run = plan(TINY_MIXTRAL, "--result", tmp_path / "result.json")
+    assert run.exit_code == 0, run.output
+    assert "decided by" not in run.output and "kernels a layer" not in run.output
+    (variant,) = json.loads((tmp_path / "result.json").read_text())["variants"]
+    size = variant["size"]
+    assert variant["decode"] == {"decided_by": None, "fetch_gbps": 1.0, "layer_us": 0.0}
+    for point in variant["points"]:
+        loads = point["ungated"]["loads"]
+        seconds = (size["read_bytes"] + 24 * size["expert_bytes"]) / 1e10 + loads * size["expert_bytes"] / 1e9
+        assert point["ungated"]["tokens_per_second"] == pytest.approx(1 / seconds)
 
 
 def test_a_precision_beyond_the_limit_of_the_loss(tmp_path):
