@@ -103,6 +103,11 @@ class Stream:
         join(self.clock, event.clock)
         self.cuda.enqueue(self, [], [], None, "wait", after=event.recorded)
 
+    def wait_stream(self, other: "Stream") -> None:
+        event = Event(self.cuda)
+        event.record(other)
+        self.wait_event(event)
+
     def synchronize(self) -> None:
         self.cuda.call("cudaStreamSynchronize", capturable=False)
         self.cuda.wait(self, self.given, self.clock)
@@ -171,7 +176,8 @@ class FakeCuda:
     def __init__(self, seed: int) -> None:
         self.schedule = Schedule(seed, self.advance, eager=(0.6, 0.3, 0.05)[seed % 3])
         self.faults: list[str] = []
-        self.calls = 0
+        self.calls = self.waits = 0
+        """Calls, and how often the host has waited for the device."""
         self.now = 0.0
         """Operations that the device has run."""
         self.host: Clock = {}
@@ -215,6 +221,7 @@ class FakeCuda:
             self._current.stream = before
 
     def wait(self, stream: Stream, number: int, clock: Clock) -> None:
+        self.waits += 1
         self.schedule.wait_until(lambda: stream.done >= number, f"operation {number} of stream {stream.id}")
         join(self.host, clock)
 

@@ -1,18 +1,16 @@
 """The order of what the cache gives to a device: the real pools, engine, manager, tables on a played CUDA runtime."""
 
-import ctypes
 import random
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from vllm_adapmoe.device.addresses import AddressTable
-from vllm_adapmoe.device.in_place import DOWN, GATE_UP, InPlaceDecode
 
 from tests.cache.fake_cuda import Event, FakeCuda
 from tests.cache.schedule import Stopped
@@ -23,6 +21,10 @@ from vllm_adapmoe.cache.host_copy import HostCopy
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.cache.slots import SlotPool
 from vllm_adapmoe.cache.tiered_store import TieredStore
+from vllm_adapmoe.device import fetch as fetch_module
+from vllm_adapmoe.device.decode import DeviceDecode
+from vllm_adapmoe.device.fetch import Fetch
+from vllm_adapmoe.device.residency import Loads
 from vllm_adapmoe.experts import CacheShape
 from vllm_adapmoe.policy.cache_setup import CacheSetup
 from vllm_adapmoe.policy.cache_stats import CacheStats
@@ -34,6 +36,7 @@ from vllm_adapmoe.store.record import aligned_empty, as_bytes
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, INNER = 3, 4, 2, 64, 64
 POOL_OF = [0, 0, 1]
+GATE_UP, DOWN = "w13_weight", "w2_weight"
 DEVICE = torch.device("cuda", 0)
 CELLS = 4
 """Records that fit into a host tier, of twelve."""
@@ -130,36 +133,40 @@ class PlayedTier(TieredStore):
 
 
 class Worker:
-    """A worker's steps: fetched layer by layer, read in place, or of layers that are resident as a whole."""
+    """A worker's steps: fetched by the host layer by layer, decided on the device, or of whole layers."""
 
     def __init__(self, cuda: FakeCuda, seed: int) -> None:
         self.cuda, self.random = cuda, random.Random(seed)
-        in_place = seed % 2 == 0
+        page_locked = seed % 2 == 0
         tiered = seed % 4 == 1
-        store = PlayedTier(cuda) if tiered else PlayedStore(cuda, set() if in_place else {1, 2})
+        store = PlayedTier(cuda) if tiered else PlayedStore(cuda, set() if page_locked else {1, 2})
         shape = CacheShape([EXPERTS] * LAYERS, TOP_K, POOL_OF, [layout.nbytes for layout in store.layouts])
         slots = [self.random.choice([4, 7]), self.random.choice([5, 6])]
         setup = Setup(slots, "next_use", lookahead=2, max_experts=3)
         readers = self.random.choice([1, 2, 3])
         self.cache = ExpertCacheManager(store, CacheController(shape, setup), DEVICE, readers)
-        self.in_place = None
-        if in_place:
-            self.in_place = InPlaceDecode(self.cache, TOP_K, DEVICE)
-            self.in_place.kernel = self.by_address
+        self.decode = None
+        if page_locked:
+            self.decode = DeviceDecode(self.cache, TOP_K, 2, DEVICE)
+            claim, self.decode._claim = self.decode._claim, lambda *args: self.launch_claim(claim, *args)
+            self.decode._fetches = [partial(self.launch_fetch, fetch) for fetch in self.decode._fetches]
         self.seen: Counter = Counter()
         self.ends: deque[Event] = deque()
         self.asked: deque[np.ndarray] = deque()
-        """Ids of steps that have run in place, and were not taken in yet."""
+        """Ids of steps that the device has decided, and were not taken in yet."""
 
     def step(self) -> None:
         """Any step, launched when the step before the last has ended."""
         ways = [self.fetched, self.fetched, self.fetched, self.whole, self.captured, self.restarted]
-        if self.in_place is None:
+        if self.decode is None:
             ways.append(self.replaced)
         else:
             self.drain_finished()
-            ways += [self.read_in_place] * 5
+            ways += [self.decided] * 8
         way = self.random.choice(ways)
+        if self.decode is not None and way != self.decided:
+            self.seen["given back"] += self.decode.owns
+            self.decode.give_back()
         self.seen[way.__name__] += 1
         way()
         end: Any = torch.cuda.Event()
@@ -229,53 +236,56 @@ class Worker:
         tiered = isinstance(self.cache.store, PlayedTier)
         self.cache.replace_store(PlayedStore(self.cuda, set(range(LAYERS)) if tiered else {1, 2}))
 
-    # In place
+    # Decided on the device
 
-    def read_in_place(self) -> None:
-        assert self.in_place is not None
-        ids = np.array(
-            [[self.random.sample(range(EXPERTS), TOP_K)] for _ in range(LAYERS)], dtype=np.int32
-        )  # one token
-        with self.in_place.step(1, None):
+    def decided(self) -> None:
+        decode = self.decode
+        assert decode is not None
+        ids = np.array([[self.random.sample(range(EXPERTS), TOP_K)] for _ in range(LAYERS)], np.int32)  # one token
+        decode.take()
+        waits = self.cuda.waits
+        with decode.step(1, None):
             for layer in range(LAYERS):
                 chosen = self.cuda.device(torch.from_numpy(ids[layer]).clone())
-                self.in_place.experts(layer, chosen, chosen, chosen, None)
+                ahead = np.array(self.random.sample(range(EXPERTS), TOP_K), np.int32)
+                decode.routing.record(layer, chosen, None)
+                row_of = decode.experts(layer, chosen, None, self.cuda.device(torch.from_numpy(ahead)))
+                self.launch_mapped(layer, ids[layer].ravel().tolist(), row_of)
+        if self.cuda.waits != waits:
+            self.cuda.fault("the host waits for the device in a step that the device decides")
         self.asked.append(ids)
 
-    def by_address(self, x: Any, weights: Any, ids: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, *_: Any):
-        """Stands in for `experts_by_address`: reads the experts where the table says when it runs."""
-        assert self.in_place is not None
-        table = self.in_place.addresses.table
-        layer = (gate_up.data_ptr() - table.data_ptr()) // table.stride(1) // table.element_size()
-        slots = self.in_place.addresses._published[layer]
+    def launch_claim(self, claim: Callable[..., None], state: Any, loads: Loads, layer: int, *more: Any) -> None:
+        given = [each for each in more if isinstance(each, torch.Tensor)]
+        names = ("slot_of", "quick", "slow", "wait", "best", "best_wait", "count", "scalars", "prefetched", "counters")
+        writes = [*(getattr(state, name) for name in names), loads.entries, loads.counts]
+        self.cuda.launch(given, writes, lambda: claim(state, loads, layer, *more), "claim")
+
+    def launch_fetch(self, fetch: Fetch, loads: Loads, kind: int) -> None:
+        """Which slots it writes is known when it runs: what kernels find there shows whether that was in order."""
+        store: Any = self.cache.store
+        reads = [loads.entries[kind], loads.counts, *(records for _, records in store._layers.values())]
+        self.cuda.launch(reads, [], lambda: fetch(loads, kind), "fetch")
+
+    def launch_mapped(self, layer: int, experts: list[int], row_of: torch.Tensor) -> None:
         tensors = self.cache.pool(layer).tensors
-        reads = [gate_up, down, ids]
-        expected = []
-        for expert in ids.view(-1).tolist():
-            record: Any = self.cache.store.page_locked((layer, expert))
-            for piece, addresses in zip(self.cache.store.layouts[layer].pieces, (gate_up, down), strict=True):
-                home = record[piece.offset : piece.offset + piece.nbytes]
-                there = home if slots[expert] < 0 else tensors[piece.name][slots[expert]]
-                reads.append(there)
-                expected.append((addresses[expert], there.data_ptr(), BYTES[layer][piece.name][expert]))
 
         def run() -> None:
-            for address, launched, content in expected:
-                if int(address) != launched:
-                    self.cuda.fault("a kernel read the addresses of another step")
-                elif ctypes.string_at(launched, len(content)) != content:
-                    self.cuda.fault("a kernel ran other weights than those of its experts")
+            for expert in experts:
+                for name, tensor in tensors.items():
+                    slot = int(row_of[expert])
+                    if slot < 0 or tensor[slot].numpy().tobytes() != BYTES[layer][name][expert]:
+                        self.cuda.fault("a kernel ran other weights than those of its experts")
 
-        self.cuda.launch(reads, [], run)
+        self.cuda.launch([row_of], [], run)
 
     def drain_finished(self) -> None:
-        assert self.in_place is not None
-        for step in self.in_place.routing.finished():
+        assert self.decode is not None
+        for step in self.decode.routing.finished():
             self.cuda.touch(torch.from_numpy(step.ids))
             if step.ids.tolist() != self.asked.popleft().tolist():
                 self.cuda.fault("the routing of another step was taken in")
-                continue
-            self.cache.record_in_place(list(step.events()))
+        self.decode.count()
 
 
 def faults(
@@ -286,6 +296,7 @@ def faults(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transfer, "threading", cuda.schedule)
         patch.setattr(transfer, "tile_bytes", lambda *_: 4096)
+        patch.setattr(fetch_module, "PROGRAMS", 1)  # Triton's interpreter runs one after the other
         if plant is not None:
             plant(patch)
         cuda.install(patch)
@@ -320,12 +331,12 @@ def test_every_schedule_is_in_order():
         assert faults(seed, seen=seen) == [], f"seed {seed}"
     for what in (
         "fetched",
-        "read_in_place",
+        "decided",
+        "given back",
         "whole layers",
         "captured",
         "restarted",
         "replaced",
-        "caught_up",
         "prefetch_hits",
         "late",
         "host_hits",
@@ -488,16 +499,24 @@ def test_a_call_of_another_thread_during_a_capture_is_found():
     )
 
 
-def test_a_table_that_is_written_beside_the_step_before_is_found():
-    publish = AddressTable.publish
+def test_prefetches_that_the_next_layer_does_not_wait_for_are_found():
+    assert_found(
+        lambda patch: patch.setattr(DeviceDecode, "_join", lambda decode: None),
+        "a kernel ran other weights than those of its experts",
+        "claim writes device memory that an unordered fetch reads",
+    )
 
-    def beside(table: AddressTable, slots: np.ndarray) -> None:
-        with torch.cuda.stream(torch.cuda.Stream(DEVICE)):
-            publish(table, slots)
+
+def test_prefetches_that_begin_before_they_are_decided_are_found():
+    def prefetch(decode: DeviceDecode, fetch: Any) -> None:
+        assert decode._side is not None
+        with torch.cuda.stream(decode._side):
+            fetch(decode._loads, 1)
+        decode._prefetching = True
 
     assert_found(
-        lambda patch: patch.setattr(AddressTable, "publish", beside),
-        "kernel reads device memory that an unordered copy writes",
+        lambda patch: patch.setattr(DeviceDecode, "_prefetch", prefetch),
+        "fetch reads device memory that an unordered claim writes",
     )
 
 
@@ -516,7 +535,7 @@ def test_a_store_that_goes_before_the_last_kernel_has_read_it_is_found():
 
     assert_found(
         lambda patch: patch.setattr(ExpertCacheManager, "close", close),
-        "giving the store's memory back writes pinned memory that an unordered kernel reads",
+        "giving the store's memory back writes pinned memory that an unordered fetch reads",
     )
 
 

@@ -96,8 +96,8 @@ class DeviceDecode:
     def restart_counters(self) -> None:
         """Forgets what has been counted since `take`: vLLM's warm-up is no traffic."""
         for pool in self.pools:
-            pool.counters.zero_()
-            pool.prefetched.zero_()
+            pool.counters.fill_(0)
+            pool.prefetched.fill_(0)
         for seen in self._seen:
             seen.fill(0)
         self._counters.clear()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from vllm_adapmoe.cache.host_copy import HostCopy
 from vllm_adapmoe.experts import ExpertKey
 from vllm_adapmoe.policy.eviction import EvictionPolicy, NextUse
 from vllm_adapmoe.policy.residency import Residency
@@ -118,12 +119,12 @@ class DeviceResidency:
             values.append((self.floors, residency.floors))
         for tensor, array in values:
             tensor.copy_(torch.from_numpy(np.ascontiguousarray(array)))
-        self.counters.zero_()
+        self.counters.fill_(0)
 
     def download(self) -> HostState:
         """Waits for the GPU, and returns its state for `Residency.adopt`."""
-        num_free, events, last_layer = self.scalars.tolist()
-        return HostState(
-            self.slot_of[:, :-1].cpu().numpy(), self.free[:num_free].tolist(), self.wait.cpu().numpy(),
-            self.quick.cpu().numpy(), self.slow.cpu().numpy(), events, last_layer,
-        )  # fmt: skip
+        copy = HostCopy(self.scalars, self.free, self.slot_of, self.wait, self.quick, self.slow)
+        copy.wait()
+        scalars, free, slot_of, wait, quick, slow = (tensor.numpy() for tensor in copy.tensors)
+        num_free, events, last_layer = scalars.tolist()
+        return HostState(slot_of[:, :-1], free[:num_free].tolist(), wait, quick, slow, events, last_layer)

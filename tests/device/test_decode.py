@@ -1,0 +1,236 @@
+"""Decode steps of the GPU and steps of the host in turns: the real cache and kernels, Triton's in its interpreter."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from vllm_adapmoe.cache.manager import ExpertCacheManager
+from vllm_adapmoe.device import fetch
+from vllm_adapmoe.device.decode import DeviceDecode, max_tokens, record_addresses
+from vllm_adapmoe.device.deferred import DeferredRouting
+from vllm_adapmoe.experts import CacheShape
+from vllm_adapmoe.policy.cache_setup import CacheSetup
+from vllm_adapmoe.policy.controller import CacheController
+from vllm_adapmoe.policy.prediction import PredictedExperts
+from vllm_adapmoe.store.base import ExpertsUnavailable, StoreError
+from vllm_adapmoe.store.host import HostStore
+
+LAYERS, EXPERTS, TOP_K = 3, 6, 2
+CPU = torch.device("cpu")
+POOL_OF = [0, 0, 1]
+SHAPES = [(8,), (8,), (5,)]
+"""Of the weights of each layer's experts, whose bytes say which they are."""
+
+
+class FailingStore(HostStore):
+    """Host memory, some of whose records cannot be read by the host: an error of a disk, as far as a cache sees."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU)
+        self.failing: set[tuple[int, int]] = set()
+        for layer, shape in enumerate(SHAPES):
+            marks = torch.arange(EXPERTS, dtype=torch.uint8) + 10 * (layer + 1)
+            self.put_layer(layer, {"weights": marks.view(-1, 1).expand(EXPERTS, *shape).contiguous()})
+        self.seal()
+
+    def read_tiles(self, key: Any, into: Any, tile_bytes: int) -> Any:
+        if key in self.failing:
+            raise StoreError(f"expert {key} cannot be read")
+        return super().read_tiles(key, into, tile_bytes)
+
+
+def open_cache(slots: list[int], max_experts: int = 2, eviction: str = "next_use") -> ExpertCacheManager:
+    store = FailingStore()
+    shape = CacheShape([EXPERTS] * LAYERS, TOP_K, POOL_OF, [layout.nbytes for layout in store.layouts])
+    setup = CacheSetup(slots, eviction, lookahead=1, max_experts=max_experts)
+    return ExpertCacheManager(store, CacheController(shape, setup), CPU, readers=0)
+
+
+def run_step(decode: DeviceDecode, ids: np.ndarray, ahead: np.ndarray | None = None) -> None:
+    """A step of the GPU; ids `[layers, tokens, top_k]`. Checks that each layer's experts are in their slots."""
+    with decode.step(ids.shape[1], "payload"):
+        for layer in range(LAYERS):
+            chosen = torch.from_numpy(np.ascontiguousarray(ids[layer], np.int32))
+            decode.routing.record(layer, chosen, None)
+            guessed = None if ahead is None else torch.from_numpy(np.ascontiguousarray(ahead[layer], np.int32))
+            check_slots(decode.cache, layer, decode.experts(layer, chosen, None, guessed), ids[layer])
+
+
+def check_slots(cache: ExpertCacheManager, layer: int, row_of: torch.Tensor, ids: np.ndarray) -> None:
+    assert row_of.shape == (EXPERTS + 1,) and row_of[-1] == -1
+    (slots,) = cache.pool(layer).tensors.values()
+    for expert in np.unique(ids[ids >= 0]).tolist():
+        assert (slots[int(row_of[expert])] == expert + 10 * (layer + 1)).all(), "its own weights"
+
+
+class HostAndGpu(RuleBasedStateMachine):
+    """Any sequence of both kinds of steps, reads that fail included: no expert is lost, or in two slots."""
+
+    @initialize(slots=st.tuples(st.integers(6, 12), st.integers(6, 7)), eviction=st.sampled_from(["lru", "next_use"]))
+    def start(self, slots, eviction):
+        self.cache = open_cache(list(slots), eviction=eviction)
+        self.decode = DeviceDecode(self.cache, TOP_K, 2, CPU)
+        self.requested = 0
+
+    @rule(seed=st.integers(0, 1 << 16), tokens=st.integers(1, 3), prefetches=st.booleans())
+    def gpu_step(self, seed, tokens, prefetches):
+        chance = np.random.default_rng(seed)
+        ids = chance.integers(-1, EXPERTS, (LAYERS, tokens, TOP_K))
+        run_step(self.decode, ids, chance.integers(0, EXPERTS, (LAYERS, tokens, TOP_K)) if prefetches else None)
+        self.requested += sum(len(np.unique(layer[layer >= 0])) for layer in ids)
+
+    @rule(seed=st.integers(0, 1 << 16), fails=st.booleans())
+    def host_step(self, seed, fails):
+        self.decode.give_back()
+        chance = np.random.default_rng(seed)
+        store: Any = self.cache.store
+        store.failing = {(int(chance.integers(LAYERS)), int(chance.integers(EXPERTS)))} if fails else set()
+        for layer in range(LAYERS):
+            experts = np.sort(chance.permutation(EXPERTS)[: chance.integers(1, EXPERTS)])
+            self.requested += len(experts)
+            try:
+                acquisition = self.cache.begin(layer, experts)
+                if self.cache.controller.planner is not None:  # there are slots for prefetches
+                    predicted = PredictedExperts(chance.integers(0, EXPERTS, (4, TOP_K)), np.ones((4, TOP_K), bool))
+                    self.cache.prefetch(layer, None, {1: predicted}.get)
+                slots = self.cache.wait(acquisition)
+            except ExpertsUnavailable:
+                continue
+            check_slots(self.cache, layer, torch.cat((slots, torch.tensor([-1]))), experts)
+            self.cache.release(layer, experts)
+
+    @invariant()
+    def holds_each_expert_once(self):
+        if not hasattr(self, "cache"):
+            return
+        if self.decode.owns:
+            self.decode.count()
+            states = [(pool.download().slots, pool.download().free) for pool in self.decode.pools]
+        else:
+            pools = self.cache.controller.pools
+            states = [(pool.slots, [*pool.free, *(entry.slot for entry in pool.entries.values() if entry.slot >= 0)])
+                      for pool in pools]  # fmt: skip
+        for index, (slots, free) in enumerate(states):
+            used = slots[slots >= 0].tolist()
+            assert sorted([*used, *free]) == list(range(self.cache.pools[index].num_slots))
+            for layer in np.flatnonzero(np.array(POOL_OF) != index):
+                assert (slots[layer] < 0).all(), "experts are in their own pool"
+        stats = self.cache.stats
+        assert stats.hits + stats.misses == self.requested
+        assert self.cache.num_resident <= self.cache.num_slots
+
+    def teardown(self):
+        if hasattr(self, "cache"):
+            self.cache.close()
+
+
+TestHostAndGpu = HostAndGpu.TestCase
+TestHostAndGpu.settings = settings(
+    max_examples=20,
+    stateful_step_count=8,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fetch, "PROGRAMS", 1)
+        yield
+
+
+def test_a_replay_counts_what_the_gpu_counts():
+    """The worker's counters and slots, prefetches included, from the routing and the predictions alone."""
+    cache = open_cache([8, 6])
+    decode = DeviceDecode(cache, TOP_K, 2, CPU)
+    alone = CacheController(cache.controller.shape, CacheSetup([8, 6], "next_use", max_experts=2))
+    chance = np.random.default_rng(5)
+    for _ in range(20):
+        ids, ahead = chance.integers(0, EXPERTS, (2, LAYERS, 2, TOP_K))
+        run_step(decode, ids, ahead)
+        for layer in range(LAYERS):
+            votes = np.bincount(ahead[layer].ravel(), minlength=EXPERTS) if layer + 1 < LAYERS else None
+            alone.decide_on_device(layer, np.unique(ids[layer]), None, votes)
+    decode.count()
+    ours, replayed = vars(cache.stats), vars(alone.stats)
+    moved = {"fetched_bytes", "wasted_bytes"}  # a worker does not move the padding of records
+    assert {name: ours[name] for name in ours.keys() - moved} == {name: replayed[name] for name in ours.keys() - moved}
+    assert ours["prefetch_hits"] > 0 and ours["prefetches_wasted"] > 0
+    assert (
+        cache.stats.fetched_bytes
+        == sum((cache.controller.layer_misses[layer]) * SHAPES[layer][0] for layer in range(LAYERS))
+        + ours["prefetches"] * SHAPES[0][0]
+    ), "the second pool has one layer, for which nothing is prefetched"
+    for pool, residency in zip(decode.pools, alone.pools, strict=True):
+        assert np.array_equal(pool.download().slots, residency.slots)
+    cache.close()
+
+
+def test_two_ranks_have_the_same_slots():
+    """Decisions depend on routing alone: not on time, nor on what was resident before in another process."""
+    chance = np.random.default_rng(7)
+    caches = [open_cache([7, 6]) for _ in range(2)]
+    ranks = [DeviceDecode(cache, TOP_K, 2, CPU) for cache in caches]
+    for _ in range(10):
+        ids, ahead = chance.integers(0, EXPERTS, (2, LAYERS, 1, TOP_K))
+        for rank in ranks:
+            run_step(rank, ids, ahead)
+    first, second = ([pool.slot_of.tolist() for pool in rank.pools] for rank in ranks)
+    assert first == second
+    for cache in caches:
+        cache.close()
+
+
+def test_the_host_may_request_nothing_while_the_gpu_decides():
+    cache = open_cache([8, 6])
+    decode = DeviceDecode(cache, TOP_K, 0, CPU)
+    decode.take()
+    with pytest.raises(RuntimeError, match="the GPU decides"):
+        cache.acquire(0, [1])
+    decode.give_back()
+    decode.give_back()
+    cache.acquire(0, [1])
+    cache.release(0, [1])
+    cache.close()
+
+
+def test_warm_up_counts_nothing_and_its_experts_are_where_they_are():
+    cache = open_cache([8, 6])
+    decode = DeviceDecode(cache, TOP_K, 2, CPU)
+    run_step(decode, np.zeros((LAYERS, 1, TOP_K), int))
+    decode.restart_counters()
+    decode.give_back()
+    assert not any(vars(cache.stats).values()) and cache.num_resident == LAYERS
+    cache.acquire(0, [0])
+    assert cache.stats.hits == 1
+    cache.close()
+
+
+def test_steps_are_as_large_as_the_slots_allow():
+    for slots, expected in (([6, 6], 64), ([5, 6], 2), ([3, 2], 1), ([6, 1], 0)):
+        cache = open_cache(slots, 0)
+        assert max_tokens(cache, TOP_K) == expected
+        cache.close()
+
+
+def test_a_store_that_is_not_page_locked_is_refused():
+    store = FailingStore()
+    store._refusals[1] = "no"
+    with pytest.raises(ValueError, match="expert 0 of MoE layer 1 is not in page-locked memory"):
+        record_addresses(store)
+
+
+def test_only_layers_that_recorded_are_taken_in():
+    routing = DeferredRouting(3, 4, 2, CPU)
+    routing.begin_step()
+    routing.record(1, torch.tensor([[5, -1]], dtype=torch.int32), None)
+    routing.close_step(1, "payload")
+    (step,) = routing.finished()
+    assert step.payload == "payload" and [(layer, experts.tolist()) for layer, experts in step.events()] == [(1, [5])]
