@@ -96,7 +96,7 @@ def test_an_automatic_budget_is_none():
         ([{"cache_gb": 1}, {"cache_gb": 2, "cache_experts": 3}], "cache_gb=2.0, cache_experts=3"),
         ([{"prefetch": {"lookahead": 2}}, {"prefetch": 3}], "prefetch=3"),
         ([{"gating": 1}, {"gating": {"mode": "off", "x": 1}}], "'gating.x' is not known"),
-        (["{}", {"store": "file"}, {"decode": "in_place"}], "set store=host"),
+        (["{}", {"store": "file"}, {"decode": "device"}], "set store=host"),
         ("", "''"),
         ({8: "cache_gb"}, "8=8 is not usable: keys should be strings"),
     ],

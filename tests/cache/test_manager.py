@@ -335,10 +335,10 @@ def assert_broken(cache: ExpertCacheManager) -> None:
 
     for ask in (
         lambda: cache.acquire(0, [0]),
-        lambda: within(cache.frozen()),
         lambda: within(cache.whole_layer(0)),
         lambda: within(cache.quiet()),
-        lambda: cache.record_in_place([]),
+        lambda: cache.record_whole([]),
+        lambda: cache.lend(),
         lambda: cache.prefetch(0, None, {}.get),
         lambda: cache.prefetch_first_layers(0, ()),
     ):
@@ -429,7 +429,7 @@ def test_nothing_moves_while_it_is_quiet():
         cache.prefetch(0, None, {1: PredictedExperts(np.array([[4, 5]]), np.ones((1, 2), dtype=bool))}.get)
         for ask in (
             lambda: cache.acquire(1, [0]),
-            lambda: cache.frozen().__enter__(),
+            lambda: cache.lend(),
             lambda: cache.quiet().__enter__(),
         ):
             with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):

@@ -43,7 +43,7 @@ class Interleavings(RuleBasedStateMachine):
         """What was last written whole into each slot."""
         self.queue: list[tuple[int, int]] = []
         self.held: list[tuple[int, list[int], dict[int, int]]] = []
-        self.moved = self.spoilt = 0
+        self.moved = self.spoilt = self.settled = 0
 
     # What may happen
 
@@ -91,21 +91,16 @@ class Interleavings(RuleBasedStateMachine):
         if self.pool.staging and self.pool.request_prefetch(key, sure):
             self.queue.append(key)
 
-    @precondition(lambda self: not self.held)
-    @rule(layer=st.integers(0, LAYERS - 1), chosen=st.sets(st.integers(0, EXPERTS - 1), min_size=1))
-    def pass_by(self, layer, chosen):
-        """One event that waited for nothing; some of what it missed is loaded after it."""
-        before = entries(self.pool)
-        there = {
-            expert
-            for expert in chosen
-            if (layer, expert) in before and before[layer, expert].state in (State.RESIDENT, State.STAGED)
-        }
-        self.controller.record_in_place(layer, sorted(chosen), there)
-        for expert in there:
-            entry = entries(self.pool).get((layer, expert))
-            assert entry is None or entry.state is State.RESIDENT, "staged no more; one may have left for another"
-        self.queue += self.controller.backfill([(layer, expert) for expert in sorted(chosen - there)])
+    @precondition(lambda self: not self.held and not self.under_way)
+    @rule()
+    def hand_over_and_back(self):
+        """A GPU takes the cache, decides nothing, and gives it back."""
+        self.queue.clear()
+        self.settled += len(self.controller.settle())
+        assert not self.pool.entries
+        slots = self.pool.slots.copy()
+        evicted = self.pool.adopt(slots, self.pool.free)
+        assert len(evicted) == max(0, (slots >= 0).sum() - self.pool.capacity)
 
     @precondition(lambda self: self.queue)
     @rule()
@@ -114,7 +109,7 @@ class Interleavings(RuleBasedStateMachine):
         pinned = {entry.slot for entry in entries(self.pool).values() if entry.pins}
         resident = {key for key, entry in entries(self.pool).items() if not entry.speculative}
         entry = entries(self.pool).get(key)
-        sure = entry is not None and (entry.near_certain or entry.backfill)
+        sure = entry is not None and entry.near_certain
         load = self.controller.start_speculation(key)
         if load is not None:
             assert load.slot not in pinned and (sure or load.evicted not in resident)
@@ -179,20 +174,16 @@ class Interleavings(RuleBasedStateMachine):
         assert {tuple(key) for key in np.argwhere(self.pool.evictable).tolist()} == evictable
 
     @invariant()
-    def catching_up_adds_up(self):
-        loading = [entry for entry in entries(self.pool).values() if entry.backfill and entry.slot >= 0]
-        assert self.pool.backfilling == len(loading) <= max(0, self.pool.max_backfilling)
-
-    @invariant()
     def bytes_add_up(self):
         stats = self.controller.stats
         assert stats.fetched_bytes == self.moved
         assert 0 <= stats.wasted_bytes <= self.moved
-        assert stats.late + stats.in_place <= stats.misses and stats.caught_up <= stats.in_place
+        assert stats.late <= stats.misses
         assert stats.prefetch_hits <= stats.hits
         assert sum(self.controller.layer_hits) == stats.hits and sum(self.controller.layer_misses) == stats.misses
         # What became of every prefetch; a miss on another event's load counts as late as well.
         ended = stats.prefetch_hits + stats.prefetches_wasted + stats.prefetches_cancelled + self.spoilt
+        ended += self.settled
         assert 0 <= stats.prefetches - ended - self.pool.speculating <= stats.late
 
 
@@ -270,48 +261,6 @@ def test_no_share_streams_through():
     for expert in range(4):
         ask(pool, 1, expert, (expert + 1) % 4)
     assert {(0, 0), (0, 1)} <= residents(pool)
-
-
-def used(pool: Residency, *key: int) -> tuple[int, int] | str | None:
-    """An expert that was read where it was: who left for it, if it came."""
-    if not pool.request_backfill((key[0], key[1])):
-        return "there"
-    load = pool.start_load((key[0], key[1]))
-    if load is None:
-        return "stays out"
-    assert pool.complete_load(load.key) is State.RESIDENT
-    return load.evicted
-
-
-def test_used_in_place_comes_if_it_is_wanted_more():
-    pool = Residency(6, 0, LRU(2, 4))
-    for layer, expert in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1)):
-        ask(pool, layer, expert)
-        ask(pool, layer, expert)
-    assert pool.record_in_place(1, [2]) == [] and used(pool, 1, 2) is None, "a slot was free"
-    assert used(pool, 1, 2) == "there"
-    for _ in range(3):
-        pool.record_in_place(0, [0, 1, 2])
-    pool.record_in_place(0, [3])
-    assert used(pool, 0, 3) == (1, 0), "used longest ago"
-    pool.record_in_place(0, [0])
-    assert used(pool, 1, 3) == "stays out", "never used: not even asked for"
-    assert (1, 3) not in entries(pool)
-
-
-def test_staged_becomes_resident_without_anybody_waiting():
-    pool = Residency(6, 1, LRU(2, 4))
-    for expert in range(4):
-        ask(pool, 0, expert)
-    ask(pool, 1, 0)
-    assert (
-        pool.request_prefetch((1, 1))
-        and pool.start_load((1, 1)) is not None
-        and pool.complete_load((1, 1)) is State.STAGED
-    )
-    (load,) = pool.record_in_place(1, [1])
-    assert load.key == (1, 1) and load.evicted == (0, 0)
-    assert pool.state((1, 1)) is State.RESIDENT and pool.speculating == 0
 
 
 def test_too_many_pinned():

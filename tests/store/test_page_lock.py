@@ -5,10 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from vllm_adapmoe.device.addresses import AddressTable
 
 from tests.store.test_stores import layer
-from vllm_adapmoe.cache.slots import SlotPool
+from vllm_adapmoe.device.decode import record_addresses
 from vllm_adapmoe.store import host, page_lock
 from vllm_adapmoe.store.host import HostStore
 from vllm_adapmoe.store.record import as_bytes
@@ -78,7 +77,7 @@ def test_a_layer_that_is_refused_is_copied_through_a_buffer_and_the_others_are_n
         store, runtime = store_with(0, 2, 0)
     assert [store.page_locked((index, 3)) is not None for index in range(3)] == [True, False, True]
     with pytest.raises(ValueError, match="expert 0 of MoE layer 1 is not in page-locked memory"):
-        AddressTable(store, [pool := SlotPool(store.layouts[0], 1, CPU)], [0, 0, 0], list(pool.tensors), CPU)
+        record_addresses(store)
     into = [torch.empty(piece.shape, dtype=piece.dtype) for piece in store.layouts[1].pieces]
     store.read((1, 3), into)
     assert torch.equal(as_bytes(into[0]), as_bytes(layer(1)["w13"][3]))
