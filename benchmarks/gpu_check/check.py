@@ -11,8 +11,8 @@ from benchmarks.gpu_check.copies import check_copies
 from benchmarks.gpu_check.decode import SECTION as DECODE
 from benchmarks.gpu_check.decode import TOKENS, WARM, Limits, check_decode
 from benchmarks.gpu_check.device import Device
+from benchmarks.gpu_check.device_rows import check_on_device
 from benchmarks.gpu_check.engines import check_engines, fitting, obstacle
-from benchmarks.gpu_check.in_place_rows import check_in_place
 from benchmarks.gpu_check.kernel_rows import BATCHES, check_kernel
 from benchmarks.gpu_check.report import CORRECTNESS, ENGINES, SKIPPED, Row, attempt
 from benchmarks.gpu_check.shapes import Shape
@@ -69,7 +69,7 @@ def run_check(device: Device, spec: CheckSpec) -> Iterator[list[Row]]:
         yield attempt(CORRECTNESS, f"{shape.name}: slots", lambda: check_slots(*common))  # noqa: B023
         yield attempt(CORRECTNESS, f"{shape.name}: waves", lambda: check_waves(*common))  # noqa: B023
         yield attempt(CORRECTNESS, f"{shape.name}: refills", lambda: check_refills(*common))  # noqa: B023
-        yield attempt(CORRECTNESS, f"{shape.name}: in place", lambda: check_in_place(*common))  # noqa: B023
+        yield attempt(CORRECTNESS, f"{shape.name}: on the device", lambda: check_on_device(*common))  # noqa: B023
     without = None
     if not {"tokens", "engines"}.isdisjoint(spec.parts):
         without = Row(ENGINES, "adapmoe in vLLM", "no CUDA device", "", SKIPPED) if not device.cuda else obstacle()

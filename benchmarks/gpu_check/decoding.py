@@ -1,4 +1,4 @@
-"""Runs a decode step through every MoE layer: on demand through the cache, or in place without the host."""
+"""Runs a decode step through every MoE layer: on demand, decided by the host or by the GPU; or all resident."""
 
 from collections.abc import Sequence
 
@@ -6,23 +6,29 @@ import numpy as np
 import torch
 
 from benchmarks.gpu_check.device import Device
+from benchmarks.gpu_check.expert_kernel import run_experts
 from benchmarks.gpu_check.routing import Token
-from benchmarks.gpu_check.shapes import Shape
+from benchmarks.gpu_check.shapes import DOWN, GATE_UP, Shape
 from vllm_adapmoe.cache.manager import ExpertCacheManager
-from vllm_adapmoe.device.experts_by_address import experts_by_address
-from vllm_adapmoe.device.in_place import DOWN, GATE_UP, InPlaceDecode
+from vllm_adapmoe.device.decode import DeviceDecode
+from vllm_adapmoe.policy.cache_stats import CacheStats
 from vllm_adapmoe.store.record import aligned_empty
 
 
 class Inputs:
-    """Drawn router outputs on the device: ids int32 `[tokens, layers, 1, top_k]`, -1 if dropped."""
+    """Drawn router outputs on the device.
+
+    `ids` and `ahead`, the experts predicted for each layer, are int32 `[tokens, layers, 1, top_k]`, -1 if dropped.
+    """
 
     def __init__(self, shape: Shape, tokens: Sequence[Token], gated: bool, dtype: torch.dtype, device: Device) -> None:
         self.tokens = tokens
         self.gated = gated
         self.kept = np.stack([token.kept if gated else np.ones_like(token.kept) for token in tokens])
-        ids = np.where(self.kept, np.stack([token.ids for token in tokens]), -1).astype(np.int32)
-        self.ids = torch.from_numpy(ids).to(device.torch).unsqueeze(2)
+        self.ids, self.ahead = (
+            torch.from_numpy(np.where(self.kept, np.stack(ids), -1).astype(np.int32)).to(device.torch).unsqueeze(2)
+            for ids in ([token.ids for token in tokens], [token.predicted_ids for token in tokens])
+        )
         self.weights = torch.full((1, shape.top_k), 1 / shape.top_k, device=device.torch)
         self.x = torch.ones(1, shape.hidden, dtype=dtype, device=device.torch)
 
@@ -41,18 +47,12 @@ class OnDemand:
         self.cache, self.shape, self.inputs = cache, shape, inputs
         self.ahead = cache.controller.planner is not None  # None with too few slots for prefetch
         tensors = cache.pool(0).tensors
-        self.places = np.stack(
-            [
-                tensors[name].data_ptr() + tensors[name][0].nbytes * np.arange(len(tensors[name]))
-                for name in (GATE_UP, DOWN)
-            ]
-        )
-        size = (shape.layers, 2, shape.experts)
-        # Page-locked, so that copying a table does not wait. A layer's table is overwritten only after the host has
-        # read the routing of a later layer, and so after it was copied.
-        rows = aligned_empty(8 * shape.layers * 2 * shape.experts, pin=device.cuda)
-        self.host_table = rows.view(torch.int64).view(size)
-        self.table = torch.zeros(size, dtype=torch.int64, device=device.torch)
+        self.gate_up, self.down = tensors[GATE_UP], tensors[DOWN]
+        size = (shape.layers, shape.experts)
+        # Page-locked, so that copying a map does not wait. A layer's map is overwritten only after the host has read
+        # the routing of a later layer, and so after it was copied.
+        self.host_maps = aligned_empty(4 * shape.layers * shape.experts, pin=device.cuda).view(torch.int32).view(size)
+        self.maps = torch.zeros(size, dtype=torch.int32, device=device.torch)
 
     def step(self, number: int) -> torch.Tensor:
         """Computes one token's output; waits only where routing and transfers require it."""
@@ -65,11 +65,18 @@ class OnDemand:
             if self.ahead:
                 self._prefetch(layer, token)
             cache.wait(acquisition)
-            self.host_table[layer].numpy()[:] = self.places[:, cache.slot_maps[layer].numpy()]
-            self.table[layer].copy_(self.host_table[layer], non_blocking=True)
-            x = experts_by_address(x, inputs.weights, ids, self.table[layer, 0], self.table[layer, 1], self.shape.inner)
+            self.host_maps[layer].copy_(cache.slot_maps[layer])
+            self.maps[layer].copy_(self.host_maps[layer], non_blocking=True)
+            x = run_experts(x, inputs.weights, ids, self.gate_up, self.down, self.maps[layer])
             cache.release(layer, experts)
         return x
+
+    def stats(self) -> CacheStats:
+        """Returns the counters of all tokens so far."""
+        return self.cache.update_stats()
+
+    def give_back(self) -> None:
+        """Does nothing: the host has the cache."""
 
     def _prefetch(self, layer: int, token: Token) -> None:
         kept = token.kept[layer] if self.inputs.gated else np.ones_like(token.kept[layer])
@@ -80,42 +87,97 @@ class OnDemand:
         )
 
 
-class InPlace:
-    """The plugin's path without the host: experts are read in slots or host memory, with all layers in one graph.
+class OnDevice:
+    """The plugin's path without the host: the GPU decides what to load and copies it, with all layers in one graph.
+
+    The GPU has the cache from here to `give_back`: the graph is captured on state that the host has handed over.
 
     Args:
         cache: the plugin's cache, idle.
         shape: shape of the model.
         inputs: router outputs of the tokens to decode.
         device: device of the slots.
+        prefetch: whether to prefetch what is predicted for the next layer, up to `top_k` experts.
+    """
+
+    def __init__(
+        self, cache: ExpertCacheManager, shape: Shape, inputs: Inputs, device: Device, prefetch: bool = False
+    ) -> None:
+        self.cache, self.inputs, self.shape, self.device, self.prefetch = cache, inputs, shape, device, prefetch
+        self.decode = DeviceDecode(cache, shape.top_k, shape.top_k if prefetch else 0, device.torch)
+        tensors = cache.pool(0).tensors
+        self.gate_up, self.down = tensors[GATE_UP], tensors[DOWN]
+        # Nothing is routed while the kernels are compiled, or the first token's experts would count twice.
+        self.ids, self.ahead = torch.full_like(inputs.ids[0], -1), torch.full_like(inputs.ahead[0], -1)
+        self.decode.take()
+        self.replay = device.capture(self._layers)
+
+    def _layers(self) -> None:
+        x, layers = self.inputs.x, self.shape.layers
+        for layer in range(layers):
+            ids = self.ids[layer]
+            self.decode.routing.record(layer, ids, None)
+            ahead = self.ahead[layer + 1] if self.prefetch and layer + 1 < layers else None
+            row_of = self.decode.experts(layer, ids, None, ahead)
+            x = run_experts(x, self.inputs.weights, ids, self.gate_up, self.down, row_of)
+        self.output = x
+
+    def step(self, number: int) -> torch.Tensor:
+        """Computes one token's output, valid until the next step; first counts the previous tokens' experts."""
+        for _ in self.decode.routing.finished():
+            pass  # gates and predictors would read it
+        self.decode.count()
+        with self.decode.step(1, None):
+            return self.replay_token(number)
+
+    def replay_token(self, number: int) -> torch.Tensor:
+        """Computes one token's output without what surrounds a step: the GPU has the cache, and nothing is counted."""
+        self.ids.copy_(self.inputs.ids[number])
+        if self.prefetch:
+            self.ahead.copy_(self.inputs.ahead[number])
+        self.replay()
+        return self.output
+
+    def stats(self) -> CacheStats:
+        """Returns the counters of all tokens so far."""
+        self.device.synchronize()
+        self.decode.count()
+        return self.cache.stats
+
+    def give_back(self) -> None:
+        """Hands the cache back to the host; the next step takes it again."""
+        self.decode.give_back()
+
+
+class Resident:
+    """The same kernels, in a graph, as if every expert were resident: nothing is decided or copied.
+
+    Experts share slots, because there are more than a device caches. What the slots hold has no part in the time.
+
+    Args:
+        cache: the plugin's cache, whose slots are read.
+        shape: shape of the model.
+        inputs: router outputs of the tokens to decode.
+        device: device of the slots.
     """
 
     def __init__(self, cache: ExpertCacheManager, shape: Shape, inputs: Inputs, device: Device) -> None:
-        self.cache, self.inputs, self.shape = cache, inputs, shape
-        self.decode = InPlaceDecode(cache, shape.top_k, device.torch)
+        self.inputs = inputs
+        tensors = cache.pool(0).tensors
+        self.gate_up, self.down = tensors[GATE_UP], tensors[DOWN]
+        slots = np.arange(shape.layers * shape.experts, dtype=np.int32) % cache.num_slots
+        self.maps = torch.from_numpy(slots).view(shape.layers, shape.experts).to(device.torch)
         self.ids = inputs.ids[0].clone()
         self.replay = device.capture(self._layers)
 
     def _layers(self) -> None:
         x = self.inputs.x
-        for layer in range(self.shape.layers):
-            x = self.decode.experts(layer, x, self.inputs.weights, self.ids[layer], None)
+        for ids, row_of in zip(self.ids[: len(self.maps)], self.maps, strict=True):
+            x = run_experts(x, self.inputs.weights, ids, self.gate_up, self.down, row_of)
         self.output = x
 
-    def step(self, number: int) -> torch.Tensor:
-        """Computes one token's output, valid until the next step; first records the previous tokens' experts."""
-        for passed in self.decode.routing.finished():
-            self.cache.record_in_place(list(passed.events()))
-        with self.decode.step(1, None):
-            return self._run(number)
-
-    def step_resident(self, number: int) -> torch.Tensor:
-        """Computes one token as if every expert were in a slot; experts share slots, more than device caches hold."""
-        size = self.shape.layers, self.shape.experts
-        self.decode.addresses.publish(np.arange(np.prod(size), dtype=np.int32).reshape(size) % self.cache.num_slots)
-        return self._run(number)
-
-    def _run(self, number: int) -> torch.Tensor:
+    def replay_token(self, number: int) -> torch.Tensor:
+        """Computes one token's output, valid until the next call."""
         self.ids.copy_(self.inputs.ids[number])
         self.replay()
         return self.output

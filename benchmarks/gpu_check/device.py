@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vllm_adapmoe.store.host_memory import host_memory
-from vllm_adapmoe.store.page_lock import readable_in_place
+from vllm_adapmoe.store.page_lock import kernels_read_page_locked
 
 BUSY_PRODUCTS = 48
 """Number of matrix products queued by `keep_busy`; each takes at least a millisecond on any GPU so far."""
@@ -86,7 +86,7 @@ class Device:
 
     def reads_host(self) -> bool:
         """Returns whether kernels can use host addresses of page-locked memory."""
-        return not self.cuda or readable_in_place()
+        return not self.cuda or kernels_read_page_locked()
 
     def describe(self) -> dict[str, Any]:
         """Returns name, compute capability, memory, and, if `nvidia-smi` reports them, driver and link."""

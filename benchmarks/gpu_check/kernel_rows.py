@@ -1,15 +1,16 @@
-"""Checks the kernel on a table of addresses, in slots and in page-locked host memory, against float64."""
+"""Checks the check's own kernel on a map from expert to slot, and slots that `Fetch` filled, against float64."""
 
 from collections.abc import Callable, Iterator
 
 import torch
 
 from benchmarks.gpu_check.device import Device
-from benchmarks.gpu_check.records import PinnedRecords, addresses, expert, pieces_of
+from benchmarks.gpu_check.expert_kernel import run_experts
+from benchmarks.gpu_check.records import PinnedRecords, demand, expert, map_of
 from benchmarks.gpu_check.report import CORRECTNESS, Row, verdict
-from benchmarks.gpu_check.shapes import Shape
-from vllm_adapmoe.device.experts_by_address import experts_by_address
-from vllm_adapmoe.device.in_place import DOWN, GATE_UP
+from benchmarks.gpu_check.shapes import DOWN, GATE_UP, Shape
+from vllm_adapmoe.cache.slots import SlotPool
+from vllm_adapmoe.device.fetch import Fetch
 
 BATCHES = (1, 4, 16, 64)
 DROPPED = 0.2
@@ -63,34 +64,43 @@ def difference(output: torch.Tensor, expected: torch.Tensor) -> float:
 def check_kernel(
     shape: Shape, device: Device, dtype: torch.dtype, seed: int, batches: tuple[int, ...] = BATCHES
 ) -> Iterator[Row]:
-    """Checks the kernel with every second expert in page-locked memory and the others in slots."""
+    """Checks the kernel on slots in random order, every second of them filled by `Fetch` from page-locked memory."""
     if not device.reads_host():
         raise RuntimeError("this device cannot use the host's addresses of page-locked memory")
-    layout = shape.layout(dtype)
-    slots = [expert(shape, dtype, device, seed, (0, index)) for index in range(shape.experts)]
-    store = PinnedRecords(layout, 1, shape.experts, shape.experts, device)
-    for index in range(1, shape.experts, 2):
-        store.put(index, slots[index])
-    hosts = [pieces_of(layout, store.page_locked((0, index))) for index in range(shape.experts)]
-    resident = addresses(slots, device)
-    mixed = addresses([hosts[index] if index % 2 else slots[index] for index in range(shape.experts)], device)
+    layout, experts = shape.layout(dtype), shape.experts
+    weights = [expert(shape, dtype, device, seed, (0, index)) for index in range(experts)]
+    store, pool = PinnedRecords(layout, 1, experts, experts, device), SlotPool(layout, experts, device.torch)
+    slots = torch.randperm(experts, generator=torch.Generator().manual_seed(seed)).tolist()
+    fetched = range(1, experts, 2)
+    for index in range(0, experts, 2):
+        for name, piece in weights[index].items():
+            pool.tensors[name][slots[index]].copy_(piece)
+    for index in fetched:
+        store.put(index, weights[index])
+    in_slots = pool.tensors[GATE_UP], pool.tensors[DOWN], map_of(slots, device)
+    in_order = (
+        *(torch.stack([each[name] for each in weights]) for name in (GATE_UP, DOWN)),
+        map_of(range(experts), device),
+    )
     errors, same = {}, {}
     try:
+        Fetch(pool)(demand(store, [((0, index), slots[index]) for index in fetched], device), 0)
         for tokens in batches:
             routing = draw(shape, tokens, dtype, device, seed + tokens)
-            output = experts_by_address(*routing, *mixed, shape.inner)
-            errors[tokens] = difference(output, reference(routing, slots.__getitem__))
-            same[tokens] = torch.equal(output, experts_by_address(*routing, *resident, shape.inner))
+            output = run_experts(*routing, *in_slots)
+            errors[tokens] = difference(output, reference(routing, weights.__getitem__))
+            same[tokens] = torch.equal(output, run_experts(*routing, *in_order))
     finally:
+        device.synchronize()
         store.close()
     max_error, limit = max(errors.values()), tolerance(dtype)
     batch = ", ".join(map(str, batches))
     details = {"seed": seed, "dropped": DROPPED, "errors_by_batch": errors, "same_by_batch": same}
     yield Row(
-        CORRECTNESS, f"{shape.name}: kernel, slots and host mixed, batch {batch}, error against float64",
+        CORRECTNESS, f"{shape.name}: kernel on slots, half of them fetched by the GPU, batch {batch}, error",
         f"{max_error:.2e}", f"<= {limit:.2e}", verdict(max_error <= limit), details,
     )  # fmt: skip
     yield Row(
-        CORRECTNESS, f"{shape.name}: the same bits with every expert in a slot",
+        CORRECTNESS, f"{shape.name}: the same bits with every expert copied by the host",
         f"{sum(same.values())} of {len(same)} batches", "all", verdict(all(same.values())), details,
     )  # fmt: skip

@@ -6,8 +6,9 @@ import torch
 
 from benchmarks.gpu_check.device import Device
 from benchmarks.gpu_check.shapes import Shape
-from vllm_adapmoe.device.in_place import DOWN, GATE_UP
+from vllm_adapmoe.device.residency import Loads
 from vllm_adapmoe.experts import ExpertKey
+from vllm_adapmoe.store.base import ExpertStore
 from vllm_adapmoe.store.page_lock import page_lock_refusal, page_unlock
 from vllm_adapmoe.store.record import RecordLayout, aligned_empty
 
@@ -31,10 +32,22 @@ def pieces_of(layout: RecordLayout, record: torch.Tensor) -> dict[str, torch.Ten
     }
 
 
-def addresses(places: Sequence[dict[str, torch.Tensor]], device: Device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Makes the kernel's address table, two int64 `[experts]` on the device: addresses of each expert's pieces."""
-    gate_up, down = ([place[name].data_ptr() for place in places] for name in (GATE_UP, DOWN))
-    return torch.tensor(gate_up, device=device.torch), torch.tensor(down, device=device.torch)
+def map_of(slots: Sequence[int], device: Device) -> torch.Tensor:
+    """Makes a kernel's map from expert to slot, int32 `[experts + 1]` on the device; the last is of dropped pairs."""
+    return torch.tensor([*slots, -1], dtype=torch.int32, device=device.torch)
+
+
+def demand(store: ExpertStore, copies: Sequence[tuple[ExpertKey, int]], device: Device) -> Loads:
+    """Makes a list of demand loads as `claim` writes it, of these experts and their slots."""
+    loads = Loads(len(copies), device.torch)
+    rows = []
+    for key, slot in copies:
+        record = store.page_locked(key)
+        assert record is not None
+        rows.append([record.data_ptr(), slot])
+    loads.entries[0] = torch.tensor(rows, dtype=torch.int64)
+    loads.counts[0] = len(copies)
+    return loads
 
 
 class PinnedRecords:

@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from benchmarks.gpu_check.published import PREFETCH_RECALL, SINGLE_EXPERT_RATIO
-from vllm_adapmoe.device.in_place import DOWN, GATE_UP
 from vllm_adapmoe.store.record import RecordLayout
+
+GATE_UP, DOWN = "w13_weight", "w2_weight"
+"""vLLM's names of an expert's two weight tensors."""
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,12 @@ import numpy as np
 import torch
 
 from benchmarks.gpu_check.device import Device
+from benchmarks.gpu_check.expert_kernel import run_experts
 from benchmarks.gpu_check.kernel_rows import difference, draw, tolerance
-from benchmarks.gpu_check.records import addresses, expert
+from benchmarks.gpu_check.records import expert, map_of
 from benchmarks.gpu_check.report import CORRECTNESS, NOT_RUN, Row, verdict
-from benchmarks.gpu_check.shapes import Shape
+from benchmarks.gpu_check.shapes import DOWN, GATE_UP, Shape
 from vllm_adapmoe.cache.manager import ExpertCacheManager
-from vllm_adapmoe.device.experts_by_address import experts_by_address
-from vllm_adapmoe.device.in_place import DOWN, GATE_UP
 from vllm_adapmoe.experts import CacheShape
 from vllm_adapmoe.policy.cache_setup import CacheSetup
 from vllm_adapmoe.policy.controller import CacheController
@@ -51,11 +50,10 @@ def open_cache(store: ExpertStore, shape: Shape, setup: CacheSetup, device: Devi
     return ExpertCacheManager(store, CacheController(cache_shape(shape, store.layouts[0].nbytes), setup), device.torch)
 
 
-def slot_addresses(cache: ExpertCacheManager, layer: int, device: Device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Makes the kernel's address table from the layer's slot map; addresses of absent experts are invalid."""
-    tensors, slots = cache.pool(layer).tensors, cache.slot_maps[layer].to(device.torch).long()
-    gate_up, down = (tensors[name].data_ptr() + slots * tensors[name][0].nbytes for name in (GATE_UP, DOWN))
-    return gate_up, down
+def slots_of(cache: ExpertCacheManager, layer: int, device: Device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns what a kernel reads of a layer: both tensors of slots, and the map from expert to slot as it is now."""
+    tensors = cache.pool(layer).tensors
+    return tensors[GATE_UP], tensors[DOWN], map_of(cache.slot_maps[layer].tolist(), device)
 
 
 def check_slots(shape: Shape, device: Device, dtype: torch.dtype, seed: int) -> Iterator[Row]:
@@ -123,14 +121,13 @@ def check_waves(shape: Shape, device: Device, dtype: torch.dtype, seed: int) -> 
         for group in groups:
             cache.acquire(0, group, experts)
             in_wave = torch.isin(ids, torch.tensor(group, dtype=ids.dtype, device=device.torch))
-            total += experts_by_address(
-                x, weights, torch.where(in_wave, ids, -1), *slot_addresses(cache, 0, device), shape.inner
-            ).float()
+            total += run_experts(x, weights, torch.where(in_wave, ids, -1), *slots_of(cache, 0, device)).float()
             cache.release(0, group)
     finally:
         cache.close()
-    resident = [expert(shape, dtype, device, seed, (0, index)) for index in range(shape.experts)]
-    error = difference(total, experts_by_address(x, weights, ids, *addresses(resident, device), shape.inner))
+    everyone = [expert(shape, dtype, device, seed, (0, index)) for index in range(shape.experts)]
+    resident = (torch.stack([each[name] for each in everyone]) for name in (GATE_UP, DOWN))
+    error = difference(total, run_experts(x, weights, ids, *resident, map_of(range(shape.experts), device)))
     limit = tolerance(dtype)
     yield Row(
         CORRECTNESS, f"{shape.name}: {len(experts)} experts in {len(groups)} waves, difference to all resident",
@@ -151,11 +148,11 @@ def check_refills(shape: Shape, device: Device, dtype: torch.dtype, seed: int) -
             used, unused = number % 2, 1 - number % 2
             ids = torch.full((WAVE_TOKENS, 1), used, dtype=torch.int32, device=device.torch)
             cache.acquire(0, [used])
-            table = slot_addresses(cache, 0, device)
-            expected = experts_by_address(x, weights, ids, *table, shape.inner)
+            slots = slots_of(cache, 0, device)
+            expected = run_experts(x, weights, ids, *slots)
             device.synchronize()
             device.keep_busy()
-            output = experts_by_address(x, weights, ids, *table, shape.inner)
+            output = run_experts(x, weights, ids, *slots)
             has_run = device.mark()
             cache.release(0, [used])
             beside += not has_run()
