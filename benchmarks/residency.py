@@ -14,7 +14,7 @@ from vllm_adapmoe.units import GiB
 
 FRACTIONS = (0.25, 0.5, 0.75)
 STORES = ("file", "host")
-ON_DEMAND = {"eviction": "lru", "prefetch": {"lookahead": 0}, "decode": "fetch"}
+ON_DEMAND = {"eviction": "lru", "prefetch": {"lookahead": 0}, "decode": "host"}
 """Settings of the baseline: demand loads only, no prefetch, and LRU eviction."""
 
 

@@ -191,7 +191,8 @@ def _asking(cache: ExpertCacheManager, shape: Shape, inputs: Inputs, device: Dev
     ratio = spread([resident / asking for resident, asking in zip(seconds["resident"], seconds["asking"], strict=True)])
     return Row(
         SECTION, what, f"{ratio['median']:.3f} ({ratio['min']:.3f} .. {ratio['max']:.3f})", f">= {MIN_OF_RESIDENT}",
-        verdict(ratio["median"] >= MIN_OF_RESIDENT and misses == 0), {"ratio": ratio, "seconds": seconds, "misses": misses},
+        verdict(ratio["median"] >= MIN_OF_RESIDENT and misses == 0),
+        {"ratio": ratio, "seconds": seconds, "misses": misses},
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Grouped SwiGLU kernel of the check, on pools of slots and a map from expert to slot.
 
-It stands in for vLLM's kernels, in the check alone: the check has to run where vLLM is not installed. Like them it finds
-an expert's weights by its slot in a map that is read when the kernel runs, and an expert without a slot adds nothing.
+It stands in for vLLM's kernels, in the check alone: the check has to run where vLLM is not installed. Like them it
+finds an expert's weights by its slot, in a map that is read when the kernel runs, and an expert without a slot adds
+nothing.
 
 Grouping needs no kernel of its own: every pair of token and expert starts a row of programs, and only that of an
 expert's first pair continues, with all pairs of that expert. So each weight is read once for all tokens that use it.

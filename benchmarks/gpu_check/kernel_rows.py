@@ -78,10 +78,8 @@ def check_kernel(
     for index in fetched:
         store.put(index, weights[index])
     in_slots = pool.tensors[GATE_UP], pool.tensors[DOWN], map_of(slots, device)
-    in_order = (
-        *(torch.stack([each[name] for each in weights]) for name in (GATE_UP, DOWN)),
-        map_of(range(experts), device),
-    )
+    gate_up, down = (torch.stack([each[name] for each in weights]) for name in (GATE_UP, DOWN))
+    in_order = gate_up, down, map_of(range(experts), device)
     errors, same = {}, {}
     try:
         Fetch(pool)(demand(store, [((0, index), slots[index]) for index in fetched], device), 0)

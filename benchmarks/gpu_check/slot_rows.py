@@ -126,8 +126,8 @@ def check_waves(shape: Shape, device: Device, dtype: torch.dtype, seed: int) -> 
     finally:
         cache.close()
     everyone = [expert(shape, dtype, device, seed, (0, index)) for index in range(shape.experts)]
-    resident = (torch.stack([each[name] for each in everyone]) for name in (GATE_UP, DOWN))
-    error = difference(total, run_experts(x, weights, ids, *resident, map_of(range(shape.experts), device)))
+    gate_up, down = (torch.stack([each[name] for each in everyone]) for name in (GATE_UP, DOWN))
+    error = difference(total, run_experts(x, weights, ids, gate_up, down, map_of(range(shape.experts), device)))
     limit = tolerance(dtype)
     yield Row(
         CORRECTNESS, f"{shape.name}: {len(experts)} experts in {len(groups)} waves, difference to all resident",

@@ -2,17 +2,18 @@
 
 Each engine has a promise, which its row checks:
 
-- `SAME_BITS`: eager, every step's experts in one wave. Tokens and log probabilities equal stock's to the last bit. The
-  batch is left out where stock vLLM itself answers it differently from run to run, as with Marlin's kernel: atomics of
-  `moe_align_block_size` (csrc/moe/moe_align_sum_kernels.cu, from 1024 pairs or with more than 64 experts) decide which
-  tokens of an expert share a block, and the block decides where Marlin splits the sum over the hidden size.
-- `ROUNDING`: in several waves, read in place by another kernel, or with CUDA graphs, where the model is compiled in
-  other pieces than stock's. A MoE layer's output then is the sum of the same products, rounded at other places: at most
-  `ROUNDINGS` times, each by half a unit in the last place. The allowed effect is measured on stock vLLM itself: each
-  value of each MoE layer's output is moved by the sum of these roundings, up or down at random, while the same tokens
-  are forced. The mean change of the log probabilities must not exceed the one measured, and a request alone must
-  give the same bits again, from other slots. Tokens are no measure here: in a random model of this size, another
-  attention kernel changes every fifth of them.
+- `SAME_BITS`: eager, every step's experts in one wave, whether the host or the GPU decides what to load. Tokens and log
+  probabilities equal stock's to the last bit. The batch is left out where stock vLLM itself answers it differently from
+  run to run, as with Marlin's kernel: atomics of `moe_align_block_size` (csrc/moe/moe_align_sum_kernels.cu, from 1024
+  pairs or with more than 64 experts) decide which tokens of an expert share a block, and the block decides where Marlin
+  splits the sum over the hidden size.
+- `ROUNDING`: in several waves, or with CUDA graphs, where the model is compiled in other pieces than stock's. A MoE
+  layer's output then is the sum of the same products, rounded at other places: at most `ROUNDINGS` times, each by half
+  a unit in the last place. The allowed effect is measured on stock vLLM itself: each value of each MoE layer's output is
+  moved by the sum of these roundings, up or down at random, while the same tokens are forced. The mean change of the
+  log probabilities must not exceed the one measured, and a request alone must give the same bits again, from other
+  slots. Tokens are no measure here: in a random model of this size, another attention kernel changes every fifth of
+  them.
 """
 
 import json
@@ -42,7 +43,7 @@ ROUNDINGS = 4
 SHAPE = Shape("Qwen3-MoE", 4, 64, 4, 1024, 256)
 VOCABULARY = 4096
 PROMPTS = (7, 40, 90, 150)
-"""Prompt lengths; beyond 64 tokens every expert of a layer is used, and no step is read in place."""
+"""Prompt lengths; beyond 64 tokens every expert of a layer is used, and the host decides."""
 ANSWER = 24
 ENGINE_BYTES = 2560 << 20
 """Device memory per engine: weights 0.5 GiB, CUDA context 0.5 GiB, graphs and allocations of a step."""
@@ -61,7 +62,8 @@ class Contender:
     resident: float
     """Share of the experts that have a slot."""
     promise: str
-    decode: str = "fetch"
+    decode: str = "host"
+    """Where decode steps decide what to load, as in the configuration."""
     eager: bool = True
     in_host: float = 1.0
     """Share of the experts that host memory holds; below 1, all are in a packed file, and host memory is a tier."""
@@ -69,7 +71,7 @@ class Contender:
     def name(self) -> str:
         how = "eager" if self.eager else "CUDA graphs"
         tier = "" if self.in_host == 1 else f", {self.in_host:.0%} in host memory"
-        return f"{self.kind}, {self.resident:.1%} resident{tier}, {self.decode}, {how}"
+        return f"{self.kind}, {self.resident:.1%} resident{tier}, decided on the {self.decode}, {how}"
 
     def adapmoe(self, shape: Shape, folder: Path) -> dict[str, Any]:
         """Returns the engine's `adapmoe_config`; `folder` is for packed files."""
@@ -81,12 +83,14 @@ class Contender:
 
 
 CONTENDERS = (
-    *(Contender("bf16", share, SAME_BITS) for share in (0.25, 0.5, 0.75, 1.0)),
+    *(Contender("bf16", share, SAME_BITS, "device") for share in (0.25, 0.5)),
+    *(Contender("bf16", share, SAME_BITS) for share in (0.5, 0.75, 1.0)),
     Contender("bf16", 0.125, ROUNDING),  # a prompt uses every expert of a layer, and there are slots for half of them
     *(Contender("bf16", share, ROUNDING, eager=False) for share in (0.5, 1.0)),
-    *(Contender("bf16", share, ROUNDING, "in_place", eager=False) for share in (0.25, 0.5)),
-    *(Contender(kind, share, SAME_BITS) for kind in ("fp8", "gptq") for share in (0.25, 0.5, 0.75)),
-    *(Contender(kind, 0.5, ROUNDING, eager=False) for kind in ("fp8", "gptq")),
+    *(Contender("bf16", share, ROUNDING, "device", eager=False) for share in (0.25, 0.5)),
+    *(Contender(kind, share, SAME_BITS, "device") for kind in ("fp8", "gptq") for share in (0.25, 0.5)),
+    *(Contender(kind, 0.75, SAME_BITS) for kind in ("fp8", "gptq")),
+    *(Contender(kind, 0.5, ROUNDING, "device", eager=False) for kind in ("fp8", "gptq")),
     Contender("bf16", 0.25, SAME_BITS, in_host=0.5),
 )
 
@@ -155,7 +159,7 @@ def check_tokens(device: Device, seed: int, ends: float, plan: Plan) -> Iterator
                 eager = contender.eager
                 noisy = eager and _rounds(plan, contender.kind)
                 noise = ROUNDINGS * torch.finfo(torch.bfloat16).eps / 2 if noisy else None
-                stock[key] = start(contender.kind, adapmoe=None, eager=eager, in_pieces=key[1] == "fetch", noise=noise)
+                stock[key] = start(contender.kind, adapmoe=None, eager=eager, in_pieces=key[1] == "host", noise=noise)
         running = {}
         for contender in sorted(plan.contenders, key=lambda contender: contender.promise == ROUNDING):
             forced = None
@@ -168,19 +172,20 @@ def check_tokens(device: Device, seed: int, ends: float, plan: Plan) -> Iterator
                 contender.kind, adapmoe=adapmoe, eager=contender.eager, in_pieces=False, forced=forced
             )
         known = {key: _outcome(result) for key, result in stock.items()}
-        in_place: list[tuple[Contender, Any]] = []
+        on_device: list[tuple[Contender, Any]] = []
         for contender in plan.contenders:
             outcome = _outcome(running[contender])
-            measured = known[contender.kind, "fetch", True] if contender.promise == ROUNDING else None
+            measured = known[contender.kind, "host", True] if contender.promise == ROUNDING else None
             yield compare_row(plan, contender, outcome, known[_reference(contender)], measured)
-            if contender.decode == "in_place":
-                in_place.append((contender, outcome))
-        yield from agreement_rows(in_place)
+            if contender.decode == "device" and contender.promise == ROUNDING:
+                on_device.append((contender, outcome))
+        for kind in kinds:
+            yield from agreement_rows([one for one in on_device if one[0].kind == kind])
 
 
 def _reference(contender: Contender) -> tuple[str, str, bool]:
-    """Returns the stock engine to compare a contender with: the one with the same mode of graphs."""
-    return contender.kind, contender.decode, contender.eager
+    """Returns the stock engine to compare a contender with: the one with the same mode of graphs, if it has graphs."""
+    return contender.kind, "host" if contender.eager else contender.decode, contender.eager
 
 
 def _rounds(plan: Plan, kind: str) -> bool:
@@ -227,6 +232,8 @@ def compare_row(plan: Plan, contender: Contender, ours: Any, stock: Any, eager: 
         "runner": ours["runner"], "graphs": [ours["graphs"], stock["graphs"]], "kernels": ours["kernels"],
         "cache": {key: value for key, value in ours["cache"].items() if value},
     }  # fmt: skip
+    if contender.decode == "device" and not ours["on_device"]:
+        return Row(CORRECTNESS, what, "the host decided", "", verdict(False), details)
     if ours["kernels"] != stock["kernels"]:
         return Row(CORRECTNESS, what, f"runs {ours['kernels']}, stock {stock['kernels']}", "", verdict(False), details)
     compared = ("alone", "together") if stock["repeats"] else ("alone",)
@@ -253,23 +260,23 @@ def compare_row(plan: Plan, contender: Contender, ours: Any, stock: Any, eager: 
     return Row(CORRECTNESS, what, figure, f"<= {limit:.4f} nats", verdict(apart <= limit and again), details)
 
 
-def agreement_rows(in_place: list[tuple[Contender, Any]]) -> Iterator[Row]:
-    """Checks that engines that read in place give the same bits at different residencies, each run twice."""
-    engines = [engine for _, engine in in_place]
+def agreement_rows(on_device: list[tuple[Contender, Any]]) -> Iterator[Row]:
+    """Checks that engines whose GPU decides give the same bits at different residencies, each run twice."""
+    engines = [engine for _, engine in on_device]
     if len(engines) < 2:
         return
-    shares = " and ".join(f"{contender.resident:.0%}" for contender, _ in in_place)
-    what = f"{in_place[0][0].kind} in place, {shares} resident: the same bits, twice"
+    shares = " and ".join(f"{contender.resident:.0%}" for contender, _ in on_device)
+    what = f"{on_device[0][0].kind} decided on the device, {shares} resident: the same bits, twice"
     failures = [engine for engine in engines if isinstance(engine, EngineFailed)]
     if failures:
         yield Row(CORRECTNESS, what, str(failures[0])[:160], "", NOT_RUN)
         return
     runs = [engine[key] for engine in engines if "forced" in engine for key in ("forced", "forced_again")]
-    read = min(engine["cache"].get("in_place", 0) for engine in engines)
-    met = len(runs) == 2 * len(engines) and all(run == runs[0] for run in runs) and read > 0
+    loaded = min(engine["on_device"] and engine["cache"].get("misses", 0) for engine in engines)
+    met = len(runs) == 2 * len(engines) and all(run == runs[0] for run in runs) and loaded > 0
     same = sum(run == runs[0] for run in runs)
-    figure = f"{same} of {2 * len(engines)} runs, {read:.0f} experts read in place"
-    yield Row(CORRECTNESS, what, figure, "all, and some read", verdict(met))
+    figure = f"{same} of {2 * len(engines)} runs, {loaded:.0f} experts loaded"
+    yield Row(CORRECTNESS, what, figure, "all, and some loaded", verdict(met))
 
 
 def _until_differs(tokens: list[int], expected: list[int]) -> int:

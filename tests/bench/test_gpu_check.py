@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from vllm_adapmoe.device.addresses import AddressTable
 
 from benchmarks.gpu_check import (
     check,
+    device_rows,
     engines,
-    in_place_rows,
     kernel_rows,
     published,
     records,
@@ -28,12 +27,15 @@ from benchmarks.gpu_check import (
 )
 from benchmarks.gpu_check.__main__ import main, run
 from benchmarks.gpu_check.decode import Limits, check_decode
+from benchmarks.gpu_check.decoding import Inputs, OnDevice
 from benchmarks.gpu_check.device import Device
 from benchmarks.gpu_check.engine_process import MARK, SPEED, EngineFailed, EngineProcess
 from benchmarks.gpu_check.report import MET, MISSED, NOT_RUN, SKIPPED, Result, Row, attempt, failed, render
 from benchmarks.gpu_check.routing import curves, draw_tokens
 from benchmarks.gpu_check.shapes import MIXTRAL, QWEN3, Shape
 from vllm_adapmoe.cache.manager import ExpertCacheManager
+from vllm_adapmoe.device import fetch
+from vllm_adapmoe.device.decode import DeviceDecode
 from vllm_adapmoe.integration.compat import runs_quantised_experts
 from vllm_adapmoe.policy.cache_setup import CacheSetup
 
@@ -56,19 +58,22 @@ def test_all_of_it(tmp_path):
     spec = check.CheckSpec(shapes=(TINY,), dtype=torch.float16, seed=7, batches=(1, 4), warm=1, tokens=2)
     rows = [row for part in check.run_check(CPU, spec) for row in part]
     assert {row.section for row in rows} == {"correctness", "copies", "decode", "vllm"}
-    assert [row.verdict for row in rows if row.section == "correctness"] == [MET] * 6
+    assert [row.verdict for row in rows if row.section == "correctness"] == [MET] * 7
     assert [row.section for row in rows if row.verdict in (NOT_RUN, SKIPPED)] == ["vllm"]
     assert not failed(rows)
     decoded = [row.details for row in rows if "per_token" in row.details]
-    assert len(decoded) == 3 * (4 + 2)
+    assert len(decoded) == 3 * (4 + 4)
     assert all(len(one["seconds"]) == 2 and one["floor_seconds"] > 0 for one in decoded)
     (slots,) = (row.details for row in rows if "slots hold" in row.what)
     assert slots["misses"] > slots["slots"], "slots were refilled"
-    (in_place,) = (row.details for row in rows if "in place, in a graph, has" in row.what)
-    assert in_place["in_place"] > in_place["caught_up"] > 0 and in_place["hits"] > 0
-    assert any(one["per_token"]["in_place"] for one in decoded)
+    (on_device,) = (row.details for row in rows if "on the device, in a graph, has" in row.what)
+    assert on_device["misses"] > 0 and on_device["hits"] > on_device["prefetch_hits"] > 0
+    (asking,) = (row.details for row in rows if "the GPU asking" in row.what)
+    assert asking["misses"] == 0 and len(asking["seconds"]["asking"]) == 2
+    hits, misses = (row.details for row in rows if "deciding one layer" in row.what and row.details["hits"] in (0, 2))
+    assert (hits["misses"], misses["misses"]) == (2, 0), "of two experts"
     lines = render(rows, "title").splitlines()
-    assert len(lines) == len(rows) + 4 and "kernel, slots and host mixed" in lines[4]
+    assert len(lines) == len(rows) + 4 and "half of them fetched by the GPU" in lines[4]
     path = tmp_path / "result.json"
     result = Result(path, "title", {"command": "this", "device": {"name": "cpu"}}, 7)
     result.add(rows[:3])
@@ -88,7 +93,7 @@ def test_few_layers_fit_and_experts_share_records():
     assert "2 of 3 layers, 16 experts" in rows[0].what and "sharing 5 host records" in rows[0].figure
     assert rows[0].details["layers_of_the_model"] == 3
     late = list(check_decode(TINY, CPU, torch.float16, 1, replace(limits, ends=time.monotonic())))
-    assert [row.figure for row in late if row.verdict == NOT_RUN] == ["out of time"] * 18
+    assert [row.figure for row in late if row.verdict == NOT_RUN] == ["out of time"] * 24
     no_room = attempt("decode", "tiny", lambda: check_decode(TINY, CPU, torch.float16, 1, Limits(0, 0)))
     assert [(row.verdict, row.figure) for row in no_room] == [
         (NOT_RUN, "MemoryError: no room for one layer of tiny and one record")
@@ -98,20 +103,23 @@ def test_few_layers_fit_and_experts_share_records():
 # Planted faults
 
 
-def test_two_addresses_swapped(monkeypatch):
-    def swapped(places, device):
-        return records.addresses([places[1], places[0], *places[2:]], device)
+def test_two_slots_exchanged(monkeypatch):
+    def exchanged(slots, device):
+        return records.map_of([slots[1], slots[0], *slots[2:]], device)
 
-    monkeypatch.setattr(kernel_rows, "addresses", swapped)
+    monkeypatch.setattr(kernel_rows, "map_of", exchanged)
     rows = list(kernel_rows.check_kernel(TINY, CPU, torch.float16, 3, (4,)))
     assert rows[0].verdict == MISSED and failed(rows)
+
+
+def kernel_rows_verdicts():
+    return [row.verdict for row in kernel_rows.check_kernel(TINY, CPU, torch.float16, 3, (16,))]
 
 
 def test_host_copy_of_another_expert(monkeypatch):
     put = records.PinnedRecords.put
     monkeypatch.setattr(records.PinnedRecords, "put", lambda self, index, weights: put(self, index ^ 2, weights))
-    rows = list(kernel_rows.check_kernel(TINY, CPU, torch.float16, 3, (16,)))
-    assert [row.verdict for row in rows] == [MISSED, MISSED]
+    assert kernel_rows_verdicts() == [MISSED, MISSED]
 
 
 def test_one_byte_of_a_slot_is_wrong(monkeypatch):
@@ -132,21 +140,54 @@ def test_one_byte_of_a_slot_is_wrong(monkeypatch):
 
 
 def test_a_wave_reads_other_slots(monkeypatch):
-    right = slot_rows.slot_addresses
-    monkeypatch.setattr(slot_rows, "slot_addresses", lambda *args: [table.flip(0) for table in right(*args)])
+    def flipped(*args):
+        gate_up, down, row_of = right(*args)
+        return gate_up, down, row_of[:-1].flip(0)
+
+    right = slot_rows.slots_of
+    monkeypatch.setattr(slot_rows, "slots_of", flipped)
     assert next(slot_rows.check_waves(TINY, CPU, torch.float16, 3)).verdict == MISSED
 
 
-def test_in_place_reads_another_expert(monkeypatch):
-    table = AddressTable.publish
+def test_steps_on_the_device_read_other_slots(monkeypatch):
+    right = DeviceDecode.experts
+    monkeypatch.setattr(DeviceDecode, "experts", lambda self, *args: right(self, *args)[:-1].roll(1))
+    outputs, counters = device_rows.check_on_device(TINY, CPU, torch.float16, 3)
+    assert (outputs.verdict, counters.verdict) == (MISSED, MET)
 
-    def wrong(self, slots):
-        table(self, slots)
-        self.table[:, 1] = self.table[:, 1].roll(1, dims=1)
 
-    monkeypatch.setattr(AddressTable, "publish", wrong)
-    row = next(in_place_rows.check_in_place(TINY, CPU, torch.float16, 3))
-    assert row.verdict == MISSED
+def test_the_device_does_not_copy_what_it_misses(monkeypatch):
+    monkeypatch.setattr(fetch.Fetch, "__call__", lambda self, loads, kind: None)
+    outputs, _ = device_rows.check_on_device(TINY, CPU, torch.float16, 3)
+    assert outputs.verdict == MISSED
+    assert kernel_rows_verdicts() == [MISSED, MISSED]
+
+
+def test_the_device_decides_otherwise(monkeypatch):
+    """It forgets the predictions of one token in two: what it computes is right, and what it counts is not."""
+    step = OnDevice.replay_token
+
+    def forgetful(self, number):
+        self.inputs.ahead[number] = -1 if number % 2 else self.inputs.ahead[number]
+        return step(self, number)
+
+    replay = device_rows.replay
+    predictions = []
+
+    def remember(shape, tokens, *rest):
+        inputs = Inputs(shape, tokens, *rest)
+        predictions.append(inputs.ahead.clone())
+        return inputs
+
+    def with_all(controller, inputs):
+        inputs.ahead = predictions[0]
+        return replay(controller, inputs)
+
+    monkeypatch.setattr(OnDevice, "replay_token", forgetful)
+    monkeypatch.setattr(device_rows, "Inputs", remember)
+    monkeypatch.setattr(device_rows, "replay", with_all)
+    outputs, counters = device_rows.check_on_device(TINY, CPU, torch.float16, 3)
+    assert (outputs.verdict, counters.verdict) == (MET, MISSED) and "prefetches" in counters.figure
 
 
 def test_a_slot_is_refilled_too_early(monkeypatch):
@@ -184,7 +225,7 @@ def test_a_part_that_fails_leaves_the_others(monkeypatch):
 
 def test_only_the_parts_that_are_asked_for(monkeypatch, capsys):
     ran = []
-    for name in ("check_kernel", "check_slots", "check_waves", "check_refills", "check_in_place"):
+    for name in ("check_kernel", "check_slots", "check_waves", "check_refills", "check_on_device"):
         monkeypatch.setattr(check, name, lambda *args: ran.append("kernels") or [])
     for name in ("copies", "decode"):
         monkeypatch.setattr(check, f"check_{name}", lambda *args, name=name: ran.append(name) or [])
@@ -327,7 +368,7 @@ class NoCuda(Device):
 
 def only_engines(monkeypatch, free_bytes: int = 64 << 30) -> list[Row]:
     """What the check says of engines on a device with so much memory, without its other parts."""
-    for name in ("check_kernel", "check_slots", "check_waves", "check_refills", "check_in_place", "check_copies",
+    for name in ("check_kernel", "check_slots", "check_waves", "check_refills", "check_on_device", "check_copies",
                  "check_decode"):  # fmt: skip
         monkeypatch.setattr(check, name, lambda *args: [])
     monkeypatch.setattr(NoCuda, "free_bytes", lambda self: free_bytes)
@@ -394,7 +435,7 @@ def said(tokens_of: list[int], logprobs: list[float], **others):
     answer = [(tokens_of, [[value, value, token] for token, value in zip(tokens_of, logprobs, strict=True)])]
     return {
         "runner": "V2", "graphs": "FULL", "kernels": ["TritonExperts"], "alone": answer, "together": answer,
-        "forced": answer, "forced_again": answer, "cache": {"in_place": 3.0}, "repeats": True,
+        "forced": answer, "forced_again": answer, "cache": {"misses": 3.0}, "repeats": True, "on_device": True,
     } | others  # fmt: skip
 
 
@@ -405,14 +446,17 @@ def judged(one: tokens.Contender, found, stock, noisy=None) -> str:
 
 def test_what_is_promised_of_engines():
     stock, logits = said([5, 6, 7], [-1.0, -2.0, -3.0]), [-1.0, -2.0, -3.001]
-    bits, graphs, waves, in_place = (
+    bits, graphs, waves, device = (
         tokens.Contender("bf16", 0.5, *rest)
         for rest in (
-            (tokens.SAME_BITS,), (tokens.ROUNDING, "fetch", False), (tokens.ROUNDING,),
-            (tokens.ROUNDING, "in_place", False),
+            (tokens.SAME_BITS,), (tokens.ROUNDING, "host", False), (tokens.ROUNDING,),
+            (tokens.ROUNDING, "device", False),
         )
     )  # fmt: skip
     assert judged(bits, stock, stock) == MET
+    eager = replace(bits, decode="device")
+    assert judged(eager, stock, stock) == MET and judged(eager, said([5, 6, 7], logits), stock) == MISSED
+    assert judged(eager, stock | {"on_device": False}, stock) == MISSED, "the host decided"
     assert judged(bits, said([5, 6, 7], logits), stock) == MISSED, "the last bit"
     assert judged(bits, said([5, 6, 7], [-1.0, -2.0, -3.0], kernels=["MarlinExperts"]), stock) == MISSED
     batch = {"together": said([5, 6, 8], [-1.0, -2.0, -3.0])["alone"]}
@@ -422,15 +466,15 @@ def test_what_is_promised_of_engines():
     assert judged(bits, said([5, 6, 7], logits), unsteady) == MISSED, "alone they do not"
     noisy = said([5, 6, 7], [-1.0, -2.0, -3.01])
     near, far = said([5, 6, 7], [-1.0, -2.005, -3.0]), said([5, 6, 7], [-1.0, -2.0, -3.05])
-    for one in (graphs, waves, in_place):
+    for one in (graphs, waves, device):
         assert judged(one, near, stock, noisy) == MET and judged(one, far, stock, noisy) == MISSED
         assert judged(one, said([5, 6, 7], [float("nan")] * 3), stock, noisy) == MISSED
-    for one in (graphs, waves, in_place):
+    for one in (graphs, waves, device):
         assert judged(one, near | {"forced_again": stock["alone"]}, stock, noisy) == MISSED, "not the same again"
-    one, two = tokens.CONTENDERS[7:9]
+    one, two = tokens.CONTENDERS[8:10]
     (row,) = tokens.agreement_rows([(one, stock), (two, stock)])
-    assert one.decode == two.decode == "in_place" and row.verdict == MET
-    for wrong in (near, stock | {"forced_again": near["alone"]}, stock | {"cache": {}}):
+    assert one.decode == two.decode == "device" and row.verdict == MET
+    for wrong in (near, stock | {"forced_again": near["alone"]}, stock | {"cache": {}}, stock | {"on_device": False}):
         assert [row.verdict for row in tokens.agreement_rows([(one, stock), (two, wrong)])] == [MISSED]
 
 

@@ -62,6 +62,7 @@ def main() -> None:
             "runner": "V2" if config.use_v2_model_runner else "V1",
             "graphs": str(config.compilation_config.cudagraph_mode),
             "kernels": engine.llm.collective_rpc(_kernels)[0],
+            "on_device": engine.llm.collective_rpc(_decides_on_device)[0],
             "alone": [_answers(engine, [prompt], spec.tokens)[0] for prompt in spec.prompts],
             "together": _answers(engine, spec.prompts, spec.tokens),
         }
@@ -113,6 +114,12 @@ def _kernels(worker: Any) -> list[str]:
     """Returns the class names of the kernels that the worker's MoE layers run."""
     modules = worker.model_runner.get_model().modules()
     return sorted({type(kernel_of(module)).__name__ for module in modules if isinstance(module, RoutedExperts)})
+
+
+def _decides_on_device(worker: Any) -> bool:
+    """Returns whether the GPU decides in decode steps which experts to load; not so in stock vLLM."""
+    steps = getattr(worker, "gpu_steps", None)
+    return steps is not None and steps.decode is not None
 
 
 def _add_noise(worker: Any, relative: float) -> None:
