@@ -111,9 +111,7 @@ def combine(kernels: ModuleType, begin_at: Callable[[int, int], None]) -> tuple[
     return out[token, -block:], 0.5 * outputs[token, -block:]
 
 
-def late_slot(
-    kernels: ModuleType, shape: tuple[int, int], run: Callable[[torch.Tensor, torch.Tensor], None]
-) -> torch.Tensor:
+def late_slot(shape: tuple[int, int], run: Callable[[torch.Tensor, torch.Tensor], None]) -> torch.Tensor:
     """A pool of 2048 elements a slot with other values in the late slot and the second; returns those of the late."""
     pool = reserve(LATE_SLOT + 1, *shape)
     pool[LATE_SLOT], pool[1] = drawn(*shape, seed=8), drawn(*shape, seed=9)
@@ -128,11 +126,10 @@ def gate_and_up_of_a_late_slot(
     sizes = TILE | {"PAIRS": 1}
 
     def run(pool: torch.Tensor, row_of: torch.Tensor) -> None:
-        kernels._gate_and_up[(1, 1)](
-            x, torch.zeros(1, dtype=torch.int32), row_of, pool, out, 1, 32, 32, 1, 32, 2048, **sizes
-        )
+        ids = torch.zeros(1, dtype=torch.int32)
+        kernels._gate_and_up[(1, 1)](x, ids, row_of, pool, out, 1, 32, 32, 1, 32, 2048, **sizes)
 
-    weight = late_slot(kernels, (64, 32), run)
+    weight = late_slot((64, 32), run)
     gate, up = (x.float() @ weight.T).chunk(2, 1)
     return out, torch.nn.functional.silu(gate) * up
 
@@ -144,7 +141,7 @@ def down_of_a_late_slot(kernels: ModuleType, begin_at: Callable[[int, int], None
     def run(pool: torch.Tensor, row_of: torch.Tensor) -> None:
         kernels._down[(1, 2)](activated, torch.zeros(1, dtype=torch.int32), row_of, pool, out, 1, 64, 32, 2048, **sizes)
 
-    return out, activated.float() @ late_slot(kernels, (64, 32), run).T
+    return out, activated.float() @ late_slot((64, 32), run).T
 
 
 def fetched(kernels: ModuleType, begin_at: Callable[[int, int], None]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -191,10 +188,24 @@ def test_a_product_in_32_bits(run, wide, begin_at, tmp_path):
     """Planted: its result is another one."""
     source = Path(expert_kernel.__file__).read_text()
     assert wide in source
-    faulty = tmp_path / "faulty.py"
-    faulty.write_text(re.sub(r"(?<!\w)" + re.escape(wide), wide.replace(".to(tl.int64)", ""), source))
-    spec = importlib.util.spec_from_file_location("faulty", faulty)
+    faulty = re.sub(r"(?<!\w)" + re.escape(wide), wide.replace(".to(tl.int64)", ""), source)
+    assert not same(run(imported(faulty, tmp_path), begin_at))
+
+
+def test_a_slot_to_copy_to_in_32_bits(begin_at, tmp_path):
+    """Planted: the record arrives in another slot. Its factors are 64 bits in memory, so the product is cut here."""
+    source, wide = Path(fetch.__file__).read_text(), "tl.load(entry + 1) * size"
+    assert source.count(wide) == 1
+    module = imported(source.replace(wide, f"({wide}).to(tl.int32)"), tmp_path)
+    module.PROGRAMS = 1
+    assert not same(fetched(module, begin_at))
+
+
+def imported(source: str, folder: Path) -> ModuleType:
+    path = folder / "faulty.py"
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location("faulty", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert not same(run(module, begin_at))
+    return module
