@@ -20,7 +20,6 @@ class Held:
     pins: int
     speculative: bool = False
     near_certain: bool = False
-    backfill: bool = False
     cancelled: bool = False
 
 
@@ -32,7 +31,7 @@ def entries(pool: Residency) -> dict[ExpertKey, Held]:
     }
     for key, entry in pool.entries.items():
         assert key not in found and entry.state is not State.RESIDENT
-        flags = entry.speculative, entry.near_certain, entry.backfill, entry.cancelled
+        flags = entry.speculative, entry.near_certain, entry.cancelled
         found[key] = Held(entry.state, entry.slot, int(pool.pins[key]), *flags)
     assert all(pool.pins[key] == 0 for key in np.ndindex(pool.pins.shape) if key not in found)
     return found
