@@ -9,8 +9,8 @@ Each engine has a promise, which its row checks:
   splits the sum over the hidden size.
 - `ROUNDING`: in several waves, or with CUDA graphs, where the model is compiled in other pieces than stock's. A MoE
   layer's output then is the sum of the same products, rounded at other places: at most `ROUNDINGS` times, each by half
-  a unit in the last place. The allowed effect is measured on stock vLLM itself: each value of each MoE layer's output is
-  moved by the sum of these roundings, up or down at random, while the same tokens are forced. The mean change of the
+  a unit in the last place. The allowed effect is measured on stock vLLM itself: each value of each MoE layer's output
+  is moved by the sum of these roundings, up or down at random, while the same tokens are forced. The mean change of the
   log probabilities must not exceed the one measured, and a request alone must give the same bits again, from other
   slots. Tokens are no measure here: in a random model of this size, another attention kernel changes every fifth of
   them.
