@@ -47,8 +47,8 @@ def check_on_device(shape: Shape, device: Device, dtype: torch.dtype, seed: int)
         slots = on_device.decode.pools[0].download().slots
         on_device.give_back()  # the host evicts what is beyond its own share of the slots
         counted = _counters(cache.controller)
-        # The GPU uses all slots for everything, so the replay sets none aside for prefetches; and the cache counts bytes
-        # that are moved, which a record's padding is not.
+        # The GPU uses all slots for everything, so the replay sets none aside for prefetches. The cache counts bytes
+        # that are moved, without the padding of records.
         moved = replace(cache.controller.shape, expert_bytes=[cache.pools[0].record_bytes] * shape.layers)
         replayed = replay(CacheController(moved, replace(setup, lookahead=0)), inputs)
     finally:
