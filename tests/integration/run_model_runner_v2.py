@@ -16,10 +16,12 @@ from triton.backends import backends
 
 backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
 
+import pytest  # noqa: E402
 from vllm import SamplingParams  # noqa: E402
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput  # noqa: E402
 from vllm.v1.worker.cpu_worker import CPUWorker  # noqa: E402
 
+from tests.integration.played_gpu import interpret_kernels, play_gpu, stand_in  # noqa: E402
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy, prompts  # noqa: E402
 from vllm_adapmoe.integration.compat import requests_of_step  # noqa: E402
 from vllm_adapmoe.integration.measure.engine import Engine  # noqa: E402
@@ -55,8 +57,9 @@ def steps_of_a_made_up_request(worker):
 
 
 def warm_up(worker):
-    CPUWorker.compile_or_warm_up_model = steps_of_a_made_up_request
-    worker.compile_or_warm_up_model()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CPUWorker, "compile_or_warm_up_model", steps_of_a_made_up_request)
+        worker.compile_or_warm_up_model()
 
 
 model, profile = sys.argv[1:]
@@ -70,4 +73,16 @@ with Engine(model, VLLM_STEPS | {"cache_fraction": 0.5, "profile": profile}, **A
     results["stats"] = engine.cache_stats()
     results["runner"] = engine.llm.collective_rpc(lambda worker: type(worker.model_runner).__module__)[0]
     results["requests"] = engine.llm.collective_rpc(order_of_rows)[0]
+with pytest.MonkeyPatch.context() as patch:
+    stand_in(patch)
+    with Engine(model, None, **ARGS) as engine:
+        results["mapped"] = [tokens for tokens, _ in answers(engine, ASKED, PARAMS)]
+    play_gpu(patch)
+    interpret_kernels(patch)
+    with Engine(model, VLLM_STEPS | {"cache_fraction": 0.5, "store": "host", "decode": "device"}, **ARGS) as engine:
+        engine.llm.collective_rpc(warm_up)
+        results["gpu_warmed_up"] = engine.cache_stats()["misses"]
+        results["on_gpu"] = [tokens for tokens, _ in answers(engine, ASKED, PARAMS)]
+        results["gpu_stats"] = engine.cache_stats()
+        results["gpu_decided"] = engine.llm.collective_rpc(lambda worker: int(worker.gpu_steps.decode.owns))[0]
 print(json.dumps(results))

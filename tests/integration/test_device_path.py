@@ -8,8 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,18 +18,13 @@ from conftest import ROOT, TINY_MIXTRAL
 from vllm import SamplingParams
 from vllm.config import CompilationConfig, CUDAGraphMode
 from vllm.model_executor.layers.fused_moe import MoERunner
-from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
-from tests.integration import graph_recorder
+from tests.integration.played_gpu import interpret_kernels, play_gpu, stand_in
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy, prompts
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.device import claim as claiming
-from vllm_adapmoe.device import fetch as fetching
-from vllm_adapmoe.integration.entry import model_check
-from vllm_adapmoe.integration.layers import mapped_experts
 from vllm_adapmoe.integration.layers.cached_experts import padding_rows
 from vllm_adapmoe.integration.layers.graph_break import break_graph_at, graphs_in_pieces, graphs_without_host
-from vllm_adapmoe.integration.loading import host_room, layer_classes
+from vllm_adapmoe.integration.loading import host_room
 from vllm_adapmoe.integration.measure.engine import Engine
 from vllm_adapmoe.integration.worker import gpu_steps
 from vllm_adapmoe.store.host_memory import HostMemory
@@ -43,51 +36,9 @@ CONFIGS = ROOT / "configs"
 ARGS = ENGINE_ARGS | {"enforce_eager": True, "dtype": "float16"}
 
 
-def run_with_map(self: Any, output: torch.Tensor, hidden_states: torch.Tensor, **given: Any) -> None:
-    """Expert by expert; the kernel's map says which row of the weights it has, -1: none."""
-    tensors = [given[name] for name in ("w1", "w2", "topk_ids", "topk_weights", "expert_map")]
-    launch(run_experts, output, hidden_states, given["global_num_experts"], *tensors)
-
-
-def launch(kernel: Any, *args: Any) -> None:
-    """Launches a kernel that is no operation of PyTorch; a graph that is being captured holds it as one call."""
-    mode = torch.utils._python_dispatch._get_current_dispatch_mode()
-    if isinstance(mode, graph_recorder.Recorder):
-        mode.launch(kernel, *args)
-    else:
-        kernel(*args)
-
-
-def run_experts(
-    output: torch.Tensor, hidden_states: torch.Tensor, num_experts: int, w1: torch.Tensor, w2: torch.Tensor,
-    ids: torch.Tensor, weights: torch.Tensor, expert_map: torch.Tensor | None,
-) -> None:  # fmt: skip
-    rows = list(range(len(w1))) if expert_map is None else expert_map.tolist()
-    assert len(rows) == num_experts + (expert_map is not None)
-    total = torch.zeros(hidden_states.shape, dtype=torch.float32)
-    for expert in ids.unique().tolist():
-        if rows[expert] < 0:
-            continue
-        token, choice = (ids == expert).nonzero(as_tuple=True)
-        gate, up = (hidden_states[token].float() @ w1[rows[expert]].float().T).chunk(2, 1)
-        outputs = (torch.nn.functional.silu(gate) * up) @ w2[rows[expert]].float().T
-        total.index_add_(0, token, outputs * weights[token, choice].unsqueeze(1))
-    output.copy_(total)
-
-
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_moe, "cpu_prepack_moe_weight", lambda weight, isa: weight)
-    for cls in (cpu_moe.CPUUnquantizedExperts, cpu_moe.X86CPUUnquantizedExperts):
-        monkeypatch.setattr(cls, "apply", run_with_map)
-
-
 @pytest.fixture
 def as_on_gpu(monkeypatch):
-    stand_in(monkeypatch)
-    monkeypatch.setattr(mapped_experts, "takes_slots", lambda kernel: kernel.apply.__func__ is run_with_map)
-    monkeypatch.setattr(mapped_experts, "run_on_slots", lambda kernel, experts: None)
-    monkeypatch.setattr(layer_classes, "experts_base", lambda: mapped_experts.MappedExperts)
-    monkeypatch.setattr(model_check, "check_needs_no_gpu", lambda config: None)
+    play_gpu(monkeypatch)
 
 
 HALF = VLLM_STEPS | {"cache_fraction": 0.5, "store": "host"}
@@ -145,28 +96,9 @@ def tokens_of(outputs: list[Any]) -> list[list[int]]:
     return [tokens for tokens, _ in outputs]
 
 
-class Interpreted:
-    """A Triton kernel in the interpreter, which a graph that is being captured holds as one call."""
-
-    # A thread of its own: at the depth of the engine's calls, Python 3.11 may map and unmap memory with every call.
-    thread = ThreadPoolExecutor(1)
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-
-    def __getitem__(self, grid: Any) -> Any:
-        def run(*args: Any, **sizes: Any) -> None:
-            self.thread.submit(self.kernel[grid], *args, **sizes).result()
-
-        return lambda *args, **sizes: launch(partial(run, **sizes), *args)
-
-
 @pytest.fixture
 def interpreted(monkeypatch):
-    for module, name in ((claiming, "_claim"), (fetching, "_fetch")):
-        monkeypatch.setattr(module, name, Interpreted(getattr(module, name)))
-    monkeypatch.setattr(fetching, "PROGRAMS", 2)
-    monkeypatch.setattr(fetching, "CHUNK", 1 << 18)
+    interpret_kernels(monkeypatch)
 
 
 @pytest.mark.parametrize("gating", [{}, GATED], ids=["all-kept", "gated"])
@@ -308,4 +240,6 @@ def test_model_runner_v2():
     warmed_up = {name: value for name, value in results["warmed_up"].items() if name != "slots"}
     assert not any(warmed_up.values()), "steps of made-up requests count nowhere, and load nothing"
     assert results["stats"]["prefetch_hits"] > 0 and results["stats"]["demand_loads"] > 0
+    assert results["on_gpu"] == results["mapped"], "decode steps decided on the GPU: the same kernel's tokens"
+    assert results["gpu_warmed_up"] == 0 < results["gpu_stats"]["misses"] and results["gpu_decided"] > 0
     assert results["requests"] == [["b", 2, 1], ["c", 5, 1], ["a", 0, 3]], "decoding rows come first"
