@@ -161,6 +161,7 @@ def test_a_replay_counts_what_the_gpu_counts():
     decode.count()
     ours, replayed = vars(cache.stats), vars(alone.stats)
     moved = {"fetched_bytes", "wasted_bytes"}  # a worker does not move the padding of records
+    assert ours["stall_seconds"] == 0, "no fetch of the host tells how long one takes"
     assert {name: ours[name] for name in ours.keys() - moved} == {name: replayed[name] for name in ours.keys() - moved}
     assert ours["prefetch_hits"] > 0 and ours["prefetches_wasted"] > 0
     assert (
@@ -204,10 +205,12 @@ def test_the_host_may_request_nothing_while_the_gpu_decides():
 def test_warm_up_counts_nothing_and_its_experts_are_where_they_are():
     cache = open_cache([8, 6])
     decode = DeviceDecode(cache, TOP_K, 2, CPU)
-    run_step(decode, np.zeros((LAYERS, 1, TOP_K), int))
-    decode.restart_counters()
-    decode.give_back()
-    assert not any(vars(cache.stats).values()) and cache.num_resident == LAYERS
+    unused = [pool.policy.wait.copy() for pool in cache.controller.pools]
+    with decode.warm_up():
+        run_step(decode, np.zeros((LAYERS, 1, TOP_K), int))
+    assert not decode.owns and not any(vars(cache.stats).values()) and cache.num_resident == LAYERS
+    for pool, wait in zip(cache.controller.pools, unused, strict=True):
+        assert np.array_equal(pool.caught_up().wait, wait), "as if nothing had been used"
     cache.acquire(0, [0])
     assert cache.stats.hits == 1
     cache.close()

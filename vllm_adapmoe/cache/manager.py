@@ -368,13 +368,14 @@ class ExpertCacheManager:
                 self._demand_copies.finish(self.stats)
             return self.controller.settle()
 
-    def take_back(self, states: Sequence[GpuState]) -> None:
-        """Takes over what a GPU has decided since `lend`, one state for each pool."""
+    def take_back(self, states: Sequence[GpuState], uses: bool = True) -> None:
+        """Takes over what a GPU has decided since `lend`, one state for each pool; `uses`: the uses of experts, too."""
         for pool in self.pools:
             pool.mark_used()
         with self.transfers.lock:
             for residency, state in zip(self.controller.pools, states, strict=True):
-                residency.policy.adopt(state)
+                if uses:
+                    residency.policy.adopt(state)
                 residency.adopt(state.slots, state.free)
             self.transfers.resume()
 

@@ -93,14 +93,21 @@ class DeviceDecode:
         self.owns = False
         self.cache.take_back(states)
 
-    def restart_counters(self) -> None:
-        """Forgets what has been counted since `take`: vLLM's warm-up is no traffic."""
-        for pool in self.pools:
-            pool.counters.fill_(0)
-            pool.prefetched.fill_(0)
-        for seen in self._seen:
-            seen.fill(0)
-        self._counters.clear()
+    @contextmanager
+    def warm_up(self) -> Iterator[None]:
+        """Gives the GPU the cache for steps that are no traffic: what they use is not counted, and evicts nobody later.
+
+        The experts that they load stay, as if they had been loaded in advance.
+        """
+        self.give_back()
+        self.take()
+        try:
+            yield
+        finally:
+            states = [pool.download() for pool in self.pools]
+            self._counters.clear()
+            self.owns = False
+            self.cache.take_back(states, uses=False)
 
     @contextmanager
     def step(self, tokens: int, payload: Any) -> Iterator[None]:

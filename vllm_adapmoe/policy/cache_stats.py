@@ -30,7 +30,8 @@ class CacheStats:
     wasted_bytes: int = 0
     """Bytes of loads cancelled or failed, and of prefetches evicted before a layer requested the expert."""
     stall_seconds: float = 0.0
-    """Seconds that layers waited for experts, on the host or on the device."""
+    """Seconds that layers waited for experts, on the host or on the device; in steps that a GPU decides, the seconds
+    that the host's fetches have taken for as many bytes."""
     fetch_seconds: float = 0.0
     """Seconds with at least one transfer in flight: `fetched_bytes / fetch_seconds` is the bandwidth achieved. On a GPU
     at least that: the seconds of demand loads are added, though prefetches may be in flight meanwhile."""

@@ -190,6 +190,10 @@ class CacheController:
         prefetches, prefetch_hits, wasted = counted[:3].tolist()
         hits, misses = counted[3::2], counted[4::2]
         stats = self.stats
+        # A GPU does not tell how long it has waited: taken to be as long as the host's fetches of so many bytes.
+        seconds = stats.fetch_seconds / stats.fetched_bytes if stats.fetched_bytes else 0.0
+        stats.stall_seconds += int(misses.sum()) * nbytes * seconds
+        stats.fetch_seconds += (int(misses.sum()) + prefetches) * nbytes * seconds
         stats.hits += int(hits.sum())
         stats.misses += int(misses.sum())
         stats.prefetches += prefetches

@@ -20,7 +20,7 @@ from vllm_adapmoe.integration.worker.routers import Routers
 from vllm_adapmoe.integration.worker.step_recorder import StepRecorder
 from vllm_adapmoe.policy.expected_wait import UNIT
 from vllm_adapmoe.policy.prediction import PredictedExperts, predict_experts
-from vllm_adapmoe.prefetch.chances import MAX_PROB, MIN_PROB, chance_of_any
+from vllm_adapmoe.prefetch.chances import MAX_PROB, MIN_PROB, STEPS, chance_of_any
 from vllm_adapmoe.prefetch.request_experts import RequestExperts
 from vllm_adapmoe.scheduling.report import prompt_rows
 from vllm_adapmoe.simulate.trace import SAMPLE, sample_rows
@@ -257,7 +257,7 @@ class ExpertPredictor:
             unused = 1.0 - outputs[:, stack.width :].double().clamp(MIN_PROB, MAX_PROB)
             if padding is not None:
                 unused = unused.masked_fill(padding.unsqueeze(1), 1.0)
-            expected = ((1.0 - unused.prod(0)) * UNIT).int()
+            expected = (((1.0 - unused.prod(0)) * STEPS).round() * (UNIT / STEPS)).int()  # as `chance_of_any`
         if columns is not None:
             rank = outputs[:, columns]
             correction = self.routers.corrections[index + 1]

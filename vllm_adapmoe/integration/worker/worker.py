@@ -203,9 +203,8 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         """Lets vLLM warm up and capture graphs: on the GPU's own cache if it decides, else without any transfer."""
         decode = None if self.gpu_steps is None else self.gpu_steps.decode
         if decode is not None:
-            decode.take()
-            yield
-            decode.restart_counters()
+            with decode.warm_up():
+                yield
         elif self.expert_cache is not None:
             with self.expert_cache.quiet():
                 yield
