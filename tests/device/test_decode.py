@@ -190,9 +190,14 @@ def test_two_ranks_have_the_same_slots():
 
 
 def test_the_host_may_request_nothing_while_the_gpu_decides():
-    cache = open_cache([8, 6])
+    """And prefetches nothing: what is queued meanwhile would be lost in the GPU's answer."""
+    cache = open_cache([10, 6])
     decode = DeviceDecode(cache, TOP_K, 0, CPU)
     decode.take()
+    certain = PredictedExperts(np.array([[4, 5]] * 8), np.ones((8, 2), dtype=bool))
+    cache.prefetch(-1, None, {1: certain}.get)
+    cache.prefetch_first_layers(1000, ())
+    assert not cache.controller.pools[0].entries
     with pytest.raises(RuntimeError, match="the GPU decides"):
         cache.acquire(0, [1])
     decode.give_back()

@@ -22,6 +22,7 @@ from vllm.model_executor.layers.fused_moe import MoERunner
 from tests.integration.played_gpu import interpret_kernels, play_gpu, stand_in
 from tests.integration.scenarios import ENGINE_ARGS, VLLM_STEPS, answers, greedy, prompts
 from vllm_adapmoe.config import AdapMoEError
+from vllm_adapmoe.device import decode
 from vllm_adapmoe.integration.layers.cached_experts import padding_rows
 from vllm_adapmoe.integration.layers.graph_break import break_graph_at, graphs_in_pieces, graphs_without_host
 from vllm_adapmoe.integration.loading import host_room
@@ -102,16 +103,18 @@ def interpreted(monkeypatch):
 
 
 @pytest.mark.parametrize("gating", [{}, GATED], ids=["all-kept", "gated"])
-def test_decided_on_the_gpu(as_on_gpu, interpreted, gating):
+def test_decided_on_the_gpu(as_on_gpu, interpreted, monkeypatch, gating):
     """Prompts by the host, decode steps by the GPU: every bit as with the host alone."""
+    monkeypatch.setattr(decode, "MAX_TOKENS", 3)
     with Engine(TINY_MIXTRAL, HALF | gating | {"decode": "host"}, **ARGS) as engine:
         expected, by_host = short(engine), engine.cache_stats()
     with Engine(TINY_MIXTRAL, HALF | gating | {"decode": "device"}, **ARGS) as engine:
         assert short(engine) == expected
         stats = engine.cache_stats()
         assert short(engine) == expected, "the second time others are resident"
+        assert short(engine) == expected, "and prompts come after steps of the GPU"
     assert stats["hits"] + stats["misses"] == by_host["hits"] + by_host["misses"]
-    assert stats["prefetches"] > 0 and 0 < stats["resident"] <= 48
+    assert stats["prefetches"] > 0 and 0 < stats["resident"] <= 48 and stats["stall_seconds"] > 0
     for name in ("gated_tokens", "kept_experts"):
         assert stats[name] == by_host[name], "counted when the step has run"
     assert stats["loss_spent"] == pytest.approx(by_host["loss_spent"], rel=1e-2)

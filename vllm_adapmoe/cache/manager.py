@@ -82,6 +82,8 @@ class ExpertCacheManager:
             for layout, residency in zip(layouts, controller.pools, strict=True)
         ]
         self.closed = False
+        self.lent = False
+        """Whether a GPU decides: between `lend` and `take_back`."""
         self._demand_copies = DemandCopies(device) if device.type == "cuda" else None
         self._use_controller(controller, link_gbps)
 
@@ -366,6 +368,7 @@ class ExpertCacheManager:
             transfers.drain()
             if self._demand_copies is not None:
                 self._demand_copies.finish(self.stats)
+            self.lent = True
             return self.controller.settle()
 
     def take_back(self, states: Sequence[GpuState], uses: bool = True) -> None:
@@ -377,6 +380,7 @@ class ExpertCacheManager:
                 if uses:
                     residency.policy.adopt(state)
                 residency.adopt(state.slots, state.free)
+            self.lent = False
             self.transfers.resume()
 
     def count_on_device(self, pool: int, counted: np.ndarray, residents: np.ndarray) -> None:
@@ -387,14 +391,18 @@ class ExpertCacheManager:
     def prefetch(
         self, layer: int, routing: tuple[np.ndarray, np.ndarray] | None, predict_experts: PredictExperts
     ) -> None:
-        """Records routing and queues prefetches (`CacheController.prefetch`)."""
+        """Records routing and queues prefetches (`CacheController.prefetch`); not while a GPU decides."""
+        if self.lent:
+            return
         with self.transfers.lock:
             self.transfers.check()
             self.transfers.speculate(self.controller.prefetch(layer, routing, predict_experts))
         self._speculate_inline()
 
     def prefetch_first_layers(self, prompt_tokens: int, chances: Sequence[np.ndarray]) -> None:
-        """Queues prefetches for a step that is about to run (`CacheController.prefetch_first_layers`)."""
+        """Queues prefetches for a step about to run (`CacheController.prefetch_first_layers`); not for a GPU's."""
+        if self.lent:
+            return
         with self.transfers.lock:
             self.transfers.check()
             self.transfers.speculate(self.controller.prefetch_first_layers(prompt_tokens, chances))

@@ -77,17 +77,25 @@ class GpuSteps:
         top_k = max(layer.top_k for layer in layers)
         return cls(layers, cache, None, DeferredRouting(len(layers), MAX_TOKENS, top_k, device))
 
+    def decides(self, tokens: int) -> bool:
+        """Returns whether the GPU decides in a step of `tokens` tokens."""
+        return self.decode is not None and tokens <= self.decode.max_tokens and self.layers[0].probe is None
+
+    def prepare(self, tokens: int) -> None:
+        """Hands the cache to the host if it decides in the next step, before that prefetches anything."""
+        if not self.decides(tokens):
+            self.give_back()
+
     @contextmanager
     def step(self, tokens: int, current: CurrentStep) -> Iterator[None]:
         """Surrounds the launch of a step of `tokens` tokens."""
         decode = self.decode
-        if decode is not None and tokens <= decode.max_tokens and self.layers[0].probe is None:
+        if decode is not None and self.decides(tokens):
             requests: Requests = []
             with decode.step(tokens, requests):
                 yield
                 requests += current.requests()
             return
-        self.give_back()
         self.routing.layers.clear()  # drop entries of graph capture
         yield
         if self.routing.layers:  # layers that were fully resident

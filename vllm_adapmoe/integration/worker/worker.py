@@ -230,6 +230,7 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         self._check_weights()
         if self.gpu_steps is not None:
             self.gpu_steps.drain_finished(predictor)
+            self.gpu_steps.prepare(step.tokens)
         if step.rows and predictor is not None:
             predictor.begin_step(step.rows)
         self._awaits_logits = bool(step.rows)
