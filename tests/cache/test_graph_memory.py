@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from vllm_adapmoe.config import AdapMoEConfig
 from vllm_adapmoe.device.deferred import DeferredRouting
+from vllm_adapmoe.device.residency import DeviceResidency
 from vllm_adapmoe.integration.worker.gate_stack import GateStack
 from vllm_adapmoe.integration.worker.gate_trial import LinearGate
 from vllm_adapmoe.planning.graph_memory import (
@@ -21,6 +22,8 @@ from vllm_adapmoe.planning.graph_memory import (
     graph_bytes,
 )
 from vllm_adapmoe.planning.slot_budget import DeviceMemory, ExpertShape, activation_bytes, choose_slots, token_bytes
+from vllm_adapmoe.policy.eviction import NextUse
+from vllm_adapmoe.policy.residency import Residency
 from vllm_adapmoe.units import GiB
 
 SIZES = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
@@ -72,7 +75,11 @@ def test_the_cache_itself_takes_what_its_tensors_take():
         taken += stack.weight.nbytes + stack.bias.nbytes
     routing = DeferredRouting(layers, tokens, top_k, cpu)
     taken += routing.ids.nbytes + routing.costs.nbytes
-    taken += torch.empty(2, layers, experts, dtype=torch.int64).nbytes  # AddressTable.table
+    state = DeviceResidency(
+        Residency(4, 0, NextUse(layers, experts)), torch.zeros(layers, experts, dtype=torch.int64), cpu
+    )
+    tables = (state.records, state.slot_of[:, :-1], state.quick, state.slow, state.wait, state.prefetched)
+    taken += sum(table.numel() * table.element_size() for table in tables)
     sizes = {"layers": layers, "experts": experts, "top_k": top_k, "hidden": hidden}
     assert bookkeeping_bytes(**sizes, tokens=tokens, gates_ahead=ahead, heads=True, first_head=True) == taken
     assert bookkeeping_bytes(**sizes, tokens=0, gates_ahead=0, heads=False, first_head=False) == 0

@@ -61,8 +61,8 @@ class Pair:
         assert np.array_equal(self.device.best_wait.numpy()[best >= 0], wait[best >= 0])
         assert self.device.count.tolist() == pool.count
         counters = self.device.counters.tolist()
-        assert counters[:3] == [stats.prefetches, stats.prefetch_hits, stats.prefetches_wasted]
-        assert counters[3::2] == self.controller.layer_hits and counters[4::2] == self.controller.layer_misses
+        assert counters[:4] == [stats.prefetches, stats.prefetch_hits, stats.prefetches_wasted, 0]
+        assert counters[4::2] == self.controller.layer_hits and counters[5::2] == self.controller.layer_misses
         assert not self.device.slot_of[:, -1].add(1).any(), "dropped pairs have no row"
 
 

@@ -221,6 +221,32 @@ def test_warm_up_counts_nothing_and_its_experts_are_where_they_are():
     cache.close()
 
 
+def test_experts_without_a_slot_end_the_engine():
+    """Which `max_tokens` prevents: nothing is written where no slot is, and the host is told."""
+    cache = open_cache([4, 6], 0)
+    decode = DeviceDecode(cache, TOP_K, 0, CPU)
+    (slots,) = cache.pool(0).tensors.values()
+    decode.take()
+    decode.experts(0, torch.arange(EXPERTS, dtype=torch.int32), None, None)
+    assert sorted(slots[:, 0].tolist()) == [10, 11, 12, 13], "experts of the first layer, and nothing else"
+    decode._copy_counters()
+    with pytest.raises(RuntimeError, match="more experts of pool 0 than it has slots"):
+        decode.count()
+    cache.close()
+
+
+def test_slots_that_were_given_up_make_steps_smaller():
+    cache = open_cache([12, 6], 0)
+    decode = DeviceDecode(cache, TOP_K, 0, CPU)
+    assert decode.max_tokens == 64
+    shape = cache.controller.shape
+    cache.resize(CacheController(shape, CacheSetup([4, 6], "next_use")), None)
+    decode.rebuild()
+    assert decode.max_tokens == 2
+    run_step(decode, np.array([[[0, 1], [2, 3]]] * LAYERS))
+    cache.close()
+
+
 def test_steps_are_as_large_as_the_slots_allow():
     for slots, expected in (([6, 6], 64), ([5, 6], 2), ([3, 2], 1), ([6, 1], 0)):
         cache = open_cache(slots, 0)

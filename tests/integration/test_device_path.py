@@ -194,7 +194,10 @@ def test_graph_modes():
     for mode, (without_host, in_pieces) in modes.items():
         sizes = {"cudagraph_capture_sizes": [1, 8, 64, 128], "max_cudagraph_capture_size": 128}
         config = CompilationConfig(cudagraph_mode=mode, **sizes)
-        graphs_without_host(config, 64)
+        # Padded to the next piece's size, a step would have more rows than the GPU has room for.
+        assert graphs_without_host(config, 40) == (8 if mode == CUDAGraphMode.PIECEWISE else 40)
+        config = CompilationConfig(cudagraph_mode=mode, **sizes)
+        assert graphs_without_host(config, 64) == 64
         assert config.cudagraph_mode == without_host
         assert config.max_cudagraph_capture_size == (64 if without_host.has_full_cudagraphs() else 128)
         config = CompilationConfig(cudagraph_mode=mode, **sizes)

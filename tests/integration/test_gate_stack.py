@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import linear
 
 from vllm_adapmoe.integration.worker.gate_stack import GateStack
-from vllm_adapmoe.integration.worker.gate_trial import Unpredictable, try_gate
+from vllm_adapmoe.integration.worker.gate_trial import LinearGate, Unpredictable, try_gate
 from vllm_adapmoe.integration.worker.routers import ranges
 
 CPU = torch.device("cpu")
@@ -212,3 +212,15 @@ def test_a_trial_leaves_nothing_behind():
     assert torch.equal(sampled, torch.rand(5))
     assert router.calls == 0 and router.state_dict().keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in router.state_dict().items())
+
+
+def test_replaced_weights_are_copied_to_where_graphs_read_them():
+    gates = [LinearGate(torch.full((4, 3), float(value)), torch.zeros(3)) for value in (1, 2)]
+    old, new, wider = (
+        GateStack(some, None, 4, torch.device("cpu")) for some in ([gates[0], None], [gates[1], None], gates)
+    )
+    assert old.weight is not None and wider.weight is not None
+    address = old.weight.data_ptr()
+    assert old.follow(new)
+    assert old.weight.data_ptr() == address and (old.product(torch.ones(1, 4)) == 8).all()
+    assert not old.follow(wider) and (old.weight == 2).all()

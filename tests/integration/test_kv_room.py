@@ -87,16 +87,16 @@ SMALL = [size for size in SIZES if size <= 64]
     [
         ("NONE", False, "auto", []),
         ("FULL_AND_PIECEWISE", True, "auto", [CapturedGraphs(PIECES, 49, WHOLE, 48)]),
-        ("FULL_AND_PIECEWISE", False, "fetch", [CapturedGraphs(PIECES, 97, [], 48)]),
+        ("FULL_AND_PIECEWISE", False, "host", [CapturedGraphs(PIECES, 97, [], 48)]),
         (
             "FULL_AND_PIECEWISE", False, "auto",
             [CapturedGraphs(PIECES, 97, [], 48), CapturedGraphs(SMALL, 97, SMALL, 48)],
         ),
         ("FULL", True, "auto", [CapturedGraphs([], 0, SIZES, 48)]),
-        ("FULL", False, "fetch", [CapturedGraphs(PIECES, 97, [], 48)]),
-        ("FULL_DECODE_ONLY", False, "fetch", []),
+        ("FULL", False, "host", [CapturedGraphs(PIECES, 97, [], 48)]),
+        ("FULL_DECODE_ONLY", False, "host", []),
         ("FULL_DECODE_ONLY", False, "auto", [CapturedGraphs([], 0, SMALL, 48)]),
-        ("PIECEWISE", False, "fetch", [CapturedGraphs(PIECES, 97, [], 48)]),
+        ("PIECEWISE", False, "host", [CapturedGraphs(PIECES, 97, [], 48)]),
     ],
 )  # fmt: skip
 def test_which_graphs_are_captured(mode, resident, decode, expected):

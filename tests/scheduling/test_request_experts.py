@@ -43,7 +43,7 @@ def test_reuse_is_measured():
 
 
 def test_a_request_that_has_ended_does_not_come_back():
-    """Steps in place are told of when they have run: when their request may have ended."""
+    """Steps that a GPU decides are told of when they have run: when their request may have ended."""
     experts = RequestExperts(2, 4)
     experts.begin(["a", "b"])
     experts.record_used(0, np.array([[0, 1], [2, 3]]))

@@ -365,9 +365,13 @@ class ExpertCacheManager:
         transfers = self.transfers
         with transfers.lock:
             self._check_usable()
-            transfers.drain()
-            if self._demand_copies is not None:
-                self._demand_copies.finish(self.stats)
+            try:
+                transfers.drain()
+                if self._demand_copies is not None:
+                    self._demand_copies.finish(self.stats)
+            except BaseException:
+                transfers.resume()
+                raise
             self.lent = True
             return self.controller.settle()
 
@@ -431,7 +435,7 @@ class ExpertCacheManager:
         return experts
 
     def close(self) -> None:
-        """Ends the readers, and closes the store once no kernel reads it in place any more."""
+        """Ends the readers, and closes the store once no kernel reads it any more."""
         if not self.closed:
             self.closed = True
             self.transfers.close()

@@ -21,7 +21,7 @@ from vllm_adapmoe.policy.expected_wait import EVENT, UNIT
 
 NOBODY = tl.constexpr(-(1 << 62))
 """Wait of a layer without an evictable expert."""
-PREFETCHES, PREFETCH_HITS, WASTED = (tl.constexpr(place) for place in range(3))
+PREFETCHES, PREFETCH_HITS, WASTED, LOST = (tl.constexpr(place) for place in range(4))
 """Places of `COUNTERS`."""
 OF_LAYERS = tl.constexpr(len(COUNTERS))
 """Place of the first layer's hits."""
@@ -129,12 +129,19 @@ def _claim(
     record = tl.load(records + row, mask=mask, other=0)
     needed = ((_count(ids, pairs, PAIRS, EXPERT_BLOCK) > 0) & (record != 0)).to(tl.int32)
 
-    # The event's use, as the eviction policy records it.
+    # The event's use, as the eviction policy records it. With fewer experts than threads, several threads have the same
+    # expert: all of them have read what it was before one of them writes what it is.
     events = tl.load(scalars + 1)
+    slots = tl.load(slot_of + map_row, mask=mask, other=-1)
+    flags = tl.load(prefetched + row, mask=mask, other=0)
+    fast = tl.load(quick + row, mask=mask, other=0).to(tl.int64)
+    slower = tl.load(slow + row, mask=mask, other=0).to(tl.int64)
+    waits = tl.load(wait + row, mask=mask, other=0)
+    tl.debug_barrier()
     if BY_DISTANCE:
         used = needed.to(tl.int64)
-        fast = _next_rate(tl.load(quick + row, mask=mask, other=0).to(tl.int64), used, quick_rate, UNIT)
-        slower = _next_rate(tl.load(slow + row, mask=mask, other=0).to(tl.int64), used, slow_rate, UNIT)
+        fast = _next_rate(fast, used, quick_rate, UNIT)
+        slower = _next_rate(slower, used, slow_rate, UNIT)
         tl.store(quick + row, fast.to(tl.int32), mask=mask)
         tl.store(slow + row, slower.to(tl.int32), mask=mask)
         chance = _use_chance(fast, slower, weight, floor, UNIT)
@@ -143,16 +150,14 @@ def _claim(
             chance = tl.maximum(_mixed_chance(chance, predicted, share, UNIT), floor)
         waits = _expected_wait(chance, LAYERS, EVENT, UNIT)
     else:
-        waits = tl.load(wait + row, mask=mask, other=0)
         waits = tl.where(needed != 0, -events, waits)
     tl.store(wait + row, waits, mask=mask)
 
     # Hits and misses.
-    slots = tl.load(slot_of + map_row, mask=mask, other=-1)
     hit = needed * (slots >= 0).to(tl.int32)
     num_hits = tl.sum(hit, 0)
     num_missing = tl.sum(needed, 0) - num_hits
-    was_prefetched = tl.load(prefetched + row, mask=mask, other=0) * hit
+    was_prefetched = flags * hit
     tl.store(prefetched + row, 0, mask=mask & (hit != 0))
     place = counters + OF_LAYERS + layer * 2
     tl.store(place, tl.load(place) + num_hits)
@@ -171,6 +176,7 @@ def _claim(
     best = tl.where(index == layer, own_best, best)
     best_wait = tl.where(index == layer, own_wait, best_wait)
     missing = needed * (slots < 0).to(tl.int32)
+    lost = 0
     tl.debug_barrier()
     for number in range(num_missing):
         chosen = tl.min(tl.where(missing != 0, expert, EXPERT_BLOCK), 0)
@@ -183,8 +189,10 @@ def _claim(
         tl.store(loads + 2 * number + 1, slot.to(tl.int64))
         tl.store(slot_of + layer.to(tl.int64) * (EXPERTS + 1) + chosen, slot)
         count = tl.where(index == layer, count + 1, count)
+        lost += (slot < 0).to(tl.int32)
         missing = tl.where(expert == chosen, 0, missing)
     tl.store(num_loads, num_missing)
+    tl.store(counters + LOST, tl.load(counters + LOST) + lost)
 
     # Prefetches for the next layer: those that most tokens are predicted to use, over slots of less value.
     num_ahead = 0

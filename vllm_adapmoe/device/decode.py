@@ -12,7 +12,7 @@ from vllm_adapmoe.cache.host_copy import HostCopy
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.device import MAX_TOKENS
 from vllm_adapmoe.device.deferred import DeferredRouting
-from vllm_adapmoe.device.residency import DeviceResidency, Loads
+from vllm_adapmoe.device.residency import COUNTERS, DeviceResidency, Loads
 from vllm_adapmoe.store.base import ExpertStore
 
 DEMAND, AHEAD = 0, 1
@@ -40,6 +40,7 @@ class DeviceDecode:
 
         self._claim, self._fetch_class = claim, Fetch
         self.cache, self.device, self.max_ahead = cache, device, max_ahead
+        self.top_k = top_k
         self.max_tokens = max_tokens(cache, top_k)
         """Maximum tokens of a step: as many as their experts have slots for."""
         self.routing = DeferredRouting(cache.store.num_layers, self.max_tokens, top_k, device)
@@ -58,6 +59,7 @@ class DeviceDecode:
         """Allocates the state on the device: at the start, and after the pools' slots were replaced."""
         cache, store = self.cache, self.cache.store
         assert not self.owns
+        self.max_tokens = min(self.max_tokens, max_tokens(cache, self.top_k))
         addresses = record_addresses(store)
         pool_of = np.array(cache.pool_of_layer)
         self.pools = [
@@ -101,13 +103,11 @@ class DeviceDecode:
         """
         self.give_back()
         self.take()
-        try:
-            yield
-        finally:
-            states = [pool.download() for pool in self.pools]
-            self._counters.clear()
-            self.owns = False
-            self.cache.take_back(states, uses=False)
+        yield  # after an error vLLM does not start, and the cache stays where it is
+        states = [pool.download() for pool in self.pools]
+        self._counters.clear()
+        self.owns = False
+        self.cache.take_back(states, uses=False)
 
     @contextmanager
     def step(self, tokens: int, payload: Any) -> Iterator[None]:
@@ -119,6 +119,7 @@ class DeviceDecode:
             yield
         finally:
             self.running = False
+            self._join()  # after an error within the step, prefetches may be in flight
         self.routing.close_step(tokens, payload, list(range(self.cache.store.num_layers)))
         self._copy_counters()
 
@@ -138,6 +139,8 @@ class DeviceDecode:
         """
         index = self.cache.pool_of_layer[layer]
         pool, fetch = self.pools[index], self._fetches[index]
+        if expected is not None and len(expected) < pool.wait.shape[1]:
+            expected = torch.nn.functional.pad(expected, (0, pool.wait.shape[1] - len(expected)))
         self._join()
         self._claim(pool, self._loads, layer, ids, expected, ahead_ids, self.max_ahead)
         fetch(self._loads, DEMAND)
@@ -176,7 +179,12 @@ class DeviceDecode:
             copy.wait()
         for index, seen in enumerate(self._seen):
             counters, residents = (tensor.numpy() for tensor in copy.tensors[2 * index : 2 * index + 2])
-            self.cache.count_on_device(index, counters - seen, residents)
+            if counters[len(COUNTERS) - 1]:
+                raise RuntimeError(
+                    f"a step needed more experts of pool {index} than it has slots: tokens are wrong; set decode=host"
+                )
+            counted = np.delete(counters - seen, len(COUNTERS) - 1)
+            self.cache.count_on_device(index, counted, residents)
             seen[:] = counters
 
 

@@ -33,7 +33,9 @@ def _fetch(entries, count, pieces, PIECES: tl.constexpr, PROGRAMS: tl.constexpr,
             entry = entries + 2 * (number // chunks)
             start = (number % chunks) * CHUNK
             source = tl.load(entry) + offset + start
-            target = slots + tl.load(entry + 1) * size + start
+            slot = tl.load(entry + 1)
+            target = slots + slot * size + start
+            length = tl.where(slot < 0, 0, size)  # of an expert without a slot nothing: the host ends the engine
             if size % 16 == 0:
                 # A pointer that comes out of memory has no known alignment, and would be read two bytes at a time. The
                 # hint has to be on the pointer: on the integer it is lost.
@@ -41,11 +43,11 @@ def _fetch(entries, count, pieces, PIECES: tl.constexpr, PROGRAMS: tl.constexpr,
                 wide_target = tl.multiple_of(target.to(tl.pointer_type(tl.int32)), 16)
                 line = tl.arange(0, CHUNK // 16)[:, None]
                 word = line * 4 + tl.arange(0, 4)[None, :]
-                mask = (start + 16 * line < size) & (tl.arange(0, 4)[None, :] >= 0)
+                mask = (start + 16 * line < length) & (tl.arange(0, 4)[None, :] >= 0)
                 tl.store(wide_target + word, tl.load(wide_source + word, mask=mask), mask=mask)
             else:
                 byte = tl.arange(0, CHUNK)
-                in_piece = start + byte < size
+                in_piece = start + byte < length
                 narrow = source.to(tl.pointer_type(tl.uint8))
                 tl.store(
                     target.to(tl.pointer_type(tl.uint8)) + byte, tl.load(narrow + byte, mask=in_piece), mask=in_piece

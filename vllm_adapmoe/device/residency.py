@@ -10,8 +10,8 @@ from vllm_adapmoe.experts import ExpertKey
 from vllm_adapmoe.policy.eviction import EvictionPolicy, NextUse
 from vllm_adapmoe.policy.residency import Residency
 
-COUNTERS = ("prefetches", "prefetch_hits", "prefetches_wasted")
-"""Counters of the pool, before those of the layers: their hits and misses in turn."""
+COUNTERS = ("prefetches", "prefetch_hits", "prefetches_wasted", "lost")
+"""Counters of the pool, before those of the layers: their hits and misses in turn. `lost`: experts without a slot."""
 
 
 class Loads:

@@ -87,8 +87,9 @@ def bookkeeping_bytes(
 ) -> int:
     """Returns the device memory of the cache's own tables, computed from their shapes.
 
-    These are the routing of a step that runs without the host (`DeferredRouting`), the addresses of two pieces of every
-    expert (`AddressTable`), and, for each layer, the gates of the following layers with their bias (`GateStack`).
+    These are the routing of a step that runs without the host (`DeferredRouting`), 32 bytes an expert for the residency
+    on the device (`DeviceResidency` of one pool), and, for each layer, the gates of the following layers with their
+    bias (`GateStack`).
 
     Args:
         layers: number of MoE layers.
@@ -101,7 +102,7 @@ def bookkeeping_bytes(
         first_head: a head predicts the first layer at the end of the previous step.
     """
     routing = layers * tokens * (4 * top_k + 8)
-    addresses = 2 * layers * experts * 8 if tokens else 0
+    residency = layers * experts * 32 if tokens else 0
     gates = sum(min(gates_ahead, layers - 1 - layer) for layer in range(layers))
     stacks = 4 * (hidden + 1) * experts * (gates + layers * heads + first_head)
-    return routing + addresses + stacks
+    return routing + residency + stacks

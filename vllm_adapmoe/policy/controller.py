@@ -73,6 +73,9 @@ class CacheController:
         self.stats = CacheStats()
         self.layer_hits, self.layer_misses = [0] * len(self.pool_of), [0] * len(self.pool_of)
         """Hits and misses of each layer, counted as in `stats`."""
+        self.device_bytes = 0
+        """Part of `stats.fetched_bytes` that a GPU has fetched by itself; likewise the next two."""
+        self.device_fetch_seconds = self.device_stall_seconds = 0.0
         self.staged: dict[ExpertKey, int] = {}
         """Bytes transferred for each staged expert, without the record's padding if the store does not transfer it."""
 
@@ -191,16 +194,21 @@ class CacheController:
         hits, misses = counted[3::2], counted[4::2]
         stats = self.stats
         # A GPU does not tell how long it has waited: taken to be as long as the host's fetches of so many bytes.
-        seconds = stats.fetch_seconds / stats.fetched_bytes if stats.fetched_bytes else 0.0
-        stats.stall_seconds += int(misses.sum()) * nbytes * seconds
-        stats.fetch_seconds += (int(misses.sum()) + prefetches) * nbytes * seconds
+        fetched, ours = stats.fetched_bytes - self.device_bytes, stats.fetch_seconds - self.device_fetch_seconds
+        seconds = ours / fetched if fetched > 0 else 0.0
+        demanded, moved = int(misses.sum()) * nbytes, (int(misses.sum()) + prefetches) * nbytes
+        stats.stall_seconds += demanded * seconds
+        stats.fetch_seconds += moved * seconds
+        self.device_stall_seconds += demanded * seconds
+        self.device_fetch_seconds += moved * seconds
+        self.device_bytes += moved
         stats.hits += int(hits.sum())
         stats.misses += int(misses.sum())
         stats.prefetches += prefetches
         stats.prefetch_hits += prefetch_hits
         stats.prefetches_wasted += wasted
         stats.wasted_bytes += wasted * nbytes
-        stats.fetched_bytes += (int(misses.sum()) + prefetches) * nbytes
+        stats.fetched_bytes += moved
         for layer in layers:
             self.layer_hits[layer] += int(hits[layer])
             self.layer_misses[layer] += int(misses[layer])

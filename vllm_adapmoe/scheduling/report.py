@@ -12,7 +12,8 @@ class StepTimes:
 
     `seconds` is from the first kernel of the step to its last, by the device's clock; the waits are the host's. A
     layer driven by the host waits for experts after it has read the routing, when the device has nothing left to run:
-    such a wait is idle time of the device too, and part of `seconds`. Steps that read experts in place do not wait.
+    such a wait is idle time of the device too, and part of `seconds`. In steps that a GPU
+    decides, they are estimated (`CacheStats.stall_seconds`), one or two steps late.
     """
 
     seconds: float

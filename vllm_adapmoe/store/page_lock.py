@@ -1,4 +1,4 @@
-"""Page-locked host memory, which a GPU can copy from at full speed and read in place."""
+"""Page-locked host memory, which a GPU can copy from at full speed, and whose kernels can read it."""
 
 import ctypes
 import logging

@@ -80,8 +80,8 @@ class Predictor(Protocol):
 
     def predict_on_device(
         self, index: int, x: torch.Tensor, padding: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Predicts without the host: chances of the layer's next event, and the experts of the next layer."""
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
+        """Predicts without the host: chances of the layer's next event, and experts of the next layer; None: failed."""
 
     def skip_first_layer(self) -> None:
         """Begins a step whose first layer ran without the host."""

@@ -104,8 +104,12 @@ def _entry_shared(
     return shared_output, output
 
 
-def graphs_without_host(config: CompilationConfig, max_tokens: int, in_pieces: bool = True) -> None:
-    """Configures full graphs for decode steps of at most `max_tokens`, and piecewise ones if `in_pieces`."""
+def graphs_without_host(config: CompilationConfig, max_tokens: int, in_pieces: bool = True) -> int:
+    """Configures full graphs for decode steps of at most `max_tokens`, and piecewise ones if `in_pieces`.
+
+    Returns:
+        Maximum tokens of a step that does not need the host: at most `max_tokens` when it is padded to a graph's size.
+    """
     if config.cudagraph_mode == CUDAGraphMode.FULL:  # would capture prompts, too
         config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
     if not in_pieces and config.cudagraph_mode.has_piecewise_cudagraphs():
@@ -115,6 +119,10 @@ def graphs_without_host(config: CompilationConfig, max_tokens: int, in_pieces: b
         sizes = [size for size in config.cudagraph_capture_sizes if size <= max_tokens]
         config.cudagraph_capture_sizes = sizes
         config.max_cudagraph_capture_size = max(sizes, default=0)
+    sizes = sorted(config.cudagraph_capture_sizes or ())
+    if config.cudagraph_mode != CUDAGraphMode.NONE and sizes and sizes[-1] > max_tokens:
+        return max((size for size in sizes if size <= max_tokens), default=0)
+    return max_tokens
 
 
 def graphs_in_pieces(config: CompilationConfig, in_pieces: bool = True) -> None:

@@ -139,7 +139,8 @@ class MappedExperts(CachedExperts):
         decode.routing.record(self.cache_layer, ids, costs)
         expected = ahead = None
         if self.predictor is not None:
-            expected, ahead = self.predictor.predict_on_device(self.cache_layer, x, padding_rows(context, len(x)))
+            predicted = self.predictor.predict_on_device(self.cache_layer, x, padding_rows(context, len(x)))
+            expected, ahead = predicted or (None, None)
         row_of = decode.experts(self.cache_layer, ids.contiguous(), expected, ahead)
         ids = torch.where(ids < 0, self.local_num_experts, ids)
         return self._run_mapped(x, weights, ids.to(topk_ids.dtype), row_of)

@@ -115,6 +115,9 @@ class ExpertPredictor:
         self.expected_at_start: np.ndarray | None = None
         """Experts that the step is expected to use, predicted before it begins."""
         self._corrections: dict[int, torch.Tensor] = {}
+        """Corrections of routers on the device, by layer."""
+        self._captured: list[GateStack] = []
+        """Stacks from before weights were replaced, whose memory CUDA graphs may read."""
         self._first_layer: HostCopy | None = None
         """First-layer prediction from the last step's hidden states, in flight to the host."""
 
@@ -143,14 +146,19 @@ class ExpertPredictor:
             self.stacks.append(GateStack([gates[target] for target in later], head, layer.hidden_size, device))
             gates.pop(index + 1, None)
         self.routers.report()
-        self._corrections.clear()
+        for target, tensor in self._corrections.items():
+            tensor.copy_(torch.from_numpy(np.asarray(self.routers.corrections[target])))
         self.first = None if self._first_head is None else torch.from_numpy(self._first_head).to(device)
 
     def follow_weights(self, dtype: torch.dtype, device: torch.device) -> None:
         """Reads the routers again after the model's weights have been replaced."""
         if not self.failed:
             self.routers.follow_weights()
+            before = self.stacks
             self.prepare(dtype, device)
+            # CUDA graphs hold the addresses of the tensors that they were captured with.
+            self.stacks = [old if old.follow(new) else new for old, new in zip(before, self.stacks, strict=True)]
+            self._captured += before
 
     def give_up(self, error: Exception) -> None:
         """Stops predicting and recording for good, and logs the error."""
@@ -232,6 +240,7 @@ class ExpertPredictor:
         planner = None if self.cache is None else self.cache.controller.planner
         return (planner is not None and bool(planner.pending[index])) or self._looks_ahead(index)
 
+    @_disabled_by_errors
     def predict_on_device(
         self, index: int, x: torch.Tensor, padding: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:

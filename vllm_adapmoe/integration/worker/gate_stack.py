@@ -43,6 +43,18 @@ class GateStack:
         self.weight = torch.cat(weights, 1).contiguous() if weights else None
         self.bias = torch.cat(biases) if biases else None
 
+    def follow(self, other: "GateStack") -> bool:
+        """Copies another stack's values into this one's tensors; returns False if shapes differ, and copies nothing."""
+        if self.slices != other.slices or self.width != other.width:
+            return False
+        pairs = [(self.weight, other.weight), (self.bias, other.bias)]
+        tensors = [(mine, theirs) for mine, theirs in pairs if mine is not None and theirs is not None]
+        if any(mine.shape != theirs.shape for mine, theirs in tensors) or len(tensors) % 2:
+            return False
+        for mine, theirs in tensors:
+            mine.copy_(theirs)
+        return True
+
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """Returns float32 `[tokens, width + the head's experts]`, on the device, for `x` `[tokens, hidden]`."""
         assert self.weight is not None and self.bias is not None

@@ -5,9 +5,10 @@ from contextlib import contextmanager
 from typing import Self
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import CompilationConfig, VllmConfig
 
 from vllm_adapmoe.cache.manager import ExpertCacheManager
+from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.device import MAX_TOKENS
 from vllm_adapmoe.device.decode import DeviceDecode
 from vllm_adapmoe.device.deferred import DeferredRouting
@@ -71,11 +72,26 @@ class GpuSteps:
         device = slots_device()
         decode = None if cache is None else choose_decode(config, vllm_config, layers, cache, device)
         if decode is not None:
-            graphs_without_host(compilation, decode.max_tokens, in_pieces)
+            decode.max_tokens = graphs_without_host(compilation, decode.max_tokens, in_pieces)
             return cls(layers, cache, decode, decode.routing)
         graphs_in_pieces(compilation, in_pieces)
         top_k = max(layer.top_k for layer in layers)
         return cls(layers, cache, None, DeferredRouting(len(layers), MAX_TOKENS, top_k, device))
+
+    def rebuild(self, compilation: CompilationConfig) -> None:
+        """Follows pools whose slots were replaced, before CUDA graphs are captured for serving.
+
+        Raises:
+            AdapMoEError: too few slots are left for the GPU to decide.
+        """
+        assert self.decode is not None
+        self.decode.rebuild()
+        self.decode.max_tokens = graphs_without_host(compilation, self.decode.max_tokens)
+        if not self.decode.max_tokens:
+            raise AdapMoEError(
+                "the slots left beside the KV cache are too few for decode=device, which needs one token's; lower "
+                "max_model_len, or set decode=host"
+            )
 
     def decides(self, tokens: int) -> bool:
         """Returns whether the GPU decides in a step of `tokens` tokens."""

@@ -181,7 +181,7 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         self._give_back()
         room = room_for_kv_cache(self._config, self.vllm_config, self._loading, self.expert_cache, available)
         if room != available and self.gpu_steps is not None and self.gpu_steps.decode is not None:
-            self.gpu_steps.decode.rebuild()
+            self.gpu_steps.rebuild(self.vllm_config.compilation_config)
         return room
 
     def compile_or_warm_up_model(self) -> Any:
@@ -275,8 +275,11 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         if self.expert_cache is None or not self._config.scheduler.enabled:
             return ()
         stats = self.expert_cache.update_stats()
-        (stall_seconds,) = self._since(stats, [stats.stall_seconds]).tolist()
-        self._clock.stop((stall_seconds, self.current_step.prompt_rows > 0))
+        by_device = self.expert_cache.controller.device_stall_seconds
+        of_host, of_device = self._since(stats, [stats.stall_seconds - by_device, by_device]).tolist()
+        # What the device counts comes one or two steps late: never with a step that the host decides.
+        decided = self.gpu_steps is not None and self.gpu_steps.decides(self.current_step.tokens)
+        self._clock.stop((of_device if decided else of_host, self.current_step.prompt_rows > 0))
         return [StepTimes(seconds, *inputs) for seconds, inputs in self._clock.finished()]
 
     def sample_tokens(self, grammar_output: Any) -> Any:
