@@ -11,6 +11,7 @@ from rich.table import Table
 
 from benchmarks.decode_shapes import GPUS, H200, MODELS, QWEN3
 from vllm_adapmoe.planning.decode_cost import (
+    PREDICTING_KERNELS,
     PREFETCH_KERNELS,
     DecodeModel,
     GpuSpeed,
@@ -86,6 +87,7 @@ def run_decode_cost(spec: DecodeCostSpec) -> dict[str, Any]:
         "assumed": {
             "host_layer_seconds": {"host": HOST_LAYER_SECONDS, "slow_host": SLOW_HOST_SECONDS},
             "deciding_kernels": DECIDING_KERNELS,
+            "predicting_kernels": PREDICTING_KERNELS,
             "prefetch_kernels": PREFETCH_KERNELS,
             "reserve": asdict(RESERVE),
         },

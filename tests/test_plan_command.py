@@ -15,6 +15,7 @@ from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
 from vllm_adapmoe.planning.checkpoint_size import measure_checkpoint, measure_step
 from vllm_adapmoe.planning.from_trace import gated
 from vllm_adapmoe.planning.link import measure_link, measure_weights
+from vllm_adapmoe.planning.token_time import DECIDING_KERNELS, KERNEL_SECONDS
 from vllm_adapmoe.printable import OneLineError
 from vllm_adapmoe.simulate.trace import Step, TraceInfo, TraceWriter
 from vllm_adapmoe.store.record import align
@@ -211,7 +212,8 @@ def test_a_trace_is_replayed(tmp_path):
         assert other["loads"] < one["loads"] or one["loads"] == 0
         # Nothing was predicted, so what was loaded is what was waited for, in records of this model's size.
         assert one["fetched_bytes"] == pytest.approx(one["loads"] * 3 * 128 * 256 * 2)
-        seconds = 12 * 0.0005 + one["fetched_bytes"] / 1e9
+        deciding = 12 * DECIDING_KERNELS * KERNEL_SECONDS if point["slots"] < 96 else 0.0
+        seconds = 12 * 0.0005 + deciding + one["fetched_bytes"] / 1e9
         assert one["tokens_per_second"] == pytest.approx(1 / seconds, rel=0.01)
     assert points[-1]["ungated"]["loads"] == 0
     write_trace(trace, 1, layers=3)

@@ -21,8 +21,11 @@ from vllm_adapmoe.planning.token_time import (
     token_seconds,
 )
 
-PREFETCH_KERNELS = 4
-"""Kernels of a prefetch, on a stream of its own: the next layer's gate, its choice, claim, and fetch."""
+PREDICTING_KERNELS = 6
+"""Kernels that predict the next layer's experts before the claim: input to float32, gate, two for the best, ids,
+padding (`ExpertPredictor.predict_on_device`)."""
+PREFETCH_KERNELS = 1
+"""Kernels of a prefetch on a stream of its own: fetch."""
 SYNC_SECONDS = 3e-5
 """Time of handing a layer to the host's cores and back: two copies of a few KB and one synchronisation of about 10 us
 each. Assumed; 20 to 50 us would be as credible."""
@@ -118,7 +121,7 @@ def layer_costs(model: DecodeModel, hit_rate: float, resident: float) -> dict[st
             kernels + DECIDING_KERNELS, device_read=router + experts, device_written=missing, link=missing
         ),
         "device_prefetch": LayerCost(
-            kernels + DECIDING_KERNELS,
+            kernels + DECIDING_KERNELS + PREDICTING_KERNELS,
             PREFETCH_KERNELS,
             device_read=2 * router + experts,
             device_written=missing,
@@ -154,8 +157,8 @@ def decided_on_device(
 ) -> float:
     """Returns the time of a token whose decode step is decided on the device, s.
 
-    Without prefetch: `stock + L * claim and fetch + (1 - h) L k E / fetch bandwidth`. A prefetch runs from one layer's
-    router to the next layer's claim, so it has the kernels of one layer to hide behind, minus its own.
+    Without prefetch: `stock + L * deciding + (1 - h) L k E / fetch bandwidth`. A prefetch runs from one layer's
+    claim to the next layer's, so it has the kernels of one layer to hide behind, minus its own; predicting takes time.
 
     Args:
         model: the model.
@@ -170,6 +173,7 @@ def decided_on_device(
     decide = model.size.num_layers * DECIDING_KERNELS * gpu.kernel_seconds
     if not prefetch:
         return token_seconds(stock, missing, decide)
+    decide += model.size.num_layers * PREDICTING_KERNELS * gpu.kernel_seconds
     predicted = missing * recall / precision
     window = stock - model.size.num_layers * PREFETCH_KERNELS * gpu.kernel_seconds
     return token_seconds(stock, missing * (1 - recall) + predicted, decide, min(predicted, max(0.0, window)))
@@ -242,7 +246,7 @@ def misses_on_host(model: DecodeModel, gpu: GpuSpeed, hit_rate: float, host_band
 def break_even_bandwidth(model: DecodeModel, gpu: GpuSpeed, hit_rate: float) -> float:
     """Returns the host memory bandwidth from which on `misses_on_host` is faster than `decided_on_device`, bytes/s.
 
-    With m = (1 - h) k E bytes missing per layer, F the fetch bandwidth, M the device memory's, c claim and fetch and s
+    With m = (1 - h) k E bytes missing per layer, F the fetch bandwidth, M the device memory's, c deciding and s
     the handover, both times are equal at `B = m / (m / F + m / M + c - s)`. Infinite: no host is fast enough, since the
     handover alone takes longer.
     """
