@@ -176,7 +176,9 @@ def test_a_worker_reports_what_steps_took_on_the_device_with_later_steps(clock, 
     worker: Any = object.__new__(ExpertCacheWorker)
     stats = SimpleNamespace(stall_seconds=0.0)
     vars(worker).update(
-        expert_cache=SimpleNamespace(update_stats=lambda: stats),
+        expert_cache=SimpleNamespace(
+            update_stats=lambda: stats, controller=SimpleNamespace(device_stall_seconds=0.0)
+        ),
         current_step=CurrentStep(None, False), _clock=clock, _since=CounterDelta(), _config=AdapMoEConfig(),
     )  # fmt: skip
 
