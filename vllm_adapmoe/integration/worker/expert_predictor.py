@@ -150,6 +150,7 @@ class ExpertPredictor:
             tensor.copy_(torch.from_numpy(np.asarray(self.routers.corrections[target])))
         self.first = None if self._first_head is None else torch.from_numpy(self._first_head).to(device)
 
+    @torch.inference_mode()
     def follow_weights(self, dtype: torch.dtype, device: torch.device) -> None:
         """Reads the routers again after the model's weights have been replaced."""
         if not self.failed:
