@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from vllm_adapmoe.experts import ExpertKey
 from vllm_adapmoe.policy.cache_stats import CacheStats
 from vllm_adapmoe.policy.controller import CacheController
 from vllm_adapmoe.policy.events import Request
-from vllm_adapmoe.policy.eviction import PolicyState
+from vllm_adapmoe.policy.gpu_state import GpuState
 from vllm_adapmoe.policy.prefetch_planner import PredictExperts
 from vllm_adapmoe.store.base import ExpertStore, ExpertsUnavailable
 
@@ -31,18 +31,6 @@ class Acquisition(NamedTuple):
     layer: int
     experts: np.ndarray
     request: Request
-
-
-class GpuState(PolicyState, Protocol):
-    """State of a pool that a GPU has decided on."""
-
-    @property
-    def slots(self) -> np.ndarray:
-        """Slot of each expert, int32 `[layers, experts]`; -1: not resident."""
-
-    @property
-    def free(self) -> list[int]:
-        """Free slots, of which the last is taken first."""
 
 
 class ExpertCacheManager:
@@ -334,14 +322,7 @@ class ExpertCacheManager:
         """
         transfers = self.transfers
         with transfers.lock:
-            self._check_usable()
-            try:
-                transfers.drain()
-                if self._demand_copies is not None:
-                    self._demand_copies.finish(self.stats)
-            except BaseException:
-                transfers.resume()
-                raise
+            self._drain()
         try:
             yield
         finally:
@@ -355,6 +336,21 @@ class ExpertCacheManager:
             for layer, experts in events:
                 self.controller.record_whole(layer, experts)
 
+    def _drain(self) -> None:
+        """Ends all transfers, and starts none until they are resumed; call with their lock.
+
+        Raises:
+            RuntimeError: they have been stopped already.
+        """
+        self._check_usable()
+        try:
+            self.transfers.drain()
+            if self._demand_copies is not None:
+                self._demand_copies.finish(self.stats)
+        except BaseException:
+            self.transfers.resume()
+            raise
+
     # Steps that a GPU decides
 
     def lend(self) -> list[ExpertKey]:
@@ -362,16 +358,8 @@ class ExpertCacheManager:
 
         Until `take_back`, methods that request experts raise, as within `quiet`.
         """
-        transfers = self.transfers
-        with transfers.lock:
-            self._check_usable()
-            try:
-                transfers.drain()
-                if self._demand_copies is not None:
-                    self._demand_copies.finish(self.stats)
-            except BaseException:
-                transfers.resume()
-                raise
+        with self.transfers.lock:
+            self._drain()
             self.lent = True
             return self.controller.settle()
 

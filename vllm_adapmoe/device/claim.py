@@ -19,7 +19,7 @@ from vllm_adapmoe.device.residency import COUNTERS, DeviceResidency, Loads
 from vllm_adapmoe.policy import expected_wait
 from vllm_adapmoe.policy.expected_wait import EVENT, UNIT
 
-NOBODY = tl.constexpr(-(1 << 62))
+NO_VICTIM = tl.constexpr(-(1 << 62))
 """Wait of a layer without an evictable expert."""
 PREFETCHES, PREFETCH_HITS, WASTED, LOST = (tl.constexpr(place) for place in range(4))
 """Places of `COUNTERS`."""
@@ -48,10 +48,10 @@ def _count(ids, pairs, PAIRS: tl.constexpr, EXPERT_BLOCK: tl.constexpr):
 @triton.jit
 def _best_victim(wait, slots, kept, expert, EXPERT_BLOCK: tl.constexpr):
     """Returns a layer's expert with the longest wait, of equal ones the first, and its wait; -1: none is evictable."""
-    reach = tl.where((slots >= 0) & (kept == 0), wait, NOBODY)
+    reach = tl.where((slots >= 0) & (kept == 0), wait, NO_VICTIM)
     longest = tl.max(reach, 0)
     first = tl.min(tl.where(reach == longest, expert, EXPERT_BLOCK), 0)
-    return tl.where(longest == NOBODY, -1, first), longest
+    return tl.where(longest == NO_VICTIM, -1, first), longest
 
 
 @triton.jit
@@ -78,12 +78,12 @@ def _take_slot(
         reach = best_wait
         if BY_DISTANCE:
             reach += ((layer - event_layer - 1 + LAYERS) % LAYERS + 1).to(tl.int64) * EVENT
-        reach = tl.where(best >= 0, reach, NOBODY)
+        reach = tl.where(best >= 0, reach, NO_VICTIM)
         if FLOORS:
             floor = tl.load(floors + layer, mask=layer < LAYERS, other=0)
             above = (best >= 0) & tl.where(layer == for_layer, count >= floor, count > floor)
             if tl.max(above.to(tl.int32), 0) > 0:
-                reach = tl.where(above, reach, NOBODY)
+                reach = tl.where(above, reach, NO_VICTIM)
         longest = tl.max(reach, 0)
         if longest > limit:
             loser = tl.min(tl.where(reach == longest, layer, LAYER_BLOCK), 0)
@@ -168,7 +168,7 @@ def _claim(
     index = tl.arange(0, LAYER_BLOCK)
     layer_mask = index < LAYERS
     best = tl.load(best_of + index, mask=layer_mask, other=-1)
-    best_wait = tl.load(best_wait_of + index, mask=layer_mask, other=NOBODY)
+    best_wait = tl.load(best_wait_of + index, mask=layer_mask, other=NO_VICTIM)
     count = tl.load(count_of + index, mask=layer_mask, other=0)
     num_free = tl.load(scalars)
     nothing = tl.zeros_like(needed)
@@ -182,7 +182,7 @@ def _claim(
         chosen = tl.min(tl.where(missing != 0, expert, EXPERT_BLOCK), 0)
         slot, num_free, best, best_wait, count = _take_slot(
             slot_of, wait, floors, free, num_free, best, best_wait, count, prefetched, counters,
-            layer, layer, NOBODY, needed, -1, nothing,
+            layer, layer, NO_VICTIM, needed, -1, nothing,
             LAYERS, EXPERTS, LAYER_BLOCK, EXPERT_BLOCK, BY_DISTANCE, FLOORS, EVENT,
         )  # fmt: skip
         tl.store(loads + 2 * number, tl.sum(tl.where(expert == chosen, record, 0), 0))

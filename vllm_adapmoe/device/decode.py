@@ -88,26 +88,30 @@ class DeviceDecode:
         """Hands the cache back to the host, unless it has it already; waits for the GPU."""
         if not self.owns:
             return
-        states = [pool.download() for pool in self.pools]
         self._copy_counters()
         while self._counters:
-            self._count(self._counters.popleft(), wait=True)
+            copy = self._counters.popleft()
+            copy.wait()
+            self._count(copy)
+        self._hand_back(uses=True)
+
+    def _hand_back(self, uses: bool) -> None:
+        """Waits for the GPU, and hands its state to the host (`ExpertCacheManager.take_back`)."""
+        states = [pool.download() for pool in self.pools]
         self.owns = False
-        self.cache.take_back(states)
+        self.cache.take_back(states, uses)
 
     @contextmanager
     def warm_up(self) -> Iterator[None]:
-        """Gives the GPU the cache for steps that are no traffic: what they use is not counted, and evicts nobody later.
+        """Gives the GPU the cache for steps that are no traffic: what they use is neither counted nor remembered.
 
         The experts that they load stay, as if they had been loaded in advance.
         """
         self.give_back()
         self.take()
         yield  # after an error vLLM does not start, and the cache stays where it is
-        states = [pool.download() for pool in self.pools]
         self._counters.clear()
-        self.owns = False
-        self.cache.take_back(states, uses=False)
+        self._hand_back(uses=False)
 
     @contextmanager
     def step(self, tokens: int, payload: Any) -> Iterator[None]:
@@ -174,9 +178,7 @@ class DeviceDecode:
         while self._counters and self._counters[0].arrived:
             self._count(self._counters.popleft())
 
-    def _count(self, copy: HostCopy, wait: bool = False) -> None:
-        if wait:
-            copy.wait()
+    def _count(self, copy: HostCopy) -> None:
         for index, seen in enumerate(self._seen):
             counters, residents = (tensor.numpy() for tensor in copy.tensors[2 * index : 2 * index + 2])
             if counters[len(COUNTERS) - 1]:

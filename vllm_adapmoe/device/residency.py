@@ -1,13 +1,12 @@
 """DeviceResidency: the residency of one pool on the GPU, which decides decode steps by itself (`claim`)."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
 from vllm_adapmoe.cache.host_copy import HostCopy
 from vllm_adapmoe.experts import ExpertKey
 from vllm_adapmoe.policy.eviction import EvictionPolicy, NextUse
+from vllm_adapmoe.policy.gpu_state import GpuState
 from vllm_adapmoe.policy.residency import Residency
 
 COUNTERS = ("prefetches", "prefetch_hits", "prefetches_wasted", "lost")
@@ -28,22 +27,6 @@ class Loads:
         """Address of the record, and slot: int64 `[demand or prefetch, max_loads, 2]`."""
         self.counts = torch.zeros(2, dtype=torch.int32, device=device)
         """Number of entries, int32 `[demand or prefetch]`."""
-
-
-@dataclass(frozen=True)
-class HostState:
-    """What the host takes back from the GPU (`DeviceResidency.download`)."""
-
-    slots: np.ndarray
-    """Slot of each expert, int32 `[layers, experts]`; -1: not resident."""
-    free: list[int]
-    """Free slots; the last is taken first."""
-    wait: np.ndarray
-    quick: np.ndarray
-    slow: np.ndarray
-    events: int
-    last_layer: int
-    """Layer of the last event."""
 
 
 class DeviceResidency:
@@ -121,10 +104,10 @@ class DeviceResidency:
             tensor.copy_(torch.from_numpy(np.ascontiguousarray(array)))
         self.counters.fill_(0)
 
-    def download(self) -> HostState:
+    def download(self) -> GpuState:
         """Waits for the GPU, and returns its state for `Residency.adopt`."""
         copy = HostCopy(self.scalars, self.free, self.slot_of, self.wait, self.quick, self.slow)
         copy.wait()
         scalars, free, slot_of, wait, quick, slow = (tensor.numpy() for tensor in copy.tensors)
         num_free, events, last_layer = scalars.tolist()
-        return HostState(slot_of[:, :-1], free[:num_free].tolist(), wait, quick, slow, events, last_layer)
+        return GpuState(slot_of[:, :-1], free[:num_free].tolist(), wait, quick, slow, events, last_layer)

@@ -8,7 +8,6 @@ worker's own policies count in whole numbers, so that a GPU that decides by itse
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol
 
 import numpy as np
 
@@ -16,32 +15,10 @@ from vllm_adapmoe.experts import ExpertKey
 from vllm_adapmoe.policy import expected_wait
 from vllm_adapmoe.policy.compiled import compiled
 from vllm_adapmoe.policy.expected_wait import EVENT, UNIT, fixed
+from vllm_adapmoe.policy.gpu_state import GpuState
+from vllm_adapmoe.policy.prefetch_planner import MIN_CHANCE
 
 NO_CHANCES = np.empty(0, dtype=np.float32)
-AHEAD_CHANCE = 0.5
-"""Chance of use that a GPU assumes of an expert that it prefetches for the next layer; `MIN_CHANCE` of the planner."""
-
-
-class PolicyState(Protocol):
-    """What a GPU has of a policy; all arrays int64 or int32 `[layers, experts]`."""
-
-    @property
-    def wait(self) -> np.ndarray: ...
-
-    @property
-    def quick(self) -> np.ndarray:
-        """As in `NextUse`, like `slow`; without meaning for other policies."""
-
-    @property
-    def slow(self) -> np.ndarray: ...
-
-    @property
-    def events(self) -> int:
-        """Number of events so far, with `LRU`."""
-
-    @property
-    def last_layer(self) -> int:
-        """Layer of the last event."""
 
 
 class EvictionPolicy(ABC):
@@ -75,7 +52,7 @@ class EvictionPolicy(ABC):
                 need no predictions.
         """
 
-    def adopt(self, state: PolicyState) -> None:
+    def adopt(self, state: GpuState) -> None:
         """Takes over from a GPU that has recorded events meanwhile."""
         self.wait[:] = state.wait
 
@@ -102,7 +79,7 @@ class LRU(EvictionPolicy):
         self.wait[layer, experts] = -self.events
         self.events += 1
 
-    def adopt(self, state: PolicyState) -> None:
+    def adopt(self, state: GpuState) -> None:
         super().adopt(state)
         self.events = state.events
 
@@ -146,9 +123,9 @@ class NextUse(EvictionPolicy):
 
     @property
     def ahead_limit(self) -> int:
-        return EVENT + expected_wait.expected_wait(fixed(AHEAD_CHANCE), len(self.wait), EVENT, UNIT)
+        return EVENT + expected_wait.expected_wait(fixed(MIN_CHANCE), len(self.wait), EVENT, UNIT)
 
-    def adopt(self, state: PolicyState) -> None:
+    def adopt(self, state: GpuState) -> None:
         super().adopt(state)
         self.quick[:], self.slow[:] = state.quick, state.slow
         self.distance = self._distances[state.last_layer]

@@ -112,8 +112,9 @@ class MappedExperts(CachedExperts):
 
     def _gate_on_device(
         self, weights: torch.Tensor, ids: torch.Tensor, gated: Gated | None, context: ForwardContext
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Gates on the device: returns weights, int32 ids with -1 for dropped and padding, and the cost of dropping."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gates on the device, records the routing; returns weights, and int32 ids, -1 for dropped and padding."""
+        assert self.deferred is not None
         ids, costs = ids.int(), None
         if self.gating is not None:
             gated = self.gating.gate_each(weights, gated)
@@ -123,7 +124,8 @@ class MappedExperts(CachedExperts):
         padding = padding_rows(context, len(ids))
         if padding is not None:
             ids = ids.masked_fill(padding.unsqueeze(1), -1)
-        return weights, ids, costs
+        self.deferred.record(self.cache_layer, ids, costs)
+        return weights, ids
 
     def _run_on_device(
         self,
@@ -135,15 +137,20 @@ class MappedExperts(CachedExperts):
         context: ForwardContext,
     ) -> torch.Tensor:
         """Runs the layer with experts that the GPU itself loads; a CUDA graph can hold all of it."""
-        weights, ids, costs = self._gate_on_device(topk_weights, topk_ids, gated, context)
-        decode.routing.record(self.cache_layer, ids, costs)
+        weights, ids = self._gate_on_device(topk_weights, topk_ids, gated, context)
         expected = ahead = None
         if self.predictor is not None:
             predicted = self.predictor.predict_on_device(self.cache_layer, x, padding_rows(context, len(x)))
             expected, ahead = predicted or (None, None)
         row_of = decode.experts(self.cache_layer, ids.contiguous(), expected, ahead)
+        return self._run_recorded(x, weights, ids, topk_ids.dtype, row_of)
+
+    def _run_recorded(
+        self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype, row_of: torch.Tensor
+    ) -> torch.Tensor:
+        """Runs the kernel on ids of `_gate_on_device`, in the router's dtype."""
         ids = torch.where(ids < 0, self.local_num_experts, ids)
-        return self._run_mapped(x, weights, ids.to(topk_ids.dtype), row_of)
+        return self._run_mapped(x, weights, ids.to(dtype), row_of)
 
     def _run_whole_layer(
         self,
@@ -154,17 +161,14 @@ class MappedExperts(CachedExperts):
         context: ForwardContext,
     ) -> torch.Tensor:
         """Runs a fully resident layer without the host, which reads the recorded routing later."""
-        assert self.deferred is not None
         if self.predictor is not None and self.cache_layer == 0:
             self.predictor.skip_first_layer()
-        weights, ids, costs = self._gate_on_device(topk_weights, topk_ids, gated, context)
-        self.deferred.record(self.cache_layer, ids, costs)
+        weights, ids = self._gate_on_device(topk_weights, topk_ids, gated, context)
         slot_map = self._slot_map()
         slots = slot_map.numpy().tobytes()
         if self._whole is None or self._whole[0] != slots:
             self._whole = slots, self._rows(slot_map, x.device)
-        ids = torch.where(ids < 0, self.local_num_experts, ids)
-        return self._run_mapped(x, weights, ids.to(topk_ids.dtype), self._whole[1])
+        return self._run_recorded(x, weights, ids, topk_ids.dtype, self._whole[1])
 
     def _run_dummy(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         """Runs the kernels of a step of this size on arbitrary slots, to warm up and to allocate the same memory."""
