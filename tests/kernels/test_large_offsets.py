@@ -194,7 +194,7 @@ def test_a_product_in_32_bits(run, wide, begin_at, tmp_path):
 
 def test_a_slot_to_copy_to_in_32_bits(begin_at, tmp_path):
     """Planted: the record arrives in another slot. Its factors are 64 bits in memory, so the product is cut here."""
-    source, wide = Path(fetch.__file__).read_text(), "tl.load(entry + 1) * size"
+    source, wide = Path(fetch.__file__).read_text(), "slot * size"
     assert source.count(wide) == 1
     module = imported(source.replace(wide, f"({wide}).to(tl.int32)"), tmp_path)
     module.PROGRAMS = 1
