@@ -15,9 +15,9 @@ from vllm_adapmoe.experts import CacheShape
 from vllm_adapmoe.integration.measure.part_timer import PartTimer
 from vllm_adapmoe.integration.measure.thread_clock import open_clock
 from vllm_adapmoe.policy.cache_setup import CacheSetup
+from vllm_adapmoe.policy.chances import chance_of_any
 from vllm_adapmoe.policy.controller import CacheController
 from vllm_adapmoe.policy.prediction import PredictedExperts, predict_experts
-from vllm_adapmoe.prefetch.chances import chance_of_any
 from vllm_adapmoe.prefetch.request_experts import RequestExperts
 
 DECISIONS = ("begin", "prefetch", "release", "transfers")

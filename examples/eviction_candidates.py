@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from benchmarks.workload import prompts_of
 from vllm_adapmoe.policy.cache_setup import CacheSetup
-from vllm_adapmoe.prefetch.chances import chance_of_any
+from vllm_adapmoe.policy.chances import chance_of_any
 from vllm_adapmoe.profile.next_token import HeadFit
 from vllm_adapmoe.results import write
 from vllm_adapmoe.simulate.replay import belady, replay

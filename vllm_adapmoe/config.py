@@ -154,10 +154,6 @@ class AdapMoEConfig(BaseModel):
                 "in its place, or precision"
             )
         if self.decode == "device":
-            if self.gating.mode == "batch":
-                raise ValueError(
-                    "gating.mode=batch needs the host, which decode=device does not use; set gating.mode=token"
-                )
             if self.store == "file" or self.host_gb is not None:
                 raise ValueError("decode=device copies all experts from host memory; set store=host, without host_gb")
             if self.trace_out is not None:

@@ -13,7 +13,9 @@ from benchmarks.gpu_check.shapes import Shape
 from benchmarks.gpu_check.slot_rows import cache_shape, open_cache, slots_of
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.device.claim import claim
+from vllm_adapmoe.device.deferred import DeferredRouting
 from vllm_adapmoe.device.fetch import Fetch
+from vllm_adapmoe.device.layer_input import Chosen
 from vllm_adapmoe.device.residency import COUNTERS, DeviceResidency, Loads
 from vllm_adapmoe.policy.cache_setup import CacheSetup
 from vllm_adapmoe.policy.controller import CacheController
@@ -131,6 +133,7 @@ def claim_times(shape: Shape, device: Device, rounds: int) -> Iterator[Row]:
     controller = CacheController(cache_shape(shape, 1), CacheSetup([slots]))
     records = torch.ones(shape.layers, shape.experts, dtype=torch.int64, device=device.torch)
     state, loads = DeviceResidency(controller.pools[0], records, device.torch), Loads(shape.experts, device.torch)
+    routing = DeferredRouting(shape.layers, 1, shape.top_k, device.torch)
     state.upload(controller.pools[0], [])
     everyone = torch.arange(shape.experts, dtype=torch.int32, device=device.torch)
     chunks = everyone[: shape.experts // shape.top_k * shape.top_k].view(-1, 1, shape.top_k)
@@ -139,7 +142,7 @@ def claim_times(shape: Shape, device: Device, rounds: int) -> Iterator[Row]:
         def decide(routings: torch.Tensor = routings) -> None:
             for ids in routings:  # layer by layer, as in a step
                 for layer in range(shape.layers):
-                    claim(state, loads, layer, ids)
+                    claim(state, loads, layer, Chosen(ids), routing)
 
         events = len(routings) * shape.layers
         replay = device.capture(decide)

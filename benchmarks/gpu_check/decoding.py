@@ -11,6 +11,7 @@ from benchmarks.gpu_check.routing import Token
 from benchmarks.gpu_check.shapes import DOWN, GATE_UP, Shape
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.device.decode import DeviceDecode
+from vllm_adapmoe.device.layer_input import Chosen, Predicted
 from vllm_adapmoe.policy.cache_stats import CacheStats
 from vllm_adapmoe.store.record import aligned_empty
 
@@ -116,9 +117,8 @@ class OnDevice:
         x, layers = self.inputs.x, self.shape.layers
         for layer in range(layers):
             ids = self.ids[layer]
-            self.decode.routing.record(layer, ids, None)
             ahead = self.ahead[layer + 1] if self.prefetch and layer + 1 < layers else None
-            row_of = self.decode.experts(layer, ids, None, ahead)
+            row_of, _ = self.decode.experts(layer, Chosen(ids), Predicted(ahead=ahead))
             x = run_experts(x, self.inputs.weights, ids, self.gate_up, self.down, row_of)
         self.output = x
 

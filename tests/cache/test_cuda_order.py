@@ -23,7 +23,9 @@ from vllm_adapmoe.cache.slots import SlotPool
 from vllm_adapmoe.cache.tiered_store import TieredStore
 from vllm_adapmoe.device import fetch as fetch_module
 from vllm_adapmoe.device.decode import DeviceDecode
+from vllm_adapmoe.device.deferred import DeferredRouting
 from vllm_adapmoe.device.fetch import Fetch
+from vllm_adapmoe.device.layer_input import Chosen, Predicted
 from vllm_adapmoe.device.residency import Loads
 from vllm_adapmoe.experts import CacheShape
 from vllm_adapmoe.policy.cache_setup import CacheSetup
@@ -247,19 +249,27 @@ class Worker:
         with decode.step(1, None):
             for layer in range(LAYERS):
                 chosen = self.cuda.device(torch.from_numpy(ids[layer]).clone())
-                ahead = np.array(self.random.sample(range(EXPERTS), TOP_K), np.int32)
-                decode.routing.record(layer, chosen, None)
-                row_of = decode.experts(layer, chosen, None, self.cuda.device(torch.from_numpy(ahead)))
+                ahead = self.cuda.device(torch.from_numpy(np.array([self.random.sample(range(EXPERTS), TOP_K)])))
+                row_of, _ = decode.experts(layer, Chosen(chosen), Predicted(ahead=ahead))
                 self.launch_mapped(layer, ids[layer].ravel().tolist(), row_of)
         if self.cuda.waits != waits:
             self.cuda.fault("the host waits for the device in a step that the device decides")
         self.asked.append(ids)
 
-    def launch_claim(self, claim: Callable[..., None], state: Any, loads: Loads, layer: int, *more: Any) -> None:
-        given = [each for each in more if isinstance(each, torch.Tensor)]
+    def launch_claim(
+        self, claim: Callable[..., Any], state: Any, loads: Loads, layer: int, chosen: Chosen, routing: DeferredRouting,
+        predicted: Predicted, *more: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        given = [chosen.ids, predicted.ahead]
         names = ("slot_of", "quick", "slow", "wait", "best", "best_wait", "count", "scalars", "prefetched", "counters")
-        writes = [*(getattr(state, name) for name in names), loads.entries, loads.counts]
-        self.cuda.launch(given, writes, lambda: claim(state, loads, layer, *more), "claim")
+        writes = [*(getattr(state, name) for name in names), loads.entries, loads.counts, routing.ids[layer]]
+        ids = self.cuda.device(torch.empty_like(chosen.ids))
+
+        def run() -> None:
+            ids.numpy()[:] = claim(state, loads, layer, chosen, routing, predicted, *more).numpy()
+
+        self.cuda.launch(given, [*writes, ids], run, "claim")
+        return ids
 
     def launch_fetch(self, fetch: Fetch, loads: Loads, kind: int) -> None:
         """Which slots it writes is known when it runs: what kernels find there shows whether that was in order."""

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vllm_adapmoe.config import AdapMoEError
-from vllm_adapmoe.prefetch.chances import MAX_PROB, MIN_PROB, chance_of_any
+from vllm_adapmoe.policy.chances import MAX_PROB, MIN_PROB, chance_of_any
 from vllm_adapmoe.prefetch.heads import NextTokenHeads, heads_path
 from vllm_adapmoe.profile.next_token import GRAM_BYTES, RIDGE, HeadFit, layers_at_a_time
 

@@ -3,7 +3,8 @@
     python compile_kernels.py CAPABILITY
 
 Arguments and their specialisation (which sizes and pointers are known to be multiples of 16) are those of Triton's own
-launcher on real calls of `claim` and `Fetch`; only the driver's answers are given here, and nothing is launched.
+launcher on real calls of `BatchGate`, `claim` and `Fetch`; only the driver's answers are given here, and nothing is
+launched.
 """
 
 import json
@@ -17,9 +18,13 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from vllm_adapmoe.cache.slots import SlotPool
+from vllm_adapmoe.device.batch_gate import BatchGate
 from vllm_adapmoe.device.claim import claim
+from vllm_adapmoe.device.deferred import DeferredRouting
 from vllm_adapmoe.device.fetch import Fetch
+from vllm_adapmoe.device.layer_input import Chosen, Predicted
 from vllm_adapmoe.device.residency import DeviceResidency, Loads
+from vllm_adapmoe.gating.plan import GatingPlan
 from vllm_adapmoe.policy.eviction import POLICIES
 from vllm_adapmoe.policy.residency import Residency
 from vllm_adapmoe.store.record import RecordLayout
@@ -50,10 +55,15 @@ for eviction, layers, experts, tokens, top_k, floors in STEPS:
     residency = Residency(experts, 0, POLICIES[eviction](layers, experts), [0] * layers if floors else None)
     state = DeviceResidency(residency, torch.ones(layers, experts, dtype=torch.int64), CPU)
     state.upload(residency, [])
-    ids = torch.zeros(tokens, top_k, dtype=torch.int32)
-    chances = torch.zeros(experts, dtype=torch.int32) if eviction == "next_token" else None
+    ids, routing = torch.zeros(tokens, top_k, dtype=torch.int32), DeferredRouting(layers, tokens, top_k, CPU)
+    padding = torch.zeros(tokens, dtype=torch.bool)
+    weights, outputs = torch.zeros(tokens, top_k), torch.zeros(tokens, 2 * experts)
+    gating: Any = SimpleNamespace(plan=GatingPlan(rule="batch", sensitivity=[1.0] * layers), threshold=1.0)
+    gate = BatchGate(gating, experts, CPU)(0, weights, ids, padding, state.slot_of)
     for layer in (0, 1, layers - 1):  # one kernel for all layers but the last, which prefetches nothing
-        claim(state, Loads(experts, CPU), layer, ids, chances, ids, 8)
+        chosen = Chosen(ids, gate.keep_mask, gate.cost, padding)
+        predicted = Predicted(outputs if eviction == "next_token" else None, experts, ids.long())
+        claim(state, Loads(experts, CPU), layer, chosen, routing, predicted, 8)
 layout = RecordLayout.of({"weights": torch.empty(1, 4096, dtype=torch.uint8), "scale": torch.empty(1, 1)})
 Fetch(SlotPool(layout, 2, CPU))(Loads(8, CPU), 1)
 print(json.dumps(compiled))

@@ -9,10 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_adapmoe.device.claim import claim
+from vllm_adapmoe.device.deferred import DeferredRouting
+from vllm_adapmoe.device.layer_input import Chosen, Predicted
 from vllm_adapmoe.device.residency import DeviceResidency, Loads
 from vllm_adapmoe.experts import CacheShape
 from vllm_adapmoe.policy import expected_wait
 from vllm_adapmoe.policy.cache_setup import CacheSetup
+from vllm_adapmoe.policy.chances import chance_of_any
 from vllm_adapmoe.policy.controller import CacheController
 from vllm_adapmoe.policy.expected_wait import EVENT, UNIT, fixed
 
@@ -34,15 +37,27 @@ class Pair:
         self.pool.set_floors(floors)
         self.records = torch.arange(layers * experts).view(layers, experts) + ADDRESS
         self.device = DeviceResidency(self.pool, self.records, CPU)
-        self.loads = Loads(experts, CPU)
+        self.loads, self.routing = Loads(experts, CPU), DeferredRouting(layers, 8, 2, CPU)
         self.device.upload(self.pool, [])
 
-    def event(self, layer: int, ids: Any, expected: Any = None, ahead: Any = None) -> None:
-        ids = torch.as_tensor(ids, dtype=torch.int32)
-        chances = None if expected is None else torch.from_numpy((expected.astype(np.float64) * UNIT).astype(np.int32))
-        claim(self.device, self.loads, layer, ids, chances, ahead, self.max_experts)
-        votes = None if ahead is None else torch.bincount(ahead[ahead >= 0], minlength=self.experts).numpy()
-        needed = np.unique(ids[ids >= 0].numpy())
+    def event(self, layer: int, ids: Any, outputs: Any = None, ahead: Any = None, padded: int = 0) -> None:
+        """An event of both; `outputs` of a next-token head, behind another column; the last `padded` rows are none."""
+        ids = torch.as_tensor(ids)
+        rows = len(ids) - padded
+        padding = (torch.arange(len(ids)) >= rows) if padded else None
+        head = None if outputs is None else torch.nn.functional.pad(torch.from_numpy(outputs), (1, 0), value=9.0)
+        kernel_ids = claim(
+            self.device, self.loads, layer, Chosen(ids, padding=padding), self.routing, Predicted(head, 1, ahead),
+            self.max_experts,
+        )  # fmt: skip
+        real = ids[:rows]
+        assert self.routing.ids[layer, : len(ids)].tolist() == [*real.tolist(), *[[-1, -1]] * padded]
+        assert kernel_ids.dtype == ids.dtype
+        assert kernel_ids.tolist() == [*real.where(real >= 0, self.experts).tolist(), *[[self.experts] * 2] * padded]
+        expected = None if outputs is None or not rows else chance_of_any(outputs[:rows])
+        voted = None if ahead is None else ahead[:rows]
+        votes = None if voted is None else torch.bincount(voted[voted >= 0], minlength=self.experts).numpy()
+        needed = np.unique(real[real >= 0].numpy())
         decided = self.controller.decide_on_device(layer, needed, expected, votes)
         for kind, loads in enumerate(decided):
             count = int(self.loads.counts[kind])
@@ -79,10 +94,13 @@ def test_decides_as_the_controller(eviction, data):
     for _ in range(data.draw(st.integers(1, 6))):
         tokens = int(chance.integers(1, 4))
         for layer in range(layers):
-            ids = chance.integers(-1, experts, (tokens, 2))
-            expected = chance.choice(np.array([0.0, 0.25, 1.0], np.float32), experts) if chance.random() < 0.7 else None
-            ahead = torch.from_numpy(chance.integers(-1, experts, (tokens, 2), dtype=np.int32))
-            pair.event(layer, ids, expected, ahead if layer + 1 < layers and chance.random() < 0.7 else None)
+            ids = chance.integers(-1, experts, (tokens, 2), dtype=chance.choice([np.int32, np.int64]))
+            outputs = chance.choice(np.array([-0.1, 0.0, 0.25, 0.3, 1.0], np.float32), (tokens, experts))
+            ahead = torch.from_numpy(chance.integers(-1, experts, (tokens, 2)))
+            pair.event(
+                layer, ids, outputs if chance.random() < 0.7 else None,
+                ahead if layer + 1 < layers and chance.random() < 0.7 else None, int(chance.integers(0, tokens)),
+            )  # fmt: skip
         pair.check()
 
 
@@ -102,7 +120,7 @@ def test_hands_over_and_back():
         for layer in range(4):
             ids, ahead = chance.integers(0, 8, (2, 2, 2), dtype=np.int32)
             for each in (pair, alone):
-                each.event(layer, ids, None, torch.from_numpy(ahead))
+                each.event(layer, ids, None, torch.from_numpy(ahead) if layer < 3 else None)
         pair.check()
         alone.check()
     assert np.array_equal(pair.pool.slots, alone.pool.slots)
@@ -111,9 +129,31 @@ def test_hands_over_and_back():
 def test_experts_of_other_ranks_are_ignored():
     pair = Pair(2, 8, 8, "next_use", 2, None)
     pair.device.records[:, ::2] = 0
-    claim(pair.device, pair.loads, 0, torch.arange(8, dtype=torch.int32), None, torch.arange(8, dtype=torch.int32), 8)
+    everyone = torch.arange(8).view(4, 2)
+    claim(pair.device, pair.loads, 0, Chosen(everyone), pair.routing, Predicted(ahead=everyone), 8)
     assert pair.loads.counts.tolist() == [4, 4]
     assert (pair.device.slot_of[:, :8] >= 0).tolist() == [[False, True] * 4] * 2
+
+
+def test_dropped_pairs_are_not_needed():
+    """And the cost of dropping is recorded with what is kept."""
+    pair = Pair(2, 8, 8, "next_use", 2, None)
+    ids, keep = torch.tensor([[0, 1], [2, 3], [4, 5]]), torch.tensor([[True, False], [True, True], [True, True]])
+    cost = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+    chosen = Chosen(ids, keep, cost, torch.tensor([False, False, True]))
+    assert claim(pair.device, pair.loads, 1, chosen, pair.routing).tolist() == [[0, 8], [2, 3], [8, 8]]
+    assert pair.routing.ids[1, :3].tolist() == [[0, -1], [2, 3], [-1, -1]]
+    assert pair.routing.costs[1, :4].tolist() == [0.1, 0.2, 0.3, 0.0]
+    assert (pair.device.slot_of[1] >= 0).nonzero().flatten().tolist() == [0, 2, 3]
+    assert pair.routing.ids[0].eq(-2).all() and not pair.routing.costs[0].any(), "the other layer's are its own"
+
+
+def test_ids_of_smaller_layers():
+    """Top-1, and fewer experts than other layers: recorded in the first column; dropped pairs get its own number."""
+    pair = Pair(2, 8, 8, "next_use", 2, None)
+    ids = claim(pair.device, pair.loads, 1, Chosen(torch.tensor([[3], [-1]])), pair.routing, absent=4)
+    assert ids.tolist() == [[3], [4]]
+    assert pair.routing.ids[1, :3].tolist() == [[3, -2], [-1, -2], [-2, -2]]
 
 
 def test_one_text_for_numbers_and_arrays():

@@ -13,6 +13,7 @@ from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.device import fetch
 from vllm_adapmoe.device.decode import DeviceDecode, max_tokens, record_addresses
 from vllm_adapmoe.device.deferred import DeferredRouting
+from vllm_adapmoe.device.layer_input import Chosen, Predicted
 from vllm_adapmoe.experts import CacheShape
 from vllm_adapmoe.policy.cache_setup import CacheSetup
 from vllm_adapmoe.policy.controller import CacheController
@@ -56,9 +57,9 @@ def run_step(decode: DeviceDecode, ids: np.ndarray, ahead: np.ndarray | None = N
     with decode.step(ids.shape[1], "payload"):
         for layer in range(LAYERS):
             chosen = torch.from_numpy(np.ascontiguousarray(ids[layer], np.int32))
-            decode.routing.record(layer, chosen, None)
-            guessed = None if ahead is None else torch.from_numpy(np.ascontiguousarray(ahead[layer], np.int32))
-            check_slots(decode.cache, layer, decode.experts(layer, chosen, None, guessed), ids[layer])
+            guessed = None if ahead is None else torch.from_numpy(np.ascontiguousarray(ahead[layer]))
+            row_of, _ = decode.experts(layer, Chosen(chosen), Predicted(ahead=guessed))
+            check_slots(decode.cache, layer, row_of, ids[layer])
 
 
 def check_slots(cache: ExpertCacheManager, layer: int, row_of: torch.Tensor, ids: np.ndarray) -> None:
@@ -227,7 +228,7 @@ def test_experts_without_a_slot_end_the_engine():
     decode = DeviceDecode(cache, TOP_K, 0, CPU)
     (slots,) = cache.pool(0).tensors.values()
     decode.take()
-    decode.experts(0, torch.arange(EXPERTS, dtype=torch.int32), None, None)
+    decode.experts(0, Chosen(torch.arange(EXPERTS).view(-1, TOP_K)), None)
     assert sorted(slots[:, 0].tolist()) == [10, 11, 12, 13], "experts of the first layer, and nothing else"
     decode._copy_counters()
     with pytest.raises(RuntimeError, match="more experts of pool 0 than it has slots"):

@@ -12,6 +12,7 @@ import torch
 from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
 from tests.integration import graph_recorder
+from vllm_adapmoe.device import batch_gate
 from vllm_adapmoe.device import claim as claiming
 from vllm_adapmoe.device import fetch as fetching
 from vllm_adapmoe.integration.entry import model_check
@@ -82,7 +83,7 @@ class Interpreted:
 
 
 def interpret_kernels(patch: pytest.MonkeyPatch) -> None:
-    for module, name in ((claiming, "_claim"), (fetching, "_fetch")):
+    for module, name in ((claiming, "_claim"), (fetching, "_fetch"), (batch_gate, "_gate_batch")):
         patch.setattr(module, name, Interpreted(getattr(module, name)))
     patch.setattr(fetching, "PROGRAMS", 2)
     patch.setattr(fetching, "CHUNK", 1 << 18)

@@ -121,6 +121,31 @@ def test_decided_on_the_gpu(as_on_gpu, interpreted, monkeypatch, gating):
     assert (stats["gated_tokens"] > 0) == bool(gating)
 
 
+def test_gated_by_batch_on_the_gpu(as_on_gpu, interpreted, monkeypatch):
+    """Without prefetch, whose timing has a part in what is resident, the host drops the same, and spends the same."""
+    monkeypatch.setattr(decode, "MAX_TOKENS", 3)
+    gating = {"mode": "batch", "max_loss_increase": 0.05}
+    config = HALF | GATED | {"gating": gating, "prefetch": {"lookahead": 0}}
+    both = []
+    for decides in ("host", "device"):
+        with Engine(TINY_MIXTRAL, config | {"decode": decides}, **ARGS) as engine:
+            outputs = [short(engine), short(engine)]
+            thresholds = engine.llm.collective_rpc(threshold_of)
+            both.append((outputs, engine.cache_stats(), thresholds))
+    (by_host, host, spent), (by_gpu, gpu, as_much) = both
+    assert by_gpu == by_host
+    for name in ("hits", "misses", "gated_tokens", "kept_experts"):
+        assert gpu[name] == host[name] > 0
+    assert gpu["kept_experts"] < 2 * gpu["gated_tokens"] and gpu["loss_spent"] == pytest.approx(host["loss_spent"])
+    assert as_much == pytest.approx(spent), "the threshold that the GPU has adapted"
+
+
+def threshold_of(worker: Any) -> float:
+    worker._give_back()
+    assert worker.gating.threshold != worker.gating.plan.threshold
+    return float(worker.gating.threshold)
+
+
 def test_gating_waits_for_nothing_where_every_expert_is_resident(as_on_gpu):
     """The same bits, and the same counts, as with half of them, where the host sees every choice."""
     with Engine(TINY_MIXTRAL, HALF | GATED | {"decode": "host"}, **ARGS) as engine:

@@ -2,7 +2,8 @@
 
 One program of one kernel, which decides what `CacheController` decides for the same routing: the same arithmetic
 (`expected_wait`), the same victims, the same slots. Prefetches are for the next layer alone. Its decisions depend on
-nothing but the routing so far, so ranks agree, and a replay counts the same.
+nothing but the routing so far, so ranks agree, and a replay counts the same. What would be small kernels around it is
+done by the way: padding and dropped pairs are masked, the routing is recorded, a head's chances are combined.
 
 The state of the cache is in global memory (`DeviceResidency`). Each layer's best victim is kept there, so that an
 eviction looks at one number per layer, and at the experts of the layer that lost one.
@@ -15,8 +16,11 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_adapmoe.device.deferred import DeferredRouting
+from vllm_adapmoe.device.layer_input import Chosen, Predicted
 from vllm_adapmoe.device.residency import COUNTERS, DeviceResidency, Loads
 from vllm_adapmoe.policy import expected_wait
+from vllm_adapmoe.policy.chances import MAX_PROB, MIN_PROB, STEPS
 from vllm_adapmoe.policy.expected_wait import EVENT, UNIT
 
 NO_VICTIM = tl.constexpr(-(1 << 62))
@@ -38,11 +42,62 @@ _mixed_chance, _expected_wait = _jit(expected_wait.mixed_chance), _jit(expected_
 
 
 @triton.jit
-def _count(ids, pairs, PAIRS: tl.constexpr, EXPERT_BLOCK: tl.constexpr):
+def _real_rows(padding, pair, mask, TOP_K: tl.constexpr, PADDED: tl.constexpr):
+    """Returns the mask of pairs whose row has a token; all are in `mask`."""
+    if PADDED:
+        mask = mask & (tl.load(padding + pair // TOP_K, mask=mask, other=1) == 0)
+    return mask
+
+
+@triton.jit
+def _count(chosen, EXPERT_BLOCK: tl.constexpr):
     """Returns how often each expert occurs among ids, int32 `[EXPERT_BLOCK]`; negative ids do not count."""
-    pair = tl.arange(0, PAIRS)
-    chosen = tl.load(ids + pair, mask=pair < pairs, other=-1)
     return tl.histogram(tl.where(chosen >= 0, chosen, 0), EXPERT_BLOCK, mask=chosen >= 0)
+
+
+@triton.jit
+def _kept(
+    ids, keep_mask, cost, padding, recorded, recorded_cost, kernel_ids, pairs, absent,
+    PAIRS: tl.constexpr, TOP_K: tl.constexpr, WIDTH: tl.constexpr, GATED: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Returns kept ids, int32 `[PAIRS]`, -1: dropped; records them, and writes ids for the layer's kernel."""
+    pair = tl.arange(0, PAIRS)
+    inside = pair < pairs
+    chosen = tl.load(ids + pair, mask=inside, other=-1).to(tl.int32)
+    kept = _real_rows(padding, pair, inside & (chosen >= 0), TOP_K, PADDED)
+    if GATED:
+        kept = kept & (tl.load(keep_mask + pair, mask=inside, other=0) != 0)
+        row = pair < pairs // TOP_K
+        tl.store(recorded_cost + pair, tl.load(cost + pair, mask=row, other=0.0), mask=row)
+    tl.store(kernel_ids + pair, tl.where(kept, chosen, absent).to(kernel_ids.dtype.element_ty), mask=inside)
+    chosen = tl.where(kept, chosen, -1)
+    tl.store(recorded + pair // TOP_K * WIDTH + pair % TOP_K, chosen, mask=inside)
+    return chosen
+
+
+@triton.jit
+def _chance_of_any(
+    outputs, padding, rows, stride, experts, expert, EXPERT_BLOCK: tl.constexpr, PADDED: tl.constexpr,
+    MIN_PROB: tl.constexpr, MAX_PROB: tl.constexpr, STEPS: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """Returns chances in units of 1 / `UNIT`, int64 `[EXPERT_BLOCK]`, as `chances.chance_of_any` does for `rows`.
+
+    In the order of the rows, and with what a head gives for experts beyond its own taken as no chance.
+    """
+    unused = tl.full([EXPERT_BLOCK], 1.0, tl.float64)
+    least, most = tl.full([EXPERT_BLOCK], MIN_PROB, tl.float64), tl.full([EXPERT_BLOCK], MAX_PROB, tl.float64)
+    for row in range(rows):
+        chance = tl.load(outputs + row * stride + expert, mask=expert < experts, other=0.0).to(tl.float64)
+        factor = 1.0 - tl.minimum(tl.maximum(chance, least), most)
+        if PADDED:
+            factor = tl.where(tl.load(padding + row) == 0, factor, 1.0)
+        unused = unused * factor
+    steps = (1.0 - unused) * STEPS
+    whole = tl.floor(steps)
+    rest = steps - whole
+    odd = whole.to(tl.int64) % 2 == 1
+    whole = tl.where((rest > 0.5) | ((rest == 0.5) & odd), whole + 1.0, whole)  # a half to the even one, as Python does
+    return tl.where(expert < experts, whole.to(tl.int64) * (UNIT // STEPS), 0)
 
 
 @triton.jit
@@ -111,23 +166,31 @@ def _take_slot(
 
 
 # Not specialised on numbers that change from layer to layer and step to step, which would recompile the kernel.
-@triton.jit(do_not_specialize=["layer", "pairs", "ahead_pairs", "max_ahead"])
+@triton.jit(
+    do_not_specialize=["layer", "pairs", "absent", "ahead_pairs", "max_ahead", "outputs_stride", "head_experts"]
+)
 def _claim(
-    ids, expected_chances, ahead_ids, records,
+    ids, keep_mask, cost, padding, recorded, recorded_cost, kernel_ids, outputs, ahead_ids, records,
     slot_of, quick, slow, wait, best_of, best_wait_of, count_of, floors, free, scalars, prefetched, counters,
     loads, num_loads,
-    layer, pairs, ahead_pairs, max_ahead, ahead_limit,
+    layer, pairs, absent, outputs_stride, head_experts, ahead_pairs, max_ahead, ahead_limit,
     quick_rate, slow_rate, weight, floor, share,
     LAYERS: tl.constexpr, EXPERTS: tl.constexpr, LAYER_BLOCK: tl.constexpr, EXPERT_BLOCK: tl.constexpr,
-    PAIRS: tl.constexpr, AHEAD_PAIRS: tl.constexpr, BY_DISTANCE: tl.constexpr, HEADS: tl.constexpr,
-    AHEAD: tl.constexpr, FLOORS: tl.constexpr, MAX_LOADS: tl.constexpr, UNIT: tl.constexpr, EVENT: tl.constexpr,
+    PAIRS: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, AHEAD_PAIRS: tl.constexpr,
+    AHEAD_TOP_K: tl.constexpr, GATED: tl.constexpr, PADDED: tl.constexpr, BY_DISTANCE: tl.constexpr,
+    HEADS: tl.constexpr, AHEAD: tl.constexpr, FLOORS: tl.constexpr, MAX_LOADS: tl.constexpr, UNIT: tl.constexpr,
+    EVENT: tl.constexpr, MIN_PROB: tl.constexpr, MAX_PROB: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     expert = tl.arange(0, EXPERT_BLOCK)
     mask = expert < EXPERTS
     row = layer.to(tl.int64) * EXPERTS + expert
     map_row = layer.to(tl.int64) * (EXPERTS + 1) + expert
     record = tl.load(records + row, mask=mask, other=0)
-    needed = ((_count(ids, pairs, PAIRS, EXPERT_BLOCK) > 0) & (record != 0)).to(tl.int32)
+    kept = _kept(
+        ids, keep_mask, cost, padding, recorded + layer.to(tl.int64) * ROWS * WIDTH, recorded_cost + layer * ROWS,
+        kernel_ids, pairs, absent, PAIRS, TOP_K, WIDTH, GATED, PADDED,
+    )  # fmt: skip
+    needed = ((_count(kept, EXPERT_BLOCK) > 0) & (record != 0)).to(tl.int32)
 
     # The event's use, as the eviction policy records it. With fewer experts than threads, several threads have the same
     # expert: all of them have read what it was before one of them writes what it is.
@@ -146,7 +209,10 @@ def _claim(
         tl.store(slow + row, slower.to(tl.int32), mask=mask)
         chance = _use_chance(fast, slower, weight, floor, UNIT)
         if HEADS:
-            predicted = tl.load(expected_chances + expert, mask=mask, other=0).to(tl.int64)
+            predicted = _chance_of_any(
+                outputs, padding, pairs // TOP_K, outputs_stride, head_experts, expert, EXPERT_BLOCK, PADDED,
+                MIN_PROB, MAX_PROB, STEPS, UNIT,
+            )  # fmt: skip
             chance = tl.maximum(_mixed_chance(chance, predicted, share, UNIT), floor)
         waits = _expected_wait(chance, LAYERS, EVENT, UNIT)
     else:
@@ -201,7 +267,9 @@ def _claim(
         ahead_row = target.to(tl.int64) * EXPERTS + expert
         ahead_map_row = target.to(tl.int64) * (EXPERTS + 1) + expert
         ahead_record = tl.load(records + ahead_row, mask=mask, other=0)
-        votes = _count(ahead_ids, ahead_pairs, AHEAD_PAIRS, EXPERT_BLOCK)
+        ahead_pair = tl.arange(0, AHEAD_PAIRS)
+        voting = _real_rows(padding, ahead_pair, ahead_pair < ahead_pairs, AHEAD_TOP_K, PADDED)
+        votes = _count(tl.load(ahead_ids + ahead_pair, mask=voting, other=-1).to(tl.int32), EXPERT_BLOCK)
         votes = tl.where(ahead_record != 0, votes, 0)
         tl.debug_barrier()
         ahead_slots = tl.load(slot_of + ahead_map_row, mask=mask, other=-1)
@@ -256,38 +324,54 @@ def claim(
     residency: DeviceResidency,
     loads: Loads,
     layer: int,
-    ids: torch.Tensor,
-    expected: torch.Tensor | None = None,
-    ahead_ids: torch.Tensor | None = None,
+    chosen: Chosen,
+    routing: DeferredRouting,
+    predicted: Predicted | None = None,
     max_ahead: int = 0,
-) -> None:
+    absent: int | None = None,
+) -> torch.Tensor:
     """Decides one event of a layer: updates `residency`, and writes what has to be copied to `loads`. One launch.
 
     Args:
         residency: the state of the layer's pool.
         loads: receives the demand loads and the prefetches.
         layer: MoE layer index.
-        ids: kept experts of the step, int32, contiguous, of any shape; -1: dropped, or padding. The distinct ones are
-            at most the pool's slots.
-        expected: chance that the layer's next event uses each expert, int32 `[experts]` in units of 1 / `UNIT`; None:
-            no prediction.
-        ahead_ids: experts that the next layer is predicted to use, int32, contiguous; -1: none. None: no prefetch.
+        chosen: the layer's choice; the distinct experts that are kept are at most the pool's slots. Contiguous.
+        routing: receives what is kept, and its cost.
+        predicted: for the layer's next event, and for the next layer; contiguous. None: no predictions, no prefetch.
         max_ahead: maximum prefetches.
+        absent: id for dropped pairs; None: the maximum of experts of any layer.
+
+    Returns:
+        Ids as in `chosen.ids`, with `absent` for dropped pairs and padding.
     """
-    state = residency
+    state, predicted = residency, predicted or Predicted()
+    ids, padding, outputs, ahead = chosen.ids, chosen.padding, predicted.outputs, predicted.ahead
     layers, experts = state.wait.shape
-    ahead = ahead_ids is not None and layer + 1 < layers
-    ahead_pairs = ids if ahead_ids is None or not ahead else ahead_ids
+    rows, width = routing.ids.shape[1:]
+    prefetches = ahead is not None and layer + 1 < layers
+    ahead = ids if ahead is None else ahead
+    gated = chosen.keep_mask is not None and chosen.cost is not None
+    head = ids if outputs is None else outputs[:, predicted.head :]
+    heads = outputs is not None and head.shape[1] > 0 and state.share > 0
+    kernel_ids = torch.empty_like(ids)
     _claim[(1,)](
-        ids, ids if expected is None else expected, ahead_pairs, state.records,
+        ids, ids if chosen.keep_mask is None else chosen.keep_mask.view(torch.uint8),
+        routing.costs if chosen.cost is None else chosen.cost,
+        ids if padding is None else padding.view(torch.uint8), routing.ids, routing.costs, kernel_ids,
+        head, ahead, state.records,
         state.slot_of, state.quick, state.slow, state.wait, state.best, state.best_wait, state.count, state.floors,
         state.free, state.scalars, state.prefetched, state.counters,
         loads.entries, loads.counts,
-        layer, ids.numel(), ahead_pairs.numel(), max_ahead, state.ahead_limit, *state.rates, state.share,
+        layer, ids.numel(), experts if absent is None else absent, head.stride(0), head.shape[1],
+        ahead.numel(), max_ahead, state.ahead_limit, *state.rates, state.share,
         LAYERS=layers, EXPERTS=experts,
         LAYER_BLOCK=max(16, triton.next_power_of_2(layers)), EXPERT_BLOCK=max(16, triton.next_power_of_2(experts)),
-        PAIRS=max(16, triton.next_power_of_2(ids.numel())),
-        AHEAD_PAIRS=max(16, triton.next_power_of_2(ahead_pairs.numel())),
-        BY_DISTANCE=state.by_distance, HEADS=expected is not None and state.share > 0, AHEAD=ahead,
+        PAIRS=max(16, triton.next_power_of_2(ids.numel())), TOP_K=ids.shape[1], ROWS=rows, WIDTH=width,
+        AHEAD_PAIRS=max(16, triton.next_power_of_2(ahead.numel())), AHEAD_TOP_K=ahead.shape[1],
+        GATED=gated, PADDED=padding is not None, BY_DISTANCE=state.by_distance, HEADS=heads, AHEAD=prefetches,
         FLOORS=state.has_floors, MAX_LOADS=loads.max_loads, UNIT=UNIT, EVENT=EVENT,
+        MIN_PROB=MIN_PROB, MAX_PROB=MAX_PROB, STEPS=int(STEPS),
+        enable_fp_fusion=False,  # the chances of heads are rounded as the host rounds them
     )  # fmt: skip
+    return kernel_ids

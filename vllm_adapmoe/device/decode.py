@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,8 +12,13 @@ from vllm_adapmoe.cache.host_copy import HostCopy
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.device import MAX_TOKENS
 from vllm_adapmoe.device.deferred import DeferredRouting
+from vllm_adapmoe.device.layer_input import Chosen, Predicted
 from vllm_adapmoe.device.residency import COUNTERS, DeviceResidency, Loads
+from vllm_adapmoe.gating.rules import Gated
 from vllm_adapmoe.store.base import ExpertStore
+
+if TYPE_CHECKING:
+    from vllm_adapmoe.device.batch_gate import Adapted, BatchGate
 
 DEMAND, AHEAD = 0, 1
 
@@ -51,6 +56,8 @@ class DeviceDecode:
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._prefetching = False
         """Whether copies may be in flight on the second stream."""
+        self.batch_gate: BatchGate | None = None
+        """Gates by batch; None: nothing is gated so."""
         self._counters: deque[HostCopy] = deque()
         """Counters and residents of each pool after each step, in flight to the host."""
         self.rebuild()
@@ -82,6 +89,8 @@ class DeviceDecode:
             of_pool = [key for key in staged if self.cache.pool_of_layer[key[0]] == index]
             pool.upload(self.cache.controller.pools[index], of_pool)
             self._seen[index].fill(0)
+        if self.batch_gate is not None:
+            self.batch_gate.upload()
         self.owns = True
 
     def give_back(self) -> None:
@@ -98,6 +107,8 @@ class DeviceDecode:
     def _hand_back(self, uses: bool) -> None:
         """Waits for the GPU, and hands its state to the host (`ExpertCacheManager.take_back`)."""
         states = [pool.download() for pool in self.pools]
+        if self.batch_gate is not None:
+            self.batch_gate.download()
         self.owns = False
         self.cache.take_back(states, uses)
 
@@ -127,32 +138,39 @@ class DeviceDecode:
         self.routing.close_step(tokens, payload, list(range(self.cache.store.num_layers)))
         self._copy_counters()
 
-    def experts(
-        self, layer: int, ids: torch.Tensor, expected: torch.Tensor | None, ahead_ids: torch.Tensor | None
-    ) -> torch.Tensor:
+    def use_gating(self, gating: "Adapted | None") -> None:
+        """Gates by batch from the next step on; None: no longer."""
+        from vllm_adapmoe.device.batch_gate import BatchGate
+
+        self.give_back()
+        self.batch_gate = None if gating is None else BatchGate(gating, len(self.pools[0].wait[0]), self.device)
+
+    def gate_batch(self, layer: int, weights: torch.Tensor, ids: torch.Tensor, padding: torch.Tensor | None) -> Gated:
+        """Gates a layer of a step by what is resident now (`BatchGate`)."""
+        assert self.batch_gate is not None
+        return self.batch_gate(layer, weights, ids, padding, self.pools[self.cache.pool_of_layer[layer]].slot_of)
+
+    def experts(self, layer: int, chosen: Chosen, predicted: Predicted | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Makes the experts of one layer resident, and begins to prefetch for the next; launches and waits for nothing.
 
         Args:
             layer: MoE layer index; layers are called in their order.
-            ids: kept experts, int32 `[tokens, top_k]`, contiguous; -1: dropped, or padding.
-            expected: as in `claim`.
-            ahead_ids: experts that the next layer is predicted to use, int32, contiguous; -1: none. None: no prefetch.
+            chosen: the layer's choice; contiguous.
+            predicted: for the layer's next event, and for the next layer; None: no predictions.
 
         Returns:
-            int32 `[experts + 1]`: the slot of each expert, -1 if it has none, for kernels launched from here on.
+            The slot of each expert, -1 if it has none, int32 `[experts + 1]`, for kernels launched from here on; and
+            `chosen.ids`, with the number of experts for padding and dropped pairs.
         """
         index = self.cache.pool_of_layer[layer]
         pool, fetch = self.pools[index], self._fetches[index]
-        if expected is not None and len(expected) < pool.wait.shape[1]:
-            expected = torch.nn.functional.pad(expected, (0, pool.wait.shape[1] - len(expected)))
-        self._join()
-        self._claim(pool, self._loads, layer, ids, expected, ahead_ids, self.max_ahead)
-        fetch(self._loads, DEMAND)
-        if ahead_ids is not None and self.max_ahead and layer + 1 < len(pool.records):
-            self._prefetch(fetch)
         experts = self.cache.store.num_experts(layer)
-        row = pool.slot_of[layer]
-        return row if experts == len(row) - 1 else torch.cat((row[:experts], row[-1:]))
+        self._join()
+        ids = self._claim(pool, self._loads, layer, chosen, self.routing, predicted, self.max_ahead, experts)
+        fetch(self._loads, DEMAND)
+        if predicted is not None and predicted.ahead is not None and self.max_ahead and layer + 1 < len(pool.records):
+            self._prefetch(fetch)
+        return pool.slot_of[layer][: experts + 1], ids  # -1 follows the experts, in layers of fewer than others, too
 
     def _prefetch(self, fetch: Any) -> None:
         """Copies prefetches on the second stream, after the demand loads: they would share the link."""

@@ -1,6 +1,6 @@
 """LossBudget: adapts the threshold of gating by batch to a loss budget."""
 
-import math
+import torch
 
 RATE = 0.02
 """Increase of the threshold's logarithm in a step without loss: it doubles in 35 steps."""
@@ -27,6 +27,19 @@ class LossBudget:
 
     def spend(self, nats: float, tokens: int) -> float:
         """Records that a decode step of `tokens` tokens lost `nats`; returns the new threshold."""
-        unspent_share = 1 - nats / tokens / self.nats_per_token
-        self.threshold = max(self.min_threshold, self.threshold * math.exp(max(-1.0, RATE * unspent_share)))
+        threshold, share = torch.tensor(
+            [self.threshold, nats / tokens / self.nats_per_token], dtype=torch.float64
+        ).unbind()
+        self.threshold = next_threshold(threshold, share, self.min_threshold).item()
         return self.threshold
+
+
+def next_threshold(threshold: torch.Tensor, spent_share: torch.Tensor, minimum: float) -> torch.Tensor:
+    """Returns the threshold after a decode step, float64, as operations of one device.
+
+    Args:
+        threshold: threshold of the step, nats, float64.
+        spent_share: what the step has lost, as a share of its budget, float64.
+        minimum: minimum threshold, nats.
+    """
+    return (threshold * (RATE * (1 - spent_share)).clamp(min=-1.0).exp()).clamp(min=minimum)

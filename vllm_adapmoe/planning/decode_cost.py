@@ -21,9 +21,9 @@ from vllm_adapmoe.planning.token_time import (
     token_seconds,
 )
 
-PREDICTING_KERNELS = 6
-"""Kernels that predict the next layer's experts before the claim: input to float32, gate, two for the best, ids,
-padding (`ExpertPredictor.predict_on_device`)."""
+PREDICTING_KERNELS = 4
+"""Kernels that predict the next layer's experts before the claim: input to float32, gate, two for the best
+(`ExpertPredictor.predict_on_device`)."""
 PREFETCH_KERNELS = 1
 """Kernels of a prefetch on a stream of its own: fetch."""
 SYNC_SECONDS = 3e-5

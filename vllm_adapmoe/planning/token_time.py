@@ -7,9 +7,9 @@ H200)."""
 LAYER_KERNELS = 16
 """Kernels of one layer of stock vLLM, counted for Qwen3-MoE with one request: norm, QKV, norm of Q and of K, rotation,
 KV cache, attention, output, norm, router, top-k, sorting of pairs, two expert kernels, activation, sum."""
-DECIDING_KERNELS = 10
-"""Kernels that a MoE layer has besides where the device decides, without gating, counted in `MappedExperts`: claim and
-fetch; padding masked, routing recorded, two for the ids of dropped pairs; four that map the sorted blocks to slots."""
+DECIDING_KERNELS = 4
+"""Kernels that a MoE layer has besides where the device decides, counted in `MappedExperts`, `DeviceDecode.experts` and
+`slot_kernels`: claim, fetch, and two that map the sorted blocks to slots; one where the pairs are not sorted."""
 KERNEL_LINK = 37e9
 """Bytes per second that a kernel reads over the link at most: 37 GB/s of a link of 55 (docs/gpu.md, H200). That a
 kernel has a slower link to itself is assumed."""

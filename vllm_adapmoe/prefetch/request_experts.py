@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from vllm_adapmoe.prefetch.chances import chance_of_any
+from vllm_adapmoe.policy.chances import chance_of_any
 
 REUSE, REUSE_WEIGHT = 0.37, 8.0
 """Prior chance that a token uses an expert of its request's last token, used without next-token heads, weighted as so

@@ -194,7 +194,7 @@ class CachedExperts(StreamedExperts):
         assert host_ids is not None
         real = None if padding is None else ~padding
         if gate is not None and on_host is not None:
-            batch = gate.gate_together(on_host, host_ids, self._resident_or_loading())
+            batch = gate.gate_together(on_host, host_ids, self._resident_or_loading(), real)
             keep_mask, cost = batch.keep_mask, batch.cost
             weights = batch.weights.to(x.device)
         elif gated is not None:

@@ -10,6 +10,7 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 
 from vllm_adapmoe.device.decode import DeviceDecode
 from vllm_adapmoe.device.deferred import DeferredRouting
+from vllm_adapmoe.device.layer_input import Predicted
 from vllm_adapmoe.integration.layers.gates import LayerGate
 from vllm_adapmoe.store.base import ExpertsUnavailable
 
@@ -78,10 +79,8 @@ class Predictor(Protocol):
     def product(self, index: int, x: torch.Tensor) -> torch.Tensor | None:
         """Computes on the device what `predict` needs of the input; None if it needs nothing."""
 
-    def predict_on_device(
-        self, index: int, x: torch.Tensor, padding: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
-        """Predicts without the host: chances of the layer's next event, and experts of the next layer; None: failed."""
+    def predict_on_device(self, index: int, x: torch.Tensor) -> Predicted | None:
+        """Predicts from the input of layer `index` on the device; None if nothing does."""
 
     def skip_first_layer(self) -> None:
         """Begins a step whose first layer ran without the host."""

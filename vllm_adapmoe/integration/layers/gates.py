@@ -34,8 +34,8 @@ class Gating:
         self._budget = None
         if plan.nats_per_token is not None:
             self._budget = LossBudget(plan.threshold, plan.nats_per_token)
-        self._spent = 0.0
-        """Predicted loss up to the last step, in nats."""
+        self.step_nats = 0.0
+        """Predicted loss of the running step, in nats, as counted so far."""
 
     def end_step(self, rows: int, prompt_rows: int) -> None:
         """Adjusts the threshold by the loss of a step, to keep the loss budget.
@@ -45,11 +45,10 @@ class Gating:
                 was gated like the others, so the mean over rows estimates the loss of a token that is output.
             prompt_rows: those of prompts, which lose next to nothing, as they need every expert.
         """
-        if self._budget is None:
-            return
-        spent, self._spent = self._spent, sum(gate.stats.loss_spent for gate in self.layers)
-        if rows and not prompt_rows:
-            self.threshold = self._budget.spend(self._spent - spent, rows)
+        nats, self.step_nats = self.step_nats, 0.0
+        if self._budget is not None and rows and not prompt_rows:
+            self._budget.threshold = self.threshold
+            self.threshold = self._budget.spend(nats, rows)
 
 
 class LayerGate:
@@ -76,7 +75,7 @@ class LayerGate:
 
     @property
     def needs_residency(self) -> bool:
-        """Whether the rule asks which experts are resident, which only the host knows."""
+        """Whether the rule asks which experts are resident: known to whom decides, the host or the GPU."""
         return self.plan.rule == "batch"
 
     def gate_each(self, weights: torch.Tensor, by_token: Gated | None = None) -> Gated | None:
@@ -97,18 +96,24 @@ class LayerGate:
         assert plan.experts is not None
         return gate_to_count(weights, plan.experts, self._generator)
 
-    def gate_together(self, weights: torch.Tensor, ids: torch.Tensor, resident: torch.Tensor) -> Gated:
+    def gate_together(
+        self, weights: torch.Tensor, ids: torch.Tensor, resident: torch.Tensor, real: torch.Tensor | None
+    ) -> Gated:
         """Gates the tokens of a batch together, by which experts are resident.
 
         Args:
             weights: `[tokens, top_k]`, float32, on the host.
             ids: `[tokens, top_k]`, on the host.
             resident: bool `[experts]`, on the host: experts that need no fetch.
+            real: bool `[tokens]`, on the host; False for padding, which comes last and has no part in prices. None: no
+                padding.
         """
-        return gate_batch(weights, ids, self.sensitivity, self.threshold, resident)
+        rows = len(ids) if real is None else int(real.sum())
+        gated = gate_batch(weights[:rows], ids[:rows], self.sensitivity, self.threshold, resident)
+        return Gated(*(torch.cat((part, part.new_zeros(len(ids) - rows, *part.shape[1:]))) for part in gated))
 
     def count(self, keep_mask: torch.Tensor, cost: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
-        """Adds a step to `stats`; returns the mask with padding masked out.
+        """Adds a layer of the running step to `stats`; returns the mask with padding masked out.
 
         Args:
             keep_mask: bool `[tokens, top_k]`, on the host.
@@ -117,7 +122,13 @@ class LayerGate:
         """
         if real is not None:
             keep_mask, cost = keep_mask & real.unsqueeze(1), cost[real]
+        self.gating.step_nats += self.count_finished(keep_mask, cost)
+        return keep_mask
+
+    def count_finished(self, keep_mask: torch.Tensor, cost: torch.Tensor) -> float:
+        """Adds a layer of a step that has run; returns the predicted loss in nats. Arguments as in `count`."""
+        nats = self.sensitivity * float(cost.sum())
         self.stats.gated_tokens += len(cost)
         self.stats.kept_experts += int(keep_mask.count_nonzero())
-        self.stats.loss_spent += self.sensitivity * float(cost.sum())
-        return keep_mask
+        self.stats.loss_spent += nats
+        return nats

@@ -11,6 +11,7 @@ from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.device.decode import DeviceDecode
 from vllm_adapmoe.device.deferred import DeferredRouting
+from vllm_adapmoe.device.layer_input import Chosen
 from vllm_adapmoe.gating.rules import Gated
 from vllm_adapmoe.integration.layers.cached_experts import NO_EXPERTS, CachedExperts, distinct, padding_rows
 from vllm_adapmoe.integration.layers.collaborators import Collaborators, LayerPrediction
@@ -110,23 +111,6 @@ class MappedExperts(CachedExperts):
         """Pins the layer if it is fully resident (`ExpertCacheManager.whole_layer`); yields whether it is."""
         return nullcontext(True) if self.cache is None else self.cache.whole_layer(self.cache_layer)
 
-    def _gate_on_device(
-        self, weights: torch.Tensor, ids: torch.Tensor, gated: Gated | None, context: ForwardContext
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gates on the device, records the routing; returns weights, and int32 ids, -1 for dropped and padding."""
-        assert self.deferred is not None
-        ids, costs = ids.int(), None
-        if self.gating is not None:
-            gated = self.gating.gate_each(weights, gated)
-            assert gated is not None
-            weights, costs = gated.weights, gated.cost
-            ids = ids.masked_fill(~gated.keep_mask, -1)
-        padding = padding_rows(context, len(ids))
-        if padding is not None:
-            ids = ids.masked_fill(padding.unsqueeze(1), -1)
-        self.deferred.record(self.cache_layer, ids, costs)
-        return weights, ids
-
     def _run_on_device(
         self,
         decode: DeviceDecode,
@@ -137,20 +121,19 @@ class MappedExperts(CachedExperts):
         context: ForwardContext,
     ) -> torch.Tensor:
         """Runs the layer with experts that the GPU itself loads; a CUDA graph can hold all of it."""
-        weights, ids = self._gate_on_device(topk_weights, topk_ids, gated, context)
-        expected = ahead = None
-        if self.predictor is not None:
-            predicted = self.predictor.predict_on_device(self.cache_layer, x, padding_rows(context, len(x)))
-            expected, ahead = predicted or (None, None)
-        row_of = decode.experts(self.cache_layer, ids.contiguous(), expected, ahead)
-        return self._run_recorded(x, weights, ids, topk_ids.dtype, row_of)
-
-    def _run_recorded(
-        self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype, row_of: torch.Tensor
-    ) -> torch.Tensor:
-        """Runs the kernel on ids of `_gate_on_device`, in the router's dtype."""
-        ids = torch.where(ids < 0, self.local_num_experts, ids)
-        return self._run_mapped(x, weights, ids.to(dtype), row_of)
+        layer, padding, ids = self.cache_layer, padding_rows(context, len(x)), topk_ids.contiguous()
+        chosen = Chosen(ids, padding=padding)
+        if self.gating is not None:
+            if self.gating.needs_residency:
+                gated = decode.gate_batch(layer, topk_weights.contiguous(), ids, padding)
+            else:
+                gated = self.gating.gate_each(topk_weights, gated)
+            assert gated is not None
+            topk_weights = gated.weights
+            chosen = Chosen(ids, gated.keep_mask.contiguous(), gated.cost.contiguous(), padding)
+        predicted = None if self.predictor is None else self.predictor.predict_on_device(layer, x)
+        row_of, ids = decode.experts(layer, chosen, predicted)
+        return self._run_mapped(x, topk_weights, ids, row_of)
 
     def _run_whole_layer(
         self,
@@ -163,17 +146,28 @@ class MappedExperts(CachedExperts):
         """Runs a fully resident layer without the host, which reads the recorded routing later."""
         if self.predictor is not None and self.cache_layer == 0:
             self.predictor.skip_first_layer()
-        weights, ids = self._gate_on_device(topk_weights, topk_ids, gated, context)
+        assert self.deferred is not None
+        weights, ids, cost = topk_weights, topk_ids, None
+        if self.gating is not None:
+            gated = self.gating.gate_each(topk_weights, gated)
+            assert gated is not None
+            weights, cost = gated.weights, gated.cost
+            ids = ids.masked_fill(~gated.keep_mask, -1)
+        padding = padding_rows(context, len(x))
+        if padding is not None:
+            ids = ids.masked_fill(padding.unsqueeze(1), -1)
+        self.deferred.record(self.cache_layer, ids, cost)
         slot_map = self._slot_map()
         slots = slot_map.numpy().tobytes()
         if self._whole is None or self._whole[0] != slots:
             self._whole = slots, self._rows(slot_map, x.device)
-        return self._run_recorded(x, weights, ids, topk_ids.dtype, self._whole[1])
+        return self._run_mapped(x, weights, ids.masked_fill(ids < 0, self.local_num_experts), self._whole[1])
 
     def _run_dummy(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         """Runs the kernels of a step of this size on arbitrary slots, to warm up and to allocate the same memory."""
         num_slots = self.local_num_experts if self.cache is None else self.cache.pool(self.cache_layer).num_slots
         rows = torch.arange(self.local_num_experts, dtype=torch.int32).clamp(max=num_slots - 1)
+        topk_ids = topk_ids.masked_fill(topk_ids < 0, self.local_num_experts)  # of padding
         output = self._run_mapped(x, topk_weights, topk_ids, self._rows(rows, x.device))
         if self.slots < self.local_num_experts:  # the sum over waves takes memory in addition to one wave's output
             output = torch.zeros(x.shape, dtype=torch.float32, device=x.device).add_(output).to(x.dtype)
@@ -191,28 +185,31 @@ class MappedExperts(CachedExperts):
     def _run_kept(self, step: StepRouting, keep_mask: torch.Tensor, prediction: LayerPrediction | None) -> torch.Tensor:
         """Runs the kept (token, expert) pairs wave by wave, each once all of its experts are resident."""
         x, experts = step.x, distinct(step.ids[keep_mask], self.moe_config.num_experts)
-        ids = to_device(torch.where(keep_mask, step.ids, self.local_num_experts), x.device)
         groups = waves(experts, self.slots)
         if len(groups) == 1:
-            return self._run_group(x, step.weights, ids, experts, prediction, NO_EXPERTS)
+            return self._run_group(step, keep_mask, experts, prediction, NO_EXPERTS)
         total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for number, group in enumerate(groups):
-            total += self._run_group(x, step.weights, ids, group, prediction if number == 0 else None, experts)
+            in_group = torch.zeros(self.local_num_experts + 1, dtype=torch.bool)
+            in_group.numpy()[group] = True
+            kept = keep_mask & in_group[step.ids]
+            total += self._run_group(step, kept, group, prediction if number == 0 else None, experts)
         return total.to(x.dtype)
 
     def _run_group(
         self,
-        x: torch.Tensor,
-        weights: torch.Tensor,
-        ids: torch.Tensor,
+        step: StepRouting,
+        keep_mask: torch.Tensor,
         group: np.ndarray,
         prediction: LayerPrediction | None,
         event_experts: np.ndarray,
     ) -> torch.Tensor:
-        slots = self._acquire(group, prediction, event_experts)
+        """Runs the pairs of one group of experts, once all of them are resident."""
+        x, slots = step.x, self._acquire(group, prediction, event_experts)
+        ids = to_device(torch.where(keep_mask, step.ids, self.local_num_experts), x.device)
         chosen = torch.full_like(slots, -1)
         chosen.numpy()[group] = slots.numpy()[group]
-        output = self._run_mapped(x, weights, ids, self._rows(chosen, x.device))
+        output = self._run_mapped(x, step.weights, ids, self._rows(chosen, x.device))
         self._release(group)
         return output
 

@@ -1,4 +1,4 @@
-"""Runs vLLM's expert kernels on a pool of slots: sorts pairs by expert, then maps blocks to slots."""
+"""Runs vLLM's expert kernels on a pool of slots: pairs are sorted by expert, and blocks mapped to slots."""
 
 from collections.abc import Callable, Mapping
 from types import FunctionType, SimpleNamespace
@@ -29,7 +29,8 @@ def run_on_slots(experts: FusedMoEExpertsModular, num_experts: int) -> None:
     Args:
         experts: a kernel that `takes_slots`.
         num_experts: number of experts of the layer. `apply` must be given `expert_map`, int32 `[num_experts + 1]`: the
-            row of each expert, -1 if absent, and a final -1 for the id `num_experts`, which dropped pairs have.
+            row of each expert, -1 if absent, and a final -1 for the id `num_experts`, which dropped pairs have, and
+            those of absent experts.
     """
     names = _BINDINGS[type(experts)](num_experts)
     experts.apply = _rebound(type(experts).apply, names).__get__(experts)  # type: ignore[method-assign]
@@ -46,25 +47,48 @@ def align_on_slots(
     """Replaces `moe_align_block_size` for a map to slots: sorts by expert, then maps the expert of each block.
 
     Args:
-        topk_ids: integer `[tokens, top_k]`, from 0 to the number of experts, inclusive.
+        topk_ids: integer `[tokens, top_k]`, from 0 to the number of experts, inclusive: the latter if the expert is
+            absent, or the pair dropped.
         block_size: rows of a block.
         num_experts: the caller's count; used only without `expert_map`.
         expert_map: as in `run_on_slots`; None: ids are weight rows already.
         pad_sorted_ids: as in `moe_align_block_size`.
-        ignore_invalid_experts: if set, pairs of absent experts get no block, and their rows are never written.
-            Otherwise they get blocks of row -1, for which kernels write zeros.
+        ignore_invalid_experts: if set, dropped pairs get no block, and their rows are never written. Otherwise they get
+            blocks of row -1, for which kernels write zeros.
     """
     if expert_map is None:
         return moe_align_block_size(topk_ids, block_size, num_experts, None, pad_sorted_ids)
     absent = expert_map.numel() - 1
-    ids = torch.where(expert_map[topk_ids] < 0, absent, topk_ids)
     bins = absent if ignore_invalid_experts else absent + 1  # an id beyond the bins is not sorted
-    sorted_ids, blocks, padded = moe_align_block_size(ids, block_size, bins, None, pad_sorted_ids)
+    sorted_ids, blocks, padded = moe_align_block_size(topk_ids, block_size, bins, None, pad_sorted_ids)
     return sorted_ids, expert_map[blocks], padded  # -1, behind the last block, is the end of the map: -1 again
 
 
+def _assign_on_slots(num_experts: int) -> Callable[..., Any]:
+    """Returns a replacement of `_prepare_expert_assignment` for a map to slots.
+
+    vLLM does not sort the pairs of small steps: each pair is a block. It does so without a map only, so its code is
+    asked without one, and the map applied to the blocks.
+    """
+    prepare = triton_moe._prepare_expert_assignment
+    without_sorting = _rebound(prepare, {"moe_align_block_size": lambda *_, **__: None})
+    with_sorting = _rebound(prepare, {"moe_align_block_size": align_on_slots})
+
+    def assign(
+        ids: torch.Tensor, config: Any, tokens: int, top_k: int, count: int, expert_map: Any, **flags: Any
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        if expert_map is not None:
+            assigned = without_sorting(ids, config, tokens, top_k, num_experts, None, **flags)
+            if assigned is not None:
+                unsorted, experts, padded = assigned
+                return unsorted, expert_map.index_select(0, experts), padded
+        return with_sorting(ids, config, tokens, top_k, count, expert_map, **flags)
+
+    return assign
+
+
 def _triton(num_experts: int) -> dict[str, Any]:
-    assign = _rebound(triton_moe._prepare_expert_assignment, {"moe_align_block_size": align_on_slots})
+    assign = _assign_on_slots(num_experts)
     return {"_prepare_expert_assignment": assign, "try_get_optimal_moe_config": _tiles_for(num_experts)}
 
 

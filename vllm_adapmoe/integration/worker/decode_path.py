@@ -64,8 +64,6 @@ def _obstacle(
     cache: ExpertCacheManager,
     device: torch.device,
 ) -> str | None:
-    if config.gating.mode == "batch":
-        return "gating.mode=batch needs to know on the host which experts are resident"
     if config.trace_out is not None:
         return "trace_out records routing on the host"
     if config.allocation == "trace":

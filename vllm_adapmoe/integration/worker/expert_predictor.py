@@ -11,6 +11,7 @@ from vllm.logger import init_logger
 
 from vllm_adapmoe.cache.host_copy import HostCopy
 from vllm_adapmoe.cache.manager import ExpertCacheManager
+from vllm_adapmoe.device.layer_input import Predicted
 from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
 from vllm_adapmoe.integration.layers.collaborators import LayerPrediction
 from vllm_adapmoe.integration.worker.current_step import CurrentStep, Requests
@@ -18,9 +19,8 @@ from vllm_adapmoe.integration.worker.gate_stack import GateStack
 from vllm_adapmoe.integration.worker.gate_trial import LinearGate
 from vllm_adapmoe.integration.worker.routers import Routers
 from vllm_adapmoe.integration.worker.step_recorder import StepRecorder
-from vllm_adapmoe.policy.expected_wait import UNIT
+from vllm_adapmoe.policy.chances import chance_of_any
 from vllm_adapmoe.policy.prediction import PredictedExperts, predict_experts
-from vllm_adapmoe.prefetch.chances import MAX_PROB, MIN_PROB, STEPS, chance_of_any
 from vllm_adapmoe.prefetch.request_experts import RequestExperts
 from vllm_adapmoe.scheduling.report import prompt_rows
 from vllm_adapmoe.simulate.trace import SAMPLE, sample_rows
@@ -242,41 +242,26 @@ class ExpertPredictor:
         return (planner is not None and bool(planner.pending[index])) or self._looks_ahead(index)
 
     @_disabled_by_errors
-    def predict_on_device(
-        self, index: int, x: torch.Tensor, padding: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def predict_on_device(self, index: int, x: torch.Tensor) -> Predicted | None:
         """Predicts from the input of layer `index` without the host, as operations that a CUDA graph can hold.
 
         Args:
             index: index of the layer.
             x: experts' input `[tokens, hidden]`.
-            padding: bool `[tokens]`, True for rows without a token; None: no such rows.
-
-        Returns:
-            Chance that the layer's next event uses each expert, int32 `[experts]`, in units of 1 / `UNIT`; and the
-            experts that the next layer is predicted to use, int32 `[tokens, top_k]`, -1 for padding. Each None if
-            nothing predicts it.
         """
         stack = self.stacks[index]
         columns = stack.slices[0] if stack.slices and self.cache is not None else None
-        if self.failed or (columns is None and self.heads is None):
-            return None, None
+        if columns is None and self.heads is None:
+            return None
         outputs = stack.product(x)
-        expected = ahead = None
-        if self.heads is not None:
-            unused = 1.0 - outputs[:, stack.width :].double().clamp(MIN_PROB, MAX_PROB)
-            if padding is not None:
-                unused = unused.masked_fill(padding.unsqueeze(1), 1.0)
-            expected = (((1.0 - unused.prod(0)) * STEPS).round() * (UNIT / STEPS)).int()  # as `chance_of_any`
-        if columns is not None:
-            rank = outputs[:, columns]
-            correction = self.routers.corrections[index + 1]
-            if correction is not None:
-                rank = rank.sigmoid() + self._on_device(index + 1, correction, x.device)
-            ahead = rank.topk(min(self.layers[index + 1].top_k, rank.shape[1]), dim=1).indices.int()
-            if padding is not None:
-                ahead = ahead.masked_fill(padding.unsqueeze(1), -1)
-        return expected, ahead
+        if columns is None:
+            return Predicted(outputs, stack.width)
+        rank = outputs[:, columns]
+        correction = self.routers.corrections[index + 1]
+        if correction is not None:
+            rank = rank.sigmoid() + self._on_device(index + 1, correction, x.device)
+        ahead = rank.topk(min(self.layers[index + 1].top_k, rank.shape[1]), dim=1).indices
+        return Predicted(outputs, stack.width, ahead)
 
     def _on_device(self, index: int, correction: np.ndarray, device: torch.device) -> torch.Tensor:
         """Returns a router's correction on the device; copied at the first call, before a graph is captured."""

@@ -13,6 +13,7 @@ from vllm_adapmoe.device import MAX_TOKENS
 from vllm_adapmoe.device.decode import DeviceDecode
 from vllm_adapmoe.device.deferred import DeferredRouting
 from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
+from vllm_adapmoe.integration.layers.gates import Gating
 from vllm_adapmoe.integration.layers.graph_break import break_graph_at, graphs_in_pieces, graphs_without_host
 from vllm_adapmoe.integration.layers.mapped_experts import MappedExperts
 from vllm_adapmoe.integration.loading.slot_pools import slots_device
@@ -93,6 +94,11 @@ class GpuSteps:
                 "max_model_len, or set decode=host"
             )
 
+    def use_gating(self, gating: Gating | None) -> None:
+        """Gates by another plan from the next step on; None: not at all."""
+        if self.decode is not None:
+            self.decode.use_gating(gating if gating is not None and gating.plan.rule == "batch" else None)
+
     def decides(self, tokens: int) -> bool:
         """Returns whether the GPU decides in a step of `tokens` tokens."""
         return self.decode is not None and tokens <= self.decode.max_tokens and self.layers[0].probe is None
@@ -111,6 +117,8 @@ class GpuSteps:
             with decode.step(tokens, requests):
                 yield
                 requests += current.requests()
+                if decode.batch_gate is not None and not current.prompt_rows:
+                    decode.batch_gate.end_step(self.routing.costs[:, :tokens])
             return
         self.routing.layers.clear()  # drop entries of graph capture
         yield
@@ -130,7 +138,7 @@ class GpuSteps:
             for index in step.layers:
                 gate = self.layers[index].gating
                 if gate is not None:
-                    gate.count(torch.from_numpy(step.ids[index] >= 0), torch.from_numpy(step.costs[index]), None)
+                    gate.count_finished(torch.from_numpy(step.ids[index] >= 0), torch.from_numpy(step.costs[index]))
             if step.payload and predictor is not None:
                 predictor.record_finished(step.payload, step.ids)
         if self.decode is not None:

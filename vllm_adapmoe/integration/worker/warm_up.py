@@ -6,9 +6,9 @@ import torch
 from vllm_adapmoe.experts import CacheShape
 from vllm_adapmoe.integration.layers.cached_experts import distinct, kept_pairs
 from vllm_adapmoe.policy.cache_setup import CacheSetup
+from vllm_adapmoe.policy.chances import chance_of_any
 from vllm_adapmoe.policy.controller import CacheController
 from vllm_adapmoe.policy.prediction import PredictedExperts, predict_experts
-from vllm_adapmoe.prefetch.chances import chance_of_any
 
 EXPERTS, TOP_K, LAYERS = 8, 2, 4
 

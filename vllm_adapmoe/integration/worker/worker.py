@@ -140,6 +140,8 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
                 if isinstance(layer, MappedExperts):
                     layer.use_slot_kernel()  # dropped experts need a map, even if all are resident
         self.gating = None if plan is None else Gating(plan)
+        if self.gpu_steps is not None:
+            self.gpu_steps.use_gating(self.gating)
         self.bind_layers()
 
     def restart_predictor(self, config: AdapMoEConfig) -> None:
@@ -237,7 +239,7 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         self._clock.start()
         with step.launch(), self._device_step(scheduler_output.total_num_scheduled_tokens):
             output = super().execute_model(scheduler_output)
-        if self.gating is not None:
+        if self.gating is not None and not self._gpu_decides():
             self.gating.end_step(sum(step.rows.values()), step.prompt_rows)
         if step.rows:
             self._step_times = self._report_step(scheduler_output)
@@ -266,6 +268,10 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
             return nullcontext()
         return self.gpu_steps.step(tokens, self.current_step)
 
+    def _gpu_decides(self) -> bool:
+        """Returns whether the GPU decides in the current step."""
+        return self.gpu_steps is not None and self.gpu_steps.decides(self.current_step.tokens)
+
     def _report_step(self, scheduler_output: Any) -> Sequence[StepTimes]:
         """Returns the times of finished steps, for the scheduler; none if it does not need them."""
         experts = None if self.predictor is None else self.predictor.experts
@@ -278,8 +284,7 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         by_device = self.expert_cache.controller.device_stall_seconds
         of_host, of_device = self._since(stats, [stats.stall_seconds - by_device, by_device]).tolist()
         # What the device counts comes one or two steps late: never with a step that the host decides.
-        decided = self.gpu_steps is not None and self.gpu_steps.decides(self.current_step.tokens)
-        self._clock.stop((of_device if decided else of_host, self.current_step.prompt_rows > 0))
+        self._clock.stop((of_device if self._gpu_decides() else of_host, self.current_step.prompt_rows > 0))
         return [StepTimes(seconds, *inputs) for seconds, inputs in self._clock.finished()]
 
     def sample_tokens(self, grammar_output: Any) -> Any:
