@@ -134,6 +134,7 @@ def claim_times(shape: Shape, device: Device, rounds: int) -> Iterator[Row]:
     records = torch.ones(shape.layers, shape.experts, dtype=torch.int64, device=device.torch)
     state, loads = DeviceResidency(controller.pools[0], records, device.torch), Loads(shape.experts, device.torch)
     routing = DeferredRouting(shape.layers, 1, shape.top_k, device.torch)
+    routing.begin_step(1)
     state.upload(controller.pools[0], [])
     everyone = torch.arange(shape.experts, dtype=torch.int32, device=device.torch)
     chunks = everyone[: shape.experts // shape.top_k * shape.top_k].view(-1, 1, shape.top_k)

@@ -112,6 +112,7 @@ class OnDevice:
         self.ids, self.ahead = torch.full_like(inputs.ids[0], -1), torch.full_like(inputs.ahead[0], -1)
         self.decode.take()
         self.replay = device.capture(self._layers)
+        self.decode.routing.begin_step(1)
 
     def _layers(self) -> None:
         x, layers = self.inputs.x, self.shape.layers

@@ -23,6 +23,10 @@ def gate_of(threshold: float, sensitivity: list[float], nats_per_token: float | 
     return BatchGate(gating, 16, CPU)
 
 
+def number(rows: int) -> torch.Tensor:
+    return torch.tensor([rows], dtype=torch.int32)
+
+
 @settings(max_examples=40, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(seed=st.integers(0, 1 << 20), top_k=st.integers(1, 5), tokens=st.integers(1, 6), dtype=st.booleans())
 def test_drops_as_on_the_host(seed, top_k, tokens, dtype):
@@ -37,11 +41,10 @@ def test_drops_as_on_the_host(seed, top_k, tokens, dtype):
     slot_of = torch.cat((slots, torch.full((2, 1), -1, dtype=torch.int32)), 1)
     threshold = float(10 ** (2 * torch.rand((), generator=generator) - 2))
     rows = int(torch.randint(1, tokens + 1, (), generator=generator))
-    padding = None if rows == tokens else torch.arange(tokens) >= rows
     ids[rows:] = torch.randint(-1, experts, (tokens - rows, top_k), generator=generator)
     expected = gate_batch(weights[:rows], ids[:rows], 0.5, threshold, resident[1])
     gate = gate_of(threshold, [9.0, 0.5])
-    keep_mask, gated, cost = gate(1, weights, ids if dtype else ids.int(), padding, slot_of)
+    keep_mask, gated, cost = gate(1, weights, ids if dtype else ids.int(), number(rows), slot_of)
     assert keep_mask.dtype == torch.bool and keep_mask[:rows].tolist() == expected.keep_mask.tolist()
     assert not keep_mask[rows:].any()
     torch.testing.assert_close(gated[:rows], expected.weights, rtol=1e-6, atol=0)
@@ -55,7 +58,7 @@ def test_rounds():
     weights, ids = torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2]]), torch.tensor([[0, 1, 2], [0, 1, 2]])
     slot_of = torch.full((1, 5), -1, dtype=torch.int32)
     for threshold, kept in ((0.05, [True, True, True]), (0.3, [True, True, False]), (2.0, [True, False, False])):
-        keep_mask, _, _ = gate_of(threshold, [1.0])(0, weights, ids, None, slot_of)
+        keep_mask, _, _ = gate_of(threshold, [1.0])(0, weights, ids, number(2), slot_of)
         expected = gate_batch(weights, ids, 1.0, threshold, torch.zeros(4, dtype=torch.bool))
         assert keep_mask.tolist() == expected.keep_mask.tolist() == [kept, kept]
 
@@ -63,7 +66,7 @@ def test_rounds():
 def test_what_is_not_a_number_is_kept():
     weights = torch.tensor([[float("nan"), 0.5], [0.9, 0.1]])
     ids, slot_of = torch.tensor([[0, 1], [2, 3]]), torch.full((1, 5), -1, dtype=torch.int32)
-    keep_mask, gated, _ = gate_of(1.0, [1.0])(0, weights, ids, None, slot_of)
+    keep_mask, gated, _ = gate_of(1.0, [1.0])(0, weights, ids, number(2), slot_of)
     assert keep_mask.tolist() == [[True, True], [True, False]]
     assert gated[0].isnan().tolist() == [True, False] and gated[1].tolist() == pytest.approx([1.0, 0.0])
 

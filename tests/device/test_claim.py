@@ -44,10 +44,10 @@ class Pair:
         """An event of both; `outputs` of a next-token head, behind another column; the last `padded` rows are none."""
         ids = torch.as_tensor(ids)
         rows = len(ids) - padded
-        padding = (torch.arange(len(ids)) >= rows) if padded else None
+        self.routing.begin_step(rows)
         head = None if outputs is None else torch.nn.functional.pad(torch.from_numpy(outputs), (1, 0), value=9.0)
         kernel_ids = claim(
-            self.device, self.loads, layer, Chosen(ids, padding=padding), self.routing, Predicted(head, 1, ahead),
+            self.device, self.loads, layer, Chosen(ids), self.routing, Predicted(head, 1, ahead),
             self.max_experts,
         )  # fmt: skip
         real = ids[:rows]
@@ -130,6 +130,7 @@ def test_experts_of_other_ranks_are_ignored():
     pair = Pair(2, 8, 8, "next_use", 2, None)
     pair.device.records[:, ::2] = 0
     everyone = torch.arange(8).view(4, 2)
+    pair.routing.begin_step(4)
     claim(pair.device, pair.loads, 0, Chosen(everyone), pair.routing, Predicted(ahead=everyone), 8)
     assert pair.loads.counts.tolist() == [4, 4]
     assert (pair.device.slot_of[:, :8] >= 0).tolist() == [[False, True] * 4] * 2
@@ -140,8 +141,8 @@ def test_dropped_pairs_are_not_needed():
     pair = Pair(2, 8, 8, "next_use", 2, None)
     ids, keep = torch.tensor([[0, 1], [2, 3], [4, 5]]), torch.tensor([[True, False], [True, True], [True, True]])
     cost = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
-    chosen = Chosen(ids, keep, cost, torch.tensor([False, False, True]))
-    assert claim(pair.device, pair.loads, 1, chosen, pair.routing).tolist() == [[0, 8], [2, 3], [8, 8]]
+    pair.routing.begin_step(2)
+    assert claim(pair.device, pair.loads, 1, Chosen(ids, keep, cost), pair.routing).tolist() == [[0, 8], [2, 3], [8, 8]]
     assert pair.routing.ids[1, :3].tolist() == [[0, -1], [2, 3], [-1, -1]]
     assert pair.routing.costs[1, :4].tolist() == [0.1, 0.2, 0.3, 0.0]
     assert (pair.device.slot_of[1] >= 0).nonzero().flatten().tolist() == [0, 2, 3]
@@ -151,6 +152,7 @@ def test_dropped_pairs_are_not_needed():
 def test_ids_of_smaller_layers():
     """Top-1, and fewer experts than other layers: recorded in the first column; dropped pairs get its own number."""
     pair = Pair(2, 8, 8, "next_use", 2, None)
+    pair.routing.begin_step(2)
     ids = claim(pair.device, pair.loads, 1, Chosen(torch.tensor([[3], [-1]])), pair.routing, absent=4)
     assert ids.tolist() == [[3], [4]]
     assert pair.routing.ids[1, :3].tolist() == [[3, -2], [-1, -2], [-2, -2]]

@@ -30,18 +30,16 @@ def _sum(values, mask):
 
 @triton.jit(do_not_specialize=["layer", "tokens"])
 def _gate_batch(
-    ids, weights, padding, slot_of, sensitivities, threshold, prices, beaten, keep_mask, gated, costs,
+    ids, weights, step_rows, slot_of, sensitivities, threshold, prices, beaten, keep_mask, gated, costs,
     layer, tokens,
-    TOP_K: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PADDED: tl.constexpr,
+    TOP_K: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     UNIT: tl.constexpr, MAX_NATS: tl.constexpr,
 ):  # fmt: skip
     token, choice = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
     inside = (token < tokens) & (choice < TOP_K)
     place = token * TOP_K + choice
     chosen = tl.load(ids + place, mask=inside, other=-1).to(tl.int32)
-    kept = inside & (chosen >= 0)
-    if PADDED:
-        kept = kept & (tl.load(padding + token + choice * 0, mask=inside, other=1) == 0)
+    kept = inside & (chosen >= 0) & (token < tl.load(step_rows))
     given = tl.load(weights + place, mask=inside, other=0.0)
     exact = given.to(tl.float64)
     square = exact * exact
@@ -125,7 +123,7 @@ class BatchGate:
         layer: int,
         weights: torch.Tensor,
         ids: torch.Tensor,
-        padding: torch.Tensor | None,
+        rows: torch.Tensor,
         slot_of: torch.Tensor,
     ) -> Gated:
         """Drops absent experts where that costs all tokens together less than the threshold. One launch.
@@ -134,18 +132,18 @@ class BatchGate:
             layer: MoE layer index.
             weights: router weights, float32 `[tokens, top_k]`, contiguous.
             ids: the router's choice, int32 or int64 `[tokens, top_k]`, contiguous; -1: none.
-            padding: bool `[tokens]`, True for rows without a token; None: no such rows.
+            rows: number of rows that are no padding, int32 `[1]`.
             slot_of: slot of each expert of the pool's layers, -1 for absent ones, int32 `[layers, experts + 1]`.
         """
         tokens, top_k = ids.shape
         keep_mask, gated = torch.empty_like(ids, dtype=torch.bool), torch.empty_like(weights)
         costs = torch.empty(tokens, dtype=torch.float64, device=ids.device)
         _gate_batch[(1,)](
-            ids, weights, ids if padding is None else padding.view(torch.uint8), slot_of,
+            ids, weights, rows, slot_of,
             self.sensitivity, self.threshold, self._prices, self._beaten, keep_mask.view(torch.uint8), gated, costs,
             layer, tokens,
             TOP_K=top_k, EXPERTS=slot_of.shape[1] - 1, ROWS=triton.next_power_of_2(tokens),
-            COLUMNS=triton.next_power_of_2(top_k), PADDED=padding is not None, UNIT=UNIT, MAX_NATS=MAX_NATS,
+            COLUMNS=triton.next_power_of_2(top_k), UNIT=UNIT, MAX_NATS=MAX_NATS,
         )  # fmt: skip
         return Gated(keep_mask, gated, costs)
 

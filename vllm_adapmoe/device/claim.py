@@ -42,14 +42,6 @@ _mixed_chance, _expected_wait = _jit(expected_wait.mixed_chance), _jit(expected_
 
 
 @triton.jit
-def _real_rows(padding, pair, mask, TOP_K: tl.constexpr, PADDED: tl.constexpr):
-    """Returns the mask of pairs whose row has a token; all are in `mask`."""
-    if PADDED:
-        mask = mask & (tl.load(padding + pair // TOP_K, mask=mask, other=1) == 0)
-    return mask
-
-
-@triton.jit
 def _count(chosen, EXPERT_BLOCK: tl.constexpr):
     """Returns how often each expert occurs among ids, int32 `[EXPERT_BLOCK]`; negative ids do not count."""
     return tl.histogram(tl.where(chosen >= 0, chosen, 0), EXPERT_BLOCK, mask=chosen >= 0)
@@ -57,14 +49,14 @@ def _count(chosen, EXPERT_BLOCK: tl.constexpr):
 
 @triton.jit
 def _kept(
-    ids, keep_mask, cost, padding, recorded, recorded_cost, kernel_ids, pairs, absent,
-    PAIRS: tl.constexpr, TOP_K: tl.constexpr, WIDTH: tl.constexpr, GATED: tl.constexpr, PADDED: tl.constexpr,
+    ids, keep_mask, cost, rows, recorded, recorded_cost, kernel_ids, pairs, absent,
+    PAIRS: tl.constexpr, TOP_K: tl.constexpr, WIDTH: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """Returns kept ids, int32 `[PAIRS]`, -1: dropped; records them, and writes ids for the layer's kernel."""
+    """Returns kept ids, int32 `[PAIRS]`, -1: dropped or padding; records them, and writes ids for the kernel."""
     pair = tl.arange(0, PAIRS)
     inside = pair < pairs
     chosen = tl.load(ids + pair, mask=inside, other=-1).to(tl.int32)
-    kept = _real_rows(padding, pair, inside & (chosen >= 0), TOP_K, PADDED)
+    kept = inside & (chosen >= 0) & (pair < rows * TOP_K)
     if GATED:
         kept = kept & (tl.load(keep_mask + pair, mask=inside, other=0) != 0)
         row = pair < pairs // TOP_K
@@ -77,7 +69,7 @@ def _kept(
 
 @triton.jit
 def _chance_of_any(
-    outputs, padding, rows, stride, experts, expert, EXPERT_BLOCK: tl.constexpr, PADDED: tl.constexpr,
+    outputs, rows, stride, experts, expert, EXPERT_BLOCK: tl.constexpr,
     MIN_PROB: tl.constexpr, MAX_PROB: tl.constexpr, STEPS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Returns chances in units of 1 / `UNIT`, int64 `[EXPERT_BLOCK]`, as `chances.chance_of_any` does for `rows`.
@@ -88,10 +80,7 @@ def _chance_of_any(
     least, most = tl.full([EXPERT_BLOCK], MIN_PROB, tl.float64), tl.full([EXPERT_BLOCK], MAX_PROB, tl.float64)
     for row in range(rows):
         chance = tl.load(outputs + row * stride + expert, mask=expert < experts, other=0.0).to(tl.float64)
-        factor = 1.0 - tl.minimum(tl.maximum(chance, least), most)
-        if PADDED:
-            factor = tl.where(tl.load(padding + row) == 0, factor, 1.0)
-        unused = unused * factor
+        unused = unused * (1.0 - tl.minimum(tl.maximum(chance, least), most))
     steps = (1.0 - unused) * STEPS
     whole = tl.floor(steps)
     rest = steps - whole
@@ -170,14 +159,14 @@ def _take_slot(
     do_not_specialize=["layer", "pairs", "absent", "ahead_pairs", "max_ahead", "outputs_stride", "head_experts"]
 )
 def _claim(
-    ids, keep_mask, cost, padding, recorded, recorded_cost, kernel_ids, outputs, ahead_ids, records,
+    ids, keep_mask, cost, step_rows, recorded, recorded_cost, kernel_ids, outputs, ahead_ids, records,
     slot_of, quick, slow, wait, best_of, best_wait_of, count_of, floors, free, scalars, prefetched, counters,
     loads, num_loads,
     layer, pairs, absent, outputs_stride, head_experts, ahead_pairs, max_ahead, ahead_limit,
     quick_rate, slow_rate, weight, floor, share,
     LAYERS: tl.constexpr, EXPERTS: tl.constexpr, LAYER_BLOCK: tl.constexpr, EXPERT_BLOCK: tl.constexpr,
     PAIRS: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, AHEAD_PAIRS: tl.constexpr,
-    AHEAD_TOP_K: tl.constexpr, GATED: tl.constexpr, PADDED: tl.constexpr, BY_DISTANCE: tl.constexpr,
+    AHEAD_TOP_K: tl.constexpr, GATED: tl.constexpr, BY_DISTANCE: tl.constexpr,
     HEADS: tl.constexpr, AHEAD: tl.constexpr, FLOORS: tl.constexpr, MAX_LOADS: tl.constexpr, UNIT: tl.constexpr,
     EVENT: tl.constexpr, MIN_PROB: tl.constexpr, MAX_PROB: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
@@ -186,9 +175,10 @@ def _claim(
     row = layer.to(tl.int64) * EXPERTS + expert
     map_row = layer.to(tl.int64) * (EXPERTS + 1) + expert
     record = tl.load(records + row, mask=mask, other=0)
+    rows = tl.minimum(tl.load(step_rows), pairs // TOP_K)
     kept = _kept(
-        ids, keep_mask, cost, padding, recorded + layer.to(tl.int64) * ROWS * WIDTH, recorded_cost + layer * ROWS,
-        kernel_ids, pairs, absent, PAIRS, TOP_K, WIDTH, GATED, PADDED,
+        ids, keep_mask, cost, rows, recorded + layer.to(tl.int64) * ROWS * WIDTH, recorded_cost + layer * ROWS,
+        kernel_ids, pairs, absent, PAIRS, TOP_K, WIDTH, GATED,
     )  # fmt: skip
     needed = ((_count(kept, EXPERT_BLOCK) > 0) & (record != 0)).to(tl.int32)
 
@@ -210,7 +200,7 @@ def _claim(
         chance = _use_chance(fast, slower, weight, floor, UNIT)
         if HEADS:
             predicted = _chance_of_any(
-                outputs, padding, pairs // TOP_K, outputs_stride, head_experts, expert, EXPERT_BLOCK, PADDED,
+                outputs, rows, outputs_stride, head_experts, expert, EXPERT_BLOCK,
                 MIN_PROB, MAX_PROB, STEPS, UNIT,
             )  # fmt: skip
             chance = tl.maximum(_mixed_chance(chance, predicted, share, UNIT), floor)
@@ -268,7 +258,7 @@ def _claim(
         ahead_map_row = target.to(tl.int64) * (EXPERTS + 1) + expert
         ahead_record = tl.load(records + ahead_row, mask=mask, other=0)
         ahead_pair = tl.arange(0, AHEAD_PAIRS)
-        voting = _real_rows(padding, ahead_pair, ahead_pair < ahead_pairs, AHEAD_TOP_K, PADDED)
+        voting = ahead_pair < tl.minimum(ahead_pairs, rows * AHEAD_TOP_K)
         votes = _count(tl.load(ahead_ids + ahead_pair, mask=voting, other=-1).to(tl.int32), EXPERT_BLOCK)
         votes = tl.where(ahead_record != 0, votes, 0)
         tl.debug_barrier()
@@ -337,7 +327,7 @@ def claim(
         loads: receives the demand loads and the prefetches.
         layer: MoE layer index.
         chosen: the layer's choice; the distinct experts that are kept are at most the pool's slots. Contiguous.
-        routing: receives what is kept, and its cost.
+        routing: has the number of rows that are no padding; receives what is kept, and its cost.
         predicted: for the layer's next event, and for the next layer; contiguous. None: no predictions, no prefetch.
         max_ahead: maximum prefetches.
         absent: id for dropped pairs; None: the maximum of experts of any layer.
@@ -346,7 +336,7 @@ def claim(
         Ids as in `chosen.ids`, with `absent` for dropped pairs and padding.
     """
     state, predicted = residency, predicted or Predicted()
-    ids, padding, outputs, ahead = chosen.ids, chosen.padding, predicted.outputs, predicted.ahead
+    ids, outputs, ahead = chosen.ids, predicted.outputs, predicted.ahead
     layers, experts = state.wait.shape
     rows, width = routing.ids.shape[1:]
     prefetches = ahead is not None and layer + 1 < layers
@@ -358,7 +348,7 @@ def claim(
     _claim[(1,)](
         ids, ids if chosen.keep_mask is None else chosen.keep_mask.view(torch.uint8),
         routing.costs if chosen.cost is None else chosen.cost,
-        ids if padding is None else padding.view(torch.uint8), routing.ids, routing.costs, kernel_ids,
+        routing.rows, routing.ids, routing.costs, kernel_ids,
         head, ahead, state.records,
         state.slot_of, state.quick, state.slow, state.wait, state.best, state.best_wait, state.count, state.floors,
         state.free, state.scalars, state.prefetched, state.counters,
@@ -369,7 +359,7 @@ def claim(
         LAYER_BLOCK=max(16, triton.next_power_of_2(layers)), EXPERT_BLOCK=max(16, triton.next_power_of_2(experts)),
         PAIRS=max(16, triton.next_power_of_2(ids.numel())), TOP_K=ids.shape[1], ROWS=rows, WIDTH=width,
         AHEAD_PAIRS=max(16, triton.next_power_of_2(ahead.numel())), AHEAD_TOP_K=ahead.shape[1],
-        GATED=gated, PADDED=padding is not None, BY_DISTANCE=state.by_distance, HEADS=heads, AHEAD=prefetches,
+        GATED=gated, BY_DISTANCE=state.by_distance, HEADS=heads, AHEAD=prefetches,
         FLOORS=state.has_floors, MAX_LOADS=loads.max_loads, UNIT=UNIT, EVENT=EVENT,
         MIN_PROB=MIN_PROB, MAX_PROB=MAX_PROB, STEPS=int(STEPS),
         enable_fp_fusion=False,  # the chances of heads are rounded as the host rounds them

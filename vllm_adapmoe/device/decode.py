@@ -114,21 +114,23 @@ class DeviceDecode:
 
     @contextmanager
     def warm_up(self) -> Iterator[None]:
-        """Gives the GPU the cache for steps that are no traffic: what they use is neither counted nor remembered.
-
-        The experts that they load stay, as if they had been loaded in advance.
-        """
+        """Gives the GPU the cache for steps that are no traffic: all of their rows are padding, and load nothing."""
         self.give_back()
-        self.take()
+        self.take_for_padding()
         yield  # after an error vLLM does not start, and the cache stays where it is
         self._counters.clear()
         self._hand_back(uses=False)
+
+    def take_for_padding(self) -> None:
+        """Hands the cache to the GPU for a step without requests, all of whose rows are padding."""
+        self.take()
+        self.routing.rows.zero_()
 
     @contextmanager
     def step(self, tokens: int, payload: Any) -> Iterator[None]:
         """Opens a context to launch a step of at most `max_tokens` tokens; its routing is returned with `payload`."""
         self.take()
-        self.routing.begin_step()
+        self.routing.begin_step(tokens)
         self.running = True
         try:
             yield
@@ -145,10 +147,11 @@ class DeviceDecode:
         self.give_back()
         self.batch_gate = None if gating is None else BatchGate(gating, len(self.pools[0].wait[0]), self.device)
 
-    def gate_batch(self, layer: int, weights: torch.Tensor, ids: torch.Tensor, padding: torch.Tensor | None) -> Gated:
+    def gate_batch(self, layer: int, weights: torch.Tensor, ids: torch.Tensor) -> Gated:
         """Gates a layer of a step by what is resident now (`BatchGate`)."""
         assert self.batch_gate is not None
-        return self.batch_gate(layer, weights, ids, padding, self.pools[self.cache.pool_of_layer[layer]].slot_of)
+        pool = self.pools[self.cache.pool_of_layer[layer]]
+        return self.batch_gate(layer, weights, ids, self.routing.rows, pool.slot_of)
 
     def experts(self, layer: int, chosen: Chosen, predicted: Predicted | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Makes the experts of one layer resident, and begins to prefetch for the next; launches and waits for nothing.

@@ -54,14 +54,18 @@ class DeferredRouting:
         self.tokens = tokens
         self.ids = torch.full((layers, tokens, top_k), NOT_RECORDED, dtype=torch.int32, device=device)
         self.costs = torch.zeros((layers, tokens), dtype=torch.float64, device=device)
+        self.rows = torch.zeros(1, dtype=torch.int32, device=device)
+        """Rows of the step that have a token, int32 `[1]`; those behind them are padding. A graph reads it, so padding
+        need not be marked."""
         self.layers: set[int] = set()
         """Layers that have recorded routing in the current step."""
         self._in_flight: deque[tuple[HostCopy, list[int], Any]] = deque()
         """Copies in flight of ids and costs, with the arguments of `close_step`."""
 
-    def begin_step(self) -> None:
-        """Resets the buffer before a step in which every layer has to record its routing."""
+    def begin_step(self, rows: int) -> None:
+        """Resets the buffer before a step of `rows` tokens in which every layer has to record its routing."""
         self.ids.fill_(NOT_RECORDED)
+        self.rows.fill_(rows)
 
     def record(self, layer: int, ids: torch.Tensor, costs: torch.Tensor | None) -> None:
         """Records the routing of a layer, in a step of at most `tokens` tokens.

@@ -15,8 +15,6 @@ class Chosen:
     """Bool `[tokens, top_k]`: what gating keeps; None: no gating."""
     cost: torch.Tensor | None = None
     """Cost of what gating dropped, as in `Gated.cost`, float64 `[tokens]`; None: no gating."""
-    padding: torch.Tensor | None = None
-    """Bool `[tokens]`, True for rows without a token; None: no such rows."""
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ class MappedExperts(CachedExperts):
         decode = self.decode
         if decode is not None and (decode.running or capturing or (self._is_dummy_run(context) and decode.owns)):
             if len(x) <= decode.max_tokens:
-                return self._run_on_device(decode, x, topk_weights, topk_ids, gated, context)
+                return self._run_on_device(decode, x, topk_weights, topk_ids, gated)
             if decode.running:
                 raise RuntimeError(f"a step of {len(x)} tokens; the GPU decides in steps of {decode.max_tokens}")
         if capturing:
@@ -118,19 +118,18 @@ class MappedExperts(CachedExperts):
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
         gated: Gated | None,
-        context: ForwardContext,
     ) -> torch.Tensor:
         """Runs the layer with experts that the GPU itself loads; a CUDA graph can hold all of it."""
-        layer, padding, ids = self.cache_layer, padding_rows(context, len(x)), topk_ids.contiguous()
-        chosen = Chosen(ids, padding=padding)
+        layer, ids = self.cache_layer, topk_ids.contiguous()
+        chosen = Chosen(ids)
         if self.gating is not None:
             if self.gating.needs_residency:
-                gated = decode.gate_batch(layer, topk_weights.contiguous(), ids, padding)
+                gated = decode.gate_batch(layer, topk_weights.contiguous(), ids)
             else:
                 gated = self.gating.gate_each(topk_weights, gated)
             assert gated is not None
             topk_weights = gated.weights
-            chosen = Chosen(ids, gated.keep_mask.contiguous(), gated.cost.contiguous(), padding)
+            chosen = Chosen(ids, gated.keep_mask.contiguous(), gated.cost.contiguous())
         predicted = None if self.predictor is None else self.predictor.predict_on_device(layer, x)
         row_of, ids = decode.experts(layer, chosen, predicted)
         return self._run_mapped(x, topk_weights, ids, row_of)

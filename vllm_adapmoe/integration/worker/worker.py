@@ -221,7 +221,7 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
     def execute_dummy_batch(self) -> None:
         """Runs a step without requests, whose graphs load experts if the GPU decides."""
         if self.gpu_steps is not None and self.gpu_steps.decode is not None:
-            self.gpu_steps.decode.take()
+            self.gpu_steps.decode.take_for_padding()
         super().execute_dummy_batch()
 
     def execute_model(self, scheduler_output: Any) -> Any:
