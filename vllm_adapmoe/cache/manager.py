@@ -18,7 +18,7 @@ from vllm_adapmoe.experts import ExpertKey
 from vllm_adapmoe.policy.cache_stats import CacheStats
 from vllm_adapmoe.policy.controller import CacheController
 from vllm_adapmoe.policy.events import Request
-from vllm_adapmoe.policy.gpu_state import GpuState
+from vllm_adapmoe.policy.gpu_state import GpuCounts, GpuState
 from vllm_adapmoe.policy.prefetch_planner import PredictExperts
 from vllm_adapmoe.store.base import ExpertStore, ExpertsUnavailable
 
@@ -375,10 +375,10 @@ class ExpertCacheManager:
             self.lent = False
             self.transfers.resume()
 
-    def count_on_device(self, pool: int, counted: np.ndarray, residents: np.ndarray) -> None:
+    def count_on_device(self, pool: int, counted: GpuCounts) -> None:
         """Adds what a GPU has counted in a pool, and sets the residents of its layers (`CacheController`)."""
         with self.transfers.lock:
-            self.controller.count_on_device(pool, counted, residents, self.pools[pool].record_bytes)
+            self.controller.count_on_device(pool, counted, self.pools[pool].record_bytes)
 
     def prefetch(
         self, layer: int, routing: tuple[np.ndarray, np.ndarray] | None, predict_experts: PredictExperts

@@ -15,6 +15,7 @@ from vllm_adapmoe.device.deferred import DeferredRouting
 from vllm_adapmoe.device.layer_input import Chosen, Predicted
 from vllm_adapmoe.device.residency import COUNTERS, DeviceResidency, Loads
 from vllm_adapmoe.gating.rules import Gated
+from vllm_adapmoe.policy.gpu_state import GpuCounts
 from vllm_adapmoe.store.base import ExpertStore
 
 if TYPE_CHECKING:
@@ -202,12 +203,13 @@ class DeviceDecode:
     def _count(self, copy: HostCopy) -> None:
         for index, seen in enumerate(self._seen):
             counters, residents = (tensor.numpy() for tensor in copy.tensors[2 * index : 2 * index + 2])
-            if counters[len(COUNTERS) - 1]:
+            of_pool = dict(zip(COUNTERS, (counters - seen)[: len(COUNTERS)].tolist(), strict=True))
+            if of_pool.pop("lost"):
                 raise RuntimeError(
                     f"a step needed more experts of pool {index} than it has slots: tokens are wrong; set decode=host"
                 )
-            counted = np.delete(counters - seen, len(COUNTERS) - 1)
-            self.cache.count_on_device(index, counted, residents)
+            hits, misses = (counters - seen)[len(COUNTERS) :].reshape(-1, 2).T
+            self.cache.count_on_device(index, GpuCounts(**of_pool, hits=hits, misses=misses, residents=residents))
             seen[:] = counters
 
 

@@ -13,6 +13,7 @@ from vllm_adapmoe.policy.cache_setup import CacheSetup
 from vllm_adapmoe.policy.cache_stats import CacheStats
 from vllm_adapmoe.policy.events import Load, Request, State
 from vllm_adapmoe.policy.eviction import POLICIES, EvictionPolicy
+from vllm_adapmoe.policy.gpu_state import GpuCounts
 from vllm_adapmoe.policy.prefetch_planner import PredictExperts, PrefetchPlanner, RequestPrefetch
 from vllm_adapmoe.policy.residency import Residency
 
@@ -180,23 +181,20 @@ class CacheController:
         self.staged.clear()
         return staged
 
-    def count_on_device(self, pool: int, counted: np.ndarray, residents: np.ndarray, nbytes: int) -> None:
+    def count_on_device(self, pool: int, counted: GpuCounts, nbytes: int) -> None:
         """Adds what a GPU has counted since the last call, and sets the number of residents.
 
         Args:
             pool: index of the pool.
-            counted: prefetches, prefetch hits and wasted prefetches of the pool, then hits and misses of each layer.
-            residents: resident experts of each layer.
+            counted: what it has counted.
             nbytes: bytes that a fetch moves.
         """
         layers = [layer for layer, pool_of_layer in enumerate(self.pool_of) if pool_of_layer == pool]
-        prefetches, prefetch_hits, wasted = counted[:3].tolist()
-        hits, misses = counted[3::2], counted[4::2]
-        stats = self.stats
+        stats, hits, misses = self.stats, counted.hits, counted.misses
         # A GPU does not tell how long it has waited: taken to be as long as the host's fetches of so many bytes.
         fetched, ours = stats.fetched_bytes - self.device_bytes, stats.fetch_seconds - self.device_fetch_seconds
         seconds = ours / fetched if fetched > 0 else 0.0
-        demanded, moved = int(misses.sum()) * nbytes, (int(misses.sum()) + prefetches) * nbytes
+        demanded, moved = int(misses.sum()) * nbytes, (int(misses.sum()) + counted.prefetches) * nbytes
         stats.stall_seconds += demanded * seconds
         stats.fetch_seconds += moved * seconds
         self.device_stall_seconds += demanded * seconds
@@ -204,15 +202,15 @@ class CacheController:
         self.device_bytes += moved
         stats.hits += int(hits.sum())
         stats.misses += int(misses.sum())
-        stats.prefetches += prefetches
-        stats.prefetch_hits += prefetch_hits
-        stats.prefetches_wasted += wasted
-        stats.wasted_bytes += wasted * nbytes
+        stats.prefetches += counted.prefetches
+        stats.prefetch_hits += counted.prefetch_hits
+        stats.prefetches_wasted += counted.prefetches_wasted
+        stats.wasted_bytes += counted.prefetches_wasted * nbytes
         stats.fetched_bytes += moved
         for layer in layers:
             self.layer_hits[layer] += int(hits[layer])
             self.layer_misses[layer] += int(misses[layer])
-        self.pools[pool].show_residents(residents)
+        self.pools[pool].show_residents(counted.residents)
 
     def decide_on_device(
         self, layer: int, experts: Sequence[int] | np.ndarray, expected: np.ndarray | None, votes: np.ndarray | None

@@ -1,4 +1,4 @@
-"""GpuState: what the host takes back from a GPU that has decided which experts are in which slots."""
+"""What the host takes back from a GPU that has decided which experts are in which slots, and what that has counted."""
 
 from dataclasses import dataclass
 
@@ -22,3 +22,18 @@ class GpuState:
     """Number of events so far, with `LRU`."""
     last_layer: int
     """Layer of the last event."""
+
+
+@dataclass(frozen=True)
+class GpuCounts:
+    """What a GPU has counted in one pool since the last time."""
+
+    prefetches: int
+    prefetch_hits: int
+    prefetches_wasted: int
+    hits: np.ndarray
+    """Of each layer, int64 `[layers]`."""
+    misses: np.ndarray
+    """Of each layer, int64 `[layers]`."""
+    residents: np.ndarray
+    """Resident experts of each layer now, int32 `[layers]`."""

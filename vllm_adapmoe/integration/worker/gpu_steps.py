@@ -1,7 +1,7 @@
 """Runs whole decode steps, or single layers of other steps, on a GPU without waiting for the host."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Self
 
 import torch
@@ -85,7 +85,8 @@ class GpuSteps:
         Raises:
             AdapMoEError: too few slots are left for the GPU to decide.
         """
-        assert self.decode is not None
+        if self.decode is None:
+            return
         self.decode.rebuild()
         self.decode.max_tokens = graphs_without_host(compilation, self.decode.max_tokens)
         if not self.decode.max_tokens:
@@ -102,6 +103,17 @@ class GpuSteps:
     def decides(self, tokens: int) -> bool:
         """Returns whether the GPU decides in a step of `tokens` tokens."""
         return self.decode is not None and tokens <= self.decode.max_tokens and self.layers[0].probe is None
+
+    def warm_up(self) -> AbstractContextManager[None]:
+        """Lets vLLM warm up and capture graphs: on the GPU's own cache if it decides, else without any transfer."""
+        if self.decode is not None:
+            return self.decode.warm_up()
+        return nullcontext() if self.cache is None else self.cache.quiet()
+
+    def prepare_padding(self) -> None:
+        """Prepares for a step without requests, whose graphs would load experts if the GPU decides."""
+        if self.decode is not None:
+            self.decode.take_for_padding()
 
     def prepare(self, tokens: int) -> None:
         """Hands the cache to the host if it decides in the next step, before that prefetches anything."""

@@ -1,7 +1,7 @@
 """vLLM's GPU and CPU workers, extended by an expert cache."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,7 +182,7 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         """Returns the bytes for the KV cache: `available`, plus those of slots released for it."""
         self._give_back()
         room = room_for_kv_cache(self._config, self.vllm_config, self._loading, self.expert_cache, available)
-        if room != available and self.gpu_steps is not None and self.gpu_steps.decode is not None:
+        if room != available and self.gpu_steps is not None:
             self.gpu_steps.rebuild(self.vllm_config.compilation_config)
         return room
 
@@ -195,23 +195,16 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
             warm_up_decisions(self.expert_cache.controller.setup.eviction)
         self._warming_up = True
         try:
-            with self._quiet():
+            with self._warm_up():
                 return super().compile_or_warm_up_model()
         finally:
             self._warming_up = False
 
-    @contextmanager
-    def _quiet(self) -> Iterator[None]:
-        """Lets vLLM warm up and capture graphs: on the GPU's own cache if it decides, else without any transfer."""
-        decode = None if self.gpu_steps is None else self.gpu_steps.decode
-        if decode is not None:
-            with decode.warm_up():
-                yield
-        elif self.expert_cache is not None:
-            with self.expert_cache.quiet():
-                yield
-        else:
-            yield
+    def _warm_up(self) -> AbstractContextManager[None]:
+        """Lets vLLM warm up and capture graphs, whose arbitrary ids must load no experts."""
+        if self.gpu_steps is not None:
+            return self.gpu_steps.warm_up()
+        return nullcontext() if self.expert_cache is None else self.expert_cache.quiet()
 
     def _give_back(self) -> None:
         """Hands the cache to the host, if the GPU has it."""
@@ -219,9 +212,8 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
             self.gpu_steps.give_back()
 
     def execute_dummy_batch(self) -> None:
-        """Runs a step without requests, whose graphs load experts if the GPU decides."""
-        if self.gpu_steps is not None and self.gpu_steps.decode is not None:
-            self.gpu_steps.decode.take_for_padding()
+        if self.gpu_steps is not None:
+            self.gpu_steps.prepare_padding()
         super().execute_dummy_batch()
 
     def execute_model(self, scheduler_output: Any) -> Any:
@@ -320,7 +312,7 @@ class AdapMoEWorker(ExpertCacheWorker, Worker):
 
     def determine_available_memory(self) -> int:
         """Returns the bytes for the KV cache, by vLLM's measurement of what the slot count only estimated."""
-        with self._quiet():  # vLLM captures graphs to measure them
+        with self._warm_up():  # vLLM captures graphs to measure them
             available = super().determine_available_memory()
         return self._bytes_for_kv_cache(available)
 
