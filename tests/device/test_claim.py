@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from vllm_adapmoe.device.claim import claim
@@ -82,7 +82,7 @@ class Pair:
 
 
 @pytest.mark.parametrize("eviction", ["lru", "next_use", "next_token"])
-@settings(max_examples=25)
+@settings(max_examples=25, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(data=st.data())
 def test_decides_as_the_controller(eviction, data):
     """Random histories, ties included: few experts that are used alike, equal predictions, and all slots free."""

@@ -27,6 +27,8 @@ NO_VICTIM = tl.constexpr(-(1 << 62))
 """Wait of a layer without an evictable expert."""
 PREFETCHES, PREFETCH_HITS, WASTED, LOST = (tl.constexpr(place) for place in range(4))
 """Places of `COUNTERS`."""
+ROWS_AT_ONCE = 8
+"""Rows whose chances are read together."""
 OF_LAYERS = tl.constexpr(len(COUNTERS))
 """Place of the first layer's hits."""
 
@@ -70,17 +72,20 @@ def _kept(
 @triton.jit
 def _chance_of_any(
     outputs, rows, stride, experts, expert, EXPERT_BLOCK: tl.constexpr,
-    MIN_PROB: tl.constexpr, MAX_PROB: tl.constexpr, STEPS: tl.constexpr, UNIT: tl.constexpr,
+    ROWS_AT_ONCE: tl.constexpr, MIN_PROB: tl.constexpr, MAX_PROB: tl.constexpr, STEPS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Returns chances in units of 1 / `UNIT`, int64 `[EXPERT_BLOCK]`, as `chances.chance_of_any` does for `rows`.
 
-    In the order of the rows, and with what a head gives for experts beyond its own taken as no chance.
+    In the order of the rows. Experts beyond those of the head have no chance.
     """
     unused = tl.full([EXPERT_BLOCK], 1.0, tl.float64)
     least, most = tl.full([EXPERT_BLOCK], MIN_PROB, tl.float64), tl.full([EXPERT_BLOCK], MAX_PROB, tl.float64)
-    for row in range(rows):
-        chance = tl.load(outputs + row * stride + expert, mask=expert < experts, other=0.0).to(tl.float64)
-        unused = unused * (1.0 - tl.minimum(tl.maximum(chance, least), most))
+    for start in range(0, rows, ROWS_AT_ONCE):
+        for number in tl.static_range(ROWS_AT_ONCE):  # whose loads are all in flight before the first is used
+            row = start + number
+            inside = (expert < experts) & (row + 0 * expert < rows)
+            chance = tl.load(outputs + row * stride + expert, mask=inside, other=0.0).to(tl.float64)
+            unused = unused * tl.where(inside, 1.0 - tl.minimum(tl.maximum(chance, least), most), 1.0)
     steps = (1.0 - unused) * STEPS
     whole = tl.floor(steps)
     rest = steps - whole
@@ -168,7 +173,8 @@ def _claim(
     PAIRS: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, AHEAD_PAIRS: tl.constexpr,
     AHEAD_TOP_K: tl.constexpr, GATED: tl.constexpr, BY_DISTANCE: tl.constexpr,
     HEADS: tl.constexpr, AHEAD: tl.constexpr, FLOORS: tl.constexpr, MAX_LOADS: tl.constexpr, UNIT: tl.constexpr,
-    EVENT: tl.constexpr, MIN_PROB: tl.constexpr, MAX_PROB: tl.constexpr, STEPS: tl.constexpr,
+    EVENT: tl.constexpr, ROWS_AT_ONCE: tl.constexpr, MIN_PROB: tl.constexpr, MAX_PROB: tl.constexpr,
+    STEPS: tl.constexpr,
 ):  # fmt: skip
     expert = tl.arange(0, EXPERT_BLOCK)
     mask = expert < EXPERTS
@@ -201,7 +207,7 @@ def _claim(
         if HEADS:
             predicted = _chance_of_any(
                 outputs, rows, outputs_stride, head_experts, expert, EXPERT_BLOCK,
-                MIN_PROB, MAX_PROB, STEPS, UNIT,
+                ROWS_AT_ONCE, MIN_PROB, MAX_PROB, STEPS, UNIT,
             )  # fmt: skip
             chance = tl.maximum(_mixed_chance(chance, predicted, share, UNIT), floor)
         waits = _expected_wait(chance, LAYERS, EVENT, UNIT)
@@ -361,7 +367,7 @@ def claim(
         AHEAD_PAIRS=max(16, triton.next_power_of_2(ahead.numel())), AHEAD_TOP_K=ahead.shape[1],
         GATED=gated, BY_DISTANCE=state.by_distance, HEADS=heads, AHEAD=prefetches,
         FLOORS=state.has_floors, MAX_LOADS=loads.max_loads, UNIT=UNIT, EVENT=EVENT,
-        MIN_PROB=MIN_PROB, MAX_PROB=MAX_PROB, STEPS=int(STEPS),
+        ROWS_AT_ONCE=ROWS_AT_ONCE, MIN_PROB=MIN_PROB, MAX_PROB=MAX_PROB, STEPS=int(STEPS),
         enable_fp_fusion=False,  # the chances of heads are rounded as the host rounds them
     )  # fmt: skip
     return kernel_ids
