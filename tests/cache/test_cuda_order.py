@@ -246,14 +246,18 @@ class Worker:
         waits = self.cuda.waits
         with decode.step(1, None):
             for layer in range(LAYERS):
-                chosen = self.cuda.device(torch.from_numpy(ids[layer]).clone())
-                ahead = np.array(self.random.sample(range(EXPERTS), TOP_K), np.int32)
-                decode.routing.record(layer, chosen, None)
-                row_of = decode.experts(layer, chosen, None, self.cuda.device(torch.from_numpy(ahead)))
-                self.launch_mapped(layer, ids[layer].ravel().tolist(), row_of)
+                self.launch_layer(decode, layer, ids[layer])
         if self.cuda.waits != waits:
             self.cuda.fault("the host waits for the device in a step that the device decides")
         self.asked.append(ids)
+
+    def launch_layer(self, decode: DeviceDecode, layer: int, ids: np.ndarray) -> None:
+        """A layer of a step that the device decides; ids int32 `[tokens, top_k]`, -1: dropped."""
+        chosen = self.cuda.device(torch.from_numpy(ids).clone())
+        ahead = np.array(self.random.sample(range(EXPERTS), TOP_K), np.int32)
+        decode.routing.record(layer, chosen, None)
+        row_of = decode.experts(layer, chosen, None, self.cuda.device(torch.from_numpy(ahead)))
+        self.launch_mapped(layer, ids[ids >= 0].tolist(), row_of)
 
     def launch_claim(self, claim: Callable[..., None], state: Any, loads: Loads, layer: int, *more: Any) -> None:
         given = [each for each in more if isinstance(each, torch.Tensor)]
