@@ -248,13 +248,17 @@ class Worker:
         waits = self.cuda.waits
         with decode.step(1, None):
             for layer in range(LAYERS):
-                chosen = self.cuda.device(torch.from_numpy(ids[layer]).clone())
-                ahead = self.cuda.device(torch.from_numpy(np.array([self.random.sample(range(EXPERTS), TOP_K)])))
-                row_of, _ = decode.experts(layer, Chosen(chosen), Predicted(ahead=ahead))
-                self.launch_mapped(layer, ids[layer].ravel().tolist(), row_of)
+                self.launch_layer(decode, layer, ids[layer])
         if self.cuda.waits != waits:
             self.cuda.fault("the host waits for the device in a step that the device decides")
         self.asked.append(ids)
+
+    def launch_layer(self, decode: DeviceDecode, layer: int, ids: np.ndarray) -> None:
+        """A layer of a step that the device decides; ids int32 `[tokens, top_k]`, -1: dropped."""
+        chosen = self.cuda.device(torch.from_numpy(ids).clone())
+        ahead = self.cuda.device(torch.from_numpy(np.array([self.random.sample(range(EXPERTS), TOP_K)])))
+        row_of, _ = decode.experts(layer, Chosen(chosen), Predicted(ahead=ahead))
+        self.launch_mapped(layer, ids[ids >= 0].tolist(), row_of)
 
     def launch_claim(
         self, claim: Callable[..., Any], state: Any, loads: Loads, layer: int, chosen: Chosen, routing: DeferredRouting,

@@ -1,6 +1,7 @@
-"""What stands in for a GPU on the CPU: an expert kernel that knows its map, and Triton kernels in the interpreter.
+"""What stands in for a GPU on the CPU: Triton's kernels in its interpreter, vLLM's own for experts among them.
 
-Experts keep the layout of the checkpoint, as for vLLM's Triton kernel.
+Where that would be slow, an expert kernel of a few lines of PyTorch that knows its map. Experts keep the layout of the
+checkpoint, as for vLLM's Triton kernel.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -9,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+from vllm import _custom_ops
+from vllm.model_executor.layers.fused_moe import fused_moe
+from vllm.model_executor.layers.fused_moe.experts import cpu_moe, triton_moe
 
-from tests.integration import graph_recorder
+from tests.integration import cuda_moe_ops, graph_recorder
 from vllm_adapmoe.device import batch_gate
 from vllm_adapmoe.device import claim as claiming
 from vllm_adapmoe.device import fetch as fetching
@@ -62,6 +65,11 @@ def play_gpu(patch: pytest.MonkeyPatch) -> None:
     stand_in(patch)
     patch.setattr(mapped_experts, "takes_slots", lambda kernel: kernel.apply.__func__ is run_with_map)
     patch.setattr(mapped_experts, "run_on_slots", lambda kernel, experts: None)
+    use_maps(patch)
+
+
+def use_maps(patch: pytest.MonkeyPatch) -> None:
+    """The plugin builds a GPU's layers on the CPU."""
     patch.setattr(layer_classes, "experts_base", lambda: mapped_experts.MappedExperts)
     patch.setattr(model_check, "check_needs_no_gpu", lambda config: None)
 
@@ -87,3 +95,14 @@ def interpret_kernels(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(module, name, Interpreted(getattr(module, name)))
     patch.setattr(fetching, "PROGRAMS", 2)
     patch.setattr(fetching, "CHUNK", 1 << 18)
+
+
+def interpret_triton_experts(patch: pytest.MonkeyPatch) -> None:
+    """Lets vLLM choose its Triton experts on the CPU, in a process with the interpreter and `moe_backend=triton`.
+
+    They refuse only the platform, and call, besides their kernel and `silu_and_mul`, two operations that only CUDA has.
+    """
+    patch.setattr(triton_moe.TritonExperts, "_supports_current_device", staticmethod(lambda: True))
+    patch.setattr(fused_moe, "fused_moe_kernel", Interpreted(fused_moe.fused_moe_kernel))
+    for name in ("moe_align_block_size", "moe_sum"):
+        patch.setattr(_custom_ops, name, getattr(cuda_moe_ops, name))
