@@ -190,6 +190,34 @@ def test_two_ranks_have_the_same_slots():
         cache.close()
 
 
+def test_prefetches_are_judged_after_the_cache_is_handed_back():
+    """One that the host uses is a hit, one that it evicts wasted, one that the GPU gets back is judged there."""
+    cache = open_cache([10, 6])
+    decode = DeviceDecode(cache, TOP_K, 3, CPU)
+    ahead = np.array([[[1, 2]], [[-1, -1]], [[-1, -1]]])
+    run_step(decode, np.array([[[0, 1]], [[0, 3]], [[0, 1]]]), ahead)
+    decode.give_back()
+    assert (cache.stats.prefetches, cache.stats.prefetch_hits, cache.stats.prefetches_wasted) == (2, 0, 0)
+    cache.acquire(1, [1])
+    cache.release(1, [1])
+    assert (cache.stats.prefetch_hits, cache.stats.prefetches_wasted) == (1, 0)
+    run_step(decode, np.array([[[0, 1]], [[2, 3]], [[0, 1]]]))
+    decode.give_back()
+    assert (cache.stats.prefetch_hits, cache.stats.prefetches_wasted) == (2, 0)
+    cache.acquire(1, [1, 2])
+    cache.release(1, [1, 2])
+    assert cache.stats.prefetch_hits == 2, "each once"
+    run_step(decode, np.array([[[0, 1]], [[0, 3]], [[0, 1]]]), np.array([[[4, 5]], [[-1, -1]], [[-1, -1]]]))
+    decode.give_back()
+    for experts in ([0, 1, 2], [3, 4, 5]):  # all slots of the pool
+        cache.acquire(0, experts)
+        cache.release(0, experts)
+    cache.acquire(1, [0, 1, 2, 3])
+    cache.release(1, [0, 1, 2, 3])
+    assert cache.stats.prefetches == 4 and cache.stats.prefetches_wasted == 2
+    cache.close()
+
+
 def test_the_host_may_request_nothing_while_the_gpu_decides():
     """And prefetches nothing: what is queued meanwhile would be lost in the GPU's answer."""
     cache = open_cache([10, 6])

@@ -368,10 +368,8 @@ class ExpertCacheManager:
         for pool in self.pools:
             pool.mark_used()
         with self.transfers.lock:
-            for residency, state in zip(self.controller.pools, states, strict=True):
-                if uses:
-                    residency.policy.adopt(state)
-                residency.adopt(state.slots, state.free)
+            for index, state in enumerate(states):
+                self.controller.adopt(index, state, uses, self.pools[index].record_bytes)
             self.lent = False
             self.transfers.resume()
 

@@ -106,8 +106,9 @@ class DeviceResidency:
 
     def download(self) -> GpuState:
         """Waits for the GPU, and returns its state for `Residency.adopt`."""
-        copy = HostCopy(self.scalars, self.free, self.slot_of, self.wait, self.quick, self.slow)
+        copy = HostCopy(self.scalars, self.free, self.slot_of, self.wait, self.quick, self.slow, self.prefetched)
         copy.wait()
-        scalars, free, slot_of, wait, quick, slow = (tensor.numpy() for tensor in copy.tensors)
+        scalars, free, slot_of, wait, quick, slow, flags = (tensor.numpy() for tensor in copy.tensors)
         num_free, events, last_layer = scalars.tolist()
-        return GpuState(slot_of[:, :-1], free[:num_free].tolist(), wait, quick, slow, events, last_layer)
+        prefetched = [(layer, expert) for layer, expert in np.argwhere(flags).tolist()]
+        return GpuState(slot_of[:, :-1], free[:num_free].tolist(), wait, quick, slow, events, last_layer, prefetched)

@@ -13,7 +13,7 @@ from vllm_adapmoe.policy.cache_setup import CacheSetup
 from vllm_adapmoe.policy.cache_stats import CacheStats
 from vllm_adapmoe.policy.events import Load, Request, State
 from vllm_adapmoe.policy.eviction import POLICIES, EvictionPolicy
-from vllm_adapmoe.policy.gpu_state import GpuCounts
+from vllm_adapmoe.policy.gpu_state import GpuCounts, GpuState
 from vllm_adapmoe.policy.prefetch_planner import PredictExperts, PrefetchPlanner, RequestPrefetch
 from vllm_adapmoe.policy.residency import Residency
 
@@ -79,6 +79,8 @@ class CacheController:
         self.device_fetch_seconds = self.device_stall_seconds = 0.0
         self.staged: dict[ExpertKey, int] = {}
         """Bytes transferred for each staged expert, without the record's padding if the store does not transfer it."""
+        self._prefetched_by_gpu: set[ExpertKey] = set()
+        """Those that a GPU has prefetched: they are resident, and not used yet."""
 
     def empty_copy(self) -> "CacheController":
         """Returns a controller of the same setup, with nothing resident and all counters at zero."""
@@ -159,6 +161,7 @@ class CacheController:
             self.planner.record_missing(layer, len(experts) - request.hits)
         for load in request.promoted:
             del self.staged[load.key]
+        self._count_prefetch_hits(layer, experts)
         for load in request.loads:
             self._count_wasted(load.evicted)
         return request
@@ -168,6 +171,7 @@ class CacheController:
         if self.allocation == "trace":
             self._record_traffic(layer, experts.tolist())
         self.residency(layer).record_use(layer, experts)
+        self._count_prefetch_hits(layer, experts)
         self.stats.hits += len(experts)
         self.layer_hits[layer] += len(experts)
         if self.planner is not None:
@@ -179,7 +183,37 @@ class CacheController:
             pool.settle()
         staged = list(self.staged)
         self.staged.clear()
+        self._prefetched_by_gpu.clear()
         return staged
+
+    def adopt(self, pool: int, state: GpuState, uses: bool, nbytes: int) -> None:
+        """Takes over what a GPU has decided since `settle`.
+
+        Args:
+            pool: index of the pool.
+            state: its state.
+            uses: whether to take over the uses of experts, too.
+            nbytes: bytes that a fetch moves.
+        """
+        residency = self.pools[pool]
+        if uses:
+            residency.policy.adopt(state)
+        evicted = residency.adopt(state.slots, state.free)
+        self.staged |= dict.fromkeys(state.prefetched, nbytes)
+        self._prefetched_by_gpu |= set(state.prefetched)
+        for key in evicted:
+            self._count_wasted(key)
+
+    def _count_prefetch_hits(self, layer: int, experts: Sequence[int] | np.ndarray) -> None:
+        """Counts the experts of an event that a GPU has prefetched."""
+        if not self._prefetched_by_gpu:
+            return
+        for expert in experts:
+            key = layer, int(expert)
+            if key in self._prefetched_by_gpu:
+                self._prefetched_by_gpu.discard(key)
+                del self.staged[key]
+                self.stats.prefetch_hits += 1
 
     def count_on_device(self, pool: int, counted: GpuCounts, nbytes: int) -> None:
         """Adds what a GPU has counted since the last call, and sets the number of residents.
@@ -232,10 +266,6 @@ class CacheController:
         request = self.begin(layer, experts, expected=expected)
         for load in request.loads:
             self.transfer_ended(load.key, self.expert_bytes[layer], complete=True)
-        hits = [key for expert in experts if (key := (layer, int(expert))) in self.staged]
-        for key in hits:
-            del self.staged[key]
-        self.stats.prefetch_hits += len(hits)
         ahead: list[Load] = []
         following = self.pool_of[layer + 1 : layer + 2]
         if votes is not None and following == [self.pool_of[layer]]:  # a GPU decides pool by pool
@@ -245,6 +275,7 @@ class CacheController:
             for load in ahead:
                 self._count_wasted(load.evicted)
                 self.staged[load.key] = nbytes
+                self._prefetched_by_gpu.add(load.key)
             self.stats.prefetches += len(ahead)
             self.stats.fetched_bytes += nbytes * len(ahead)
         self.release(layer, experts)
@@ -324,6 +355,7 @@ class CacheController:
         if key in self.staged:
             self.stats.prefetches_wasted += 1
             self.stats.wasted_bytes += self.staged.pop(key)
+            self._prefetched_by_gpu.discard(key)
 
     def transfer_ended(self, key: ExpertKey, moved: int, complete: bool) -> State:
         """Records the end of a transfer of `moved` bytes, the whole record if `complete`; returns the new state."""

@@ -4,10 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vllm_adapmoe.experts import ExpertKey
+
 
 @dataclass(frozen=True)
 class GpuState:
-    """State of a pool; all arrays are `[layers, experts]`."""
+    """State of a pool; arrays are `[layers, experts]`."""
 
     slots: np.ndarray
     """Slot of each expert, int32; -1: not resident."""
@@ -22,6 +24,8 @@ class GpuState:
     """Number of events so far, with `LRU`."""
     last_layer: int
     """Layer of the last event."""
+    prefetched: list[ExpertKey]
+    """Experts that were prefetched, and not used since."""
 
 
 @dataclass(frozen=True)
