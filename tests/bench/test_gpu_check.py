@@ -151,7 +151,12 @@ def test_a_wave_reads_other_slots(monkeypatch):
 
 def test_steps_on_the_device_read_other_slots(monkeypatch):
     right = DeviceDecode.experts
-    monkeypatch.setattr(DeviceDecode, "experts", lambda self, *args: right(self, *args)[:-1].roll(1))
+
+    def other_slots(self, *args):
+        row_of, ids = right(self, *args)
+        return row_of[:-1].roll(1), ids
+
+    monkeypatch.setattr(DeviceDecode, "experts", other_slots)
     outputs, counters = device_rows.check_on_device(TINY, CPU, torch.float16, 3)
     assert (outputs.verdict, counters.verdict) == (MISSED, MET)
 

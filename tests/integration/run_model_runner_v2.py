@@ -112,8 +112,8 @@ def swap_rows(patch):
     experts = decode.DeviceDecode.experts
 
     def swapped(*args):
-        row_of = experts(*args)
-        return torch.cat((row_of[:-1].flip(0), row_of[-1:]))
+        row_of, ids = experts(*args)
+        return torch.cat((row_of[:-1].flip(0), row_of[-1:])), ids
 
     patch.setattr(decode.DeviceDecode, "experts", swapped)
 
