@@ -160,8 +160,6 @@ class AdapMoEConfig(BaseModel):
                 )
             if self.store == "file" or self.host_gb is not None:
                 raise ValueError("decode=device copies all experts from host memory; set store=host, without host_gb")
-            if self.trace_out is not None:
-                raise ValueError("trace_out needs the host, which decode=device does not use; remove trace_out")
         if self.eviction == "next_token" and self.profile is None:
             raise ValueError("eviction=next_token needs a profile; set profile, see adapmoe calibrate")
         return self

@@ -140,6 +140,7 @@ class MappedExperts(CachedExperts):
         weights, ids = self._gate_on_device(topk_weights, topk_ids, gated, context)
         expected = ahead = None
         if self.predictor is not None:
+            self.predictor.record_on_device(self.cache_layer, topk_ids, weights)
             predicted = self.predictor.predict_on_device(self.cache_layer, x, padding_rows(context, len(x)))
             expected, ahead = predicted or (None, None)
         row_of = decode.experts(self.cache_layer, ids.contiguous(), expected, ahead)

@@ -66,8 +66,6 @@ def _obstacle(
 ) -> str | None:
     if config.gating.mode == "batch":
         return "gating.mode=batch needs to know on the host which experts are resident"
-    if config.trace_out is not None:
-        return "trace_out records routing on the host"
     if config.allocation == "trace":
         return "allocation=trace revises the minimum slots of the layers on the host"
     if config.link_gbps is not None:

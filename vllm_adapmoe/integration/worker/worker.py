@@ -144,8 +144,7 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
 
     def restart_predictor(self, config: AdapMoEConfig) -> None:
         """Starts prediction, prefetch and trace recording as configured, replacing the previous predictor."""
-        if self.predictor is not None:
-            self.predictor.close()
+        self._close_predictor()
         self.predictor = build_predictor(
             config,
             self.vllm_config,
@@ -158,7 +157,20 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         if self.predictor is not None:
             dtype: Any = self.model_config.dtype
             self.predictor.prepare(dtype, slots_device())
+            if self.gpu_steps is not None and self.gpu_steps.decode is not None:
+                self.predictor.trace_on_device(self.gpu_steps.routing.tokens, slots_device())
         self.bind_layers()
+
+    def _close_predictor(self) -> None:
+        """Closes the predictor, with a trace of all steps so far."""
+        predictor, self.predictor = self.predictor, None
+        if predictor is None:
+            return
+        try:
+            if self.gpu_steps is not None and predictor.is_tracing:
+                self.gpu_steps.drain(predictor)
+        finally:
+            predictor.close()
 
     def _hook_compute_logits(self) -> None:
         """Passes the predictor the hidden states that tokens are sampled from, as soon as they are computed."""
@@ -230,7 +242,7 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         self._check_weights()
         if self.gpu_steps is not None:
             self.gpu_steps.drain_finished(predictor)
-            self.gpu_steps.prepare(step.tokens)
+            self.gpu_steps.prepare(step.tokens, predictor)
         if step.rows and predictor is not None:
             predictor.begin_step(step.rows)
         self._awaits_logits = bool(step.rows)
@@ -264,7 +276,7 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
     def _device_step(self, tokens: int) -> AbstractContextManager[None]:
         if self.gpu_steps is None or not tokens:
             return nullcontext()
-        return self.gpu_steps.step(tokens, self.current_step)
+        return self.gpu_steps.step(tokens, self.current_step, self.predictor)
 
     def _report_step(self, scheduler_output: Any) -> Sequence[StepTimes]:
         """Returns the times of finished steps, for the scheduler; none if it does not need them."""
@@ -301,13 +313,13 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         return total_stats(self.expert_cache, self.moe_layers, self.gating)
 
     def shutdown(self) -> None:
-        if self.predictor is not None:
-            self.predictor.close()
-            self.predictor = None
-        if self.expert_cache is not None:
-            self.expert_cache.close()
-            self.expert_cache = None
-        super().shutdown()
+        try:
+            self._close_predictor()
+        finally:
+            if self.expert_cache is not None:
+                self.expert_cache.close()
+                self.expert_cache = None
+            super().shutdown()
 
 
 class AdapMoEWorker(ExpertCacheWorker, Worker):

@@ -1,0 +1,100 @@
+"""`trace_out` in steps that the GPU decides: the frames of a host that decides."""
+
+import logging
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_MIXTRAL
+from vllm.config import CUDAGraphMode
+
+from tests.integration.test_device_path import ARGS, GATED, HALF, as_on_gpu, interpreted, short  # noqa: F401 - fixtures
+from tests.integration.test_graph_capture import TOKENS, Steps, as_if_capturing  # noqa: F401 - a fixture
+from vllm_adapmoe.device import decode
+from vllm_adapmoe.integration.measure.engine import Engine
+from vllm_adapmoe.integration.worker.expert_predictor import STRICT
+from vllm_adapmoe.simulate.trace import Step
+from vllm_adapmoe.simulate.trace_file import read_trace
+
+pytestmark = pytest.mark.engine
+
+
+def frame(step: Step) -> dict[str, Any]:
+    """All of a step but times, and the random part of requests' ids."""
+    predicted = {
+        f"predicted {key}": (prediction.ids, prediction.keep_mask) for key, prediction in step.predicted.items()
+    }
+    expected = {f"expected {layer}": chances for layer, chances in step.expected.items()}
+    requests = [name.partition("-")[0] for name in step.requests]
+    routing = {name: getattr(step, name) for name in ("positions", "ids", "weights", "drafted", "begin")}
+    return routing | {"requests": requests} | predicted | expected
+
+
+def assert_equal(ours: Step, theirs: Step, without: tuple[str, ...]) -> None:
+    got, wanted = frame(ours), frame(theirs)
+    assert got.keys() == wanted.keys()
+    for name in got.keys() - set(without):
+        np.testing.assert_equal(got[name], wanted[name], err_msg=name)
+
+
+@pytest.mark.parametrize("gating", [{}, GATED], ids=["all-kept", "gated"])
+def test_frames_are_those_of_a_host_that_decides(as_on_gpu, interpreted, monkeypatch, tmp_path, gating):  # noqa: F811
+    monkeypatch.setattr(decode, "MAX_TOKENS", 3)
+    said, steps = {}, {}
+    for who in ("host", "device"):
+        config = HALF | gating | {"decode": who, "trace_out": str(tmp_path / who)}
+        with Engine(TINY_MIXTRAL, config, **ARGS) as engine:
+            said[who] = [short(engine), short(engine)]
+        steps[who] = list(read_trace(tmp_path / who)[1])
+    assert said["device"] == said["host"]
+    # Prompts of seven tokens by the host, three steps of two tokens by the GPU, and the same again.
+    assert [len(step.positions) for step in steps["device"]] == [7, 2, 2, 2] * 2
+    # With heads, what requests are expected to use is known sooner to a host that decides.
+    without = ("begin",) if gating else ()
+    for ours, theirs in zip(steps["device"], steps["host"], strict=True):
+        assert_equal(ours, theirs, without)
+    last = steps["device"][-1]
+    assert {(0, 1), (0, 4), (10, 1)} <= last.predicted.keys() and last.seconds > steps["device"][-2].seconds
+    assert (len(last.expected) == 12 and (-1, 1) in last.predicted) == bool(gating)
+    assert (last.weights == 0).any() == bool(gating)
+
+
+@torch.inference_mode()
+def trace_replayed_and_run(worker: Any) -> list[bool]:
+    """Steps of other ids, replayed from a graph and run: whether their traces are equal."""
+    steps, equal = Steps(worker), []
+    replay = steps.capture()
+    for _ in range(2):
+        steps.draw()
+        traced = []
+        for launch in (replay, partial(steps.in_context, CUDAGraphMode.NONE)):
+            steps.served(launch)
+            traced.append([tensor[: len(steps.layers)] for tensor in worker.predictor._launched.traced.tensors])
+        (ids, _, products), _ = traced
+        assert torch.equal(ids[0], steps.ids[:TOKENS]) and products.any()
+        equal.append(all(torch.equal(one, other) for one, other in zip(*traced, strict=True)))
+    return equal
+
+
+def test_a_graph_holds_the_trace(as_on_gpu, interpreted, as_if_capturing, tmp_path):  # noqa: F811
+    with Engine(TINY_MIXTRAL, HALF | GATED | {"decode": "device", "trace_out": str(tmp_path / "t")}, **ARGS) as engine:
+        assert engine.llm.collective_rpc(trace_replayed_and_run) == [[True, True]]
+
+
+def lose_the_trace(worker: Any) -> None:
+    """From here on as with a graph that was captured without a trace."""
+    worker.predictor.trace.record = lambda *args: None
+
+
+def test_a_trace_that_fails_ends_alone(as_on_gpu, interpreted, caplog, monkeypatch, tmp_path):  # noqa: F811
+    monkeypatch.delenv(STRICT)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    with Engine(TINY_MIXTRAL, HALF | {"decode": "device", "trace_out": str(tmp_path / "t")}, **ARGS) as engine:
+        said = short(engine)
+        engine.llm.collective_rpc(lose_the_trace)
+        assert short(engine) == said
+        assert engine.llm.collective_rpc(lambda worker: worker.predictor.is_tracing) == [False]
+    (error,) = {record.exc_info[1] for record in caplog.records if "a prediction failed" in record.message}
+    assert "the CUDA graph of a decode step does not trace MoE layers [0, 1, 2" in str(error)
