@@ -2,6 +2,7 @@
 
 import logging
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from vllm.config import CUDAGraphMode
 
 from tests.integration.test_device_path import ARGS, GATED, HALF, as_on_gpu, interpreted, short  # noqa: F401 - fixtures
 from tests.integration.test_graph_capture import TOKENS, Steps, as_if_capturing  # noqa: F401 - a fixture
+from vllm_adapmoe.cache.host_copy import HostCopy
 from vllm_adapmoe.device import decode
 from vllm_adapmoe.integration.measure.engine import Engine
 from vllm_adapmoe.integration.worker.expert_predictor import STRICT
@@ -32,33 +34,62 @@ def frame(step: Step) -> dict[str, Any]:
     return routing | {"requests": requests} | predicted | expected
 
 
-def assert_equal(ours: Step, theirs: Step, without: tuple[str, ...]) -> None:
+def assert_equal(ours: Step, theirs: Step, without: set[str]) -> None:
     got, wanted = frame(ours), frame(theirs)
     assert got.keys() == wanted.keys()
-    for name in got.keys() - set(without):
+    for name in got.keys() - without:
         np.testing.assert_equal(got[name], wanted[name], err_msg=name)
+
+
+def recorded(path: Path, config: dict[str, Any]) -> tuple[list[Any], list[Step]]:
+    """What an engine answers, and the steps that it records."""
+    with Engine(TINY_MIXTRAL, config | {"trace_out": str(path)}, **ARGS) as engine:
+        said = [short(engine), short(engine)]
+    return said, list(read_trace(path)[1])
 
 
 @pytest.mark.parametrize("gating", [{}, GATED], ids=["all-kept", "gated"])
 def test_frames_are_those_of_a_host_that_decides(as_on_gpu, interpreted, monkeypatch, tmp_path, gating):  # noqa: F811
     monkeypatch.setattr(decode, "MAX_TOKENS", 3)
-    said, steps = {}, {}
-    for who in ("host", "device"):
-        config = HALF | gating | {"decode": who, "trace_out": str(tmp_path / who)}
-        with Engine(TINY_MIXTRAL, config, **ARGS) as engine:
-            said[who] = [short(engine), short(engine)]
-        steps[who] = list(read_trace(tmp_path / who)[1])
-    assert said["device"] == said["host"]
+    (said, by_host), (same, by_device) = (
+        recorded(tmp_path / who, HALF | gating | {"decode": who}) for who in ("host", "device")
+    )
+    assert same == said
     # Prompts of seven tokens by the host, three steps of two tokens by the GPU, and the same again.
-    assert [len(step.positions) for step in steps["device"]] == [7, 2, 2, 2] * 2
-    # With heads, what requests are expected to use is known sooner to a host that decides.
-    without = ("begin",) if gating else ()
-    for ours, theirs in zip(steps["device"], steps["host"], strict=True):
+    assert [len(step.positions) for step in by_device] == [7, 2, 2, 2] * 2
+    # With heads, a host that decides learns sooner what requests are expected to use.
+    without = {"begin"} if gating else set()
+    for ours, theirs in zip(by_device, by_host, strict=True):
         assert_equal(ours, theirs, without)
-    last = steps["device"][-1]
-    assert {(0, 1), (0, 4), (10, 1)} <= last.predicted.keys() and last.seconds > steps["device"][-2].seconds
+    last = by_device[-1]
+    assert {(0, 1), (0, 4), (10, 1)} <= last.predicted.keys() and last.seconds > by_device[-2].seconds
     assert (len(last.expected) == 12 and (-1, 1) in last.predicted) == bool(gating)
     assert (last.weights == 0).any() == bool(gating)
+    if gating:
+        arrive_late(monkeypatch)
+        late = recorded(tmp_path / "late", HALF | gating | {"decode": "device"})[1]
+        assert [(-1, 1) in step.predicted for step in late] == [False, True, True, True] * 2
+        for ours, theirs in zip(late, by_host, strict=True):
+            theirs.predicted = {key: theirs.predicted[key] for key in ours.predicted}
+            assert_equal(ours, theirs, {"begin"})
+
+
+def arrive_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies arrive once one is waited for, with those before it; but first layers' are late after prompts alone."""
+    arrived: set[HostCopy] = set()
+    copies: list[HostCopy] = []
+    init = HostCopy.__init__
+
+    def start(self: HostCopy, *tensors: torch.Tensor) -> None:
+        init(self, *tensors)
+        first_layers = sum(len(copy.tensors) == 1 for copy in copies)
+        if len(tensors) == 1 and first_layers % 4:
+            arrived.add(self)
+        copies.append(self)
+
+    monkeypatch.setattr(HostCopy, "__init__", start)
+    monkeypatch.setattr(HostCopy, "wait", lambda self: arrived.update(copies[: copies.index(self) + 1]))
+    monkeypatch.setattr(HostCopy, "arrived", property(lambda self: self in arrived))
 
 
 @torch.inference_mode()
