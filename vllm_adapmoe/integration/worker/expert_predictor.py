@@ -385,7 +385,8 @@ class ExpertPredictor:
         self._first_layer = HostCopy(torch.addmm(self.first[-1], hidden.float(), self.first[:-1]))
         if self._launched is not None:
             self._launched.first_layer = self._first_layer
-        self._take_first_layer()
+        if self.cache is None or not self.cache.lent:  # else when the host decides again
+            self._take_first_layer()
 
     def _of_last_rows(self, hidden: torch.Tensor) -> torch.Tensor:
         """Returns the last of the sampled rows of each request, as in `last_rows`."""

@@ -99,8 +99,12 @@ class GpuSteps:
         return self.decode is not None and tokens <= self.decode.max_tokens and self.layers[0].probe is None
 
     def prepare(self, tokens: int, predictor: ExpertPredictor | None) -> None:
-        """Hands the cache to the host if it decides in the next step, before that prefetches or records anything."""
-        if not self.decides(tokens):
+        """Hands the cache to who decides in the next step, before the host prefetches or records anything."""
+        if self.decode is None or not tokens:
+            return
+        if self.decides(tokens):
+            self.decode.take()
+        else:
             self.give_back()
             self.drain_finished(predictor)
 
