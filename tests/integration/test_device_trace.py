@@ -1,4 +1,4 @@
-"""`trace_out` in steps that the GPU decides: the frames of a host that decides."""
+"""`trace_out` in steps that the GPU decides: a host's frames, and a replay that counts what the GPU counted."""
 
 import logging
 from functools import partial
@@ -13,10 +13,14 @@ from vllm.config import CUDAGraphMode
 
 from tests.integration.test_device_path import ARGS, GATED, HALF, as_on_gpu, interpreted, short  # noqa: F401 - fixtures
 from tests.integration.test_graph_capture import TOKENS, Steps, as_if_capturing  # noqa: F401 - a fixture
+from tests.integration.test_worker_trace import end_readers
 from vllm_adapmoe.cache.host_copy import HostCopy
+from vllm_adapmoe.config import AdapMoEConfig
 from vllm_adapmoe.device import decode
 from vllm_adapmoe.integration.measure.engine import Engine
 from vllm_adapmoe.integration.worker.expert_predictor import STRICT
+from vllm_adapmoe.policy.cache_setup import CacheSetup
+from vllm_adapmoe.simulate.replay import replay
 from vllm_adapmoe.simulate.trace import Step
 from vllm_adapmoe.simulate.trace_file import read_trace
 
@@ -129,3 +133,32 @@ def test_a_trace_that_fails_ends_alone(as_on_gpu, interpreted, caplog, monkeypat
         assert engine.llm.collective_rpc(lambda worker: worker.predictor.is_tracing) == [False]
     (error,) = {record.exc_info[1] for record in caplog.records if "a prediction failed" in record.message}
     assert "the CUDA graph of a decode step does not trace MoE layers [0, 1, 2" in str(error)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        GATED | {"prefetch": {"lookahead": 3, "max_experts": 2}},
+        {"eviction": "lru", "allocation": "uniform"},
+    ],
+    ids=["defaults", "next-token heads, gated", "lru, floors"],
+)
+def test_worker_and_replay_agree(as_on_gpu, interpreted, monkeypatch, tmp_path, config):  # noqa: F811
+    """Steps of the host and of the GPU in turns, prefetches of both included: all counters of the whole run."""
+    monkeypatch.setattr(decode, "MAX_TOKENS", 3)
+    config = HALF | config | {"decode": "device", "trace_out": str(tmp_path / "trace")}
+    with Engine(TINY_MIXTRAL, config, **ARGS) as engine:
+        engine.llm.collective_rpc(end_readers)
+        for _ in range(3):
+            short(engine)
+        counted = engine.cache_stats()
+    info, steps = read_trace(tmp_path / "trace")
+    settings = AdapMoEConfig.parse(config)
+    setup = CacheSetup.from_config(settings, [48], None, heads="profile" in config)
+    replayed = replay(info, steps, setup, device_tokens=3).stats
+    assert counted["prefetch_hits"] > 0 and counted["prefetches_wasted"] > 0
+    for name, value in replayed.items():
+        if name not in ("stall_seconds", "fetch_seconds"):  # of the clock, which a replay without times does not have
+            assert counted[name] == value, name
+    assert replay(info, steps, setup).stats != replayed, "a host that decides alone"

@@ -143,8 +143,20 @@ class CacheController:
         """
         if self.allocation == "trace" and (not len(event_experts) or experts[0] == event_experts[0]):
             self._record_traffic(layer, list(event_experts if len(event_experts) else experts))
-        residency = self.residency(layer)
-        request = residency.request(layer, experts, event_experts, expected)
+        request = self._request(layer, experts, event_experts, expected)
+        if self.planner is not None:
+            self.planner.record_missing(layer, len(experts) - request.hits)
+        return request
+
+    def _request(
+        self,
+        layer: int,
+        experts: Sequence[int] | np.ndarray,
+        event_experts: Sequence[int] | np.ndarray,
+        expected: np.ndarray | None,
+    ) -> Request:
+        """Requests the experts of an event, and counts."""
+        request = self.residency(layer).request(layer, experts, event_experts, expected)
         stats = self.stats
         hits = request.hits + len(request.promoted)
         misses = len(experts) - hits
@@ -154,8 +166,6 @@ class CacheController:
         stats.misses += misses
         self.layer_misses[layer] += misses
         stats.late += len(request.awaited)
-        if self.planner is not None:
-            self.planner.record_missing(layer, len(experts) - request.hits)
         for load in request.promoted:
             del self.staged[load.key]
         for load in request.loads:
@@ -214,6 +224,17 @@ class CacheController:
             self.layer_misses[layer] += int(misses[layer])
         self.pools[pool].show_residents(residents)
 
+    def lend(self) -> None:
+        """Begins a replay of what a GPU does, which uses all slots for everything (`decide_on_device`)."""
+        for key in self.settle():
+            self.staged[key] = self.expert_bytes[key[0]]
+
+    def take_back(self) -> None:
+        """Ends a replay of what a GPU does: evicts what is beyond the host's share of the slots."""
+        self.staged.clear()
+        for pool in self.pools:
+            pool.adopt(pool.slots, pool.free)
+
     def decide_on_device(
         self, layer: int, experts: Sequence[int] | np.ndarray, expected: np.ndarray | None, votes: np.ndarray | None
     ) -> tuple[list[Load], list[Load]]:
@@ -231,7 +252,7 @@ class CacheController:
         Returns:
             Demand loads, and prefetches.
         """
-        request = self.begin(layer, experts, expected=expected)
+        request = self._request(layer, experts, (), expected)
         for load in request.loads:
             self.transfer_ended(load.key, self.expert_bytes[layer], complete=True)
         hits = [key for expert in experts if (key := (layer, int(expert))) in self.staged]
