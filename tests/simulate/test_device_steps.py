@@ -6,6 +6,7 @@ import pytest
 from tests.simulate.test_replay import TILE, info, steps_of
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.policy.cache_setup import CacheSetup
+from vllm_adapmoe.policy.controller import CacheController
 from vllm_adapmoe.policy.gpu_state import fitting_tokens
 from vllm_adapmoe.simulate.compare import run_simulate
 from vllm_adapmoe.simulate.replay import replay
@@ -45,6 +46,18 @@ def test_the_gpu_uses_the_slots_that_the_host_sets_aside():
     by_gpu = replay(info(2, 9), round_of_all * 2, setup, device_tokens=1)
     in_turns = replay(info(2, 9), round_of_all + prompt + round_of_all, setup, device_tokens=1)
     assert by_gpu.demand_loads == 18 < in_turns.demand_loads < by_host.demand_loads
+
+
+def test_the_hosts_plans_learn_nothing_of_them():
+    """A worker's planner does not see them: how often its next prompt prefetches depends on its own steps."""
+    controller = CacheController(info(2, 4).shape, AHEAD)
+    controller.lend()
+    for layer in (0, 1, 0, 1):
+        controller.decide_on_device(layer, np.array([0]), None, None)
+    controller.take_back()
+    assert controller.planner is not None and controller.planner.missing == [1.0, 1.0]
+    assert controller.begin(0, [0]).hits == 1
+    assert controller.planner.missing[0] < 1
 
 
 def test_steps_are_as_large_as_the_slots_allow():
