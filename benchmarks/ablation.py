@@ -21,9 +21,10 @@ from vllm_adapmoe.profile.expected_loads import curves_of_profile
 from vllm_adapmoe.profile.model_profile import ModelProfile
 from vllm_adapmoe.profile.thresholds import plan_gating
 from vllm_adapmoe.results import rotated, spread
-from vllm_adapmoe.simulate.replay import Machine, belady, replay
+from vllm_adapmoe.simulate.replay import belady, replay
 from vllm_adapmoe.simulate.trace import Step, TraceInfo
 from vllm_adapmoe.simulate.trace_file import read_trace
+from vllm_adapmoe.simulate.virtual_link import Machine
 
 PARTS = ("gating", "prefetch", "cache")
 GRID = [[part for bit, part in enumerate(PARTS) if number >> bit & 1] for number in range(8)]

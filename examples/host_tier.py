@@ -19,8 +19,9 @@ from vllm_adapmoe.policy.cache_setup import CacheSetup
 from vllm_adapmoe.policy.host_tier import HostTier
 from vllm_adapmoe.results import write
 from vllm_adapmoe.simulate.compare import slots_of_pools
-from vllm_adapmoe.simulate.replay import Machine, replay
+from vllm_adapmoe.simulate.replay import replay
 from vllm_adapmoe.simulate.trace_file import read_trace
+from vllm_adapmoe.simulate.virtual_link import Machine
 
 IN_SLOTS = (0.25, 0.5)
 IN_HOST = (0.25, 0.5, 0.75)

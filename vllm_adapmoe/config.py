@@ -153,11 +153,8 @@ class AdapMoEConfig(BaseModel):
                 f"precision=auto chooses by memory, which {budget}={getattr(self, budget)} does not set; set cache_gb "
                 "in its place, or precision"
             )
-        if self.decode == "device":
-            if self.store == "file" or self.host_gb is not None:
-                raise ValueError("decode=device copies all experts from host memory; set store=host, without host_gb")
-            if self.trace_out is not None:
-                raise ValueError("trace_out needs the host, which decode=device does not use; remove trace_out")
+        if self.decode == "device" and (self.store == "file" or self.host_gb is not None):
+            raise ValueError("decode=device copies all experts from host memory; set store=host, without host_gb")
         if self.eviction == "next_token" and self.profile is None:
             raise ValueError("eviction=next_token needs a profile; set profile, see adapmoe calibrate")
         return self

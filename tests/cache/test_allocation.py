@@ -23,7 +23,7 @@ from vllm_adapmoe.policy.cache_setup import CacheSetup
 from vllm_adapmoe.policy.controller import REVISION_STEPS, CacheController
 from vllm_adapmoe.policy.eviction import LRU
 from vllm_adapmoe.policy.residency import Residency
-from vllm_adapmoe.simulate.replay import Machine, VirtualLink
+from vllm_adapmoe.simulate.virtual_link import Machine, VirtualLink
 
 PUBLISHED = json.loads((Path(__file__).parents[1] / "data" / "adapmoe_published.json").read_text())
 MIXTRAL = PUBLISHED["mixtral_8x7b"]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from vllm_adapmoe.config import AdapMoEConfig
 from vllm_adapmoe.device.deferred import DeferredRouting
 from vllm_adapmoe.device.residency import DeviceResidency
+from vllm_adapmoe.device.step_trace import StepTrace
 from vllm_adapmoe.integration.worker.gate_stack import GateStack
 from vllm_adapmoe.integration.worker.gate_trial import LinearGate
 from vllm_adapmoe.planning.graph_memory import (
@@ -68,11 +69,13 @@ def test_the_cache_itself_takes_what_its_tensors_take():
     gates = [LinearGate(torch.zeros(hidden, experts), torch.zeros(experts)) for _ in range(layers)]
     head = np.zeros((hidden + 1, experts), dtype=np.float32)
     taken = head.nbytes  # the first layer's, for the end of the step before
+    columns = 0
     for index in range(layers):
         later = list(gates[index + 1 : index + 1 + ahead])
         stack = GateStack(later, head, hidden, cpu)
         assert stack.weight is not None and stack.bias is not None
         taken += stack.weight.nbytes + stack.bias.nbytes
+        columns = max(columns, stack.columns)
     routing = DeferredRouting(layers, tokens, top_k, cpu)
     taken += routing.ids.nbytes + routing.costs.nbytes
     state = DeviceResidency(
@@ -82,6 +85,10 @@ def test_the_cache_itself_takes_what_its_tensors_take():
     taken += sum(table.numel() * table.element_size() for table in tables)
     sizes = {"layers": layers, "experts": experts, "top_k": top_k, "hidden": hidden}
     assert bookkeeping_bytes(**sizes, tokens=tokens, gates_ahead=ahead, heads=True, first_head=True) == taken
+    trace = StepTrace(layers, tokens, top_k, columns, cpu)
+    taken += trace.ids.nbytes + trace.weights.nbytes + trace.products.nbytes
+    kept = bookkeeping_bytes(**sizes, tokens=tokens, gates_ahead=ahead, heads=True, first_head=True, traced=True)
+    assert kept == taken
     assert bookkeeping_bytes(**sizes, tokens=0, gates_ahead=0, heads=False, first_head=False) == 0
 
 

@@ -27,9 +27,10 @@ from vllm_adapmoe.profile.expected_loads import curves_of_profile
 from vllm_adapmoe.profile.model_profile import ModelProfile
 from vllm_adapmoe.profile.thresholds import describe, plan_gating
 from vllm_adapmoe.simulate.compare import slots_of_pools
-from vllm_adapmoe.simulate.replay import Machine, belady, replay
+from vllm_adapmoe.simulate.replay import belady, replay
 from vllm_adapmoe.simulate.trace import Step, TraceInfo, TraceWriter
 from vllm_adapmoe.simulate.trace_file import read_trace
+from vllm_adapmoe.simulate.virtual_link import Machine
 from vllm_adapmoe.store.file import open_pack
 from vllm_adapmoe.store.pack_index import decode_head, encode_head
 from vllm_adapmoe.store.pack_writer import PackWriter

@@ -26,7 +26,7 @@ from vllm_adapmoe.device.deferred import DeferredRouting, FinishedStep
 from vllm_adapmoe.device.residency import COUNTERS
 from vllm_adapmoe.gating.plan import GatingPlan
 from vllm_adapmoe.integration.layers.gates import Gating
-from vllm_adapmoe.integration.worker.current_step import Requests
+from vllm_adapmoe.integration.worker.current_step import LaunchedStep, Requests
 from vllm_adapmoe.integration.worker.expert_predictor import ExpertPredictor
 from vllm_adapmoe.integration.worker.gpu_steps import GpuSteps
 from vllm_adapmoe.integration.worker.worker_stats import StepStats
@@ -51,14 +51,14 @@ class Predictor(ExpertPredictor):
     """Predicts nothing; keeps what it is told of steps that ran without the host."""
 
     def __init__(self, cuda: FakeCuda) -> None:
-        self.cuda, self.cache, self.failed = cuda, None, False
+        self.cuda, self.cache, self.failed, self.trace, self.recorder = cuda, None, False, None, None
         self.experts = RequestExperts(LAYERS, EXPERTS)
         self.recorded: list[Step] = []
 
-    def record_finished(self, requests: Requests, ids: np.ndarray) -> None:
+    def record_finished(self, step: LaunchedStep, ids: np.ndarray) -> None:
         self.cuda.touch(torch.from_numpy(ids))
-        self.recorded.append((list(requests), ids.tolist()))
-        super().record_finished(requests, ids)
+        self.recorded.append((step.requests, ids.tolist()))
+        super().record_finished(step, ids)
 
 
 class Engine:
@@ -105,8 +105,8 @@ class Engine:
         ids[random.randrange(LAYERS), random.randrange(len(NAMES)), 1] = -1  # gating drops it
         requests = [(name, len(self.launched), 1) for name in NAMES]
         current: Any = SimpleNamespace(requests=lambda: requests)
-        self.steps.prepare(len(NAMES))
-        with self.steps.step(len(NAMES), current):
+        self.steps.prepare(len(NAMES), self.predictor)
+        with self.steps.step(len(NAMES), current, self.predictor):
             for layer in range(LAYERS):
                 self.worker.launch_layer(self.decode, layer, ids[layer])
             self.launched.append((requests, ids.tolist()))
@@ -125,7 +125,7 @@ class Engine:
     def take_back(self) -> None:
         """Begins a step that the host decides, which waits for the device."""
         self.drain()
-        self.steps.prepare(PROMPT)
+        self.steps.prepare(PROMPT, self.predictor)
         # Not residents: the host has evicted some, to have slots for prefetches of its own.
         assert self.counted().tolist() == self.on_device[-1][1][:-LAYERS], "all counters come with the cache"
 

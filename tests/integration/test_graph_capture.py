@@ -73,7 +73,7 @@ class Steps:
     def served(self, launch: Any) -> torch.Tensor:
         """A step that the worker serves: outputs `[layers, tokens, hidden]`, and its routing taken in afterwards."""
         gpu_steps = self.worker.gpu_steps
-        with gpu_steps.step(TOKENS, SimpleNamespace(requests=lambda: [("a", 5, 1)] * TOKENS)):
+        with gpu_steps.step(TOKENS, SimpleNamespace(requests=lambda: [("a", 5, 1)] * TOKENS), self.worker.predictor):
             launch()
         outputs = self.outputs[:, :TOKENS].clone()
         gpu_steps.routing._in_flight[-1][1][:] = range(len(self.layers))  # the others of this model are not run here

@@ -8,8 +8,9 @@ from vllm_adapmoe.policy.cache_setup import CacheSetup
 from vllm_adapmoe.policy.eviction import POLICIES
 from vllm_adapmoe.simulate.baselines import LFRU, MRS, SIMULATED
 from vllm_adapmoe.simulate.compare import PolicyName, run_simulate
-from vllm_adapmoe.simulate.replay import Machine, replay
+from vllm_adapmoe.simulate.replay import replay
 from vllm_adapmoe.simulate.trace import Step, TraceInfo, TraceWriter
+from vllm_adapmoe.simulate.virtual_link import Machine
 
 
 def victim(policy: LFRU | MRS, *among: tuple[int, int]) -> tuple[int, int]:

@@ -5,8 +5,8 @@ import pytest
 
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.simulate.compare import run_simulate
-from vllm_adapmoe.simulate.replay import Machine
 from vllm_adapmoe.simulate.trace import Step, TraceInfo, TraceWriter
+from vllm_adapmoe.simulate.virtual_link import Machine
 
 
 def test_no_further_ahead_than_the_trace_has_predictions(tmp_path):

@@ -11,8 +11,9 @@ from vllm_adapmoe.policy.cache_setup import CacheSetup
 from vllm_adapmoe.policy.prediction import PredictedExperts
 from vllm_adapmoe.policy.tiles import MIN_TILE_BYTES, SPECULATIVE_TILE_SECONDS, TILE_BYTES, tile_bytes
 from vllm_adapmoe.simulate.baselines import SIMULATED
-from vllm_adapmoe.simulate.replay import Machine, belady, replay
+from vllm_adapmoe.simulate.replay import belady, replay
 from vllm_adapmoe.simulate.trace import Step, TraceInfo
+from vllm_adapmoe.simulate.virtual_link import Machine
 
 TILE = TILE_BYTES
 

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Literal, cast
 
 import typer
 from rich.console import Console
@@ -27,6 +27,7 @@ from vllm_adapmoe.cli.plan import plan
 from vllm_adapmoe.cli.report import report
 from vllm_adapmoe.cli.top import top
 from vllm_adapmoe.config import AdapMoEConfig, AdapMoEError
+from vllm_adapmoe.device import MAX_TOKENS
 from vllm_adapmoe.printable import OneLineError
 
 POLICIES = "lru,lru/uniform,lfru,mrs,next_use,lru+prefetch,next_use+prefetch"
@@ -173,20 +174,30 @@ def simulate(
     step: Annotated[float, typer.Option(help="Time per step outside the MoE layers, ms.")] = 1.0,
     lookahead: Annotated[int, typer.Option(min=1, max=8, help="Maximum number of layers ahead to prefetch for.")] = 3,
     max_experts: Annotated[int, typer.Option(min=1, help="Maximum prefetches in flight.")] = 1,
+    decode: Annotated[
+        Literal["device", "host"],
+        typer.Option(
+            help="Where decode steps are decided, as the key `decode`: on the device, steps of up to "
+            f"{MAX_TOKENS} tokens prefetch for the next layer alone."
+        ),
+    ] = "host",
     profile: Annotated[Path | None, profile_option("; for policies with /profile")] = None,
     output: Output = None,
     plot: Plot = None,
 ) -> None:
     """Replays a routing trace against cache policies and compares them with the optimal (Belady) cache."""
     from vllm_adapmoe.simulate.compare import plot_simulate, print_simulate, run_simulate
-    from vllm_adapmoe.simulate.replay import Machine
+    from vllm_adapmoe.simulate.virtual_link import Machine
 
     machine = Machine()
     if bandwidth is not None:
         disk_bandwidth = None if disk is None else disk * 1e9
         machine = Machine(bandwidth * 1e9, compute / 1e3, step / 1e3, disk_bandwidth=disk_bandwidth)
     names = [name.strip() for name in policies.split(",")]
-    result = run_simulate(trace, numbers("--slots", slots), names, machine, lookahead, max_experts, profile, host)
+    result = run_simulate(
+        trace, numbers("--slots", slots), names, machine, lookahead, max_experts, profile, host,
+        MAX_TOKENS if decode == "device" else 0,
+    )  # fmt: skip
     report(result, print_simulate, output, plot_simulate, plot)
 
 

@@ -15,7 +15,7 @@ from vllm_adapmoe.device.deferred import DeferredRouting
 from vllm_adapmoe.device.layer_input import Chosen, Predicted
 from vllm_adapmoe.device.residency import COUNTERS, DeviceResidency, Loads
 from vllm_adapmoe.gating.rules import Gated
-from vllm_adapmoe.policy.gpu_state import GpuCounts
+from vllm_adapmoe.policy.gpu_state import GpuCounts, fitting_tokens
 from vllm_adapmoe.store.base import ExpertStore
 
 if TYPE_CHECKING:
@@ -215,12 +215,9 @@ class DeviceDecode:
 
 def max_tokens(cache: ExpertCacheManager, top_k: int) -> int:
     """Returns the maximum tokens of a step whose experts are certain to fit the slots; 0: not even one token's do."""
-    tokens = MAX_TOKENS
-    for layer in range(cache.store.num_layers):
-        slots = cache.pool(layer).num_slots
-        if cache.store.num_experts(layer) > slots:
-            tokens = min(tokens, slots // top_k)
-    return tokens
+    layers = range(cache.store.num_layers)
+    slots = [cache.pool(layer).num_slots for layer in layers]
+    return fitting_tokens([cache.store.num_experts(layer) for layer in layers], slots, top_k, MAX_TOKENS)
 
 
 def record_addresses(store: ExpertStore) -> np.ndarray:

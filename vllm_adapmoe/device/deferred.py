@@ -95,6 +95,11 @@ class DeferredRouting:
         copy = HostCopy(self.ids[:, :tokens], self.costs[:, :tokens])
         self._in_flight.append((copy, layers, payload))
 
+    def wait(self) -> None:
+        """Blocks until all steps have run."""
+        if self._in_flight:
+            self._in_flight[-1][0].wait()
+
     def finished(self) -> Iterator[FinishedStep]:
         """Yields steps that have run since the last call, oldest first, without waiting for any.
 

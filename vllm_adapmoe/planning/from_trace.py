@@ -14,9 +14,10 @@ from vllm_adapmoe.gating.rules import gate_tokens
 from vllm_adapmoe.planning.memory_plan import Estimate, ModelSize, Speed
 from vllm_adapmoe.policy.cache_setup import CacheSetup
 from vllm_adapmoe.simulate.compare import slots_of_pools
-from vllm_adapmoe.simulate.replay import Machine, replay
+from vllm_adapmoe.simulate.replay import replay
 from vllm_adapmoe.simulate.trace import Step, Steps, TraceInfo
 from vllm_adapmoe.simulate.trace_file import read_trace
+from vllm_adapmoe.simulate.virtual_link import Machine
 
 
 @dataclass

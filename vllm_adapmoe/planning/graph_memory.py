@@ -84,12 +84,13 @@ def bookkeeping_bytes(
     gates_ahead: int,
     heads: bool,
     first_head: bool,
+    traced: bool = False,
 ) -> int:
     """Returns the device memory of the cache's own tables, computed from their shapes.
 
     These are the routing of a step that runs without the host (`DeferredRouting`), 32 bytes an expert for the residency
-    on the device (`DeviceResidency` of one pool), and, for each layer, the gates of the following layers with their
-    bias (`GateStack`).
+    on the device (`DeviceResidency` of one pool), for each layer the gates of the following layers with their bias
+    (`GateStack`), and the trace of a step (`StepTrace`).
 
     Args:
         layers: number of MoE layers.
@@ -100,9 +101,11 @@ def bookkeeping_bytes(
         gates_ahead: later layers for which each layer predicts; 0: no prediction.
         heads: each layer has a next-token head.
         first_head: a head predicts the first layer at the end of the previous step.
+        traced: steps that run without the host are recorded in a trace.
     """
     routing = layers * tokens * (4 * top_k + 8)
     residency = layers * experts * 32 if tokens else 0
     gates = sum(min(gates_ahead, layers - 1 - layer) for layer in range(layers))
     stacks = 4 * (hidden + 1) * experts * (gates + layers * heads + first_head)
-    return routing + residency + stacks
+    trace = layers * tokens * (8 * top_k + 4 * experts * (min(gates_ahead, layers - 1) + heads)) if traced else 0
+    return routing + residency + stacks + trace

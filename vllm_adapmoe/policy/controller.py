@@ -146,8 +146,20 @@ class CacheController:
         """
         if self.allocation == "trace" and (not len(event_experts) or experts[0] == event_experts[0]):
             self._record_traffic(layer, list(event_experts if len(event_experts) else experts))
-        residency = self.residency(layer)
-        request = residency.request(layer, experts, event_experts, expected)
+        request = self._request(layer, experts, event_experts, expected)
+        if self.planner is not None:
+            self.planner.record_missing(layer, len(experts) - request.hits)
+        return request
+
+    def _request(
+        self,
+        layer: int,
+        experts: Sequence[int] | np.ndarray,
+        event_experts: Sequence[int] | np.ndarray,
+        expected: np.ndarray | None,
+    ) -> Request:
+        """Requests the experts of an event, and counts."""
+        request = self.residency(layer).request(layer, experts, event_experts, expected)
         stats = self.stats
         hits = request.hits + len(request.promoted)
         misses = len(experts) - hits
@@ -157,12 +169,10 @@ class CacheController:
         stats.misses += misses
         self.layer_misses[layer] += misses
         stats.late += len(request.awaited)
-        if self.planner is not None:
-            self.planner.record_missing(layer, len(experts) - request.hits)
         for load in request.promoted:
             del self.staged[load.key]
         self._count_prefetch_hits(layer, experts)
-        for load in request.loads:
+        for load in (*request.promoted, *request.loads):
             self._count_wasted(load.evicted)
         return request
 
@@ -246,6 +256,18 @@ class CacheController:
             self.layer_misses[layer] += int(misses[layer])
         self.pools[pool].show_residents(counted.residents)
 
+    def lend(self) -> None:
+        """Begins a replay of what a GPU does, which uses all slots for everything (`decide_on_device`)."""
+        for key in self.settle():
+            self.staged[key] = self.expert_bytes[key[0]]
+            self._prefetched_by_gpu.add(key)
+
+    def take_back(self) -> None:
+        """Ends a replay of what a GPU does: evicts what is beyond the host's share of the slots."""
+        for pool in self.pools:
+            for key in pool.adopt(pool.slots, pool.free):
+                self._count_wasted(key)
+
     def decide_on_device(
         self, layer: int, experts: Sequence[int] | np.ndarray, expected: np.ndarray | None, votes: np.ndarray | None
     ) -> tuple[list[Load], list[Load]]:
@@ -263,7 +285,7 @@ class CacheController:
         Returns:
             Demand loads, and prefetches.
         """
-        request = self.begin(layer, experts, expected=expected)
+        request = self._request(layer, experts, (), expected)
         for load in request.loads:
             self.transfer_ended(load.key, self.expert_bytes[layer], complete=True)
         ahead: list[Load] = []

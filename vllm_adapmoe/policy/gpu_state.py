@@ -1,5 +1,6 @@
 """What the host takes back from a GPU that has decided which experts are in which slots, and what that has counted."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,3 +42,16 @@ class GpuCounts:
     """Of each layer, int64 `[layers]`."""
     residents: np.ndarray
     """Resident experts of each layer now, int32 `[layers]`."""
+
+
+def fitting_tokens(num_experts: Sequence[int], slots: Sequence[int], top_k: int, max_tokens: int) -> int:
+    """Returns the maximum tokens, at most `max_tokens`, of a step whose experts are certain to fit the slots.
+
+    Args:
+        num_experts: number of experts of each layer.
+        slots: slots of each layer's pool.
+        top_k: experts per token, the maximum where layers differ.
+        max_tokens: upper bound.
+    """
+    limits = [held // top_k for experts, held in zip(num_experts, slots, strict=True) if experts > held]
+    return min([max_tokens, *limits])

@@ -251,7 +251,7 @@ class Residency:
     def settle(self) -> list[ExpertKey]:
         """Ends speculation, between two steps: staged experts become resident, in all slots of the pool; returns them.
 
-        No load may be in flight.
+        No load may be in flight. Until `adopt`, no slots are set aside for prefetches.
         """
         staged = []
         for key, entry in list(self.speculative.items()):
@@ -263,6 +263,7 @@ class Residency:
             self.residents += 1
             self.count[key[0]] += 1
             staged.append(key)
+        self.capacity = self.num_slots
         return staged
 
     def caught_up(self) -> EvictionPolicy:
@@ -287,6 +288,7 @@ class Residency:
             The evicted experts.
         """
         assert not self.entries and not self.pins.any()
+        self.capacity = self.num_slots - self.staging
         self.slots[:] = slots
         self.evictable[:] = self.slots >= 0
         self._victims.changed.fill(True)

@@ -75,6 +75,7 @@ class RequestExperts:
         for name, request_chances in zip(self.names, step, strict=True):
             if name not in ended:
                 self.chances[name] = request_chances
+        self.begin(())  # a step is not observed twice
 
     def reuse(self, layer: int) -> float:
         """Returns the chance that a token uses an expert of its request's last token."""

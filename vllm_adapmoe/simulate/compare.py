@@ -13,12 +13,14 @@ from tqdm import tqdm
 
 from vllm_adapmoe.config import AdapMoEError
 from vllm_adapmoe.policy.cache_setup import CacheSetup
+from vllm_adapmoe.policy.eviction import POLICIES
 from vllm_adapmoe.profile.expected_loads import curves_of_profile
 from vllm_adapmoe.profile.model_profile import ModelProfile
 from vllm_adapmoe.simulate.baselines import SIMULATED
-from vllm_adapmoe.simulate.replay import Machine, belady, replay
+from vllm_adapmoe.simulate.replay import belady, replay
 from vllm_adapmoe.simulate.trace import Steps, TraceInfo
 from vllm_adapmoe.simulate.trace_file import read_trace
+from vllm_adapmoe.simulate.virtual_link import Machine
 
 ALLOCATIONS = ("pool", "uniform", "profile", "trace")
 
@@ -66,6 +68,7 @@ def run_simulate(
     max_experts: int,
     profile: Path | None,
     host: float | None = None,
+    device_tokens: int = 0,
 ) -> dict[str, Any]:
     """Replays a trace for every number of slots and policy.
 
@@ -78,11 +81,15 @@ def run_simulate(
         max_experts: maximum prefetches in flight, in policies with prefetch.
         profile: profile for `profile` allocation.
         host: experts whose records host memory holds; up to 1, a fraction of all experts; None: all.
+        device_tokens: maximum tokens of a step that a GPU decides; 0: the host decides in every step.
 
     Raises:
-        AdapMoEError: not a trace, an unknown policy, a trace without the predictions it needs, or too few slots.
+        AdapMoEError: not a trace, an unknown policy or one that a GPU does not run, a trace without the predictions it
+            needs, or too few slots.
     """
     names = [PolicyName.parse(text) for text in policies]
+    if device_tokens:
+        _check_device(policies, names, host)
     info, steps = read_trace(trace)
     total = sum(info.num_experts)
     if host is not None:
@@ -126,7 +133,8 @@ def run_simulate(
                     lookahead if name.prefetch else 0,
                     max_experts,
                 )
-                points.append({"slots": count, "policy": text} | optimum | _point(info, steps, setup, machine))
+                point = _point(info, steps, setup, machine, device_tokens)
+                points.append({"slots": count, "policy": text} | optimum | point)
                 bar.update()
     tokens = sum(len(step.positions) for step in steps)
     return {
@@ -139,12 +147,26 @@ def run_simulate(
         "machine": vars(machine),
         "lookahead": lookahead,
         "max_experts": max_experts,
+        "decode": "device" if device_tokens else "host",
         "points": points,
     }
 
 
-def _point(info: TraceInfo, steps: Steps, setup: CacheSetup, machine: Machine) -> dict[str, Any]:
-    result = replay(info, steps, setup, machine, SIMULATED[setup.eviction])
+def _check_device(policies: Sequence[str], names: Sequence[PolicyName], host: float | None) -> None:
+    """Refuses what the host decides in a server, too.
+
+    Raises:
+        AdapMoEError: there is such a setting.
+    """
+    if host is not None:
+        raise AdapMoEError("--decode device copies all experts from host memory; leave out --host")
+    for text, name in zip(policies, names, strict=True):
+        if name.allocation == "trace" or (name.prefetch and name.eviction not in POLICIES):
+            raise AdapMoEError(f"--decode device does not run the policy {text!r}; leave it out of --policies")
+
+
+def _point(info: TraceInfo, steps: Steps, setup: CacheSetup, machine: Machine, device_tokens: int) -> dict[str, Any]:
+    result = replay(info, steps, setup, machine, SIMULATED[setup.eviction], device_tokens=device_tokens)
     stats = result.stats
     useful = stats["prefetch_hits"] + stats["late"]
     missing = useful + result.demand_loads

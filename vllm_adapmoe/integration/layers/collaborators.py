@@ -63,7 +63,7 @@ class Predictor(Protocol):
 
     @property
     def is_tracing(self) -> bool:
-        """Whether every step's routing is recorded, which needs it on the host."""
+        """Whether every step's routing is recorded: on the host, except in steps that the GPU decides."""
 
     def predict(
         self,
@@ -78,6 +78,9 @@ class Predictor(Protocol):
 
     def product(self, index: int, x: torch.Tensor) -> torch.Tensor | None:
         """Computes on the device what `predict` needs of the input; None if it needs nothing."""
+
+    def record_on_device(self, index: int, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        """Records the router's ids and the weights after gating, `[tokens, top_k]`, without the host, for a trace."""
 
     def predict_on_device(self, index: int, x: torch.Tensor) -> Predicted | None:
         """Predicts from the input of layer `index` on the device; None if nothing does."""

@@ -130,7 +130,10 @@ class MappedExperts(CachedExperts):
             assert gated is not None
             topk_weights = gated.weights
             chosen = Chosen(ids, gated.keep_mask.contiguous(), gated.cost.contiguous())
-        predicted = None if self.predictor is None else self.predictor.predict_on_device(layer, x)
+        predicted = None
+        if self.predictor is not None:
+            self.predictor.record_on_device(layer, topk_ids, topk_weights)
+            predicted = self.predictor.predict_on_device(layer, x)
         row_of, ids = decode.experts(layer, chosen, predicted)
         return self._run_mapped(x, topk_weights, ids, row_of)
 

@@ -93,4 +93,5 @@ def bookkeeping_of_worker(
         gates_ahead=ahead,
         heads=has_heads and follows,
         first_head=has_heads and (tracing or (prefetching and prefetch.first_layer)),
+        traced=tracing,
     )

@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.logger import init_logger
 
+from vllm_adapmoe.cache.host_copy import HostCopy
 from vllm_adapmoe.integration.compat import requests_of_step
 from vllm_adapmoe.scheduling.report import prompt_rows
 from vllm_adapmoe.store.base import ExpertsUnavailable
@@ -15,6 +18,23 @@ logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, for its le
 
 Requests = list[tuple[str, int, int]]
 """Id, first position and number of rows of each request of a step, in row order."""
+
+
+@dataclass
+class LaunchedStep:
+    """A step that the GPU decides, until the host has read its routing; all but `requests` is for a trace."""
+
+    seconds: float
+    """Time of the launch, by a monotonic clock."""
+    requests: Requests = field(default_factory=list)
+    drafts: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """As in `CurrentStep`."""
+    expected_at_start: np.ndarray | None = None
+    """As in `ExpertPredictor`."""
+    traced: HostCopy | None = None
+    """`StepTrace.copy` of the step; None: it is not traced."""
+    first_layer: HostCopy | None = None
+    """Logits of the first layer's experts in the next step, float32 `[requests, experts]`; None: not predicted."""
 
 
 class CurrentStep:

@@ -64,8 +64,6 @@ def _obstacle(
     cache: ExpertCacheManager,
     device: torch.device,
 ) -> str | None:
-    if config.trace_out is not None:
-        return "trace_out records routing on the host"
     if config.allocation == "trace":
         return "allocation=trace revises the minimum slots of the layers on the host"
     if config.link_gbps is not None:

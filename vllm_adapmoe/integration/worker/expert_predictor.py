@@ -1,6 +1,7 @@
 """Predicts the experts of later layers from earlier layers' inputs, and records predictions and routing in traces."""
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from typing import Concatenate, ParamSpec, TypeVar
@@ -12,9 +13,10 @@ from vllm.logger import init_logger
 from vllm_adapmoe.cache.host_copy import HostCopy
 from vllm_adapmoe.cache.manager import ExpertCacheManager
 from vllm_adapmoe.device.layer_input import Predicted
+from vllm_adapmoe.device.step_trace import StepTrace, read_copy
 from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
 from vllm_adapmoe.integration.layers.collaborators import LayerPrediction
-from vllm_adapmoe.integration.worker.current_step import CurrentStep, Requests
+from vllm_adapmoe.integration.worker.current_step import CurrentStep, LaunchedStep, Requests
 from vllm_adapmoe.integration.worker.gate_stack import GateStack
 from vllm_adapmoe.integration.worker.gate_trial import LinearGate
 from vllm_adapmoe.integration.worker.routers import Routers
@@ -120,6 +122,10 @@ class ExpertPredictor:
         """Stacks from before weights were replaced, whose memory CUDA graphs may read."""
         self._first_layer: HostCopy | None = None
         """First-layer prediction from the last step's hidden states, in flight to the host."""
+        self.trace: StepTrace | None = None
+        """Takes the trace of steps that the GPU decides. Kept after an error: CUDA graphs may write to it."""
+        self._launched: LaunchedStep | None = None
+        """The current step if the GPU decides it and it is traced."""
 
     @property
     def is_tracing(self) -> bool:
@@ -150,6 +156,12 @@ class ExpertPredictor:
             tensor.copy_(torch.from_numpy(np.asarray(self.routers.corrections[target])))
         self.first = None if self._first_head is None else torch.from_numpy(self._first_head).to(device)
 
+    def trace_on_device(self, tokens: int, device: torch.device) -> None:
+        """Allocates what steps of at most `tokens` that the GPU decides are traced with, before graphs are captured."""
+        if self.recorder is not None:
+            columns = max(stack.columns for stack in self.stacks)
+            self.trace = StepTrace(len(self.layers), tokens, self.top_k, columns, device)
+
     @torch.inference_mode()
     def follow_weights(self, dtype: torch.dtype, device: torch.device) -> None:
         """Reads the routers again after the model's weights have been replaced."""
@@ -175,6 +187,7 @@ class ExpertPredictor:
         """Prefetches for the first layers of a step about to run; `rows`: number of rows of each request."""
         self._take_first_layer()
         self._first_layer = None  # a prediction that has not arrived by now is too late
+        self._launched = None
         self.expected_at_start = None if self.experts is None else self.experts.batch_chances(list(rows))
         if self.cache is not None:
             self.cache.prefetch_first_layers(
@@ -251,9 +264,11 @@ class ExpertPredictor:
         """
         stack = self.stacks[index]
         columns = stack.slices[0] if stack.slices and self.cache is not None else None
-        if columns is None and self.heads is None:
+        if columns is None and self.heads is None and (self.trace is None or not stack.columns):
             return None
         outputs = stack.product(x)
+        if self.trace is not None:
+            self.trace.record_product(index, outputs)
         if columns is None:
             return Predicted(outputs, stack.width)
         rank = outputs[:, columns]
@@ -262,6 +277,26 @@ class ExpertPredictor:
             rank = rank.sigmoid() + self._on_device(index + 1, correction, x.device)
         ahead = rank.topk(min(self.layers[index + 1].top_k, rank.shape[1]), dim=1).indices
         return Predicted(outputs, stack.width, ahead)
+
+    @_disabled_by_errors
+    def record_on_device(self, index: int, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        """Records the routing of layer `index` without the host, if a trace needs it (`StepTrace.record`)."""
+        if self.trace is not None:
+            self.trace.record(index, ids, weights)
+
+    @_disabled_by_errors
+    def begin_on_device(self, step: LaunchedStep) -> None:
+        """Begins a step that the GPU decides, before its launch."""
+        if self.trace is not None:
+            self.trace.begin_step()
+            step.drafts, step.expected_at_start = self.current.drafts, self.expected_at_start
+            self._launched = step
+
+    @_disabled_by_errors
+    def end_on_device(self, step: LaunchedStep) -> None:
+        """Starts copying what a trace needs of a step that the GPU decides, after its launch."""
+        if self.trace is not None:
+            step.traced = self.trace.copy(sum(rows for _, _, rows in step.requests))
 
     def _on_device(self, index: int, correction: np.ndarray, device: torch.device) -> torch.Tensor:
         """Returns a router's correction on the device; copied at the first call, before a graph is captured."""
@@ -284,7 +319,7 @@ class ExpertPredictor:
         if self.experts is not None:
             self.experts.begin([name for name, _, _ in requests])
         if self.recorder is not None and tokens is not None:
-            self.recorder.begin(requests, tokens, self.expected_at_start, self.current.drafts)
+            self.recorder.begin(requests, tokens, self.expected_at_start, self.current.drafts, time.monotonic())
 
     @_disabled_by_errors
     def _prefetch(
@@ -332,7 +367,10 @@ class ExpertPredictor:
             return
         # Does not block: a GPU's result is used when the next step begins.
         self._first_layer = HostCopy(torch.addmm(self.first[-1], hidden.float(), self.first[:-1]))
-        self._take_first_layer()
+        if self._launched is not None:
+            self._launched.first_layer = self._first_layer
+        if self.cache is None or not self.cache.lent:  # else when the host decides again
+            self._take_first_layer()
 
     def _of_last_rows(self, hidden: torch.Tensor) -> torch.Tensor:
         """Returns the last of the sampled rows of each request, as in `last_rows`."""
@@ -345,30 +383,57 @@ class ExpertPredictor:
     def _take_first_layer(self) -> None:
         if self._first_layer is None or not self._first_layer.arrived:
             return
-        chances, self._first_layer = self._first_layer.tensors[0].numpy(), None
-        ids = np.argsort(-chances, axis=1, kind="stable")[:, : self.layers[0].top_k]
-        predicted = PredictedExperts(ids, np.ones(ids.shape, dtype=bool))
+        predicted, self._first_layer = self._predict_first_layer(self._first_layer), None
         if self.cache is not None:
             self.cache.prefetch(-1, None, {1: predicted}.get)
-        if self.recorder is not None:
+        if self.recorder is not None and self._launched is None:
             self.recorder.add_predictions(-1, {1: predicted})
             self.recorder.end()
 
+    def _predict_first_layer(self, logits: HostCopy) -> PredictedExperts:
+        ids = np.argsort(-logits.tensors[0].numpy(), axis=1, kind="stable")[:, : self.layers[0].top_k]
+        return PredictedExperts(ids, np.ones(ids.shape, dtype=bool))
+
     @_disabled_by_errors
-    def record_finished(self, requests: Requests, ids: np.ndarray) -> None:
-        """Records the experts that requests used in a step that ran without the host.
+    def record_finished(self, step: LaunchedStep, ids: np.ndarray) -> None:
+        """Records a step that the GPU has decided: the experts that its requests used, and its trace.
 
         Args:
-            requests: id, first position and number of rows of each request.
+            step: the step; steps come in order.
             ids: integer `[layers, tokens, top_k]`, -1 for dropped.
         """
-        if self.experts is None:
-            return
+        if self.experts is not None:
+            self._record_used(self.experts, step.requests, ids)
+        if self.recorder is not None and step.traced is not None:
+            self._record_traced(self.recorder, step, step.traced, ids >= 0)
+
+    def _record_used(self, experts: RequestExperts, requests: Requests, ids: np.ndarray) -> None:
         last = np.cumsum([rows for _, _, rows in requests]) - 1
-        self.experts.begin([name for name, _, _ in requests])
-        for index, layer_ids in enumerate(ids[: self.experts.layers, last]):
-            self.experts.record_used(index, np.where(layer_ids < 0, layer_ids.max(1, keepdims=True), layer_ids))
-        self.experts.end()
+        experts.begin([name for name, _, _ in requests])
+        for index, layer_ids in enumerate(ids[: experts.layers, last]):
+            experts.record_used(index, np.where(layer_ids < 0, layer_ids.max(1, keepdims=True), layer_ids))
+        experts.end()
+
+    def _record_traced(self, recorder: StepRecorder, step: LaunchedStep, copy: HostCopy, kept: np.ndarray) -> None:
+        """Records what a step that the host decides records layer by layer; `kept`: bool `[layers, tokens, top_k]`."""
+        ids, weights, products = read_copy(copy)
+        recorder.begin(step.requests, ids.shape[1], step.expected_at_start, step.drafts, step.seconds)
+        for index, (layer, stack) in enumerate(zip(self.layers, self.stacks, strict=True)):
+            choices = index, slice(None), slice(layer.top_k)
+            outputs = products[index, :, : stack.columns]
+            # Over all rows, as the GPU does, which does not know the last row of each request.
+            expected = None if self.heads is None else chance_of_any(outputs[:, stack.width :])
+            recorder.record(index, weights[choices], ids[choices], kept[choices], expected)
+            recorder.add_predictions(
+                index,
+                {
+                    distance: None if columns is None else self._predict_experts(index + distance, outputs[:, columns])
+                    for distance, columns in enumerate(stack.slices, 1)
+                },
+            )
+        if step.first_layer is not None and step.first_layer.arrived:
+            recorder.add_predictions(-1, {1: self._predict_first_layer(step.first_layer)})
+        recorder.end()
 
     def _predict_experts(self, target: int, logits: np.ndarray) -> PredictedExperts:
         layer = self.layers[target]

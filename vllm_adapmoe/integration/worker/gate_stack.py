@@ -42,6 +42,8 @@ class GateStack:
             biases.append(torch.from_numpy(head[-1]).to(device))
         self.weight = torch.cat(weights, 1).contiguous() if weights else None
         self.bias = torch.cat(biases) if biases else None
+        self.columns = 0 if self.bias is None else len(self.bias)
+        """Number of columns of `product`."""
 
     def follow(self, other: "GateStack") -> bool:
         """Copies another stack's values into this one's tensors; returns False if shapes differ, and copies nothing."""
@@ -56,7 +58,7 @@ class GateStack:
         return True
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns float32 `[tokens, width + the head's experts]`, on the device, for `x` `[tokens, hidden]`."""
+        """Returns float32 `[tokens, columns]`, on the device, for `x` `[tokens, hidden]`."""
         assert self.weight is not None and self.bias is not None
         return torch.addmm(self.bias, x.float(), self.weight)
 

@@ -1,5 +1,6 @@
 """Runs whole decode steps, or single layers of other steps, on a GPU without waiting for the host."""
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Self
@@ -18,7 +19,7 @@ from vllm_adapmoe.integration.layers.graph_break import break_graph_at, graphs_i
 from vllm_adapmoe.integration.layers.mapped_experts import MappedExperts
 from vllm_adapmoe.integration.loading.slot_pools import slots_device
 from vllm_adapmoe.integration.settings import EngineSettings
-from vllm_adapmoe.integration.worker.current_step import CurrentStep, Requests
+from vllm_adapmoe.integration.worker.current_step import CurrentStep, LaunchedStep
 from vllm_adapmoe.integration.worker.decode_path import choose_decode
 from vllm_adapmoe.integration.worker.expert_predictor import ExpertPredictor
 
@@ -115,20 +116,29 @@ class GpuSteps:
         if self.decode is not None:
             self.decode.take_for_padding()
 
-    def prepare(self, tokens: int) -> None:
-        """Hands the cache to the host if it decides in the next step, before that prefetches anything."""
-        if not self.decides(tokens):
+    def prepare(self, tokens: int, predictor: ExpertPredictor | None) -> None:
+        """Hands the cache to who decides in the next step, before the host prefetches or records anything."""
+        if self.decode is None or not tokens:
+            return
+        if self.decides(tokens):
+            self.decode.take()
+        else:
             self.give_back()
+            self.drain_finished(predictor)
 
     @contextmanager
-    def step(self, tokens: int, current: CurrentStep) -> Iterator[None]:
+    def step(self, tokens: int, current: CurrentStep, predictor: ExpertPredictor | None) -> Iterator[None]:
         """Surrounds the launch of a step of `tokens` tokens."""
         decode = self.decode
         if decode is not None and self.decides(tokens):
-            requests: Requests = []
-            with decode.step(tokens, requests):
+            step = LaunchedStep(time.monotonic())
+            with decode.step(tokens, step):
+                if predictor is not None:
+                    predictor.begin_on_device(step)
                 yield
-                requests += current.requests()
+                step.requests = current.requests()
+                if predictor is not None:
+                    predictor.end_on_device(step)
                 if decode.batch_gate is not None and not current.prompt_rows:
                     decode.batch_gate.end_step(self.routing.costs[:, :tokens])
             return
@@ -151,7 +161,12 @@ class GpuSteps:
                 gate = self.layers[index].gating
                 if gate is not None:
                     gate.count_finished(torch.from_numpy(step.ids[index] >= 0), torch.from_numpy(step.costs[index]))
-            if step.payload and predictor is not None:
+            if step.payload is not None and predictor is not None:
                 predictor.record_finished(step.payload, step.ids)
         if self.decode is not None:
             self.decode.count()
+
+    def drain(self, predictor: ExpertPredictor | None) -> None:
+        """Waits for all steps, and passes on their routing like `drain_finished`."""
+        self.routing.wait()
+        self.drain_finished(predictor)

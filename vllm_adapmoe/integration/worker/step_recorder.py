@@ -1,6 +1,5 @@
 """StepRecorder: collects the routing and predictions of one step after the other for a trace."""
 
-import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -34,6 +33,7 @@ class StepRecorder:
         tokens: int,
         predicted_before: np.ndarray | None,
         drafts: Mapping[str, Sequence[int]],
+        seconds: float,
     ) -> None:
         """Writes the step before to the trace, and begins another one.
 
@@ -42,12 +42,13 @@ class StepRecorder:
             tokens: number of rows, without padding.
             predicted_before: experts expected for the step before it began, as in `Step.begin`; None: not predicted.
             drafts: draft tokens of each request that has some.
+            seconds: time of its start, by a monotonic clock.
         """
         self.end()
         verified = [len(drafts.get(name, ())) for name, _, _ in requests]
         self._complete = False
         self._step = Step(
-            seconds=time.monotonic(),
+            seconds=seconds,
             requests=[name for name, _, rows in requests for _ in range(rows)],
             positions=np.concatenate([np.arange(start, start + rows) for _, start, rows in requests]),
             ids=np.zeros((self.layers, tokens, self.top_k), dtype=np.int64),

@@ -146,8 +146,7 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
 
     def restart_predictor(self, config: AdapMoEConfig) -> None:
         """Starts prediction, prefetch and trace recording as configured, replacing the previous predictor."""
-        if self.predictor is not None:
-            self.predictor.close()
+        self._close_predictor()
         self.predictor = build_predictor(
             config,
             self.vllm_config,
@@ -160,7 +159,20 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         if self.predictor is not None:
             dtype: Any = self.model_config.dtype
             self.predictor.prepare(dtype, slots_device())
+            if self.gpu_steps is not None and self.gpu_steps.decode is not None:
+                self.predictor.trace_on_device(self.gpu_steps.routing.tokens, slots_device())
         self.bind_layers()
+
+    def _close_predictor(self) -> None:
+        """Closes the predictor, with a trace of all steps so far."""
+        predictor, self.predictor = self.predictor, None
+        if predictor is None:
+            return
+        try:
+            if self.gpu_steps is not None and predictor.is_tracing:
+                self.gpu_steps.drain(predictor)
+        finally:
+            predictor.close()
 
     def _hook_compute_logits(self) -> None:
         """Passes the predictor the hidden states that tokens are sampled from, as soon as they are computed."""
@@ -224,7 +236,7 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         self._check_weights()
         if self.gpu_steps is not None:
             self.gpu_steps.drain_finished(predictor)
-            self.gpu_steps.prepare(step.tokens)
+            self.gpu_steps.prepare(step.tokens, predictor)
         if step.rows and predictor is not None:
             predictor.begin_step(step.rows)
         self._awaits_logits = bool(step.rows)
@@ -258,7 +270,7 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
     def _device_step(self, tokens: int) -> AbstractContextManager[None]:
         if self.gpu_steps is None or not tokens:
             return nullcontext()
-        return self.gpu_steps.step(tokens, self.current_step)
+        return self.gpu_steps.step(tokens, self.current_step, self.predictor)
 
     def _gpu_decides(self) -> bool:
         """Returns whether the GPU decides in the current step."""
@@ -298,13 +310,13 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
         return total_stats(self.expert_cache, self.moe_layers, self.gating)
 
     def shutdown(self) -> None:
-        if self.predictor is not None:
-            self.predictor.close()
-            self.predictor = None
-        if self.expert_cache is not None:
-            self.expert_cache.close()
-            self.expert_cache = None
-        super().shutdown()
+        try:
+            self._close_predictor()
+        finally:
+            if self.expert_cache is not None:
+                self.expert_cache.close()
+                self.expert_cache = None
+            super().shutdown()
 
 
 class AdapMoEWorker(ExpertCacheWorker, Worker):
