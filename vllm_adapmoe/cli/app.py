@@ -177,8 +177,8 @@ def simulate(
     decode: Annotated[
         Literal["device", "host"],
         typer.Option(
-            help="Where decode steps are decided, as the key `decode`: on the device, steps of up to "
-            f"{MAX_TOKENS} tokens prefetch for the next layer alone."
+            help="Who decides what to load, as the key `decode`: the host, or the device in steps of up to "
+            f"{MAX_TOKENS} tokens, which prefetches for the next layer alone."
         ),
     ] = "host",
     profile: Annotated[Path | None, profile_option("; for policies with /profile")] = None,
