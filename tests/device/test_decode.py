@@ -218,6 +218,38 @@ def test_prefetches_are_judged_after_the_cache_is_handed_back():
     cache.close()
 
 
+def test_a_prefetch_of_the_gpu_that_is_evicted_for_one_in_flight_is_wasted():
+    """The host requests an expert that it is prefetching; for the slot that this has taken, another has to go."""
+    shape = CacheShape([4] * 4, 1, [0] * 4, [1] * 4)
+    controller = CacheController(shape, CacheSetup([10], "lru", lookahead=1, max_experts=1))
+    (pool,) = controller.pools
+
+    def use(key: tuple[int, int]) -> None:
+        for load in controller.begin(key[0], [key[1]]).loads:
+            controller.transfer_ended(load.key, 1, True)
+        controller.release(key[0], [key[1]])
+
+    controller.lend()
+    controller.decide_on_device(0, [0], None, np.array([1, 0, 0, 0]))
+    controller.take_back()
+    unused, in_flight = (1, 0), (3, 3)
+    others = [(layer, expert) for layer in (0, 2, 3) for expert in range(4)][: pool.capacity - 1]
+    for key in others + others:
+        use(key)
+    assert pool.residents == pool.capacity and not pool.holds(in_flight) and pool.holds(unused)
+    pool.request_prefetch(in_flight)
+    controller.start_speculation(in_flight)
+    (awaited,) = controller.begin(3, [3]).awaited
+    assert awaited.evicted == unused and controller.stats.prefetches_wasted == 1 and unused not in controller.staged
+    controller.transfer_ended(in_flight, 1, True)
+    controller.release(3, [3])
+    pool.request_prefetch(unused)
+    controller.start_speculation(unused)
+    controller.transfer_ended(unused, 1, True)
+    controller.begin(1, [0])
+    assert controller.stats.prefetch_hits == 1
+
+
 def test_the_host_may_request_nothing_while_the_gpu_decides():
     """And prefetches nothing: what is queued meanwhile would be lost in the GPU's answer."""
     cache = open_cache([10, 6])

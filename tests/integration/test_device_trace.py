@@ -1,8 +1,10 @@
 """`trace_out` in steps that the GPU decides: a host's frames, and a replay that counts what the GPU counted."""
 
 import logging
+from collections import deque
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from vllm_adapmoe.cache.host_copy import HostCopy
 from vllm_adapmoe.config import AdapMoEConfig
 from vllm_adapmoe.device import decode
 from vllm_adapmoe.integration.measure.engine import Engine
-from vllm_adapmoe.integration.worker.expert_predictor import STRICT
+from vllm_adapmoe.integration.worker.expert_predictor import STRICT, ExpertPredictor
 from vllm_adapmoe.policy.cache_setup import CacheSetup
 from vllm_adapmoe.simulate.replay import replay
 from vllm_adapmoe.simulate.trace import Step
@@ -116,6 +118,21 @@ def trace_replayed_and_run(worker: Any) -> list[bool]:
 def test_a_graph_holds_the_trace(as_on_gpu, interpreted, as_if_capturing, tmp_path):  # noqa: F811
     with Engine(TINY_MIXTRAL, HALF | GATED | {"decode": "device", "trace_out": str(tmp_path / "t")}, **ARGS) as engine:
         assert engine.llm.collective_rpc(trace_replayed_and_run) == [[True, True]]
+
+
+def test_steps_are_recorded_in_order_whatever_arrives_late(monkeypatch):
+    """A step whose first layer's prediction is on its way holds those behind it back; nothing waits but the end."""
+    predictor = ExpertPredictor.__new__(ExpertPredictor)
+    recorded: list[str] = []
+    vars(predictor).update(failed=False, experts=None, recorder=object(), _unwritten=deque())
+    monkeypatch.setattr(predictor, "_record_traced", lambda recorder, step, *rest: recorded.append(step.name))
+    late = SimpleNamespace(arrived=False, wait=lambda: vars(late).update(arrived=True))
+    for name, first_layer in (("first", None), ("second", late), ("third", None)):
+        step: Any = SimpleNamespace(name=name, first_layer=first_layer, traced=object())
+        predictor.record_finished(step, np.zeros((1, 1, 1)))
+    assert recorded == ["first"]
+    predictor.write_all_traced()
+    assert recorded == ["first", "second", "third"] and late.arrived
 
 
 def lose_the_trace(worker: Any) -> None:

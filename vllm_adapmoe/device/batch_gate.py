@@ -113,8 +113,8 @@ class BatchGate:
         self.gating = gating
         self.sensitivity = torch.tensor(gating.plan.sensitivity, dtype=torch.float64).to(device)
         """Sensitivity of each layer, nats per token, float64 `[layers]`."""
-        self.threshold = torch.full((), gating.threshold, dtype=torch.float64, device=device)
-        """Current threshold, nats, float64."""
+        self.threshold = torch.full((1,), gating.threshold, dtype=torch.float64, device=device)
+        """Current threshold, nats, float64 `[1]`."""
         self._prices = torch.zeros(experts, dtype=torch.int64, device=device)
         self._beaten = torch.zeros(experts, dtype=torch.int32, device=device)
 

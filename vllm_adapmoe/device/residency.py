@@ -66,6 +66,8 @@ class DeviceResidency:
         self.counters = make(len(COUNTERS) + 2 * layers, dtype=torch.int64)
         """Counters since the last `upload`: `COUNTERS`, then hits and misses of each layer."""
         self.has_floors = False
+        self._uploaded: list[torch.Tensor] = []
+        """Host memory that the last `upload` copies from."""
         self._use_policy(residency.policy)
 
     def _use_policy(self, policy: EvictionPolicy) -> None:
@@ -100,8 +102,12 @@ class DeviceResidency:
             values += [(self.quick, policy.quick), (self.slow, policy.slow)]
         if residency.floors is not None:
             values.append((self.floors, residency.floors))
-        for tensor, array in values:
-            tensor.copy_(torch.from_numpy(np.ascontiguousarray(array)))
+        # Page-locked, so that the host waits for nothing. The last ones were read before the state was downloaded.
+        self._uploaded = [torch.from_numpy(np.ascontiguousarray(array)) for _, array in values]
+        if self.counters.is_cuda:
+            self._uploaded = [array.pin_memory() for array in self._uploaded]
+        for (tensor, _), array in zip(values, self._uploaded, strict=True):
+            tensor.copy_(array, non_blocking=True)
         self.counters.fill_(0)
 
     def download(self) -> GpuState:

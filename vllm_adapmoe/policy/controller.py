@@ -172,7 +172,7 @@ class CacheController:
         for load in request.promoted:
             del self.staged[load.key]
         self._count_prefetch_hits(layer, experts)
-        for load in (*request.promoted, *request.loads):
+        for load in (*request.promoted, *request.awaited, *request.loads):
             self._count_wasted(load.evicted)
         return request
 

@@ -152,6 +152,11 @@ def feature_checks(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
     return [
         (parallel.enable_eplb, "enable_eplb=True", "the slot map has no replicas of experts; remove it"),
         (parallel.enable_dbo, "enable_dbo=True", "two micro-batches would compete for the slots; remove it"),
+        (parallel.ubatch_size > 1, f"ubatch_size={parallel.ubatch_size}",
+         "micro-batches would compete for the slots; remove it"),
+        (parallel.prefill_context_parallel_size > 1,
+         f"prefill_context_parallel_size={parallel.prefill_context_parallel_size}",
+         "ranks gather each other's rows, padding between them; use tensor_parallel_size alone"),
         (parallel.enable_expert_parallel and not current_platform.is_cpu(), "enable_expert_parallel=True on a GPU",
          "its kernels read vLLM's expert map, which has no slots; use tensor_parallel_size alone"),
         (parallel.data_parallel_size > 1, f"data_parallel_size={parallel.data_parallel_size}",

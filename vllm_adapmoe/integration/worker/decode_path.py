@@ -68,6 +68,8 @@ def _obstacle(
         return "allocation=trace revises the minimum slots of the layers on the host"
     if config.link_gbps is not None:
         return "link_gbps limits fetches of the host, not those of the GPU"
+    if vllm_config.cache_config.kv_sharing_fast_prefill:
+        return "kv_sharing_fast_prefill gives later layers fewer rows than earlier ones"
     if vllm_config.parallel_config.enable_expert_parallel:
         return "with expert parallelism a rank has only a part of the experts"
     top_k, experts = (max(getattr(layer, name) for layer in layers) for name in ("top_k", "local_num_experts"))

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from typing import Concatenate, ParamSpec, TypeVar
@@ -16,6 +17,7 @@ from vllm_adapmoe.device.layer_input import Predicted
 from vllm_adapmoe.device.step_trace import StepTrace, read_copy
 from vllm_adapmoe.integration.layers.cached_experts import CachedExperts
 from vllm_adapmoe.integration.layers.collaborators import LayerPrediction
+from vllm_adapmoe.integration.layers.mapped_experts import to_device
 from vllm_adapmoe.integration.worker.current_step import CurrentStep, LaunchedStep, Requests
 from vllm_adapmoe.integration.worker.gate_stack import GateStack
 from vllm_adapmoe.integration.worker.gate_trial import LinearGate
@@ -126,6 +128,8 @@ class ExpertPredictor:
         """Takes the trace of steps that the GPU decides. Kept after an error: CUDA graphs may write to it."""
         self._launched: LaunchedStep | None = None
         """The current step if the GPU decides it and it is traced."""
+        self._unwritten: deque[tuple[LaunchedStep, HostCopy, np.ndarray]] = deque()
+        """Steps that have run and are not in the trace yet: arguments of `_record_traced`."""
 
     @property
     def is_tracing(self) -> bool:
@@ -185,7 +189,8 @@ class ExpertPredictor:
     @_disabled_by_errors
     def begin_step(self, rows: Mapping[str, int]) -> None:
         """Prefetches for the first layers of a step about to run; `rows`: number of rows of each request."""
-        self._take_first_layer()
+        if self.cache is None or not self.cache.lent:  # a GPU that decides does not prefetch by it
+            self._take_first_layer()
         self._first_layer = None  # a prediction that has not arrived by now is too late
         self._launched = None
         self.expected_at_start = None if self.experts is None else self.experts.batch_chances(list(rows))
@@ -362,8 +367,10 @@ class ExpertPredictor:
             hidden: `[rows, hidden]`, last hidden states of the rows that tokens are sampled from: one of each request,
                 and one more for each draft token that the step verifies.
         """
+        if self.first is None:
+            return
         hidden = self._of_last_rows(hidden)
-        if self.first is None or len(hidden) > SAMPLE or hidden.shape[1] != len(self.first) - 1:
+        if len(hidden) > SAMPLE or hidden.shape[1] != len(self.first) - 1:
             return
         # Does not block: a GPU's result is used when the next step begins.
         self._first_layer = HostCopy(torch.addmm(self.first[-1], hidden.float(), self.first[:-1]))
@@ -378,7 +385,7 @@ class ExpertPredictor:
         if not drafts:
             return hidden
         ends = torch.tensor([1 + len(drafts.get(name, ())) for name, _, _ in self.current.requests()]).cumsum(0)
-        return hidden[(ends - 1).to(hidden.device)] if int(ends[-1]) == len(hidden) else hidden
+        return hidden[to_device(ends - 1, hidden.device)] if int(ends[-1]) == len(hidden) else hidden
 
     def _take_first_layer(self) -> None:
         if self._first_layer is None or not self._first_layer.arrived:
@@ -405,7 +412,22 @@ class ExpertPredictor:
         if self.experts is not None:
             self._record_used(self.experts, step.requests, ids)
         if self.recorder is not None and step.traced is not None:
-            self._record_traced(self.recorder, step, step.traced, ids >= 0)
+            self._unwritten.append((step, step.traced, ids >= 0))
+            self._write_traced(self.recorder)
+
+    def _write_traced(self, recorder: StepRecorder) -> None:
+        """Records finished steps in order, up to one whose prediction of the first layer has not arrived yet."""
+        while self._unwritten and ((first := self._unwritten[0][0].first_layer) is None or first.arrived):
+            self._record_traced(recorder, *self._unwritten.popleft())
+
+    @_disabled_by_errors
+    def write_all_traced(self) -> None:
+        """Waits for all that finished steps have predicted, and records them."""
+        for step, _, _ in self._unwritten:
+            if step.first_layer is not None:
+                step.first_layer.wait()
+        if self.recorder is not None:
+            self._write_traced(self.recorder)
 
     def _record_used(self, experts: RequestExperts, requests: Requests, ids: np.ndarray) -> None:
         last = np.cumsum([rows for _, _, rows in requests]) - 1
@@ -431,7 +453,7 @@ class ExpertPredictor:
                     for distance, columns in enumerate(stack.slices, 1)
                 },
             )
-        if step.first_layer is not None and step.first_layer.arrived:
+        if step.first_layer is not None:
             recorder.add_predictions(-1, {1: self._predict_first_layer(step.first_layer)})
         recorder.end()
 

@@ -124,7 +124,7 @@ class GpuSteps:
             self.decode.take()
         else:
             self.give_back()
-            self.drain_finished(predictor)
+            self.drain(predictor)
 
     @contextmanager
     def step(self, tokens: int, current: CurrentStep, predictor: ExpertPredictor | None) -> Iterator[None]:
@@ -167,6 +167,8 @@ class GpuSteps:
             self.decode.count()
 
     def drain(self, predictor: ExpertPredictor | None) -> None:
-        """Waits for all steps, and passes on their routing like `drain_finished`."""
+        """Waits for all steps, passes on their routing like `drain_finished`, and completes their trace."""
         self.routing.wait()
         self.drain_finished(predictor)
+        if predictor is not None:
+            predictor.write_all_traced()
