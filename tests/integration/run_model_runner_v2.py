@@ -90,9 +90,9 @@ steps = []
 def note_steps(patch):
     step = GpuSteps.step
 
-    def noted(self, tokens, current):
+    def noted(self, tokens, *rest):
         steps.append([tokens, self.decides(tokens)])
-        return step(self, tokens, current)
+        return step(self, tokens, *rest)
 
     patch.setattr(GpuSteps, "step", noted)
 
