@@ -52,6 +52,7 @@ class Predictor(ExpertPredictor):
 
     def __init__(self, cuda: FakeCuda) -> None:
         self.cuda, self.cache, self.failed, self.trace, self.recorder = cuda, None, False, None, None
+        self._unwritten = deque()
         self.experts = RequestExperts(LAYERS, EXPERTS)
         self.recorded: list[Step] = []
 
