@@ -208,10 +208,12 @@ class CacheController:
         residency = self.pools[pool]
         if uses:
             residency.policy.adopt(state)
-        evicted = residency.adopt(state.slots, state.free)
         self.staged |= dict.fromkeys(state.prefetched, nbytes)
         self._prefetched_by_gpu |= set(state.prefetched)
-        for key in evicted:
+        self._adopt_slots(residency, state.slots, state.free)
+
+    def _adopt_slots(self, residency: Residency, slots: np.ndarray, free: Sequence[int]) -> None:
+        for key in residency.adopt(slots, free):
             self._count_wasted(key)
 
     def _count_prefetch_hits(self, layer: int, experts: Sequence[int] | np.ndarray) -> None:
@@ -265,8 +267,7 @@ class CacheController:
     def take_back(self) -> None:
         """Ends a replay of what a GPU does: evicts what is beyond the host's share of the slots."""
         for pool in self.pools:
-            for key in pool.adopt(pool.slots, pool.free):
-                self._count_wasted(key)
+            self._adopt_slots(pool, pool.slots, pool.free)
 
     def decide_on_device(
         self, layer: int, experts: Sequence[int] | np.ndarray, expected: np.ndarray | None, votes: np.ndarray | None

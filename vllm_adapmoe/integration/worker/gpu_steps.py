@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Self
 
 import torch
@@ -105,11 +105,9 @@ class GpuSteps:
         """Returns whether the GPU decides in a step of `tokens` tokens."""
         return self.decode is not None and tokens <= self.decode.max_tokens and self.layers[0].probe is None
 
-    def warm_up(self) -> AbstractContextManager[None]:
-        """Lets vLLM warm up and capture graphs: on the GPU's own cache if it decides, else without any transfer."""
-        if self.decode is not None:
-            return self.decode.warm_up()
-        return nullcontext() if self.cache is None else self.cache.quiet()
+    def warm_up(self) -> AbstractContextManager[None] | None:
+        """Lets vLLM warm up and capture graphs on the GPU's own cache; None if the host decides."""
+        return None if self.decode is None else self.decode.warm_up()
 
     def prepare_padding(self) -> None:
         """Prepares for a step without requests, whose graphs would load experts if the GPU decides."""

@@ -213,9 +213,10 @@ class ExpertCacheWorker(UpdatedWorker, Worker):
             self._warming_up = False
 
     def _warm_up(self) -> AbstractContextManager[None]:
-        """Lets vLLM warm up and capture graphs, whose arbitrary ids must load no experts."""
-        if self.gpu_steps is not None:
-            return self.gpu_steps.warm_up()
+        """Lets vLLM warm up and capture graphs: on the GPU's own cache if it decides, else without any transfer."""
+        on_gpu = None if self.gpu_steps is None else self.gpu_steps.warm_up()
+        if on_gpu is not None:
+            return on_gpu
         return nullcontext() if self.expert_cache is None else self.expert_cache.quiet()
 
     def _give_back(self) -> None:
